@@ -1,0 +1,86 @@
+"""Every error a user of Paceline can meet.
+
+Each message says what was wrong, where, and what to do. Settings and usage errors are
+`ConfigError` (the command line answers them with exit code 2, without a stack trace);
+whatever happens to a run that has started is one of the other classes (exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class PacelineError(Exception):
+    """The base of every error below."""
+
+
+class ConfigError(PacelineError, ValueError):
+    """A setting is misspelt, of the wrong type, or cannot be combined with another."""
+
+
+class RecipeError(ConfigError):
+    """One or more mistakes in a recipe or its overrides, all of them listed."""
+
+
+class DataError(PacelineError):
+    """A loader is empty, yields what the model cannot take, or ranks disagree about it."""
+
+
+class LossError(PacelineError):
+    """A training step returned no usable loss (not a scalar, no gradient, not a tensor)."""
+
+
+class MetricError(PacelineError):
+    """A logged value is not a number, or a monitored metric never appears."""
+
+
+class NonFiniteError(PacelineError):
+    """A loss or a gradient norm was not finite. The weights were not touched by it."""
+
+
+class CheckpointError(PacelineError):
+    """A checkpoint could not be written, read or verified."""
+
+
+class StateError(CheckpointError):
+    """Something in the state cannot be stored; the message gives its path in the state tree."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint does not fit the objects it is loaded into; every mismatch is listed."""
+
+
+class ResumeError(ConfigError):
+    """A run cannot go on with these settings; the keys that changed are listed."""
+
+
+class PeerError(PacelineError):
+    """Another rank failed; the message carries that rank's own error."""
+
+
+class MissingExtraError(PacelineError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
+class Preempted(SystemExit):
+    """A signal asked this process to leave; the run was saved and can be resumed.
+
+    It is a `SystemExit` so that a script that was told to stop does not go on to use a
+    half-trained model, and so that its exit code (75, "temporary failure") tells the
+    scheduler to start the same command again.
+
+    Attributes:
+        result: the `paceline.trainer.trainer.Result` of the part that ran.
+    """
+
+    def __init__(self, result: Any) -> None:
+        super().__init__(75)
+        self.result = result
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns `"; did you mean 'x'?"` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,76 @@
+"""Names -> classes, for recipes (`type: name`) and for the parts the Trainer adds by itself.
+
+The table below names what ships with Paceline by its import path, so that nothing is imported
+before it is used and this module depends on nothing. `register` adds a user's own classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from paceline.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+_SHIPPED: dict[str, dict[str, str]] = {
+    "trainer": {
+        "trainer": "paceline.trainer.trainer:Trainer",
+    },
+    "callback": {
+        "progress": "paceline.callbacks.progress:Progress",
+        "averaged_weights": "paceline.callbacks.averaged_weights:AveragedWeights",
+        "gradient_monitor": "paceline.callbacks.gradient_monitor:GradientMonitor",
+        "time_limit": "paceline.callbacks.time_limit:TimeLimit",
+        "learning_rate": "paceline.callbacks.learning_rate:LearningRate",
+        "throughput": "paceline.callbacks.throughput:Throughput",
+    },
+    "logger": {
+        "jsonl": "paceline.log.sinks:JsonlSink",
+    },
+}
+_registered: dict[str, dict[str, Any]] = {}
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Makes a class or function known to recipes as `type: name` in slots of `kind`.
+
+    Registering the same class again (a reloaded module, a notebook cell run twice) replaces it.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+
+    def add(target: T) -> T:
+        held = _registered.get(kind, {}).get(name)
+        if held is not None and getattr(held, "__qualname__", None) != getattr(
+            target, "__qualname__", None
+        ):
+            raise ConfigError(f"the {kind} name {name!r} is already registered for {held!r}")
+        _registered.setdefault(kind, {})[name] = target
+        return target
+
+    return add
+
+
+def names(kind: str) -> list[str]:
+    """Every name that `lookup` knows for `kind`, sorted."""
+    return sorted({*_SHIPPED.get(kind, {}), *_registered.get(kind, {})})
+
+
+def lookup(kind: str, name: str) -> Any:
+    """The class or function registered as `name`.
+
+    Raises:
+        ConfigError: no such name; the nearest known one is suggested.
+    """
+    if name in _registered.get(kind, {}):
+        return _registered[kind][name]
+    if name not in _SHIPPED.get(kind, {}):
+        known = names(kind)
+        raise ConfigError(
+            f"no {kind} is registered as {name!r}{nearest(name, known)} Known: {', '.join(known)}"
+        )
+    module, _, attribute = _SHIPPED[kind][name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,137 @@
+"""World: this process's place among the others, the same with one process and no group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from paceline.errors import ConfigError
+from paceline.world.parallel import Parallel
+
+
+class World:
+    """The processes of a run and the device of this one.
+
+    A process group is made from the launcher's environment (torchrun, `paceline train --nproc`)
+    unless one exists; `close` destroys only what this object made, and must run on every way out,
+    since leaving with a live group can abort the interpreter.
+
+    Args:
+        parallel: the layout; checked against the number of processes.
+        timeout: seconds a collective may wait before it is an error.
+
+    Attributes:
+        device: where this process computes.
+        rank, size, local_rank: this process, all processes, this process on its machine.
+        dp_rank, dp_size: this process's replica and the number of replicas.
+        mesh: the DeviceMesh, or None with one process.
+        control_group: a gloo group for small host-side messages, or None with one process.
+    """
+
+    def __init__(self, parallel: Parallel | None = None, *, timeout: float = 600.0) -> None:
+        self.parallel = parallel or Parallel()
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = _device(self.local_rank)
+        self.dp_size = self.parallel.replicas(self.size)
+        self.dp_rank = self.rank
+        self.mesh: DeviceMesh | None = None
+        self.control_group: dist.ProcessGroup | None = None
+        self._owns_group = False
+        self._timeout = timedelta(seconds=timeout)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def reads_are_free(self) -> bool:
+        """Whether reading a tensor's value does not wait for a device."""
+        return self.device.type == "cpu"
+
+    def open(self) -> World:
+        """Joins the process group; does nothing in a world of one."""
+        if self.size == 1 or self.mesh is not None:
+            return self
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, timeout=self._timeout)
+            self._owns_group = True
+        self.control_group = self.new_group()
+        self.mesh = init_device_mesh(
+            self.device.type, (self.dp_size,), mesh_dim_names=("dp_replicate",)
+        )
+        return self
+
+    def close(self) -> None:
+        """Leaves the process group, if this object joined it."""
+        self.mesh = self.control_group = None
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owns_group = False
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """A gloo group of all ranks for host-side work beside training, e.g. a background save."""
+        if self.size == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def store(self) -> dist.Store | None:
+        """A connection of its own to the group's key-value store, for use in another thread."""
+        if self.size == 1:
+            return None
+        return dist.distributed_c10d._get_default_store().clone()
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.control_group is not None:
+            dist.barrier(self.control_group)
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduces `tensor` over all ranks in place (`op`: sum, max, min) and returns it."""
+        if self.size > 1:
+            group = self.control_group if tensor.device.type == "cpu" else None
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
+        return tensor
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank. Between our own processes only; never from a file."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control_group)
+        return box[0]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control_group)
+        return box
+
+
+def _device(local_rank: int) -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no device: there are {count}. "
+            "Start at most that many processes a machine (--nproc)."
+        )
+    return torch.device(kind.type, local_rank)
