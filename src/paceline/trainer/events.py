@@ -1,0 +1,210 @@
+"""The events of a run, the Callback class, and the dispatcher that calls who listens.
+
+One table drives both the hooks of a Trainer subclass and the methods of a Callback (which gets the
+trainer first). In the order of a run:
+
+    configure -> setup -> on_setup -> load, if resuming -> on_load_checkpoint
+    on_train_start
+      on_train_epoch_start
+        on_train_batch_start(batch, batch_idx)          for each micro-batch of a window
+          training_step -> loss
+        on_before_backward(loss); backward; on_after_backward
+        on_train_batch_end(batch, batch_idx, loss)
+        on_before_optimizer_step(optimizer)             gradients whole, before clipping
+          clip, step, zero_grad, schedulers of interval "step"; global_step += 1
+        on_step_end(metrics)
+        metrics row, if due
+        validation, if due: on_validation_start
+                              on_validation_batch_start, validation_step, on_validation_batch_end
+                            on_validation_end, on_metrics(metrics)
+        at an epoch's end:  on_train_epoch_end; current_epoch += 1
+        one checkpoint, if due: on_save_checkpoint
+    on_train_end                                        when training is over, not at a signal
+    on_exception(error), if any; on_teardown, always
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+class Hooks:
+    """The events as methods of a Trainer. All are empty: an override needs no `super()` call."""
+
+    def on_setup(self) -> None:
+        """Models are placed, nothing is loaded yet: allocate your own state here."""
+
+    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        """A checkpoint was loaded; `state` is its whole state tree."""
+
+    def on_train_start(self) -> None:
+        """Everything is in place; the first window follows. Also fires in a resumed run."""
+
+    def on_train_epoch_start(self) -> None:
+        """An epoch begins. Does not fire again when a run resumes within the epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A micro-batch is on the device; `batch_idx` counts this rank's within the epoch."""
+
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        """`loss` is the micro-batch's loss as weighted for the window's mean over items."""
+
+    def on_after_backward(self) -> None:
+        """This micro-batch's gradients have been added."""
+
+    def on_train_batch_end(self, batch: Any, batch_idx: int, loss: torch.Tensor) -> None:
+        """`loss` is the detached mean over the micro-batch's items, as `training_step` gave it."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients are whole (accumulated, averaged over ranks, unscaled), not yet clipped."""
+
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        """A window is done and `global_step` counts it; `metrics` is the row if one is due."""
+
+    def on_validation_start(self) -> None:
+        """Models are in eval mode and gradients off."""
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A validation batch is on the device."""
+
+    def on_validation_batch_end(self, batch: Any, batch_idx: int) -> None:
+        """`validation_step` has seen the batch."""
+
+    def on_validation_end(self) -> None:
+        """Every validation batch has been seen."""
+
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        """The validation's metrics, reduced over all ranks."""
+
+    def on_train_epoch_end(self) -> None:
+        """An epoch's last window and its validation are done; `current_epoch` not yet raised."""
+
+    def on_save_checkpoint(self, state: dict[str, Any]) -> None:
+        """The state tree about to be saved; what you add under your own name is stored too."""
+
+    def on_train_end(self) -> None:
+        """Training is over (not at a signal or an error)."""
+
+    def on_exception(self, error: BaseException) -> None:
+        """The run fails with `error`, which is raised again afterwards."""
+
+    def on_teardown(self) -> None:
+        """The last event of every run, however it ends."""
+
+
+EVENTS: tuple[str, ...] = tuple(name for name in vars(Hooks) if name.startswith("on_"))
+
+
+class Callback:
+    """Behaviour that plugs into any Trainer, one method an event.
+
+    Each method gets the trainer first, then what the Trainer's own hook gets. Only methods that a
+    subclass overrides are ever called. Callbacks run in rising `priority`, ties in the order given,
+    after the trainer's own hook. What must survive a resume goes through `state_dict` and
+    `load_state_dict`; in the checkpoint it stands under `name`.
+
+    Attributes:
+        priority: lower runs earlier.
+        name: unique among a trainer's callbacks; the class's name unless set.
+    """
+
+    priority: int = 100
+    name: str = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: tensors, arrays, numbers, strings and containers of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+    def on_setup(self, trainer: Trainer) -> None: ...
+    def on_load_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None: ...
+    def on_train_start(self, trainer: Trainer) -> None: ...
+    def on_train_epoch_start(self, trainer: Trainer) -> None: ...
+    def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None: ...
+    def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None: ...
+    def on_after_backward(self, trainer: Trainer) -> None: ...
+    def on_train_batch_end(
+        self, trainer: Trainer, batch: Any, batch_idx: int, loss: torch.Tensor
+    ) -> None: ...
+    def on_before_optimizer_step(
+        self, trainer: Trainer, optimizer: torch.optim.Optimizer
+    ) -> None: ...
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None: ...
+    def on_validation_start(self, trainer: Trainer) -> None: ...
+    def on_validation_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None: ...
+    def on_validation_batch_end(self, trainer: Trainer, batch: Any, batch_idx: int) -> None: ...
+    def on_validation_end(self, trainer: Trainer) -> None: ...
+    def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None: ...
+    def on_train_epoch_end(self, trainer: Trainer) -> None: ...
+    def on_save_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None: ...
+    def on_train_end(self, trainer: Trainer) -> None: ...
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None: ...
+    def on_teardown(self, trainer: Trainer) -> None: ...
+
+
+class Events(SimpleNamespace):
+    """For each event, the tuple of methods that listen to it; an unheard event is an empty tuple.
+
+    The loop writes `for hook in events.on_step_end: hook(metrics)`, so an event that nobody
+    overrides costs one attribute look-up.
+    """
+
+    def __init__(self, trainer: Hooks, callbacks: Iterable[Callback]) -> None:
+        ordered = sorted(callbacks, key=lambda callback: callback.priority)
+        for callback in ordered:
+            _check_method_names(callback)
+        super().__init__(
+            **{
+                event: tuple(
+                    ([getattr(trainer, event)] if _overrides(trainer, event, Hooks) else [])
+                    + [
+                        partial(getattr(callback, event), trainer)
+                        for callback in ordered
+                        if _overrides(callback, event, Callback)
+                    ]
+                )
+                for event in EVENTS
+            }
+        )
+
+
+def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
+    """Callbacks by the name under which their state is stored; a second of a class gets `_2`."""
+    named: dict[str, Callback] = {}
+    for callback in callbacks:
+        base = name = callback.name or type(callback).__name__
+        count = 1
+        while name in named:
+            count += 1
+            name = f"{base}_{count}"
+        named[name] = callback
+    return named
+
+
+def _overrides(listener: object, event: str, base: type) -> bool:
+    """Whether `event` is overridden on the listener's class or on the instance itself."""
+    return event in vars(listener) or getattr(type(listener), event, None) is not getattr(
+        base, event
+    )
+
+
+def _check_method_names(callback: Callback) -> None:
+    """A misspelt hook would never be called and nobody would notice."""
+    for name in dir(type(callback)):
+        if name.startswith("on_") and name not in EVENTS:
+            raise ConfigError(
+                f"callback {type(callback).__name__} defines {name}, which is no event"
+                f"{nearest(name, EVENTS)} Events: {', '.join(EVENTS)}"
+            )
