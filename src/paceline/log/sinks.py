@@ -1,0 +1,376 @@
+"""Sinks: where a run's rows go. `JsonlSink` writes the run folder's own files.
+
+The local files are the truth about a run; a tracker is a copy. Only rank 0 calls a sink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import json
+import logging
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from paceline.errors import CheckpointError, MetricError
+from paceline.log.provenance import replacing, sync_folder
+
+METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+CSV_FILE = "metrics.csv"
+
+_log = logging.getLogger(__name__)
+
+
+class Sink:
+    """The base of every sink; each method does nothing until it is overridden.
+
+    A row is a flat dictionary of host values (numbers, strings); its key order is kept.
+    """
+
+    def open(self, run_dir: Path | None, config: Mapping[str, Any], *, fresh: bool = False) -> None:
+        """Called once before the first row, and before `load_state_dict`.
+
+        Args:
+            run_dir: the run folder, or None for a run that writes nothing.
+            config: the run's settings as plain data, for sinks that show them.
+            fresh: rows which an earlier run left in this place are to be discarded.
+        """
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Takes one row of metrics; the same run gives the same rows bit by bit."""
+
+    def write_timing(self, row: Mapping[str, Any]) -> None:
+        """Takes one row of speeds, durations and memory, which differ from run to run."""
+
+    def sync(self) -> None:
+        """Makes every row so far durable; called before a checkpoint is published.
+
+        Raises:
+            CheckpointError: it cannot; the checkpoint that counts on these rows must not appear.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on in the same place."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to where `state_dict` was taken. Called after `open`."""
+
+    def close(self, status: str) -> None:
+        """Called once on every way out, with run.json's status; must not raise."""
+
+
+class RowFile:
+    """One append-only file of JSON lines that never shows half a row.
+
+    Each row is one write to the file. When the disk refuses it, the row stays in memory and goes
+    out before the next one; what half of it reached the file is cut off again.
+
+    Args:
+        path: the file; made if it is missing, in a folder that exists.
+        fresh: discard what the file holds.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self.path = path
+        self._lock = threading.Lock()  # a background save calls `sync` while rows come in
+        self._pending: list[bytes] = []
+        self._warned = False
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if fresh:
+            os.ftruncate(self._handle, 0)
+        self._bytes = self._end_of_last_row()
+        os.ftruncate(self._handle, self._bytes)
+        self._rows = _count_rows(path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes `row`, or keeps it in memory while the disk fails (one warning an outage)."""
+        line = json.dumps(_plain(row, ""), ensure_ascii=False, allow_nan=False) + "\n"
+        with self._lock:
+            self._pending.append(line.encode())
+            try:
+                self._flush()
+                self._warned = False
+            except OSError as error:
+                self._warn(error)
+
+    def sync(self) -> None:
+        """Puts every row on the disk.
+
+        Raises:
+            CheckpointError: the disk refuses; the rows are still in memory.
+        """
+        with self._lock:
+            try:
+                self._flush()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path}: {len(self._pending)} rows could not be written ({error}). "
+                    "They are kept in memory and tried again at the next row."
+                ) from error
+            # A copy of the handle: the slow part runs without the lock and outlives a close.
+            handle = os.dup(self._handle)
+        try:
+            os.fsync(handle)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} could not be synced: {error}") from error
+        finally:
+            os.close(handle)
+
+    def position(self) -> dict[str, int]:
+        """`{"bytes", "rows"}` up to and with the last row taken, written or still in memory.
+
+        Rows in memory count, since `sync` succeeds only once they are in the file.
+        """
+        with self._lock:
+            waiting = sum(map(len, self._pending))
+            return {"bytes": self._bytes + waiting, "rows": self._rows + len(self._pending)}
+
+    def check(self, position: Mapping[str, int]) -> str | None:
+        """What keeps the file from being cut back to `position`, in words; None if nothing."""
+        wanted, rows = position["bytes"], position["rows"]
+        if self._bytes < wanted:
+            return (
+                f"{self.path} is shorter than the checkpoint says ({self._bytes} of {wanted} "
+                f"bytes): rows {self._rows + 1} to {rows} are lost{self._where_it_ends()}"
+            )
+        if wanted and os.pread(self._handle, 1, wanted - 1) != b"\n":
+            return (
+                f"{self.path} was changed: byte {wanted}, where the checkpoint stood, is no "
+                "end of a row"
+            )
+        return None
+
+    def cut(self, position: Mapping[str, int]) -> None:
+        """Discards what follows `position`; those rows come again."""
+        with self._lock:
+            self._pending.clear()
+            os.ftruncate(self._handle, position["bytes"])
+            self._bytes, self._rows = position["bytes"], position["rows"]
+
+    def close(self) -> None:
+        """Writes what is left and closes the file; rows that the disk refuses are reported."""
+        with self._lock:
+            try:
+                self._flush()
+                os.fsync(self._handle)
+            except OSError as error:
+                lost = len(self._pending)
+                _log.error("%s: the disk refused the last rows (%d): %s", self.path, lost, error)
+            finally:
+                os.close(self._handle)
+
+    def _flush(self) -> None:
+        while self._pending:
+            line = self._pending[0]
+            try:
+                # At a place of our own choice, not "the end": should even the truncation below
+                # fail, the next try overwrites the half row instead of standing behind it.
+                written = os.pwrite(self._handle, line, self._bytes)
+                if written != len(line):  # a disk takes what still fits before it says "full"
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._handle, self._bytes)
+                raise
+            del self._pending[0]
+            self._bytes += len(line)
+            self._rows += 1
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            _log.warning(
+                "%s cannot be written (%s). Training goes on; rows are kept in memory and tried "
+                "again at each row, and no checkpoint is published before they are written.",
+                self.path,
+                error,
+            )
+        self._warned = True
+
+    def _where_it_ends(self) -> str:
+        with contextlib.suppress(MetricError):
+            last = last_row(self.path)
+            if last and "step" in last:
+                return f", everything after step {last['step']}"
+        return ""
+
+    def _end_of_last_row(self) -> int:
+        """The length of the file without a row torn by a crash."""
+        end = os.fstat(self._handle).st_size
+        while end:
+            start = max(0, end - 65536)
+            newline = os.pread(self._handle, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+        return 0
+
+
+class JsonlSink(Sink):
+    """Writes `metrics.jsonl` and `timing.jsonl` in the run folder, and `metrics.csv` at the end.
+
+    Floats are written so that they are read back bit by bit; since JSON has no non-finite
+    numbers, those are the strings "nan", "inf" and "-inf" (`read_rows` gives floats back).
+
+    Args:
+        accept_lost_rows: resume even if the files hold fewer rows than the checkpoint counts on.
+    """
+
+    def __init__(self, *, accept_lost_rows: bool = False) -> None:
+        self.accept_lost_rows = accept_lost_rows
+        self._run_dir: Path | None = None
+        self._files: dict[str, RowFile] = {}
+
+    def open(self, run_dir: Path | None, config: Mapping[str, Any], *, fresh: bool = False) -> None:
+        """See `Sink.open`. Without `fresh`, rows that are there stay and new ones follow them;
+        a last row torn by a crash is cut off."""
+        del config  # run.json and recipe.yaml hold it
+        if self._files:
+            raise RuntimeError("the sink is open already")
+        self._run_dir = None if run_dir is None else Path(run_dir)
+        if self._run_dir is None:
+            return
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, TIMING_FILE):
+            self._files[name] = RowFile(self._run_dir / name, fresh=fresh)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """See `Sink.write`.
+
+        Raises:
+            MetricError: a value cannot be written as JSON.
+        """
+        if self._files:
+            self._files[METRICS_FILE].append(row)
+
+    def write_timing(self, row: Mapping[str, Any]) -> None:
+        """See `Sink.write_timing`.
+
+        Raises:
+            MetricError: a value cannot be written as JSON.
+        """
+        if self._files:
+            self._files[TIMING_FILE].append(row)
+
+    def sync(self) -> None:
+        """See `Sink.sync`."""
+        for file in self._files.values():
+            file.sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in each file, `{"bytes", "rows"}` by file name."""
+        return {name: file.position() for name, file in self._files.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cuts both files back to where the checkpoint stood.
+
+        Raises:
+            CheckpointError: a file holds less than that; neither file was touched.
+        """
+        known = {name: file for name, file in self._files.items() if name in state}
+        problems = [text for name, file in known.items() if (text := file.check(state[name]))]
+        if problems and not self.accept_lost_rows:
+            raise CheckpointError(
+                "; ".join(problems) + ". Put the files back, or go on without those rows with "
+                "JsonlSink(accept_lost_rows=True)."
+            )
+        for name, file in known.items():
+            if file.check(state[name]) is None:
+                file.cut(state[name])
+
+    def close(self, status: str) -> None:
+        """Writes what is left, derives metrics.csv and closes the files."""
+        del status
+        for file in self._files.values():
+            file.close()
+        if self._files and self._run_dir is not None:
+            try:
+                write_csv(self._run_dir)
+            except (OSError, MetricError) as error:  # derived: it can be made again
+                _log.warning("%s could not be written: %s", self._run_dir / CSV_FILE, error)
+        self._files = {}
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines, "nan" and "inf" given back as floats.
+
+    A last line without its end (a row being written, or torn by a crash) is left out.
+
+    Raises:
+        MetricError: a whole line is no JSON object; the message gives its number.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = {k: _revived(v) for k, v in json.loads(line).items()}
+            except (ValueError, AttributeError) as error:
+                raise MetricError(f"{path}, line {number}: not a row: {error}") from error
+            yield row
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a file of JSON lines, or None."""
+    last = deque(read_rows(path), maxlen=1)
+    return last[0] if last else None
+
+
+def write_csv(run_dir: Path) -> Path:
+    """Derives `metrics.csv` from `metrics.jsonl`: a column a key, in order of first appearance.
+
+    Returns:
+        The file written. A run without rows gets an empty file.
+
+    Raises:
+        OSError: it cannot be written.
+        MetricError: `metrics.jsonl` holds a line that is no row.
+    """
+    source, target = Path(run_dir) / METRICS_FILE, Path(run_dir) / CSV_FILE
+    columns: dict[str, None] = {}
+    for row in read_rows(source):
+        columns.update(dict.fromkeys(row))
+    # Read twice rather than held: a long run's rows need not fit in memory.
+    with replacing(target) as file:
+        table = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+        if columns:
+            table.writeheader()
+        table.writerows(read_rows(source))  # floats by repr: as exact as in the rows
+    return target
+
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _plain(value: Any, path: str) -> Any:
+    """`value` as what JSON can hold; non-finite floats become strings."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{path}.{k}" if path else str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy and torch scalars
+        return _plain(value.item(), path)
+    raise MetricError(f"{path!r} is a {type(value).__name__}: a row holds numbers and strings")
+
+
+def _revived(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _count_rows(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
