@@ -1,0 +1,119 @@
+"""From positions to a batch: each sample under its own random stream, then collation."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from paceline.world.seeding import mix, seed_everything, stream
+
+# What one micro-batch asks for: runs of units (sample indices) with the pass they belong to.
+Request = Sequence[tuple[int, Sequence[Any]]]
+
+_SIGTERM_GRACE = 60  # seconds in which the main process closes its workers itself
+
+
+class Fetcher(Dataset):
+    """Reads a request from a map-style dataset, in this process or in a loader's worker.
+
+    Before each sample the generators of torch, numpy and `random` are seeded from (seed, pass,
+    index), so that augmentation depends on neither worker, nor batch, nor what was read before.
+    Collation gets one stream a batch. A plain TensorDataset draws nothing and is indexed whole.
+
+    Args:
+        dataset: the user's map-style dataset.
+        collate: turns the list of samples into a batch.
+        seed: the run's seed.
+        label: the family of streams ("sample" for training, "val-sample" for validation).
+        single: the dataset's items are batches already (a loader with batch_size=None).
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[Any], Any],
+        seed: int,
+        label: str,
+        *,
+        single: bool = False,
+    ) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._key = stream(seed, label)
+        self._single = single
+        self._whole = type(dataset) is TensorDataset and collate is default_collate
+        # Subset offers __getitems__ only as a loop over items, which would share one stream.
+        self._many = hasattr(dataset, "__getitems__") and not isinstance(
+            dataset, torch.utils.data.Subset
+        )
+
+    def __call__(self, request: Request) -> Any:
+        """The batch, in this process."""
+        if self._whole:
+            return self._index_whole(request)
+        return self.collate(self.__getitems__(request))
+
+    def __getitems__(self, request: Request) -> list[Any]:
+        """The samples; the name under which torch's DataLoader asks a dataset for a batch."""
+        samples: list[Any] = []
+        first = None
+        for pass_, indices in request:
+            key = mix(self._key, pass_)
+            if self._many and not self._single:
+                seed_everything(mix(key, _number(indices[0])))
+                samples.extend(self._dataset.__getitems__(list(indices)))
+            else:
+                for index in indices:
+                    _seed(mix(key, _number(index)))
+                    samples.append(self._dataset[index])
+            first = mix(key, _number(indices[0])) if first is None else first
+        seed_everything(mix(first or 0, 1))
+        return samples
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Samples to a batch."""
+        return self._collate(samples[0] if self._single else samples)
+
+    def _index_whole(self, request: Request) -> list[torch.Tensor]:
+        indices = [index for _, run in request for index in run]
+        index = torch.tensor(indices)
+        return [tensor[index] for tensor in self._dataset.tensors]
+
+
+class WorkerInit:
+    """Runs first in each loader worker: signals are the main process's business.
+
+    A scheduler or a terminal signals every process of the group; a worker that died of it would
+    take the run down before it could be saved. A worker that is asked to end and stays behind
+    all the same ends by itself after a grace period.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self._then = then
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
+        if self._then is not None:
+            self._then(worker_id)
+
+
+def _number(index: Any) -> int:
+    """An integer for a sample's index; keys of other types get one from their text."""
+    if isinstance(index, int):
+        return index
+    return int.from_bytes(str(index).encode()[-8:], "little")
+
+
+def _seed(seed: int) -> None:
+    # The loop's hottest seeding: three direct calls, no device (samples are made on the CPU).
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)

@@ -1,0 +1,268 @@
+"""Map-style data: every position is computed, so that any rank count sees the same windows.
+
+An epoch is a range of units (samples; or batches, if a batch sampler makes them). A window is the
+next `micro_batches x batch_size x ranks` units, never across the epoch's end. Each micro-batch is a
+contiguous run of the window, split evenly over the ranks: what differs between 1 rank accumulating
+4 micro-batches and 4 ranks accumulating 1 is who computes, not what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from paceline.data.fetch import Fetcher, Request, WorkerInit
+from paceline.data.order import ORDER_VERSION, Order
+from paceline.data.source import Draw
+from paceline.errors import DataError
+
+
+class Layout:
+    """The arithmetic of splitting units over micro-batches and ranks.
+
+    Args:
+        order: the units of each pass.
+        batch_size: units in a rank's micro-batch (1 if units are batches).
+        dp_rank, dp_size: this replica and their number.
+        epoch_length: micro-batches a rank sees in an epoch; None for one pass over the data.
+        batched: each unit is a list of sample indices, a batch sampler's batch.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        epoch_length: int | None = None,
+        *,
+        batched: bool = False,
+    ) -> None:
+        self.order = order
+        self._batched = batched
+        self.chunk = batch_size * dp_size
+        self._rank, self._ranks = dp_rank, dp_size
+        self._epoch_units = None if epoch_length is None else epoch_length * self.chunk
+        if order.length(0) < 1:
+            raise DataError("the training data is empty: no sample is left to train on.")
+
+    def units(self, epoch: int) -> int:
+        """Units in `epoch`, all ranks together."""
+        return self._epoch_units or self.order.length(epoch)
+
+    def micro_batches(self, epoch: int) -> int:
+        """Micro-batches a rank sees in `epoch`."""
+        return -(-self.units(epoch) // self.chunk)
+
+    def share(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's part of the units [start, stop); ranks differ by one unit at most."""
+        base, extra = divmod(stop - start, self._ranks)
+        first = start + self._rank * base + min(self._rank, extra)
+        return first, first + base + (self._rank < extra)
+
+    def request(self, epoch: int, start: int, stop: int) -> Request:
+        """The samples of the units [start, stop) of `epoch`, by pass."""
+        if self._epoch_units is None:
+            return [(epoch, self._samples(epoch, start, stop))]
+        length = self.order.length(0)
+        position, end = epoch * self._epoch_units + start, epoch * self._epoch_units + stop
+        runs: list[tuple[int, Any]] = []
+        while position < end:
+            pass_, first = divmod(position, length)
+            last = min(length, first + end - position)
+            runs.append((pass_, self._checked_slice(pass_, first, last, length)))
+            position += last - first
+        return runs
+
+    def _checked_slice(self, pass_: int, first: int, last: int, length: int) -> Any:
+        if self.order.length(pass_) != length:
+            raise DataError(
+                f"the sampler gave {length} units in its first pass and "
+                f"{self.order.length(pass_)} in pass {pass_}: with epoch_length set, every pass "
+                "must have the same length. Leave epoch_length out, or use another sampler."
+            )
+        return self._samples(pass_, first, last)
+
+    def _samples(self, pass_: int, first: int, last: int) -> Sequence[Any]:
+        units = self.order.slice(pass_, first, last)
+        return [sample for unit in units for sample in unit] if self._batched else units
+
+    def count(self, epoch: int, start: int, stop: int) -> int:
+        """Samples in the units [start, stop) of `epoch`."""
+        if not self._batched:
+            return stop - start
+        return sum(len(run) for _, run in self.request(epoch, start, stop))
+
+    def requests(self, epoch: int, offset: int, *, endless: bool) -> Iterator[Request]:
+        """This rank's requests from `offset` in `epoch` to its end, or on through later epochs."""
+        while True:
+            end = self.units(epoch)
+            while offset < end:
+                stop = min(offset + self.chunk, end)
+                first, last = self.share(offset, stop)
+                # A rank without a unit runs the chunk's first one, with weight zero.
+                yield self.request(
+                    epoch, *((first, last) if last > first else (offset, offset + 1))
+                )
+                offset = stop
+            if not endless:
+                return
+            epoch, offset = epoch + 1, 0
+
+
+class _Requests:
+    """A batch sampler for torch's DataLoader."""
+
+    def __init__(self, layout: Layout, epoch: int, offset: int, *, endless: bool) -> None:
+        self._arguments = layout, epoch, offset, endless
+
+    def __iter__(self) -> Iterator[Request]:
+        layout, epoch, offset, endless = self._arguments
+        return layout.requests(epoch, offset, endless=endless)
+
+
+class Reader:
+    """Turns requests into batches, here or in the user's number of worker processes."""
+
+    def __init__(self, fetcher: Fetcher, loader: DataLoader, layout: Layout) -> None:
+        self._fetcher = fetcher
+        self._layout = layout
+        self._loader = loader
+        self.persistent = loader.persistent_workers
+
+    def read(self, epoch: int, offset: int, *, endless: bool = False) -> Iterator[Any]:
+        """Batches of this rank from a position on."""
+        requests = _Requests(self._layout, epoch, offset, endless=endless)
+        if self._loader.num_workers == 0:
+            return self._read_here(requests)
+        theirs = self._loader
+        return iter(
+            DataLoader(
+                self._fetcher,
+                batch_sampler=requests,  # pyright: ignore[reportArgumentType]
+                collate_fn=self._fetcher.collate,
+                num_workers=theirs.num_workers,
+                pin_memory=theirs.pin_memory,
+                timeout=theirs.timeout,
+                worker_init_fn=WorkerInit(theirs.worker_init_fn),
+                multiprocessing_context=theirs.multiprocessing_context,
+                prefetch_factor=theirs.prefetch_factor,
+                # A generator of its own: making an iterator must not draw from the global one.
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+
+    def _read_here(self, requests: _Requests) -> Iterator[Any]:
+        fetch = self._fetcher
+        for request in requests:
+            yield fetch(request)
+
+
+class IndexedSource:
+    """Training windows over map-style data (`Source`).
+
+    Args:
+        layout: how units are split.
+        reader: how they are read.
+        micro_batches_per_window: micro-batches a rank accumulates for one optimizer step.
+        sizes_known: whether units are counted samples (not with a loader's batch_size=None).
+        identity: what a resumed run must find unchanged.
+        plan: what was decided, for the printed plan.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        reader: Reader,
+        micro_batches_per_window: int,
+        *,
+        sizes_known: bool,
+        identity: dict[str, Any],
+        plan: list[tuple[str, str]],
+    ) -> None:
+        self._layout = layout
+        self._reader = reader
+        self._window = micro_batches_per_window * layout.chunk
+        self._sizes_known = sizes_known
+        self.micro_batches: int | None = layout.micro_batches(0)
+        self.windows_per_epoch: int | None = -(-self.micro_batches // micro_batches_per_window)
+        self.identity = {**identity, "order_version": ORDER_VERSION, "units": layout.units(0)}
+        self.plan = plan
+        self._epoch = 0
+        self._offset = 0
+        self._end = 0
+        self._batches: Iterator[Any] | None = None
+
+    def start_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._offset = epoch, 0
+        if not self._reader.persistent:
+            self._batches = None
+        self._end = self._layout.units(epoch)
+
+    def draw(self) -> Draw | None:
+        start, stop = self._offset, min(self._offset + self._window, self._end)
+        if start == stop:
+            return None
+        if self._batches is None:
+            self._batches = self._reader.read(self._epoch, start, endless=self._reader.persistent)
+        self._offset = stop
+        chunk = self._layout.chunk
+        shares = [self._layout.share(at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
+        batches, epoch = self._batches, self._epoch
+
+        def batch(j: int) -> Any:
+            return next(batches)
+
+        def ids(j: int) -> list[Any]:
+            runs = self._layout.request(epoch, *shares[j])
+            return [unit for _, run in runs for unit in run]
+
+        sizes, samples = self._count(shares, start, stop)
+        return Draw(sizes, samples, batch, ids)
+
+    def _count(self, shares: list[tuple[int, int]], start: int, stop: int) -> tuple[list[int], int]:
+        if self._sizes_known:
+            count, epoch = self._layout.count, self._epoch
+            return [count(epoch, *share) for share in shares], count(epoch, start, stop)
+        sizes = [-1 if last > first else 0 for first, last in shares]
+        return sizes, -1
+
+    def at_end(self, *, keep: bool) -> bool:
+        return self._offset >= self._end
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "offset": self._offset}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch, self._offset = state["epoch"], state["offset"]
+        self._end = self._layout.units(self._epoch)
+        self._batches = None
+
+    def close(self) -> None:
+        self._batches = None
+
+
+class IndexedValidation:
+    """Validation over map-style data (`Validation`): each sample once, ranks evenly loaded."""
+
+    def __init__(self, layout: Layout, reader: Reader, *, sizes_known: bool) -> None:
+        self._layout = layout
+        self._reader = reader
+        self._sizes_known = sizes_known
+        self.length: int | None = layout.micro_batches(0)
+
+    def batches(self) -> Iterator[tuple[Any, int]]:
+        end, chunk = self._layout.units(0), self._layout.chunk
+        reading = self._reader.read(0, 0)
+        for start in range(0, end, chunk):
+            first, last = self._layout.share(start, min(start + chunk, end))
+            batch = next(reading)
+            if last > first:
+                yield batch, self._layout.count(0, first, last) if self._sizes_known else -1
+
+    def close(self) -> None:
+        """Workers end with each validation's iterator."""

@@ -1,0 +1,255 @@
+"""From the user's DataLoader, or any iterable, to what the loop reads.
+
+A plain DataLoader over a map-style dataset keeps its dataset, collate_fn, batch size, workers and
+drop_last; its order becomes a function of (seed, pass), so that any position can be found at once.
+Everything else keeps its own order and is iterated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from paceline.data.fetch import Fetcher
+from paceline.data.indexed import IndexedSource, IndexedValidation, Layout, Reader
+from paceline.data.order import Order, Sampled, Sequential, Shuffled
+from paceline.data.source import Source, Validation
+from paceline.data.streamed import StreamedSource, StreamedValidation
+from paceline.errors import ConfigError, DataError
+from paceline.world.world import World
+
+
+@dataclass(frozen=True)
+class WindowSize:
+    """How many samples an optimizer step sees.
+
+    Args:
+        gradient_accumulation_steps: micro-batches a rank accumulates for one step.
+        global_batch_size: samples of all ranks in one step; if given, the accumulation follows.
+        epoch_length: micro-batches a rank sees in an epoch; None for one pass over the loader.
+    """
+
+    gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    epoch_length: int | None = None
+
+    def micro_batches(self, batch_size: int, dp_size: int) -> int:
+        """Micro-batches a rank accumulates for one step.
+
+        Raises:
+            ConfigError: `global_batch_size` is no multiple of what the ranks take at a time.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        at_once = batch_size * dp_size
+        accumulation, rest = divmod(self.global_batch_size, at_once)
+        if rest or accumulation == 0:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} cannot be made of micro-batches of "
+                f"{batch_size} samples on {dp_size} rank{'s' * (dp_size != 1)}: it must be a "
+                f"multiple of {batch_size} x {dp_size} = {at_once}. Change the loader's "
+                "batch_size, the number of ranks, or global_batch_size."
+            )
+        return accumulation
+
+
+def is_indexed(loader: Any) -> bool:
+    """Whether the loader's order can be computed: a plain DataLoader over a map-style dataset."""
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and not isinstance(loader.dataset, IterableDataset)
+        and not hasattr(loader, "state_dict")
+    )
+
+
+def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: World) -> Source:
+    """The training source for a user's loader.
+
+    Args:
+        loader: a DataLoader, a loader with `state_dict`, or any iterable of batches.
+        size: samples in a window and micro-batches in an epoch.
+        seed: the run's seed.
+        world: the ranks that share the data.
+
+    Raises:
+        DataError: the loader is empty.
+        ConfigError: the sizes do not fit together.
+    """
+    if size.epoch_length is not None and size.epoch_length < 1:
+        raise ConfigError(f"epoch_length={size.epoch_length}: an epoch needs at least one batch.")
+    if not is_indexed(loader):
+        return _open_streamed(loader, size, seed, world)
+    assert isinstance(loader, DataLoader)
+    order, batched, plan = _order(loader, seed, world)
+    batch_size = 1 if batched else (loader.batch_size or 1)
+    accumulation = size.micro_batches(batch_size, world.dp_size)
+    layout = Layout(
+        order, batch_size, world.dp_rank, world.dp_size, size.epoch_length, batched=batched
+    )
+    single = loader.batch_size is None and not batched
+    fetcher = Fetcher(loader.dataset, loader.collate_fn, seed, "sample", single=single)
+    window = batch_size * accumulation * world.dp_size
+    plan.append(
+        (
+            f"each optimizer step sees {window} {'batches' if batched else 'samples'}: "
+            f"{accumulation} x {batch_size} on {world.dp_size} "
+            f"rank{'s' * (world.dp_size != 1)}; an epoch has {layout.units(0)}",
+            "batch_size, gradient_accumulation_steps, global_batch_size, epoch_length",
+        )
+    )
+    return IndexedSource(
+        layout,
+        Reader(fetcher, loader, layout),
+        accumulation,
+        sizes_known=not single,
+        identity={
+            "order": type(order).__name__.lower(),
+            "samples": len(loader.dataset),  # pyright: ignore[reportArgumentType]
+            "global_batch_size": window,
+            "drop_last": bool(loader.drop_last),
+        },
+        plan=plan,
+    )
+
+
+def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
+    """The validation source for a user's loader; the arguments are those of `open_training`."""
+    if not is_indexed(loader):
+        return StreamedValidation(loader, seed)
+    assert isinstance(loader, DataLoader)
+    order, batched, _ = _order(loader, seed, world)
+    batch_size = 1 if batched else (loader.batch_size or 1)
+    layout = Layout(order, batch_size, world.dp_rank, world.dp_size, batched=batched)
+    single = loader.batch_size is None and not batched
+    fetcher = Fetcher(loader.dataset, loader.collate_fn, seed, "val-sample", single=single)
+    return IndexedValidation(layout, Reader(fetcher, loader, layout), sizes_known=not single)
+
+
+def count_windows(
+    loader: Iterable[Any], size: WindowSize, epochs: int | None, max_steps: int | None, dp_size: int
+) -> int | None:
+    """Optimizer steps in a whole run, or None if only the data's end will tell.
+
+    Args:
+        loader: the training loader.
+        size: samples in a window and micro-batches in an epoch.
+        epochs, max_steps: where the run ends, whichever comes first.
+        dp_size: data-parallel ranks.
+    """
+    world = World()
+    world.dp_rank, world.dp_size = 0, dp_size
+    per_epoch = open_training(loader, size, 0, world).windows_per_epoch
+    steps = None if per_epoch is None or epochs is None else per_epoch * epochs
+    return min((n for n in (steps, max_steps) if n is not None), default=None)
+
+
+def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> StreamedSource:
+    if not hasattr(loader, "__iter__"):
+        raise DataError(
+            f"train_dataloader is a {type(loader).__name__}, which cannot be iterated: give a "
+            "DataLoader or an iterable of batches."
+        )
+    if iter(loader) is loader:
+        raise DataError(
+            "train_dataloader is an iterator, which can be read only once: give an object whose "
+            "__iter__ starts again, such as a DataLoader."
+        )
+    accumulation = size.gradient_accumulation_steps
+    if size.global_batch_size is not None:
+        if getattr(loader, "batch_size", None) is None:
+            raise ConfigError(
+                "global_batch_size needs a loader with a batch_size; this one has none. "
+                "Set gradient_accumulation_steps instead."
+            )
+        accumulation = size.micro_batches(loader.batch_size, world.dp_size)
+    stateful = hasattr(loader, "state_dict")
+    plan = [
+        (
+            "the training loader keeps its own order and "
+            + ("is asked for its state" if stateful else "is read again from the start at resume"),
+            "a map-style dataset in a DataLoader resumes by position",
+        )
+    ]
+    if world.dp_size > 1:
+        plan.append(("each rank iterates its own loader, which must know its share", "the loader"))
+    return StreamedSource(loader, accumulation, size.epoch_length, seed, world, plan)
+
+
+def _order(
+    loader: DataLoader, seed: int, world: World
+) -> tuple[Order, bool, list[tuple[str, str]]]:
+    """The loader's order, whether its units are batches, and what to say of it."""
+    n = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    own_batches = loader.batch_size is None and loader.batch_sampler is not None
+    if own_batches or (
+        loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+    ):
+        name = type(loader.batch_sampler).__name__
+        return (
+            Sampled(loader.batch_sampler, seed),
+            True,
+            [(f"batches come from {name}, drawn once a pass under (seed, pass)", "batch_sampler")],
+        )
+    sampler: Any = loader.sampler
+    used = n
+    plan: list[tuple[str, str]] = []
+    if loader.drop_last and loader.batch_size:
+        used = n - n % loader.batch_size
+        if used == 0:
+            raise DataError(
+                f"drop_last drops everything: the data have {n} samples and batch_size is "
+                f"{loader.batch_size}."
+            )
+        if used < n:
+            plan.append((f"drop_last leaves out {n - used} of {n} samples each pass", "drop_last"))
+    if n == 0:
+        raise DataError("the data are empty: the loader's dataset has no sample.")
+    shuffle = _shuffles(sampler)
+    if shuffle is None:
+        name = type(sampler).__name__
+        plan.insert(0, (f"order: {name}'s own, drawn once a pass under (seed, pass)", "sampler"))
+        return _trimmed(Sampled(sampler, seed), loader), False, plan
+    text = "a new permutation each pass, from (seed, pass)" if shuffle else "as stored"
+    plan.insert(0, (f"order: {text} (the loader says shuffle={shuffle})", "shuffle"))
+    return Shuffled(n, seed, used=used) if shuffle else Sequential(used), False, plan
+
+
+def _shuffles(sampler: Any) -> bool | None:
+    """Whether a sampler of torch's shuffles, or None if it is another kind of sampler."""
+    if type(sampler) is SequentialSampler:
+        return False
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None:
+        return True
+    if type(sampler) is DistributedSampler:
+        return sampler.shuffle
+    return None
+
+
+class _Trimmed:
+    """An order without the last units of each pass, for drop_last."""
+
+    def __init__(self, order: Order, batch_size: int) -> None:
+        self._order = order
+        self._batch_size = batch_size
+
+    def length(self, pass_: int) -> int:
+        length = self._order.length(pass_)
+        return length - length % self._batch_size
+
+    def slice(self, pass_: int, start: int, stop: int) -> Any:
+        return self._order.slice(pass_, start, stop)
+
+
+def _trimmed(order: Order, loader: DataLoader) -> Order:
+    return _Trimmed(order, loader.batch_size) if loader.drop_last and loader.batch_size else order

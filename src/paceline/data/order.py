@@ -1,0 +1,159 @@
+"""Who comes when: the order of samples as a function of (seed, pass, position).
+
+No permutation is ever held in memory, so that position 10^9 costs what position 0 costs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from paceline.errors import DataError
+from paceline.world.seeding import mix, seed_everything, stream
+
+ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would be another order
+_ROUNDS = 12  # fewer leave the orders of very small sets visibly uneven
+_BLOCK = 4096
+
+
+class Order(Protocol):
+    """The units (samples, or a batch sampler's batches) of each pass, in order."""
+
+    def length(self, pass_: int) -> int:
+        """Units in pass `pass_`."""
+        ...
+
+    def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
+        """The units at positions `start` up to `stop` of pass `pass_`."""
+        ...
+
+
+class Permutation:
+    """A keyed permutation of range(n), any part of which is computed on its own.
+
+    A Feistel network over the pairs (x // width, x % width): even rounds add a keyed hash of one
+    half to the other modulo its size, odd rounds the reverse; results outside range(n) are sent
+    through again (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    """
+
+    def __init__(self, n: int, key: int) -> None:
+        self.n = n
+        self._height = max(1, math.isqrt(n))
+        self._width = -(-n // self._height)
+        self._keys = [np.uint64(mix(key, i)) for i in range(_ROUNDS)]
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The images of `positions` (int64 array of any length)."""
+        out = self._once(positions.astype(np.uint64))
+        while (outside := out >= self.n).any():
+            out[outside] = self._once(out[outside])
+        return out.astype(np.int64)
+
+    def _once(self, x: np.ndarray) -> np.ndarray:
+        height, width = np.uint64(self._height), np.uint64(self._width)
+        high, low = x // width, x % width
+        for i, key in enumerate(self._keys):
+            if i % 2 == 0:
+                high = (high + _hash(low, key)) % height
+            else:
+                low = (low + _hash(high, key)) % width
+        return high * width + low
+
+
+def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Spreads keyed 64-bit integers; the top 32 bits, so that a sum cannot overflow."""
+    x = (x ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+    return x >> np.uint64(32)
+
+
+class Sequential:
+    """0, 1, 2, ... in every pass."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def length(self, pass_: int) -> int:
+        return self.n
+
+    def slice(self, pass_: int, start: int, stop: int) -> Sequence[int]:
+        return range(start, stop)
+
+
+class Shuffled:
+    """A new permutation of all `n` samples in every pass, the first `length` of it used."""
+
+    def __init__(self, n: int, seed: int, *, used: int | None = None) -> None:
+        self.n = n
+        self._used = n if used is None else used
+        self._seed = seed
+        self._held: tuple[int, int] = (-1, -1)
+        self._block: list[int] = []
+
+    def length(self, pass_: int) -> int:
+        return self._used
+
+    def slice(self, pass_: int, start: int, stop: int) -> Sequence[int]:
+        out: list[int] = []
+        while start < stop:
+            block, offset = divmod(start, _BLOCK)
+            if self._held != (pass_, block):
+                self._load(pass_, block)
+            taken = self._block[offset : offset + stop - start]
+            out = out + taken if out else taken
+            start += len(taken)
+        return out
+
+    def _load(self, pass_: int, block: int) -> None:
+        permutation = Permutation(self.n, stream(self._seed, "order", pass_))
+        positions = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.n))
+        self._block = permutation(positions).tolist()
+        self._held = (pass_, block)
+
+
+class Sampled:
+    """The order of a sampler or batch sampler of the user's own, drawn once a pass.
+
+    It is drawn under generators seeded by (seed, pass), so that any pass can be drawn again; the
+    generators' state is put back afterwards.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self._sampler = sampler
+        self._seed = seed
+        self._pass = -1
+        self._units: list[Any] = []
+
+    def length(self, pass_: int) -> int:
+        return len(self._draw(pass_))
+
+    def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
+        return self._draw(pass_)[start:stop]
+
+    def _draw(self, pass_: int) -> list[Any]:
+        if pass_ == self._pass:
+            return self._units
+        seed = stream(self._seed, "order", pass_)
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(pass_)
+        inner = (self._sampler, getattr(self._sampler, "sampler", None))
+        held = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        try:
+            seed_everything(seed)
+            for sampler in inner:
+                if isinstance(getattr(sampler, "generator", None), torch.Generator):
+                    sampler.generator.manual_seed(seed)  # pyright: ignore
+            self._units = list(self._sampler)
+        finally:
+            torch.set_rng_state(held[0])
+            np.random.set_state(held[1])
+            random.setstate(held[2])
+        if not self._units:
+            raise DataError(f"{type(self._sampler).__name__} yields nothing: the loader is empty.")
+        self._pass = pass_
+        return self._units

@@ -1,0 +1,75 @@
+"""What the loop asks of its data: windows of micro-batches, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+
+class Draw(NamedTuple):
+    """What one window takes from the data on this rank.
+
+    Attributes:
+        sizes: this rank's samples in each micro-batch; 0 is a stand-in that keeps ranks in step,
+            -1 is unknown until the batch is counted.
+        samples: samples of all ranks, or -1 if the loader does not say.
+        batch: the j-th micro-batch; to be asked for in order.
+        ids: the sample indices of the j-th micro-batch, if the loader knows them.
+    """
+
+    sizes: list[int]
+    samples: int
+    batch: Callable[[int], Any]
+    ids: Callable[[int], list[Any]]
+
+
+class Source(Protocol):
+    """Training data, seen from the loop.
+
+    Attributes:
+        micro_batches: micro-batches of this rank in an epoch, None if only the end will tell.
+        windows_per_epoch: optimizer steps in an epoch, or None.
+        plan: what was decided about the data, as (decision, setting) pairs.
+        identity: what a resumed run must find unchanged.
+    """
+
+    micro_batches: int | None
+    windows_per_epoch: int | None
+    plan: list[tuple[str, str]]
+    identity: dict[str, Any]
+
+    def start_epoch(self, epoch: int) -> None:
+        """Stands at the first window of `epoch`, unless a loaded state says where in it."""
+        ...
+
+    def draw(self) -> Draw | None:
+        """The next window, or None at the epoch's end."""
+        ...
+
+    def at_end(self, *, keep: bool) -> bool:
+        """Whether the epoch ends here; `keep` if a state may be taken before the next draw."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the data stands, between two windows; the same on every rank but for `local`."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state` was taken."""
+        ...
+
+    def close(self) -> None:
+        """Ends worker processes."""
+        ...
+
+
+class Validation(Protocol):
+    """Validation data: each sample once over all ranks, no stand-ins."""
+
+    length: int | None
+
+    def batches(self) -> Iterator[tuple[Any, int]]:
+        """This rank's (batch, samples) pairs; samples is -1 if the loader does not say."""
+        ...
+
+    def close(self) -> None: ...
