@@ -1,0 +1,23 @@
+"""Checkpoints: all state of a run, safe from a kill at any instant."""
+
+from paceline.checkpoint.codec import decode, encode
+from paceline.checkpoint.fits import check_fits
+from paceline.checkpoint.manager import Checkpoints, Event, load_tree
+from paceline.checkpoint.policy import CheckpointPolicy, reasons_due, to_keep
+from paceline.checkpoint.publication import Checkpoint, Manifest, read_manifest, verify
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointPolicy",
+    "Checkpoints",
+    "Event",
+    "Manifest",
+    "check_fits",
+    "decode",
+    "encode",
+    "load_tree",
+    "read_manifest",
+    "reasons_due",
+    "to_keep",
+    "verify",
+]

@@ -1,0 +1,105 @@
+"""Every file operation of a save, in one small layer.
+
+A save goes through a `Disk` and nothing else, so that a test can stand in for the machine: end
+the process after the n-th operation, fill the disk, write short. It has no options.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+FIRST_REMOVED = "manifest.json"
+"""Removed before the rest of its folder, so that half a folder never looks whole."""
+
+
+class Disk:
+    """The operations that change something. Each raises OSError."""
+
+    def mkdir(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def create(self, path: Path) -> int:
+        """Opens a new file for writing; it must not exist."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """Writes some of `data` (maybe not all) and returns how much."""
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: Path) -> None:
+        os.rmdir(path)
+
+    def fsync_folder(self, path: Path) -> None:
+        """Makes the names in a folder durable: without it a rename may not survive a crash."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def free_bytes(self, path: Path) -> int:
+        return shutil.disk_usage(path).free
+
+    # What follows is composed of the operations above.
+
+    def write_all(self, fd: int, data: memoryview | bytes) -> None:
+        """Writes all of `data`, however short the single writes are."""
+        view = memoryview(data)
+        while view:
+            written = self.write(fd, view)
+            if written <= 0:
+                raise OSError("the file system accepts no more bytes")
+            view = view[written:]
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """Writes a new file and makes its bytes durable."""
+        fd = self.create(path)
+        try:
+            self.write_all(fd, data)
+            self.fsync(fd)
+        finally:
+            self.close(fd)
+
+    def replace_text(self, path: Path, text: str) -> None:
+        """Writes a small text file so that a reader sees the old text or the new, never a part."""
+        beside = path.with_name(f".{path.name}.new")
+        if os.path.lexists(beside):
+            self.unlink(beside)
+        self.write_file(beside, text.encode())
+        self.rename(beside, path)
+
+    def make_folders(self, path: Path) -> None:
+        """Makes a folder and those above it, as far as they are missing."""
+        if not path.is_dir():
+            self.make_folders(path.parent)
+            try:
+                self.mkdir(path)
+            except FileExistsError:
+                return
+            self.fsync_folder(path.parent)
+
+    def remove(self, path: Path) -> None:
+        """Removes a file or a whole folder; follows no link. Fine if it does not exist."""
+        if not os.path.lexists(path):
+            return
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            self.unlink(path)
+            return
+        for name in sorted(os.listdir(path), key=lambda name: (name != FIRST_REMOVED, name)):
+            self.remove(path / name)
+        self.rmdir(path)

@@ -1,0 +1,457 @@
+"""Checkpoints: the checkpoints of one run, saved, found, verified and pruned."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from paceline.checkpoint import agreement, publication
+from paceline.checkpoint.codec import decode, encode
+from paceline.checkpoint.files import Disk
+from paceline.checkpoint.policy import CheckpointPolicy, to_keep
+from paceline.checkpoint.publication import Checkpoint, Manifest
+from paceline.checkpoint.ranks import Ranks, describe
+from paceline.checkpoint.safetensors_file import FileRecord
+from paceline.checkpoint.staging import Staging
+from paceline.checkpoint.storage import read_tensors, write_tensors
+from paceline.errors import CheckpointError, StateError
+from paceline.world.world import World
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a checkpoint, for people to read.
+
+    Attributes:
+        kind: `saved`, `failed`, `damaged` (set aside), `abandoned` (set aside), `recovered`, or
+            `warning`.
+        message: one line.
+        step: the checkpoint's step, where it is known.
+    """
+
+    kind: Literal["saved", "failed", "damaged", "abandoned", "recovered", "warning"]
+    message: str
+    step: int | None = None
+
+
+@dataclass
+class _Job:
+    """One save on its way to the disk."""
+
+    step: int
+    best: bool
+    info: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    shared: Any = None
+    own: list[Any] = field(default_factory=list)  # on rank 0: every rank's own skeleton
+    needed: int = 0
+    error: CheckpointError | None = None
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Every method is called on every rank, in the same order.
+
+    Args:
+        folder: made at the first save.
+        policy: what to keep, and whether to write in the background.
+        world: the ranks that save together.
+    """
+
+    def __init__(self, folder: Path | str, policy: CheckpointPolicy, world: World) -> None:
+        self.folder = Path(folder)
+        self.policy = policy
+        self._ranks = Ranks(world)
+        self._disk = Disk()
+        self._staging = Staging()
+        self._thread: threading.Thread | None = None
+        self._job: _Job | None = None
+        self._events: deque[Event] = deque()
+        self._failed = False
+        self._last_id: int | None = None
+        self._verified: set[tuple[Path, int]] = set()
+
+    # Saving
+
+    def save(
+        self,
+        tree: dict[str, Any],
+        step: int,
+        *,
+        best: bool = False,
+        synchronous: bool = False,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        """Saves the state, after finishing the save in flight if there is one.
+
+        With an asynchronous policy this returns once the state is copied; else, once it is on the
+        disk. A write that fails leaves the previous checkpoints alone, is reported by `poll`, and
+        makes `retry_due` true.
+
+        Args:
+            tree: the state, the same on every rank but for `tree["rank"]`, where each rank gives
+                `{"<its rank>": {...}}` and the checkpoint gets all of them.
+            step: optimizer steps done; a checkpoint of the same step is replaced.
+            best: this is the best so far by the monitored metric.
+            synchronous: be on the disk when this returns, or raise. For a run's last save.
+            info: goes to the manifest: why it was saved, metrics, best value.
+
+        Raises:
+            StateError: something in the tree cannot be stored, or the ranks disagree about it.
+            CheckpointError: only if `synchronous`: it could not be written.
+        """
+        self.wait()
+        blocking = synchronous or not self.policy.asynchronous
+        job = self._job = self._prepare(tree, step, best, dict(info or {}), copy=not blocking)
+        if not blocking:
+            self._thread = threading.Thread(target=self._write, args=(job,), name="checkpoint")
+            self._thread.start()
+            return
+        self._write(job)
+        self.wait()
+        if synchronous and job.error is not None:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written: {job.error}"
+            ) from job.error
+
+    def wait(self) -> CheckpointError | None:
+        """Finishes the save in flight; returns why the latest save failed, or None."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._job is None:
+            return None
+        self._failed = self._job.error is not None
+        return self._job.error
+
+    def poll(self) -> builtins.list[Event]:
+        """What happened since the last call. Never waits; complete on rank 0 only."""
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
+
+    @property
+    def retry_due(self) -> bool:
+        """Whether the latest finished save failed, so that the next occasion should be taken.
+
+        Ranks may see a background save end at different moments: act on rank 0's answer.
+        """
+        job = self._job
+        if job is not None and (self._thread is None or not self._thread.is_alive()):
+            return job.error is not None
+        return self._failed
+
+    @property
+    def busy(self) -> bool:
+        """Whether a background save is in flight on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """Finishes the save in flight and frees the host buffers. Safe to call twice."""
+        self.wait()
+        self._staging.release()
+
+    # Finding and loading
+
+    def recover(self) -> None:
+        """Finishes or removes what a killed process left. Called once, before anything else."""
+
+        def work() -> list[str]:
+            done = publication.recover(self.folder, self._disk)
+            for name in ("latest", "best"):
+                self._disk.remove(self.folder / f".{name}.new")
+            if done:
+                self._write_hints()
+            return done
+
+        self._tell("recovered", self._ranks.main(work))
+
+    def list(self) -> builtins.list[Checkpoint]:
+        """The visible checkpoints with a whole manifest, oldest first; their files are not read."""
+        return self._ranks.main(lambda: publication.scan(self.folder)[0])
+
+    def newest(self) -> Checkpoint | None:
+        """The newest intact checkpoint by `save_id`, read whole; damaged ones are set aside.
+
+        Raises:
+            CheckpointError: one was written by another version of Paceline, or a damaged one cannot
+                be moved.
+        """
+        self.wait()
+        found, messages = self._ranks.main(self._find_newest)
+        self._tell("damaged", messages)
+        if found is not None:
+            self._verified.add((found.path, found.save_id))
+        return found
+
+    def best(self) -> Checkpoint | None:
+        """The newest checkpoint that was the best when it was saved, by the manifests alone."""
+        return next((c for c in reversed(self.list()) if c.best), None)
+
+    def load(self, path: Path | str, *, into: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Reads a checkpoint, verifying it first unless `newest` just did.
+
+        Args:
+            path: its folder.
+            into: a tree like the one saved, whose tensors are filled instead of making new ones:
+                DTensors get their own shards. Other leaves of it are not looked at.
+
+        Returns:
+            The tree, with every rank's part under `tree["rank"]`.
+
+        Raises:
+            MismatchError: a tensor of `into` has another dtype or shape.
+            CheckpointError: it is damaged, or not a checkpoint.
+        """
+        path = Path(path)
+
+        def check() -> None:
+            manifest = publication.read_manifest(path)
+            if (path, manifest.save_id) not in self._verified:
+                publication.verify(path)
+
+        self._ranks.main(check)
+        return self._ranks.together(lambda: load_tree(path, into))
+
+    def abandon_after(self, save_id: int) -> None:
+        """Moves checkpoints with a larger `save_id` to `.abandoned`: for resuming from one."""
+        self.wait()
+
+        def work() -> list[str]:
+            messages = []
+            for later in [c for c in publication.scan(self.folder)[0] if c.save_id > save_id]:
+                where = publication.set_aside(later.path, publication.ABANDONED, self._disk)
+                messages.append(
+                    f"{later.path.name}: newer than the checkpoint resumed from; moved to {where}"
+                )
+            if messages:
+                self._write_hints()
+            return messages
+
+        self._tell("abandoned", self._ranks.main(work))
+
+    # Space
+
+    def required_bytes(self, tree: dict[str, Any]) -> int:
+        """The bytes that one checkpoint of this tree takes on the disk, all ranks together."""
+        sizes = self._ranks.everywhere(lambda: agreement.sizes(self._encode(tree)[0]))
+        return self._ranks.main(lambda: agreement.required_bytes(sizes))
+
+    def check_space(self, tree: dict[str, Any]) -> None:
+        """Raises a CheckpointError if there is no space for one checkpoint. For before step 1."""
+        needed = self.required_bytes(tree)
+        self._ranks.main(lambda: self._check_free(needed))
+
+    # How it is done
+
+    def _encode(self, tree: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any, Any]:
+        """This rank's tensors, the skeleton that all share, and this rank's own."""
+        own = tree.get("rank", {})
+        rank = str(self._ranks.rank)
+        if not isinstance(own, dict) or set(own) - {rank}:
+            raise StateError(f"rank: on rank {rank} only the key {rank!r} may stand here")
+        shared, skeleton = encode({key: value for key, value in tree.items() if key != "rank"})
+        mine, own_skeleton = encode(own, prefix=("rank",))
+        return shared | mine, skeleton, own_skeleton if "rank" in tree else None
+
+    def _prepare(
+        self, tree: dict[str, Any], step: int, best: bool, info: dict[str, Any], copy: bool
+    ) -> _Job:
+        """Turns the state into a job; what cannot be stored is found here, by all ranks."""
+        job = _Job(step, best, info)
+
+        def work() -> tuple[Any, tuple[int, int], str]:
+            if encode(info)[0]:
+                raise StateError("info: only plain values go to the manifest, no tensors")
+            tensors, job.shared, own = self._encode(tree)
+            job.tensors = self._staging.copy(tensors) if copy else tensors
+            return (
+                own,
+                agreement.sizes(tensors),
+                agreement.digest(tensors, job.shared) if self._ranks.size > 1 else "",
+            )
+
+        parts = self._ranks.everywhere(work)
+        if not self._ranks.main(lambda: len({digest for _, _, digest in parts}) == 1):
+            self._ranks.everywhere(
+                lambda: (job.shared, agreement.forms(job.tensors)), agreement.raise_difference
+            )
+        job.own = [own for own, _, _ in parts]
+        job.needed = agreement.required_bytes([sizes for _, sizes, _ in parts])
+        return job
+
+    def _write(self, job: _Job) -> None:
+        """Writes and publishes one job. Raises nothing: the outcome is left in `job.error`."""
+        hidden = publication.hidden(self.folder, publication.folder_name(job.step), "new")
+        try:
+            self._ranks.main(lambda: self._begin(hidden, job))
+            records = write_tensors(job.tensors, hidden, self._ranks, self._disk)
+            self._ranks.main(lambda: self._publish(hidden, records, job))
+        except Exception as error:  # noqa: BLE001 - a failed write must not end the training
+            job.error = error if isinstance(error, CheckpointError) else _as_ours(error)
+            if self._ranks.is_main:
+                self._clean_up(hidden, job)
+        job.tensors = {}
+
+    def _begin(self, hidden: Path, job: _Job) -> None:
+        self._disk.make_folders(self.folder)
+        self._disk.remove(hidden)
+        self._check_free(job.needed)
+        self._disk.mkdir(hidden)
+
+    def _publish(self, hidden: Path, records: builtins.list[FileRecord], job: _Job) -> None:
+        """Rank 0: what completes a checkpoint once all tensors are written, manifest last."""
+        for record in records:
+            path = hidden / record.name
+            if not path.is_file() or path.stat().st_size != record.bytes:
+                raise CheckpointError(
+                    f"{path} is not as its rank wrote it: all ranks must share the run's folder"
+                )
+        own = [part for part in job.own if part is not None]
+        rank = {key: value for part in own for key, value in part.items()} if own else None
+        state = json.dumps({"tree": job.shared, "rank": rank}, separators=(",", ":")).encode()
+        self._disk.write_file(hidden / publication.STATE, state)
+        files = (*records, publication.record_of(publication.STATE, state))
+        final = self.folder / publication.folder_name(job.step)
+        manifest = Manifest(
+            save_id=self._next_id(),
+            step=job.step,
+            best=job.best or _was_best(final),
+            info=job.info,
+            ranks=self._ranks.size,
+            files=files,
+            **publication.versions(),
+        )
+        text = publication.manifest_text(manifest)
+        self._disk.write_file(hidden / publication.MANIFEST, text.encode())
+        self._disk.fsync_folder(hidden)
+        publication.publish(self.folder, final.name, self._disk)
+        self._events.append(Event("saved", f"{final.name}: saved", job.step))
+        self._after_publication(manifest.save_id)
+
+    def _after_publication(self, save_id: int) -> None:
+        """Hints and pruning: the checkpoint is safe, so a failure here is only a warning."""
+        try:
+            self._write_hints()
+            found = publication.scan(self.folder)[0]
+            keep = to_keep(self.policy, found, also={save_id})
+            for checkpoint in found:
+                if checkpoint.save_id not in keep:
+                    publication.discard(checkpoint.path, self._disk)
+        except OSError as error:
+            message = f"old checkpoints could not be removed: {describe(error)}"
+            self._events.append(Event("warning", message))
+
+    def _clean_up(self, hidden: Path, job: _Job) -> None:
+        """Rank 0: removes the part of a checkpoint that a failed write left, and reports it."""
+        kept = "the previous checkpoints are untouched; it is tried again at the next occasion"
+        message = f"step {job.step}: the checkpoint could not be written: {job.error}; {kept}"
+        try:
+            self._disk.remove(hidden)
+        except OSError as error:
+            message += f"; its remains could not be removed: {describe(error)}"
+        self._events.append(Event("failed", message, job.step))
+
+    def _next_id(self) -> int:
+        if self._last_id is None:
+            self._last_id = publication.highest_save_id(self.folder)
+        self._last_id += 1
+        return self._last_id
+
+    def _write_hints(self) -> None:
+        """`latest` and `best`, for people and scripts; nothing here ever reads them."""
+        found = publication.scan(self.folder)[0]
+        for name, those in (("latest", found), ("best", [c for c in found if c.best])):
+            if those:
+                self._disk.replace_text(self.folder / name, those[-1].path.name + "\n")
+            else:
+                self._disk.remove(self.folder / name)
+
+    def _find_newest(self) -> tuple[Checkpoint | None, builtins.list[str]]:
+        """Rank 0: see `newest`."""
+        messages = []
+        found, broken = publication.scan(self.folder)
+        for path, error in broken:
+            if isinstance(error, publication.UnknownFormatError):
+                raise error
+            messages.append(self._set_damaged_aside(path, error))
+        for checkpoint in reversed(found):
+            try:
+                publication.verify(checkpoint.path)
+            except CheckpointError as error:
+                messages.append(self._set_damaged_aside(checkpoint.path, error))
+            else:
+                return checkpoint, messages
+        return None, messages
+
+    def _set_damaged_aside(self, path: Path, error: CheckpointError) -> str:
+        try:
+            where = publication.set_aside(path, publication.DAMAGED, self._disk)
+        except OSError as why:
+            return f"damaged: {error}; it could not be moved aside: {describe(why)}"
+        return f"damaged: {error}; moved to {where}"
+
+    def _check_free(self, needed: int) -> None:
+        place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.is_dir())
+        free = self._disk.free_bytes(place)
+        if free < needed:
+            raise CheckpointError(
+                f"a checkpoint needs {agreement.readable_size(needed)} in {self.folder} "
+                f"and {agreement.readable_size(free)} are free"
+            )
+
+    def _tell(
+        self, kind: Literal["damaged", "abandoned", "recovered"], messages: builtins.list[str]
+    ) -> None:
+        if self._ranks.is_main:
+            self._events.extend(Event(kind, message) for message in messages)
+
+
+def load_tree(path: Path | str, into: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Reads a checkpoint that is known to be intact, in this process alone.
+
+    Args:
+        path: its folder.
+        into: see `Checkpoints.load`.
+
+    Raises:
+        MismatchError, CheckpointError: see `Checkpoints.load`.
+    """
+    path = Path(path)
+    state = publication.read_json(path / publication.STATE)
+    if not isinstance(state, dict) or set(state) != {"tree", "rank"}:
+        raise CheckpointError(f"{path / publication.STATE}: not the state of a run")
+    targets = encode(into)[0] if into else {}
+    shards: dict[str, torch.Tensor] = {
+        name: tensor for name, tensor in targets.items() if isinstance(tensor, DTensor)
+    }
+    tensors = read_tensors(path, shards)
+    try:
+        tree, rank = decode(tensors, [state["tree"], state["rank"]])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / publication.STATE}: {error}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path / publication.STATE}: not the state of a run")
+    return tree if rank is None else {**tree, "rank": rank}
+
+
+def _was_best(path: Path) -> bool:
+    """Whether the checkpoint of this step that is about to be replaced was the best one."""
+    try:
+        return publication.read_manifest(path).best
+    except CheckpointError:
+        return False
+
+
+def _as_ours(error: Exception) -> CheckpointError:
+    made = CheckpointError(describe(error))
+    made.__cause__ = error
+    return made

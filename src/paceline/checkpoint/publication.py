@@ -1,0 +1,354 @@
+"""What makes a folder a checkpoint: its manifest, and the one rename that publishes it.
+
+A checkpoint is intact when its manifest is whole and every file named there has the size and the
+checksum written there. The manifest is written last. Folders that begin with a dot are on their way
+in or out:
+
+- `.step_00000120.new`: being written; complete once it holds a manifest.
+- `.step_00000120.old`: the one that a new save of the same step replaces.
+- `.step_00000120.gone`: being removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.checkpoint.codec import decode, encode
+from paceline.checkpoint.files import FIRST_REMOVED, Disk
+from paceline.checkpoint.ranks import describe
+from paceline.checkpoint.safetensors_file import CHECKSUM, FileRecord, checksum_of, read_header
+from paceline.errors import CheckpointError
+
+FORMAT = "paceline-checkpoint-1"
+MANIFEST = FIRST_REMOVED
+STATE = "state.json"
+DAMAGED = ".damaged"
+ABANDONED = ".abandoned"
+
+_STEP = re.compile(r"step_(\d{8,18})")
+_HIDDEN = re.compile(r"\.(step_\d{8,18})\.(new|old|gone)")
+_MAX_JSON = 1 << 30
+
+
+class UnknownFormatError(CheckpointError):
+    """Written by another version of Paceline: nothing is wrong with it, and it is left alone."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        save_id: rises with every save of a run, whatever happened to earlier ones.
+        step: optimizer steps done.
+        best: whether it had the best value of the monitored metric when it was saved.
+        info: what the trainer adds: metrics, reasons, best value.
+        ranks: processes that wrote it.
+        torch, paceline: versions that wrote it.
+        checksum: the name of the checksum's algorithm.
+        files: every file but the manifest.
+    """
+
+    save_id: int
+    step: int
+    best: bool
+    info: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 1
+    torch: str = ""
+    paceline: str = ""
+    checksum: str = CHECKSUM
+    files: tuple[FileRecord, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds a checkpoint, and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def save_id(self) -> int:
+        return self.manifest.save_id
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def best(self) -> bool:
+        return self.manifest.best
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self.manifest.info
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def hidden(folder: Path, step_name: str, stage: str) -> Path:
+    """The hidden sibling of a checkpoint's folder at a stage: new, old or gone."""
+    return folder / f".{step_name}.{stage}"
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """A manifest as JSON; its last line is a checksum of all before."""
+    body = asdict(manifest) | {
+        "format": FORMAT,
+        "info": encode(manifest.info)[1],
+        "files": {file.name: [file.bytes, file.checksum] for file in manifest.files},
+    }
+    body["manifest_checksum"] = _own_checksum(body)
+    return json.dumps(body, indent=1, ensure_ascii=True) + "\n"
+
+
+def _own_checksum(body: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(body, sort_keys=True, separators=(',', ':')).encode()):08x}"
+
+
+def versions() -> dict[str, str]:
+    """The versions a manifest names."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("paceline")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"torch": str(torch.__version__), "paceline": own}
+
+
+def record_of(name: str, data: bytes) -> FileRecord:
+    """The record of a small file written from memory."""
+    return FileRecord(name, len(data), f"{zlib.crc32(data):08x}")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads the manifest of the checkpoint in folder `path`.
+
+    Raises:
+        CheckpointError: there is none, or it is broken, or names files outside of its folder.
+    """
+    try:
+        body = read_json(path / MANIFEST)
+        if not isinstance(body, dict):
+            raise CheckpointError("not a JSON object")
+        if body.get("format") != FORMAT:
+            kind = str(body.get("format"))[:60]
+            known = UnknownFormatError if kind.startswith("paceline-") else CheckpointError
+            raise known(f"its format is {kind!r}; this version reads {FORMAT!r}")
+        if body.pop("manifest_checksum", None) != _own_checksum(body):
+            raise CheckpointError("its checksum does not match")
+        return _manifest(body)
+    except CheckpointError as error:
+        raise type(error)(f"{path / MANIFEST}: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: {describe(error)}") from None
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    for key in ("save_id", "step", "ranks"):
+        if type(body[key]) is not int or not 0 <= body[key] < 10**18:
+            raise CheckpointError(f"broken {key}: {body[key]!r:.40}")
+    files = tuple(FileRecord(name, *record) for name, record in body["files"].items())
+    for file in files:
+        if file.name in ("", ".", "..", MANIFEST) or not re.fullmatch(r"[\w.-]+", file.name):
+            raise CheckpointError(f"names the file {file.name!r:.80}, which is not in its folder")
+        if type(file.bytes) is not int or not 0 <= file.bytes < 2**62:
+            raise CheckpointError(f"gives {file.name} the size {file.bytes!r:.40}")
+    if type(body["best"]) is not bool or STATE not in body["files"]:
+        raise CheckpointError("entries are missing")
+    info = decode({}, body["info"])
+    if not isinstance(info, dict):
+        raise CheckpointError("its info is not a JSON object")
+    return Manifest(
+        save_id=body["save_id"],
+        step=body["step"],
+        best=body["best"],
+        info=info,
+        ranks=body["ranks"],
+        torch=str(body["torch"]),
+        paceline=str(body["paceline"]),
+        checksum=str(body["checksum"]),
+        files=files,
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file of bounded size.
+
+    Raises:
+        CheckpointError: it is not a regular file with JSON in it.
+    """
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON:
+                raise CheckpointError(f"{path.name}: not a JSON file of a sensible size")
+            return json.loads(file.read())
+    except OSError as error:
+        raise CheckpointError(describe(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: broken JSON ({error})") from None
+
+
+def verify(path: Path) -> Manifest:
+    """Reads all of a checkpoint and compares every size and checksum with its manifest.
+
+    Raises:
+        CheckpointError: what does not match, in one line.
+    """
+    manifest = read_manifest(path)
+    if manifest.checksum != CHECKSUM:
+        raise CheckpointError(f"{path}: unknown checksum {manifest.checksum!r:.40}")
+    try:
+        for file in manifest.files:
+            _verify_file(path / file.name, file)
+        strays = {p.name for p in path.glob("*.safetensors")} - {f.name for f in manifest.files}
+        if strays:
+            raise CheckpointError(f"{sorted(strays)[0]} is not in the manifest")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {describe(error)}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return manifest
+
+
+def _verify_file(path: Path, record: FileRecord) -> None:
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{record.name} is not a regular file")
+    if status.st_size != record.bytes:
+        raise CheckpointError(f"{record.name} has {status.st_size} bytes instead of {record.bytes}")
+    if checksum_of(path) != record.checksum:
+        raise CheckpointError(f"{record.name} has changed since it was written")
+    if path.suffix == ".safetensors":
+        read_header(path)
+
+
+def scan(folder: Path) -> tuple[list[Checkpoint], list[tuple[Path, CheckpointError]]]:
+    """The checkpoints in a folder, oldest first, and the folders whose manifest is broken."""
+    found, broken = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not _STEP.fullmatch(path.name):
+            continue
+        try:
+            found.append(Checkpoint(path, read_manifest(path)))
+        except CheckpointError as error:
+            broken.append((path, error))
+    return sorted(found, key=lambda checkpoint: checkpoint.save_id), broken
+
+
+def highest_save_id(folder: Path) -> int:
+    """The largest `save_id` ever seen under a folder, set aside, hidden or not; 0 if none."""
+    highest = 0
+    for place in (folder, folder / DAMAGED, folder / ABANDONED):
+        for path in place.iterdir() if place.is_dir() else []:
+            if (path / MANIFEST).is_file():
+                try:
+                    highest = max(highest, read_manifest(path).save_id)
+                except CheckpointError:
+                    continue
+    return highest
+
+
+def publish(folder: Path, step_name: str, disk: Disk) -> None:
+    """Makes the complete hidden folder of a step visible; one already there is replaced.
+
+    At every instant either the old or the new one is complete on the disk, under a name from which
+    `recover` puts it in place.
+    """
+    new, old, final = (
+        hidden(folder, step_name, "new"),
+        hidden(folder, step_name, "old"),
+        folder / step_name,
+    )
+    replaces = os.path.lexists(final)
+    if replaces:
+        disk.remove(old)
+        disk.rename(final, old)
+    disk.rename(new, final)
+    disk.fsync_folder(folder)
+    if replaces:
+        disk.remove(old)
+
+
+def discard(path: Path, disk: Disk) -> None:
+    """Removes a checkpoint; cut short, it leaves nothing that looks like one."""
+    gone = hidden(path.parent, path.name, "gone")
+    disk.remove(gone)
+    disk.rename(path, gone)
+    disk.remove(gone)
+
+
+def set_aside(path: Path, place: str, disk: Disk) -> Path:
+    """Moves a checkpoint to `.damaged` or `.abandoned` beside it and returns where it is now."""
+    shelf = path.parent / place
+    disk.make_folders(shelf)
+    name = path.name.removeprefix(".").removesuffix(".new").removesuffix(".old")
+    target, n = shelf / name, 1
+    while os.path.lexists(target):
+        n += 1
+        target = shelf / f"{name}.{n}"
+    disk.rename(path, target)
+    disk.fsync_folder(path.parent)
+    return target
+
+
+def recover(folder: Path, disk: Disk) -> list[str]:
+    """Finishes or undoes what a killed process left in hidden folders.
+
+    Returns:
+        One line for each thing done.
+    """
+    done: list[str] = []
+    names = [m for m in map(_HIDDEN.fullmatch, _names(folder)) if m]
+    for stage in ("gone", "new", "old"):  # a new one first: it may be what replaces an old one
+        for match in names:
+            if match[2] == stage:
+                done += _recover_one(folder, match[1], stage, disk)
+    return done
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def _recover_one(folder: Path, step_name: str, stage: str, disk: Disk) -> list[str]:
+    path, final = hidden(folder, step_name, stage), folder / step_name
+    if not os.path.lexists(path):
+        return []
+    whole = stage != "gone" and _is_intact(path)
+    if stage == "new" and whole:
+        publish(folder, step_name, disk)
+        return [f"{step_name}: complete but not yet published when the process died; published"]
+    if stage == "old" and whole and not _is_intact(final):
+        if os.path.lexists(final):
+            set_aside(final, DAMAGED, disk)
+        disk.rename(path, final)
+        disk.fsync_folder(folder)
+        return [f"{step_name}: being replaced when the process died; put back"]
+    disk.remove(path)
+    return [f"{step_name}: removed what an interrupted save left"] if stage == "new" else []
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True

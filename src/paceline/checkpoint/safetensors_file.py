@@ -1,0 +1,226 @@
+"""The safetensors format, byte by byte: writing a file in a stream, reading a header warily."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.checkpoint.codec import DTYPES
+from paceline.checkpoint.files import Disk
+from paceline.errors import CheckpointError
+
+CHECKSUM = "crc32"
+"""Named in each manifest. crc32 finds every single flipped bit and every burst up to 32 bits, and
+runs at 3 GB/s where SHA-256 makes 1.5 GB/s with hardware help and 0.4 without."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 8 << 20
+_MAX_HEADER = 100 << 20
+_SHARDING = "DCP_SHARDING_INFO"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: its name in the folder, its size and its checksum."""
+
+    name: str
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in a file: bytes `begin` to `end`, counted from the file's start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of a tensor (or one rank's piece of it) before its bytes are there."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checksum:
+    """A running checksum over chunks, computed in a thread of its own while the disk is busy."""
+
+    def __init__(self) -> None:
+        self._value = 0
+        self._pool = ThreadPoolExecutor(1, "checksum")
+        self._last: Future[None] | None = None
+
+    def add(self, data: memoryview | bytes) -> None:
+        self._last = self._pool.submit(self._update, data)
+
+    def _update(self, data: memoryview | bytes) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def finish(self) -> str:
+        self._pool.shutdown(wait=True)
+        return f"{self._value:08x}"
+
+
+def header_of(parts: list[Part]) -> bytes:
+    """The header of a file with these tensors, in this order, as torch's own writer makes it."""
+    header: dict[str, Any] = {
+        "__metadata__": {
+            _SHARDING: json.dumps({p.name: {"saved_offsets": list(p.offsets)} for p in parts}),
+            "DCP_VERSION": "1.0",
+            "format": "pt",
+        }
+    }
+    at = 0
+    for part in parts:
+        header[part.name] = {
+            "dtype": _NAMES[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [at, at + part.nbytes],
+        }
+        at += part.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_stream(
+    disk: Disk, path: Path, header: bytes, tensors: Iterable[torch.Tensor]
+) -> FileRecord:
+    """Writes a file chunk by chunk and makes it durable; no second copy of the tensors is made.
+
+    Args:
+        disk: the file operations.
+        path: the new file.
+        header: from `header_of`.
+        tensors: contiguous tensors in host memory, in the header's order.
+    """
+    checksum = Checksum()
+    size = 0
+    fd = disk.create(path)
+    try:
+        for chunk in _chunks(header, tensors):
+            checksum.add(chunk)
+            disk.write_all(fd, chunk)
+            size += len(chunk)
+        disk.fsync(fd)
+    finally:
+        digest = checksum.finish()
+        disk.close(fd)
+    return FileRecord(path.name, size, digest)
+
+
+def _chunks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[memoryview | bytes]:
+    """Large tensors in pieces of their own memory, small ones gathered into larger writes."""
+    small = bytearray(header)
+    for tensor in tensors:
+        data = raw_bytes(tensor)
+        if len(data) < _CHUNK // 8:
+            small += data
+            if len(small) >= _CHUNK:
+                yield memoryview(small)
+                small = bytearray()
+            continue
+        if small:
+            yield memoryview(small)
+            small = bytearray()
+        for start in range(0, len(data), _CHUNK):
+            yield data[start : start + _CHUNK]
+    if small:
+        yield memoryview(small)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous host tensor of any dtype."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum_of(path: Path) -> str:
+    """The checksum of a file that exists."""
+    value = 0
+    buffer = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            value = zlib.crc32(buffer[:read], value)
+    return f"{value:08x}"
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Reads and checks a safetensors header; what it promises lies within the file.
+
+    Raises:
+        CheckpointError: the file is not a whole safetensors file, whatever is wrong with it.
+    """
+    try:
+        return _read_header(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name}: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path.name}: broken safetensors header ({error})") from None
+
+
+def _read_header(path: Path) -> dict[str, Entry]:
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size < 8:
+            raise CheckpointError("not a safetensors file")
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(status.st_size - 8, _MAX_HEADER):
+            raise CheckpointError(f"its header claims {length} bytes, more than there are")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    entries = {name: _entry(name, raw, 8 + length) for name, raw in header.items()}
+    at = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != at:
+            raise CheckpointError("its tensors overlap or leave gaps")
+        at = entry.end
+    if at != status.st_size:
+        raise CheckpointError(f"it has {status.st_size} bytes where its header needs {at}")
+    _check_offsets(metadata, entries)
+    return entries
+
+
+def _entry(name: str, raw: Any, start: int) -> Entry:
+    dtype = DTYPES.get(raw["dtype"])
+    if dtype is None:
+        raise CheckpointError(f"tensor {name!r:.80} has the unknown dtype {raw['dtype']!r:.20}")
+    shape, (begin, end) = raw["shape"], raw["data_offsets"]
+    if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, begin, end)):
+        raise CheckpointError(f"tensor {name!r:.80} has a broken shape or place")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"tensor {name!r:.80} does not have the bytes its shape needs")
+    return Entry(dtype, tuple(shape), start + begin, start + end)
+
+
+def _check_offsets(metadata: Any, entries: dict[str, Entry]) -> None:
+    if _SHARDING not in metadata:
+        return
+    sharding = json.loads(metadata[_SHARDING])
+    for name, entry in entries.items():
+        offsets = sharding[name]["saved_offsets"]
+        whole = all(type(n) is int and 0 <= n < 2**62 for n in offsets)
+        if not whole or len(offsets) != len(entry.shape):
+            raise CheckpointError(f"tensor {name!r:.80} has a broken place in the whole")
