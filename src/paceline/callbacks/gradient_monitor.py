@@ -1,0 +1,107 @@
+"""GradientMonitor: the norm of the gradients in the rows, and under the non-finite policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+
+from paceline.errors import ConfigError
+from paceline.trainer.events import Callback
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+class GradientMonitor(Callback):
+    """Logs the 2-norm of an optimizer's gradients, as they are before clipping.
+
+    The name is `grad_norm`; with several optimizers `grad_norm/<optimizer>`. Nothing is read from
+    the device. The norm is handed to the trainer, whose `on_nonfinite` policy applies to it.
+
+    Args:
+        every: optimizer steps from one norm to the next. Above 1 it is cheaper, but a gradient
+            that is not finite while the loss is goes unnoticed in the steps between.
+        per_layer: also log each layer (the module that owns the parameters) by its name, as
+            `grad_norm/<layer>`.
+
+    Raises:
+        ConfigError: `every` is less than 1.
+    """
+
+    def __init__(self, every: int = 1, *, per_layer: bool = False) -> None:
+        if every < 1:
+            raise ConfigError(f"GradientMonitor(every={every}): must be at least 1")
+        self.every = every
+        self.per_layer = per_layer
+        self._names: dict[int, str] = {}
+        self._layers: dict[torch.Tensor, str] = {}
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Settles the names."""
+        optimizers = dict(trainer.named_optimizers())
+        self._names = {
+            id(optimizer): "grad_norm" if len(optimizers) == 1 else f"grad_norm/{name}"
+            for name, optimizer in optimizers.items()
+        }
+        self._layers = _layer_names(dict(trainer.named_models())) if self.per_layer else {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the norm, logs it and hands it on."""
+        if (trainer.global_step + 1) % self.every:
+            return
+        parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if not parameters:
+            return
+        norm = gradient_norm(p.grad for p in parameters)
+        trainer.note_gradient_norm(norm)
+        trainer.log(self._names[id(optimizer)], norm)
+        if self.per_layer:
+            self._log_layers(trainer, parameters)
+
+    def _log_layers(self, trainer: Trainer, parameters: list[torch.Tensor]) -> None:
+        layers: dict[str, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            name = self._layers.get(parameter, "other")
+            layers.setdefault(name, []).append(parameter)
+        for name, members in layers.items():
+            trainer.log(f"grad_norm/{name}", gradient_norm(p.grad for p in members))
+
+
+@torch.no_grad()
+def gradient_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """The 2-norm of all gradients as one vector, sqrt(sum of g_i^2), a 0-dim device tensor.
+
+    Half-precision gradients are squared and summed in float32: their own range overflows at a
+    norm of 65504, and that would look like a non-finite gradient.
+
+    Args:
+        gradients: at least one; dense, sparse, complex or distributed tensors of any shape.
+    """
+    dense = [_dense(gradient) for gradient in gradients if gradient is not None]
+    dtype = reduce(torch.promote_types, {gradient.dtype for gradient in dense}, torch.float32)
+    norms = torch._foreach_norm(dense, 2.0, dtype)  # pyright: ignore[reportPrivateImportUsage]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    # A sharded gradient's norm holds this rank's part until it is made whole.
+    whole = getattr(total, "full_tensor", None)
+    return total if whole is None else whole()
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()  # repeated indices are added first
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def _layer_names(models: dict[str, torch.nn.Module]) -> dict[torch.Tensor, str]:
+    """The layer of each parameter, led by the model's name where there are several models."""
+    layers: dict[torch.Tensor, str] = {}
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            parts = name.split(".")[:-1] or [name]
+            layers[parameter] = ".".join([model_name, *parts] if len(models) > 1 else parts)
+    return layers

@@ -1,0 +1,76 @@
+"""Throughput: samples and items a second, time a step and peak memory, into the timing rows."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.trainer.events import Callback
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+class Throughput(Callback):
+    """Measures the steps since the row before, validation left out.
+
+    Written with each metrics row as timing: `samples_per_second` and `items_per_second` (all
+    ranks together), `step_seconds` (mean), `peak_memory_bytes` (of rank 0 since it started: the
+    device's allocator, or the whole process on a CPU). It never waits for the device: the row it
+    goes with has done so.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._counted = (0, 0, 0)
+        self._validation_began = 0.0
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Starts the clock; what a resumed run did before is not counted."""
+        self._restart(trainer)
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Logs the speeds, if a row stands at this step."""
+        if not metrics or not trainer.world.is_main:
+            return
+        seconds = time.perf_counter() - self._since
+        steps, samples, items = (
+            now - then for now, then in zip(_counts(trainer), self._counted, strict=True)
+        )
+        if steps > 0 and seconds > 0:
+            trainer.log_timing("samples_per_second", samples / seconds)
+            trainer.log_timing("items_per_second", items / seconds)
+            trainer.log_timing("step_seconds", seconds / steps)
+            trainer.log_timing("peak_memory_bytes", peak_memory(trainer.device))
+        self._restart(trainer)
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        """Stops the clock."""
+        self._validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """Lets the clock go on."""
+        self._since += time.perf_counter() - self._validation_began
+
+    def _restart(self, trainer: Trainer) -> None:
+        self._since = time.perf_counter()
+        self._counted = _counts(trainer)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in use so far, in bytes: on `device`, or by the process if it is the CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+
+
+def _counts(trainer: Trainer) -> tuple[int, int, int]:
+    return trainer.global_step, trainer.progress.samples, trainer.progress.items
