@@ -26,6 +26,9 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "learning_rate": "paceline.callbacks.learning_rate:LearningRate",
         "throughput": "paceline.callbacks.throughput:Throughput",
     },
+    "lr_scheduler": {
+        "warmup_cosine": "paceline.recipe.schedules:WarmupCosine",
+    },
     "logger": {
         "jsonl": "paceline.log.sinks:JsonlSink",
     },

@@ -1,0 +1,76 @@
+"""The command `paceline`. Each subcommand is a file of its own beside this one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from paceline.cli.train import train
+from paceline.errors import ConfigError, PacelineError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"paceline {version('paceline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def paceline(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Train PyTorch models from recipes.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 75 stopped by a signal and saved.
+    """
+
+
+def main() -> None:
+    """Runs the command line and leaves with its exit code."""
+    try:
+        app(prog_name="paceline")
+    except PacelineError as error:
+        _show(error)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except Exception:
+        if _rank() is None:
+            raise
+        print(f"{_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _show(error: PacelineError) -> None:
+    """An error as one message, with the stack of the user's own code where that is the cause."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True)
+    cause = error.__cause__
+    if cause is not None and not isinstance(error, ConfigError):
+        lines = traceback.format_exception(cause)
+        console.print(Text("".join(lines).rstrip()), style="dim")
+    where = f"{_rank()}: " if _rank() else ""
+    # A recipe's mistakes need no name for their class; what befalls a run does.
+    name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    console.print(Text.assemble((f"{where}error: ", "bold red"), f"{name}{error}"))
+
+
+def _rank() -> str | None:
+    """`"rank 3"` in a world of several processes, else None."""
+    return f"rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None

@@ -1,0 +1,96 @@
+"""The `code:` of a recipe: the user's own module or package, next to the recipe.
+
+It runs as ordinary Python, so only commands that train load it. Its name in recipes is the file's
+stem (`digits.py` -> `_target_: digits.Net`), and it is in `sys.modules` under that name, so that
+loader workers can unpickle its classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from paceline.errors import RecipeError
+
+# In a module's namespace: another recipe's code of the same name may take its place.
+_MARK = "__paceline_code__"
+
+
+def find_code(code: str, folder: Path) -> Path:
+    """The file or package that `code:` names.
+
+    Args:
+        code: the recipe's `code:`, relative to the recipe's folder.
+        folder: the recipe's folder.
+
+    Raises:
+        RecipeError: it does not exist, is no Python, lies outside the folder (a recipe could
+            otherwise run any Python file of the machine), or its name is taken.
+    """
+    path = (folder / code).resolve()
+    if not path.is_relative_to(folder.resolve()) or path == folder.resolve():
+        raise RecipeError(f"{code!r} lies outside the recipe's folder; put it next to the recipe.")
+    start = path / "__init__.py" if path.is_dir() else path
+    if not start.is_file():
+        raise RecipeError(f"there is no file {str(start)!r}.")
+    if start.suffix != ".py":
+        raise RecipeError(f"{code!r} is neither a .py file nor a package.")
+    name = path.stem
+    if not name.isidentifier() or name.startswith("_"):
+        raise RecipeError(f"{name!r} cannot be a module's name: use letters, digits and '_'.")
+    if name in sys.stdlib_module_names or _is_taken(name, start):
+        raise RecipeError(f"the name {name!r} belongs to another Python module; rename the file.")
+    return path
+
+
+def load_code(path: Path) -> ModuleType:
+    """Imports what `find_code` found; the same file is imported once.
+
+    Its folder comes first on `sys.path`, as for a script, so that it may import its neighbours
+    and so that spawned processes find it.
+
+    Raises:
+        RecipeError: its import fails.
+    """
+    start = path / "__init__.py" if path.is_dir() else path
+    held = sys.modules.get(path.stem)
+    if held is not None and held.__file__ == str(start):
+        return held
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    folders = [str(path)] if path.is_dir() else None
+    spec = importlib.util.spec_from_file_location(
+        path.stem, start, submodule_search_locations=folders
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    vars(module)[_MARK] = True
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(path.stem, None)
+        raise RecipeError(f"its import failed: {_told(error, path)}") from error
+    return module
+
+
+def _is_taken(name: str, start: Path) -> bool:
+    """Whether a module of that name is imported that is neither this file nor a recipe's code."""
+    held = sys.modules.get(name)
+    if held is None or getattr(held, _MARK, False):
+        return False
+    return getattr(held, "__file__", None) != str(start)
+
+
+def _told(error: Exception, path: Path) -> str:
+    """The error and the line of the user's own file that it came from."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(path.parent)]
+    where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+    return f"{where}{type(error).__name__}: {error}"

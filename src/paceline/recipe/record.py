@@ -1,0 +1,59 @@
+"""Writes the recipe, and the code it names, into the run folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paceline.trainer.events import Callback
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+RECIPE_FILE = "recipe.yaml"
+CODE_FOLDER = "code"
+
+
+class RecordRecipe(Callback):
+    """Keeps `recipe.yaml` and a copy of the recipe's `code:` in the run folder.
+
+    They are written when training starts and not before: only then is it settled that this recipe
+    may go on with this run, and an older run may have been moved aside.
+
+    Args:
+        run_dir: the run folder.
+        text: the recipe as YAML.
+        code: the recipe's own module or package, or None.
+    """
+
+    priority = 0
+
+    def __init__(self, run_dir: Path, text: str, code: Path | None) -> None:
+        self.run_dir = run_dir
+        self.text = text
+        self.code = code
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Writes both, on the main process."""
+        if not trainer.world.is_main:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.code is not None:
+            copy_code(self.code, self.run_dir / CODE_FOLDER)
+        temporary = self.run_dir / f".{RECIPE_FILE}"
+        temporary.write_text(self.text, encoding="utf-8")
+        temporary.replace(self.run_dir / RECIPE_FILE)
+
+
+def copy_code(code: Path, folder: Path) -> None:
+    """Copies a module or package into `folder`, unless it is there already."""
+    target = folder / code.name
+    if target.resolve() == code.resolve():
+        return  # the run's own recipe is running
+    folder.mkdir(exist_ok=True)
+    if code.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(code, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copyfile(code, target)

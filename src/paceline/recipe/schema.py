@@ -1,0 +1,91 @@
+"""The keys of a recipe and the types of those that are no components."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+
+from paceline.errors import nearest
+from paceline.recipe.mistakes import Mistakes, Path
+
+
+def _folder_name(value: str) -> str:
+    if not re.fullmatch(r"[\w.+=,@-]+", value) or set(value) == {"."}:
+        raise ValueError(f"expected the name of one folder, got {value!r}")
+    return value
+
+
+FolderName = Annotated[str, pydantic.AfterValidator(_folder_name)]
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class RunSection(_Section):
+    """`run:`, what the run is called and where it is written.
+
+    Attributes:
+        project: by default the recipe file's stem.
+        name: one run of the project.
+        dir: the run folder; by default `runs/<project>/<name>`.
+    """
+
+    project: FolderName | None = None
+    name: FolderName = "baseline"
+    dir: str | None = None
+
+
+class Schema(_Section):
+    """A recipe's top level. Components are `Any` here: their callables' signatures say more."""
+
+    seed: int = pydantic.Field(default=0, ge=0)
+    run: RunSection = RunSection()
+    code: str | None = None
+    trainer: dict[str, Any] = {}
+    model: Any = None
+    optimizer: Any = None
+    lr_scheduler: Any = None
+    loss_fn: Any = None
+    train_dataloader: Any = None
+    val_dataloader: Any = None
+    callbacks: Any = None
+    loggers: Any = None
+    parallel: dict[str, Any] = {}
+    checkpoint: Any = {}
+
+
+def parse(values: Mapping[str, Any], mistakes: Mistakes) -> Schema:
+    """The recipe's top level, checked.
+
+    Args:
+        values: the resolved recipe.
+        mistakes: takes every mistake.
+
+    Returns:
+        What is right of it, with defaults for the rest.
+    """
+    values = dict(values)
+    if values.pop("seeds", None) is not None:
+        mistakes.add(("seeds",), "several seeds in one recipe do not exist yet; give one `seed`.")
+    while True:
+        try:
+            return Schema.model_validate(values)
+        except pydantic.ValidationError as error:
+            for part in error.errors():
+                path = tuple(str(key) for key in part["loc"])
+                mistakes.add(path, _told(path, part["type"], part["msg"], part["input"]))
+                values.pop(path[0], None)
+
+
+def _told(path: Path, kind: str, message: str, value: Any) -> str:
+    if kind == "extra_forbidden":
+        *_, name = path
+        section = RunSection if len(path) > 1 else Schema
+        return f"there is no such key{nearest(name, section.model_fields)}"
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    return f"{message.replace('Input should be', 'expected')}, got {value!r}"
