@@ -1,0 +1,154 @@
+"""Progress: plain lines, bars on a terminal, nothing else disturbed."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import threading
+import time
+import timeit
+from types import SimpleNamespace
+
+import pytest
+
+from paceline.callbacks import Progress
+from paceline.errors import ConfigError
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    held = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: held.now)
+    return held
+
+
+def test_off_a_terminal_each_row_and_each_validation_is_one_line(fake, clock) -> None:
+    out = io.StringIO()
+    trainer = fake(Progress(file=out, line_seconds=0), log_every=2).start()
+    for _ in range(2):
+        clock.now += 2
+        trainer.step(2)
+    trainer.validate().end()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3, "the last row is not repeated at the end"
+    assert re.fullmatch(
+        r"epoch 1/2  step 2/8  train/loss [\d.]+  8 samples/s  0:00:06 left", lines[0]
+    )
+    assert re.match(r"epoch 1/2  step 4/8  ", lines[1])
+    assert lines[2] == "validation at step 4  val/loss 0.25"
+    assert "\r" not in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_fast_rows_are_not_a_flood_of_lines_and_the_last_is_always_shown(fake, clock) -> None:
+    out = io.StringIO()
+    trainer = fake(Progress(file=out, line_seconds=1.0), log_every=1).start()
+    for _ in range(25):
+        clock.now += 0.125
+        trainer.step()
+    trainer.end()
+    steps = [int(step) for step in re.findall(r"step (\d+)/", out.getvalue())]
+    assert steps == [1, 9, 17, 25]
+
+
+def test_a_long_validation_is_seen_to_move(fake, clock) -> None:
+    out = io.StringIO()
+    trainer = fake(Progress(file=out)).start()
+    trainer.while_validating = lambda: setattr(clock, "now", clock.now + 6)
+    trainer.validate()
+    assert out.getvalue().splitlines() == [
+        "validation at step 0  batch 2/2",
+        "validation at step 0  val/loss 0.25",
+    ]
+
+
+def test_on_a_terminal_bars_are_drawn_and_the_terminal_is_given_back(fake, clock) -> None:
+    out = Terminal()
+    progress = Progress(file=out)
+    trainer = fake(progress).start()
+    threads = threading.active_count()
+    for _ in range(3):
+        clock.now += 1
+        trainer.step()
+    assert threading.active_count() == threads, "no thread competes with the training"
+    trainer.validate().end()
+    shown = out.getvalue()
+    assert "epoch 1/2" in shown
+    assert "3/8" in shown
+    assert "validation at step 3  val/loss 0.25" in shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_bars_are_not_drawn_more_often_than_asked(fake, clock, monkeypatch) -> None:
+    progress = Progress(file=Terminal(), refresh_seconds=0.2)
+    trainer = fake(progress, log_every=1).start()
+    drawn: list[int] = []
+    monkeypatch.setattr(
+        progress._view, "training", lambda label, step, total, notes: drawn.append(step)
+    )
+    for _ in range(10):
+        clock.now += 0.125
+        trainer.step()
+    assert drawn == [1, 3, 5, 7, 9]
+    trainer.end()
+
+
+def test_names_in_brackets_are_no_markup(fake, clock) -> None:
+    out = Terminal()
+    trainer = fake(Progress(file=out)).start()
+    trainer.fire("on_step_end", {"step": 1, "acc[bold]": 0.5})
+    trainer.fire("on_metrics", {"acc[/red]": 0.5})
+    trainer.end()
+    assert "acc[bold] 0.5" in out.getvalue()
+    assert "acc[/red] 0.5" in out.getvalue()
+
+
+def test_other_ranks_are_silent(fake) -> None:
+    out = io.StringIO()
+    fake(Progress(file=out, line_seconds=0), is_main=False).start().step(4).validate().end()
+    assert out.getvalue() == ""
+
+
+def test_an_error_leaves_the_terminal_usable(fake) -> None:
+    out = Terminal()
+    trainer = fake(Progress(file=out)).start().step(2)
+    trainer.fire("on_validation_start")
+    trainer.fire("on_exception", ValueError())
+    trainer.fire("on_teardown")
+    assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l")
+
+
+def test_a_run_without_epochs_or_horizon_is_shown(fake, clock) -> None:
+    out = io.StringIO()
+    trainer = fake(Progress(file=out))
+    trainer.epochs = trainer.training_horizon = None
+    trainer.val_dataloader = iter(())
+    trainer.start().step(2).validate()
+    assert out.getvalue().startswith("epoch 1  step 2  train/loss")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_step_without_a_row_costs_next_to_nothing(fake, stream: type[io.StringIO]) -> None:
+    progress = Progress(file=stream(), refresh_seconds=60)
+    trainer = fake(progress).start().step(2)
+    number = 20_000
+    seconds = min(timeit.repeat(lambda: progress.on_step_end(trainer, {}), number=number, repeat=5))
+    assert seconds / number < 2e-6
+    trainer.end()
+
+
+def test_rich_is_imported_only_for_a_terminal() -> None:
+    code = "import sys, paceline.callbacks.progress; sys.exit('rich' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_settings_out_of_range() -> None:
+    with pytest.raises(ConfigError, match="negative"):
+        Progress(refresh_seconds=-1)
