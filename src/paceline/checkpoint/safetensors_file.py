@@ -154,7 +154,9 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous host tensor of any dtype."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape: a single element may have any stride, which `view` refuses.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
 
 
 def checksum_of(path: Path) -> str:

@@ -1,0 +1,111 @@
+"""The state tree: everything a run is made of, in one place.
+
+    models/<name>         state dict of each model (a stateful loss function is one)
+    optimizers/<name>     state and groups, by parameter name
+    schedulers/<name>     state dict
+    scaler                of fp16 training
+    progress              counters, what is pending, skipped steps
+    data                  where the training data stands, if the same on every rank
+    monitor               best metric and validations since
+    callbacks/<name>      what each callback's state_dict gives; averaged weights among them
+    objects/<name>        `Trainer.checkpoint_objects`
+    rank/<r>/data         where this rank's loader stands, if it keeps its own order
+    rank/<r>/sums         open metric sums
+    rank/0/sinks          byte offsets of the row files
+    identity, horizon     the settings a resumed run is compared with
+
+Random states are absent: streams are derived from what they are for (`world/seeding.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from paceline.checkpoint.fits import check_fits
+from paceline.errors import MismatchError
+
+
+def parameter_names(models: Mapping[str, torch.nn.Module]) -> dict[int, str]:
+    """`id(parameter)` -> "model.parameter", over all models; a tied one has its first name."""
+    names: dict[int, str] = {}
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            names.setdefault(id(parameter), f"{model_name}.{name}")
+    return names
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """The optimizer's state by parameter name, so that it does not depend on their order.
+
+    Args:
+        optimizer: whose state.
+        names: `parameter_names` of the models.
+    """
+    state = optimizer.state_dict()
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "state": {order[index]: value for index, value in state["state"].items()},
+        "groups": [
+            {**group, "params": [order[index] for index in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    stored: Mapping[str, Any],
+    names: Mapping[int, str],
+    what: str,
+) -> None:
+    """Takes back what `optimizer_state` gave.
+
+    Raises:
+        MismatchError: the groups hold other parameters.
+    """
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if groups != [group["params"] for group in stored["groups"]]:
+        theirs = [name for group in stored["groups"] for name in group["params"]]
+        raise MismatchError(
+            f"{what} does not fit the checkpoint's: {len(groups)} groups of "
+            f"{[len(g) for g in groups]} parameters against {len(stored['groups'])} of "
+            f"{[len(g['params']) for g in stored['groups']]}; only here: "
+            f"{sorted(set(order) - set(theirs)) or 'none'}; only in the checkpoint: "
+            f"{sorted(set(theirs) - set(order)) or 'none'}."
+        )
+    index = {name: i for i, name in enumerate(order)}
+    optimizer.load_state_dict(
+        {
+            "state": {index[name]: value for name, value in stored["state"].items()},
+            "param_groups": [
+                {**group, "params": [index[name] for name in group["params"]]}
+                for group in stored["groups"]
+            ],
+        }
+    )
+    _undo_casts(optimizer, stored["state"], names)
+
+
+def _undo_casts(
+    optimizer: torch.optim.Optimizer, stored: Mapping[str, Any], names: Mapping[int, str]
+) -> None:
+    """torch casts state to its parameter's dtype on load; state of another dtype comes back."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            kept = stored[names[id(parameter)]][key]
+            if isinstance(value, torch.Tensor) and value.dtype != kept.dtype:
+                state[key] = kept.to(value.device)
+
+
+def load_model_state(model: torch.nn.Module, stored: Mapping[str, Any], what: str) -> None:
+    """Loads weights and buffers after every name, shape and dtype has been found to fit.
+
+    Raises:
+        MismatchError: listing all that does not.
+    """
+    check_fits(model.state_dict(), dict(stored), what)
+    model.load_state_dict(dict(stored), strict=True)
