@@ -173,6 +173,8 @@ class IndexedSource:
         plan: what was decided, for the printed plan.
     """
 
+    per_rank = False
+
     def __init__(
         self,
         layout: Layout,
@@ -233,6 +235,9 @@ class IndexedSource:
 
     def at_end(self, *, keep: bool) -> bool:
         return self._offset >= self._end
+
+    def batches_done(self) -> int:
+        return -(-self._offset // self._layout.chunk)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "offset": self._offset}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.utils.data import (
     BatchSampler,
@@ -63,7 +63,7 @@ class WindowSize:
         return accumulation
 
 
-def is_indexed(loader: Any) -> bool:
+def is_indexed(loader: Any) -> TypeGuard[DataLoader]:
     """Whether the loader's order can be computed: a plain DataLoader over a map-style dataset."""
     return (
         isinstance(loader, DataLoader)
@@ -90,7 +90,6 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
         raise ConfigError(f"epoch_length={size.epoch_length}: an epoch needs at least one batch.")
     if not is_indexed(loader):
         return _open_streamed(loader, size, seed, world)
-    assert isinstance(loader, DataLoader)
     order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
     accumulation = size.micro_batches(batch_size, world.dp_size)
@@ -127,7 +126,6 @@ def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validatio
     """The validation source for a user's loader; the arguments are those of `open_training`."""
     if not is_indexed(loader):
         return StreamedValidation(loader, seed)
-    assert isinstance(loader, DataLoader)
     order, batched, _ = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
     layout = Layout(order, batch_size, world.dp_rank, world.dp_size, batched=batched)

@@ -29,12 +29,14 @@ class Source(Protocol):
     Attributes:
         micro_batches: micro-batches of this rank in an epoch, None if only the end will tell.
         windows_per_epoch: optimizer steps in an epoch, or None.
+        per_rank: whether each rank's state is its own.
         plan: what was decided about the data, as (decision, setting) pairs.
         identity: what a resumed run must find unchanged.
     """
 
     micro_batches: int | None
     windows_per_epoch: int | None
+    per_rank: bool
     plan: list[tuple[str, str]]
     identity: dict[str, Any]
 
@@ -50,8 +52,12 @@ class Source(Protocol):
         """Whether the epoch ends here; `keep` if a state may be taken before the next draw."""
         ...
 
+    def batches_done(self) -> int:
+        """This rank's micro-batches before here in the epoch."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the data stands, between two windows; the same on every rank but for `local`."""
+        """Where the data stands, between two windows."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ class StreamedSource:
         plan: what was decided, for the printed plan.
     """
 
+    per_rank = True
+
     def __init__(
         self,
         loader: Iterable[Any],
@@ -57,6 +59,7 @@ class StreamedSource:
         self._pass = 0
         self._in_pass = 0  # batches drawn in this pass
         self._in_epoch = 0  # batches drawn in this epoch
+        self._ended = False  # this rank's loader has no more batches in this epoch
         self._iterator: Iterator[Any] | None = None
         self._held: Any = _END  # a batch drawn ahead, to see whether the epoch goes on
         self._kept: dict[str, Any] | None = None  # the state from before `_held`
@@ -64,8 +67,8 @@ class StreamedSource:
 
     def start_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
-            self._epoch, self._in_epoch = epoch, 0
-        if self._iterator is None:
+            self._epoch, self._in_epoch, self._ended = epoch, 0, False
+        if self._iterator is None and not self._ended:
             self._open()
 
     def draw(self) -> Draw | None:
@@ -76,12 +79,11 @@ class StreamedSource:
         while len(batches) < limit and (batch := self._pull()) is not _END:
             batches.append(batch)
         drawn = len(batches)
-        self._in_epoch += drawn
         longest = max(self._world.all_gather_object(drawn)) if self._world.size > 1 else drawn
+        self._in_epoch += longest
         if longest == 0:
             if self._in_epoch == 0:
                 raise DataError("the training loader yields no batch.")
-            self._iterator = None
             return None
         if batches:
             self._last = batches[-1]
@@ -102,8 +104,11 @@ class StreamedSource:
         if self._world.size > 1:
             ended = all(self._world.all_gather_object(ended))
         if ended:
-            self._iterator = self._kept = None
+            self._kept = None
         return ended
+
+    def batches_done(self) -> int:
+        return self._in_epoch
 
     def state_dict(self) -> dict[str, Any]:
         if self._kept is not None:
@@ -115,7 +120,7 @@ class StreamedSource:
             "pass": self._pass,
             "in_pass": self._in_pass,
             "in_epoch": self._in_epoch,
-            # An exhausted loader starts its next pass by itself: there is nothing to go back to.
+            "ended": self._ended,
             "open": self._iterator is not None,
             "loader": self._loader.state_dict() if self._stateful else None,
         }
@@ -124,6 +129,7 @@ class StreamedSource:
         self._epoch, self._pass = state["epoch"], state["pass"]
         self._in_pass, self._in_epoch = state["in_pass"], state["in_epoch"]
         self._held, self._kept, self._iterator = _END, None, None
+        self._ended = state["ended"]
         if self._stateful and state["loader"] is not None:
             self._loader.load_state_dict(state["loader"])
         if not state["open"]:
@@ -156,6 +162,7 @@ class StreamedSource:
             batch = self._next()
         elif batch is _END:
             self._pass, self._in_pass = self._pass + 1, 0
+            self._ended, self._iterator = True, None
         return batch
 
     def _next(self) -> Any:

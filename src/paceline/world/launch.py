@@ -31,10 +31,7 @@ LAUNCHER = "PACELINE_LAUNCHER"
 # The agent ends the other ranks as soon as one has left. After a clean stop that is seconds
 # apart; one that is stuck for longer than this is ended after all.
 _LAST_RANKS_SECONDS = 60.0
-_NOISY = (
-    "torch.distributed.elastic.agent.server.api",
-    "torch.distributed.elastic.multiprocessing.api",
-)
+_ELASTIC = "torch.distributed.elastic"
 
 
 def launch(nproc: int, argv: Sequence[str]) -> int:

@@ -47,7 +47,7 @@ class Parallel:
         if unbuilt:
             raise ConfigError(
                 f"parallel: {', '.join(unbuilt)} does not exist yet: this version replicates the "
-                f"model over the processes (dp_replicate). Remove {'it' if len(unbuilt) == 1 else 'them'}."
+                "model over the processes (dp_replicate) and has no other layout."
             )
 
     def replicas(self, world_size: int) -> int:

@@ -1,0 +1,59 @@
+"""Paceline: a PyTorch trainer that keeps its promises."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paceline.checkpoint import CheckpointPolicy
+    from paceline.trainer.abstract import AbstractTrainer
+    from paceline.trainer.events import Callback
+    from paceline.trainer.monitor import MetricMonitor
+    from paceline.trainer.result import Result
+    from paceline.trainer.settings import Resume
+    from paceline.trainer.trainer import Trainer
+    from paceline.trainer.window import Window
+    from paceline.world.parallel import Parallel
+    from paceline.world.world import World
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "AbstractTrainer": "paceline.trainer.abstract",
+    "Callback": "paceline.trainer.events",
+    "CheckpointPolicy": "paceline.checkpoint",
+    "MetricMonitor": "paceline.trainer.monitor",
+    "Parallel": "paceline.world.parallel",
+    "Result": "paceline.trainer.result",
+    "Resume": "paceline.trainer.settings",
+    "Trainer": "paceline.trainer.trainer",
+    "Window": "paceline.trainer.window",
+    "World": "paceline.world.world",
+}
+
+__all__ = [
+    "AbstractTrainer",
+    "Callback",
+    "CheckpointPolicy",
+    "MetricMonitor",
+    "Parallel",
+    "Result",
+    "Resume",
+    "Trainer",
+    "Window",
+    "World",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for (PEP 562)."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'paceline' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

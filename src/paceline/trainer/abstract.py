@@ -1,0 +1,129 @@
+"""AbstractTrainer: the interface that every trainer keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from paceline.world.world import World
+
+
+class AbstractTrainer(ABC):
+    """Named components, counters, a world, and the life cycle configure -> setup -> fit.
+
+    Subclass it to write a trainer from nothing; subclass `Trainer` to get the loop as well.
+
+    Args:
+        config: an `AbstractTrainerConfig`, or None.
+
+    Attributes:
+        config: as given.
+        global_step: optimizer steps (windows) done.
+        current_epoch: epochs done.
+        local_batches: batches this process has trained on since it started.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+        self.global_step = 0
+        self.current_epoch = 0
+        self.local_batches = 0
+
+    @cached_property
+    def world(self) -> World:
+        """This process's place among the others, and its device."""
+        return World(getattr(self.config, "parallel", None))
+
+    @abstractmethod
+    def configure(self) -> None:
+        """Makes the components: models, optimizers, schedulers, loaders."""
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Places the components on their devices."""
+
+    @abstractmethod
+    def fit(self) -> Any:
+        """Trains."""
+
+    @abstractmethod
+    def named_models(self) -> Mapping[str, torch.nn.Module]:
+        """The models, by name."""
+
+    @abstractmethod
+    def named_optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        """The optimizers, by name."""
+
+    @abstractmethod
+    def named_schedulers(self) -> Mapping[str, Any] | None:
+        """The learning-rate schedulers, by name; None if there is none."""
+
+    @abstractmethod
+    def get_module(self, fqn: str) -> torch.nn.Module:
+        """The module at a dotted path whose first part is a model's name."""
+
+    @property
+    @abstractmethod
+    def train_dataloader(self) -> Any:
+        """Yields the training batches."""
+
+    @property
+    @abstractmethod
+    def val_dataloader(self) -> Any:
+        """Yields the validation batches; None for no validation."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+    def get_name_by_model(self, model: torch.nn.Module) -> str:
+        """The name of a model; ValueError if it is none of this trainer's."""
+        return _name_of(model, self.named_models(), "model")
+
+    def get_name_by_optimizer(self, optimizer: torch.optim.Optimizer) -> str:
+        """The name of an optimizer; ValueError if it is none of this trainer's."""
+        return _name_of(optimizer, self.named_optimizers(), "optimizer")
+
+    def get_name_by_scheduler(self, scheduler: Any) -> str:
+        """The name of a scheduler; ValueError if it is none of this trainer's."""
+        return _name_of(scheduler, self.named_schedulers() or {}, "scheduler")
+
+    def get_scheduler_from_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The scheduler that follows an optimizer, or None."""
+        schedulers = (self.named_schedulers() or {}).values()
+        return next((s for s in schedulers if s.optimizer is optimizer), None)
+
+    def get_model_by_optimizer(self, name: str) -> torch.nn.Module:
+        """The model that the named optimizer trains; ValueError if there is none."""
+        held = {id(p) for g in self.named_optimizers()[name].param_groups for p in g["params"]}
+        for model in self.named_models().values():
+            if any(id(parameter) in held for parameter in model.parameters()):
+                return model
+        raise ValueError(f"the optimizer {name!r} trains no parameter of this trainer's models")
+
+    def get_optimizers_by_model(self, name: str) -> list[torch.optim.Optimizer]:
+        """The optimizers that train parameters of the named model."""
+        own = {id(parameter) for parameter in self.named_models()[name].parameters()}
+        return [
+            optimizer
+            for optimizer in self.named_optimizers().values()
+            if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        ]
+
+
+def _name_of(thing: Any, named: Mapping[str, Any], kind: str) -> str:
+    for name, other in named.items():
+        if other is thing:
+            return name
+    raise ValueError(
+        f"this {type(thing).__name__} is no {kind} of this trainer; there is: "
+        f"{', '.join(named) or 'none'}"
+    )

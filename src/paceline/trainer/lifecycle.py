@@ -1,0 +1,362 @@
+"""A run's beginning and end: everything around the loop, in the order in which it happens."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline import registry
+from paceline.checkpoint import Checkpoints
+from paceline.data.loader import WindowSize, open_training, open_validation
+from paceline.errors import ConfigError
+from paceline.log.provenance import RunRecord
+from paceline.trainer import placement, resume
+from paceline.trainer.events import Events
+from paceline.trainer.optimization import Optimization
+from paceline.trainer.progress import Progress
+from paceline.trainer.recorder import Recorder
+from paceline.trainer.result import Result
+from paceline.trainer.settings import check_settings
+from paceline.trainer.stop import StopAgreement
+from paceline.world.seeding import mix, seed_everything, stream
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+def start(trainer: Trainer, seed: int | None) -> None:
+    """From settings to the first window: checks, placement, loading, the printed plan.
+
+    Raises:
+        PacelineError: what stands in the way, before anything is trained.
+    """
+    _reset(trainer, seed)
+    check_settings(trainer)
+    trainer.world.open()
+    _set_determinism(trainer)
+    seed_everything(trainer.seed)
+    trainer.configure()
+    placement.check_components(trainer)
+    _open_data(trainer)
+    trainer.setup()
+    trainer.optimization = Optimization(trainer)
+    trainer.events = Events(trainer, [*trainer.callbacks, *_default_callbacks(trainer)])
+    _open_records(trainer)
+    for hook in trainer.events.on_setup:
+        hook()
+    _load(trainer)
+    _open_sinks(trainer)
+    _describe(trainer)
+    trainer.stop_agreement.open(trainer.global_step)
+    trainer._trained = not trainer.is_over
+    if trainer._trained:
+        for hook in trainer.events.on_train_start:
+            hook()
+
+
+def _reset(trainer: Trainer, seed: int | None) -> None:
+    """The parts of a run, so that teardown finds each whatever fails in between."""
+    trainer.seed = 0 if seed is None else seed
+    trainer.plan = type(trainer.plan)()
+    trainer.progress = Progress()
+    trainer._stopped = trainer._rewinding = trainer._validating = trainer.muted = False
+    trainer._restore_determinism = None
+    trainer._saved_at = None
+    trainer.validation = trainer.saver = None
+    trainer.replicas = []
+    trainer.local_batches = 0
+    trainer.on_cpu = trainer.device.type == "cpu"
+    trainer.events = Events(trainer, ())
+    trainer.record = RunRecord(None)
+    trainer.recorder = Recorder(trainer, [])
+    stop_file = None if trainer.run_dir is None else trainer.run_dir / "STOP"
+    trainer.stop_agreement = StopAgreement(trainer.world, stop_file)
+
+
+def _set_determinism(trainer: Trainer) -> None:
+    if not trainer.deterministic:
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+    def restore() -> None:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+    trainer._restore_determinism = restore
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _open_data(trainer: Trainer) -> None:
+    size = WindowSize(
+        trainer.gradient_accumulation_steps, trainer.global_batch_size, trainer.epoch_length
+    )
+    trainer.source = open_training(trainer.train_dataloader, size, trainer.seed, trainer.world)
+    if trainer.val_dataloader is not None:
+        trainer.validation = open_validation(trainer.val_dataloader, trainer.seed, trainer.world)
+    trainer.counts_items = trainer.count_items.__func__ is not trainer._count_samples
+    trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.dp_rank)
+    for decision, setting in trainer.source.plan:
+        trainer.plan.add(decision, setting)
+
+
+def place(trainer: Trainer) -> None:
+    """Modules to the device, compiled and replicated as the settings say."""
+    placement.place(trainer)
+    trainer.replicas = [
+        value
+        for holder in (vars(trainer), *(v for v in vars(trainer).values() if isinstance(v, dict)))
+        for value in holder.values()
+        if isinstance(value, placement.Replica)
+    ]
+    if trainer.precision != "fp32":
+        dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float16
+        trainer.autocast = torch.autocast(trainer.device.type, dtype=dtype)
+    for model in trainer.named_models().values():
+        model.train()
+
+
+def _default_callbacks(trainer: Trainer) -> list[Any]:
+    progress = registry.lookup("callback", "progress")
+    if not trainer.show_progress or any(isinstance(c, progress) for c in trainer.callbacks):
+        return []
+    return [progress()]
+
+
+def _open_records(trainer: Trainer) -> None:
+    sinks = trainer.loggers
+    if sinks is None:
+        sinks = [registry.lookup("logger", "jsonl")()] if trainer.run_dir is not None else []
+    trainer.recorder = Recorder(trainer, list(sinks))
+    if trainer.run_dir is None:
+        trainer.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
+        return
+    if trainer.resume.mode == "fresh" and trainer.world.is_main:
+        _move_aside(trainer)
+    if trainer.world.is_main:
+        trainer.run_dir.mkdir(parents=True, exist_ok=True)
+        trainer.record = RunRecord(trainer.run_dir)
+    trainer.world.barrier()
+    if trainer.checkpoint_policy is not None:
+        trainer.saver = Checkpoints(
+            trainer.run_dir / "checkpoints", trainer.checkpoint_policy, trainer.world
+        )
+
+
+def _move_aside(trainer: Trainer) -> None:
+    assert trainer.run_dir is not None
+    if not trainer.run_dir.exists():
+        return
+    count = 1
+    while (aside := trainer.run_dir.with_name(f"{trainer.run_dir.name}.{count}")).exists():
+        count += 1
+    trainer.run_dir.rename(aside)
+    trainer.say(f"the earlier run was moved to {aside}.")
+
+
+def _load(trainer: Trainer) -> None:
+    """Goes on from a checkpoint if there is one, else starts (from other weights, if asked)."""
+    found = resume.find(trainer)
+    tell(trainer)
+    trainer._sinks_state = None
+    if found is None:
+        if trainer.resume.init_from is not None:
+            resume.load_weights(trainer, Path(trainer.resume.init_from))
+        return
+    assert trainer.saver is not None
+    tree = trainer.saver.load(found.path)
+    trainer.load_state_dict(tree)
+    _extend(trainer)
+    trainer._sinks_state = tree["rank"]
+    trainer.plan.add(f"goes on from {found.path.name}", "resume")
+    for hook in trainer.events.on_load_checkpoint:
+        hook(tree)
+
+
+def _extend(trainer: Trainer) -> None:
+    """A run that had reached its horizon may go on if the horizon has grown since."""
+    progress = trainer.progress
+    if progress.ended_by not in ("epochs", "max_steps"):
+        return
+    over = (trainer.epochs is not None and progress.epoch >= trainer.epochs) or (
+        trainer.max_steps is not None and progress.global_step >= trainer.max_steps
+    )
+    if not over:
+        progress.ended_by = None
+
+
+def _open_sinks(trainer: Trainer) -> None:
+    if not trainer.world.is_main:
+        return
+    state = trainer._sinks_state
+    config = resume.identity(trainer)
+    for sink in trainer.recorder.sinks:
+        sink.open(trainer.run_dir, config, fresh=state is None)
+    if state is not None:
+        trainer.recorder.load_sinks(state)
+
+
+def _describe(trainer: Trainer) -> None:
+    """The plan: what was decided, printed and kept in run.json."""
+    plan, horizon = trainer.plan, trainer.training_horizon
+    plan.add(f"computes on {trainer.device} in {trainer.precision}", "precision")
+    if trainer.world.size > 1:
+        plan.add(f"replicated over {trainer.world.size} ranks by DDP", "parallel")
+    plan.add(
+        f"ends after {'the data' if horizon is None else f'{horizon} optimizer steps'}",
+        "epochs, max_steps",
+    )
+    plan.add(f"seed {trainer.seed}", "train(seed=...)")
+    if trainer.val_dataloader is not None:
+        plan.add(f"validates every {trainer.validate_every}", "validate_every")
+    if trainer.saver is not None:
+        plan.add(f"saves by {trainer.checkpoint_policy}", "checkpoint")
+    if not trainer.on_cpu and not all(
+        getattr(o, "_step_supports_amp_scaling", False) for o in trainer.named_optimizers().values()
+    ):
+        plan.add("an unfused optimizer waits for the device each step", "optimizer(fused=True)")
+    if trainer.saver is not None and not trainer.is_over:
+        trainer.saver.check_space(trainer.state_dict())
+    if not trainer.world.is_main:
+        return
+    trainer.record.start(seed=trainer.seed, plan=plan.as_list(), world_size=trainer.world.size)
+    if trainer.is_over:
+        trainer.say(f"the run in {trainer.run_dir} is complete ({trainer.progress.ended_by}).")
+    elif trainer.show_progress:
+        plan.show()
+
+
+def write_open_row(trainer: Trainer) -> None:
+    """The row of the steps since the last one, when training is over."""
+    recorder = trainer.recorder
+    trainer.optimization.guard.read()
+    if recorder.wanted and any(trainer.world.all_gather_object(bool(recorder.train.sums()))):
+        recorder.write(recorder.row())
+
+
+def save(trainer: Trainer, reasons: list[str], *, best: bool) -> None:
+    """Hands the state tree to the saver; waits for the disk if this ends the run."""
+    saver = trainer.saver
+    assert saver is not None
+    trainer.optimization.guard.read()
+    last = bool({"stop", "end"} & set(reasons))
+    if reasons == ["stop"] and trainer._saved_at == (trainer.global_step, trainer.progress.pending):
+        failed = saver.wait()
+        if failed is None:
+            return
+    placement.share_buffers(trainer)
+    tree = trainer.state_dict()
+    for hook in trainer.events.on_save_checkpoint:
+        hook(tree)
+    trainer.recorder.sync()
+    info = {"reasons": reasons, "metrics": dict(trainer.progress.metrics)}
+    synchronous = (
+        last or trainer.checkpoint_policy is None or not trainer.checkpoint_policy.asynchronous
+    )
+    saver.save(tree, trainer.global_step, best=best, synchronous=synchronous, info=info)
+    trainer._saved_at = (trainer.global_step, list(trainer.progress.pending))
+    tell(trainer)
+
+
+def tell(trainer: Trainer) -> None:
+    """Prints what the saver has to say, except that all is well."""
+    if trainer.saver is not None:
+        for event in trainer.saver.poll():
+            if event.kind != "saved":
+                trainer.say(event.message)
+
+
+def rewind(trainer: Trainer) -> None:
+    """Goes back to the newest checkpoint, with the bad window on the list of those to skip.
+
+    Raises:
+        ConfigError: there is no checkpoint yet.
+    """
+    saver, step = trainer.saver, trainer._rewind_step
+    assert saver is not None
+    saver.wait()
+    found = saver.newest()
+    if found is None:
+        raise ConfigError(
+            "on_nonfinite='rewind' has no checkpoint to go back to: save one earlier "
+            "(CheckpointPolicy(every_steps=...))."
+        )
+    tree = saver.load(found.path)
+    skips = [*trainer.progress.skips, step]
+    trainer.load_state_dict(tree)
+    trainer.recorder.load_sinks(tree["rank"])
+    trainer.progress.skips = sorted(set(skips) | set(trainer.progress.skips))
+    trainer._rewinding = False
+    trainer.say(f"went back to step {found.step}; step {step + 1} will be skipped.")
+    for hook in trainer.events.on_load_checkpoint:
+        hook(tree)
+
+
+def finish(trainer: Trainer) -> None:
+    """The loop has ended in order."""
+    trainer.source.close()
+    if trainer.progress.ended_by is not None and not trainer._stopped and trainer._trained:
+        for hook in trainer.events.on_train_end:
+            hook()
+    if trainer.saver is not None:
+        failed = trainer.saver.wait()
+        tell(trainer)
+        if failed is not None:
+            raise failed
+    trainer.result = result(trainer)
+    trainer.record.finish(
+        "complete" if trainer.result.complete else "stopped",
+        stopped_by=trainer.result.stopped_by,
+        step=trainer.global_step,
+        metrics=dict(trainer.progress.metrics),
+        best=trainer.result.best,
+    )
+
+
+def result(trainer: Trainer) -> Result:
+    """What the run has come to."""
+    progress, monitor = trainer.progress, trainer.metric_monitor
+    newest = trainer.saver.list()[-1:] if trainer.saver is not None else []
+    return Result(
+        stopped_by=progress.ended_by or trainer.stop_agreement.reason or "nothing",
+        complete=progress.ended_by is not None,
+        final_val_loss=progress.metrics.get("val/loss"),
+        metrics=dict(progress.metrics),
+        best=None if monitor is None else monitor.best_value,
+        global_step=progress.global_step,
+        epoch=progress.epoch,
+        checkpoint=newest[0].path if newest else None,
+    )
+
+
+def fail(trainer: Trainer, error: BaseException) -> None:
+    """The run ends with an error: everybody is told, and what is durable stays as it is."""
+    trainer.stop_agreement.fail(error)
+    for hook in trainer.events.on_exception:
+        hook(error)
+    trainer.record.finish("failed", stopped_by=f"{type(error).__name__}: {error}")
+
+
+def teardown(trainer: Trainer) -> None:
+    """Leaves nothing behind, however the run ended."""
+    try:
+        for hook in trainer.events.on_teardown:
+            hook()
+        if trainer.saver is not None:
+            trainer.saver.close()
+        trainer.recorder.close(trainer.record.record.get("status", "failed"))
+    finally:
+        if hasattr(trainer, "source"):
+            trainer.source.close()
+        trainer.stop_agreement.close()
+        placement.take_back(trainer)
+        if trainer._restore_determinism is not None:
+            trainer._restore_determinism()
+        trainer.world.close()

@@ -1,0 +1,71 @@
+"""Which validation was the best, and how long ago that was."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from paceline.errors import ConfigError, MetricError, nearest
+
+
+class MetricMonitor:
+    """Watches one validation metric.
+
+    Args:
+        metric_name: the metric's key among the validation's metrics.
+        mode: whether lower ("min") or higher ("max") is better.
+        min_delta: by how much, in the metric's own unit, a value must beat the best to count.
+
+    Attributes:
+        best_value: the best so far, None before the first.
+        worse_count: validations since the best.
+    """
+
+    def __init__(
+        self,
+        metric_name: str = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        min_delta: float = 0.0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ConfigError(f"MetricMonitor(mode={mode!r}): mode is 'min' or 'max'.")
+        if not min_delta >= 0:
+            raise ConfigError(f"MetricMonitor(min_delta={min_delta!r}): it may not be negative.")
+        self.metric_name = metric_name
+        self.mode = mode
+        self.min_delta = min_delta
+        self.best_value: float | None = None
+        self.worse_count = 0
+
+    def __call__(self, metrics: dict[str, float]) -> bool:
+        """Takes a validation's metrics; returns whether it is the best so far. NaN never is.
+
+        Raises:
+            MetricError: the metric is not among them; those that are get listed.
+        """
+        if self.metric_name not in metrics:
+            raise MetricError(
+                f"the monitored metric {self.metric_name!r} is not among the validation's metrics"
+                f"{nearest(self.metric_name, metrics)} There is: "
+                f"{', '.join(sorted(metrics)) or 'none'}. Log it in validation_step, return it "
+                "from get_val_metrics, or change MetricMonitor(metric_name=...)."
+            )
+        value = float(metrics[self.metric_name])
+        improved = not math.isnan(value) and (
+            self.best_value is None
+            or (self.mode == "min" and value < self.best_value - self.min_delta)
+            or (self.mode == "max" and value > self.best_value + self.min_delta)
+        )
+        if improved:
+            self.best_value, self.worse_count = value, 0
+        else:
+            self.worse_count += 1
+        return improved
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and the count since."""
+        return {"best_value": self.best_value, "worse_count": self.worse_count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.best_value, self.worse_count = state["best_value"], state["worse_count"]

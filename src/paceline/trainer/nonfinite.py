@@ -1,0 +1,246 @@
+"""Keeps what is not finite from the weights, and says where it came from."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.utils import get_total_norm
+
+from paceline.checkpoint import encode
+from paceline.errors import NonFiniteError, StateError
+from paceline.trainer.window import describe
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+class NonFiniteGuard:
+    """The finite check of each window and the policy when it fails.
+
+    Args:
+        trainer: gives the policy (`on_nonfinite`), the ranks and the window at hand.
+        optimizers: by name; on an accelerator fused ones are masked through `found_inf`.
+    """
+
+    def __init__(self, trainer: Trainer, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        self._trainer = trainer
+        self._read = trainer.world.reads_are_free
+        self._ranks = trainer.world.size
+        self._found: dict[str, Any] | None = None  # what this rank saw in this window
+        self._norm_bad = False
+        self._flag: torch.Tensor | None = None  # on the device: bad in this window
+        self._bad_step: torch.Tensor | None = None  # on the device: the first bad step, or -1
+        self._kept: Path | None = None
+        self._sentinels = {id(o): _smallest(o) for o in optimizers.values()}
+        self._buffers = _BufferCopies(trainer) if trainer.on_nonfinite in ("stop", "skip") else None
+
+    def begin(self) -> None:
+        """A new window."""
+        self._found, self._norm_bad, self._flag = None, False, None
+        if self._buffers is not None:
+            self._buffers.take()
+
+    def watch_loss(self, loss: torch.Tensor) -> torch.Tensor | float | None:
+        """Looks at a micro-batch's loss; returns a factor for its backward pass, NaN if it is bad.
+
+        The factor is what tells the other ranks. None means that there is nothing to tell.
+        """
+        if self._read:
+            value = loss.item()
+            if math.isfinite(value):
+                return None
+            self._note({"loss": value})
+            return math.nan if self._ranks > 1 else None  # one rank keeps the true gradients
+        clean = loss - loss  # zero, or NaN if the loss is not finite
+        self._raise_flag(clean)
+        return clean + 1 if self._ranks > 1 else None
+
+    def note_norm(self, norm: torch.Tensor) -> None:
+        """Takes a gradient norm that somebody has computed (clipping, a gradient monitor)."""
+        if self._trainer.optimization.scaler is not None:
+            return  # the scaler's own search for a scale; it skips such steps itself
+        if not self._read:
+            self._raise_flag(norm - norm)
+        elif not math.isfinite(norm.item()):
+            self._norm_bad = True
+            self._note({"grad_norm": norm.item()})
+
+    def check_norm(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the norm of an optimizer's gradients for this check alone."""
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        self.note_norm(get_total_norm(gradients))
+
+    def allows(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer may step; with policy "raise" a bad window ends here.
+
+        Raises:
+            NonFiniteError: the window is bad and the policy is "raise".
+        """
+        if not self._read:
+            return self._mask(optimizer)
+        if self._trainer.window.discarded:
+            return False
+        bad = self._found is not None or self._norm_bad
+        if self._ranks > 1 and not bad:
+            sentinel = self._sentinels[id(optimizer)]
+            gradient = None if sentinel is None else sentinel.grad
+            bad = gradient is not None and not math.isfinite(gradient.sum().item())
+        if not bad:
+            return True
+        self._discard()
+        return False
+
+    def read(self) -> None:
+        """Reads the device's verdict, with a row or before a checkpoint.
+
+        Raises:
+            NonFiniteError: a step was bad and the policy is "raise".
+        """
+        if self._bad_step is None:
+            return
+        step = int(self._bad_step.item())
+        if step < 0:
+            return
+        self._bad_step = None
+        self._act(f"the loss or gradient of step {step + 1} is not finite", step)
+
+    def _note(self, what: dict[str, Any]) -> None:
+        window = self._trainer.window
+        if self._found is None:
+            self._found = {
+                **what,
+                "rank": self._trainer.world.rank,
+                "batch_idx": window.batch_idx,
+                "samples": window.ids(),
+                "batch": describe(window.batch),
+            }
+            self._keep_batch(window.batch)
+
+    def _discard(self) -> None:
+        trainer = self._trainer
+        trainer.window.discarded = True
+        parameter = _first_bad_gradient(trainer)
+        found = trainer.world.all_gather_object(self._found)
+        seen = [f for f in found if f is not None]
+        step = trainer.global_step
+        lines = [f"step {step + 1} is not finite; the weights are as they were before it."]
+        for f in seen:
+            value = f"loss {f['loss']}" if "loss" in f else f"gradient norm {f['grad_norm']}"
+            lines.append(
+                f"  rank {f['rank']}, batch {f['batch_idx']}: {value}; samples {f['samples']}; "
+                f"batch {f['batch']}"
+            )
+        if parameter is not None:
+            lines.append(f"  first parameter with a non-finite gradient: {parameter}")
+        for model in trainer.named_models().values():
+            model.zero_grad()
+        if self._buffers is not None:
+            self._buffers.put_back()
+        self._act("\n".join(lines), step)
+
+    def _act(self, message: str, step: int) -> None:
+        trainer, policy = self._trainer, self._trainer.on_nonfinite
+        kept = self._kept_note()
+        if policy == "raise":
+            raise NonFiniteError(
+                f"{message}{kept}\non_nonfinite='raise': set 'skip', 'rewind' or 'stop' to go on."
+            )
+        trainer.say(f"{message}{kept}\non_nonfinite={policy!r}")
+        if policy == "stop":
+            trainer.request_stop("non-finite")
+        elif policy == "rewind":
+            trainer.request_rewind(step)
+
+    def _raise_flag(self, probe: torch.Tensor) -> None:
+        bad = torch.isnan(probe.detach()).reshape(())
+        self._flag = bad if self._flag is None else self._flag | bad
+
+    def _mask(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Leaves the verdict on the device; an optimizer that cannot be masked there is asked."""
+        trainer = self._trainer
+        sentinel = self._sentinels[id(optimizer)]
+        if self._ranks > 1 and sentinel is not None and sentinel.grad is not None:
+            total = sentinel.grad.sum()
+            self._raise_flag(total - total)
+        assert self._flag is not None
+        if self._bad_step is None:
+            self._bad_step = torch.full_like(self._flag, -1, dtype=torch.int64)
+        first = self._flag & (self._bad_step < 0)
+        self._bad_step = torch.where(first, trainer.global_step, self._bad_step)
+        # After a bad step nothing moves until the verdict is read, unless the policy is to skip it.
+        sticky = self._flag if trainer.on_nonfinite == "skip" else self._bad_step >= 0
+        if trainer.optimization.scaler is not None:
+            return True
+        if is_fused(optimizer):
+            optimizer.found_inf = sticky.float()  # pyright: ignore[reportAttributeAccessIssue]
+            return True
+        return not bool(sticky)
+
+    def _keep_batch(self, batch: Any) -> None:
+        trainer = self._trainer
+        if trainer.run_dir is None:
+            return
+        name = f"nonfinite_step_{trainer.global_step + 1}_rank_{trainer.world.rank}"
+        self._kept = _write_batch(batch, trainer.run_dir / name)
+
+    def _kept_note(self) -> str:
+        return "" if self._kept is None else f"\n  the batch is kept in {self._kept}"
+
+
+def _write_batch(batch: Any, folder: Path) -> Path | None:
+    """Keeps a batch for a replay: tensors as safetensors, the rest as JSON."""
+    try:
+        tensors, skeleton = encode({"batch": batch})
+    except StateError:
+        return None  # objects of the user's own: the sample ids name the batch
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "batch.safetensors")
+    (folder / "batch.json").write_text(json.dumps(skeleton))
+    return folder
+
+
+class _BufferCopies:
+    """The models' buffers as they were before the window (running statistics move in forward)."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._buffers = [b for m in trainer.named_models().values() for b in m.buffers()]
+        self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        for copy, buffer in zip(self._copies, self._buffers, strict=True):
+            copy.copy_(buffer)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for copy, buffer in zip(self._copies, self._buffers, strict=True):
+            buffer.copy_(copy)
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer heeds `found_inf` on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _smallest(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+    """The optimizer's smallest trainable parameter: its gradient tells of the others' NaN."""
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    return min(parameters, key=torch.Tensor.numel, default=None)
+
+
+def _first_bad_gradient(trainer: Trainer) -> str | None:
+    for model_name, model in trainer.named_models().items():
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return f"{model_name}.{name}"
+    return None

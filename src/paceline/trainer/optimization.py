@@ -1,0 +1,145 @@
+"""Backward, clipping, the optimizer step and its schedulers, and what is not finite.
+
+A non-finite loss never reaches the weights. Where reading a value is free (a CPU) the window is
+dropped at once. On several ranks a bad loss enters the backward pass as NaN, so that every rank
+finds it in the gradients it receives, without a collective of its own. On an accelerator nothing is
+read: the verdict stays on the device, masks the step of fused optimizers there (`found_inf`), and
+is read with the next row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from paceline.errors import ConfigError, LossError
+from paceline.trainer.nonfinite import NonFiniteGuard
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+class Optimization:
+    """Does a window's mathematics for a Trainer.
+
+    Args:
+        trainer: whose models, optimizers, schedulers and settings these are.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.optimizers = trainer.named_optimizers()
+        self.guard = NonFiniteGuard(trainer, self.optimizers)
+        self._schedulers: dict[str, list[Any]] = {name: [] for name in self.optimizers}
+        for scheduler in (trainer.named_schedulers() or {}).values():
+            self._schedulers[trainer.get_name_by_optimizer(scheduler.optimizer)].append(scheduler)
+        self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
+        self.scaler: Any = None
+        if trainer.precision == "fp16":
+            self.scaler = torch.amp.GradScaler(trainer.device.type)
+
+    def backward(self, loss: Any) -> None:
+        """Adds the gradients of one micro-batch, weighted for the window's mean over items."""
+        trainer = self._trainer
+        window = trainer.window
+        if isinstance(loss, dict):
+            _check_names(loss, self.optimizers)
+            for name, part in loss.items():
+                trainer.log(f"train/loss/{name}", part)
+            loss = sum(loss.values())
+        _check_loss(loss)
+        window.loss = raw = loss.detach()
+        trainer.log_loss(raw)
+        weighted = loss if _is_one(window.weight) else loss * window.weight
+        for hook in trainer.events.on_before_backward:
+            hook(weighted)
+        scale = self.guard.watch_loss(raw)
+        if scale is not None:
+            weighted = weighted * scale
+        (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()
+        for hook in trainer.events.on_after_backward:
+            hook()
+
+    def step(self, name: str | None = None) -> None:
+        """Steps one optimizer and its schedulers; the only one if no name is given.
+
+        Raises:
+            ConfigError: no such optimizer, or several and none was named.
+        """
+        name = name or self._single
+        if name not in self.optimizers:
+            raise ConfigError(
+                f"optimizer_step({name!r}): name one of {', '.join(self.optimizers)}."
+            )
+        optimizer, trainer = self.optimizers[name], self._trainer
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        for hook in trainer.events.on_before_optimizer_step:
+            hook(optimizer)
+        if trainer.max_grad_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = clip_grad_norm_(parameters, trainer.max_grad_norm)
+            trainer.log("grad_norm", norm, weight=1)
+            self.guard.note_norm(norm)
+        elif trainer.check_gradients:
+            self.guard.check_norm(optimizer)
+        if self.guard.allows(optimizer):
+            self._advance(optimizer)
+        optimizer.zero_grad()
+        if trainer.lr_scheduler_interval == "step":
+            for scheduler in self._schedulers[name]:
+                scheduler.step()
+
+    def step_schedulers(self, interval: str, metric: float | None = None) -> None:
+        """Steps all schedulers if theirs is this interval; "metric" ones get the metric."""
+        if self._trainer.lr_scheduler_interval != interval:
+            return
+        for schedulers in self._schedulers.values():
+            for scheduler in schedulers:
+                scheduler.step(*(() if metric is None else (metric,)))
+
+    def _advance(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+
+def _is_one(weight: Any) -> bool:
+    return isinstance(weight, float) and weight == 1.0
+
+
+def _check_names(losses: dict[str, Any], known: dict[str, Any]) -> None:
+    unknown = [name for name in losses if name not in known]
+    if unknown:
+        raise LossError(
+            f"training_step returned losses for {', '.join(unknown)}; the optimizers are "
+            f"{', '.join(known)}."
+        )
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise LossError(
+            f"training_step returned {loss!r:.80} of type {type(loss).__name__}; it returns the "
+            "mean loss over the batch's items, a tensor of one element."
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"training_step returned a tensor of shape {tuple(loss.shape)}; the loss is one "
+            "number, the mean over the batch's items. Take its mean() (reduction='mean')."
+        )
+    if not loss.requires_grad:
+        raise LossError(
+            "training_step returned a loss without a gradient: it depends on no trainable "
+            "parameter. Is something detached, under torch.no_grad(), or frozen?"
+        )
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a one-element tensor is finite; waits for its device."""
+    return math.isfinite(value.item())

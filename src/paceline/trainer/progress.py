@@ -1,0 +1,44 @@
+"""How far a run is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """The counters of a run; they move only between windows.
+
+    Attributes:
+        epoch: epochs done.
+        global_step: windows (optimizer steps) done.
+        batch: micro-batches of this rank done in the present epoch.
+        samples: samples of all ranks seen.
+        items: items of all ranks seen (samples, label tokens, ... as `count_items` counts).
+        validated_at: `global_step` at the last validation.
+        pending: parts of the boundary after the last window that a stop left undone.
+        ended_by: why training is over, or None while it may go on.
+        skips: global steps whose windows are passed over (after a rewind).
+        metrics: the last validation's metrics.
+    """
+
+    epoch: int = 0
+    global_step: int = 0
+    batch: int = 0
+    samples: int = 0
+    items: Any = 0
+    validated_at: int = -1
+    pending: list[str] = field(default_factory=list)
+    ended_by: str | None = None
+    skips: list[int] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every counter, as plain numbers."""
+        return {**asdict(self), "items": int(self.items)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, state[name])

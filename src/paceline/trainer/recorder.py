@@ -1,0 +1,136 @@
+"""What a run writes down: metric rows, timing rows, and the means behind them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from paceline.errors import MetricError
+from paceline.log.accumulator import Accumulator, merge
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+_RESERVED = ("step", "epoch", "samples", "items")
+
+
+class Recorder:
+    """Collects logged values and turns them into rows for the sinks.
+
+    Args:
+        trainer: whose counters the rows carry.
+        sinks: where rows go; used on rank 0.
+
+    Attributes:
+        train, val: open sums of training and of the validation at hand.
+        wanted: whether anybody looks at rows; if not, the loop's own loss is not even added.
+    """
+
+    def __init__(self, trainer: Trainer, sinks: list[Any]) -> None:
+        self._trainer = trainer
+        self._main = trainer.world.is_main
+        self.sinks = sinks
+        free = trainer.world.reads_are_free
+        self.train = Accumulator(reads_are_free=free)
+        self.val = Accumulator(reads_are_free=free)
+        self.wanted = bool(sinks) or bool(trainer.events.on_step_end)
+        self._timing: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def add(self, accumulator: Accumulator, name: str, value: Any, weight: Any) -> None:
+        """Adds a user's value under a name that no row keeps for itself."""
+        if name in _RESERVED:
+            raise MetricError(f"log({name!r}, ...): every row has its own {name!r}; rename yours.")
+        accumulator.add(name, value, weight)
+
+    def row(self) -> dict[str, Any]:
+        """The row of the steps since the last one, the same on every rank; starts a new one."""
+        means = merge(self._trainer.world.all_gather_object(self.train.sums()))
+        self.train.reset()
+        return {**self._counters(), **means}
+
+    def add_timing(self, name: str, value: float) -> None:
+        """Adds a measurement to the next timing row."""
+        self._timing[name] = value
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Sends a row to the sinks, and with it what was measured since the last."""
+        if not self._main:
+            self._timing.clear()
+            return
+        now = time.perf_counter()
+        timing = {"step": row["step"], "seconds": now - self._since, **self._timing}
+        self._since = now
+        self._timing.clear()
+        for sink in self.sinks:
+            sink.write(row)
+            sink.write_timing(timing)
+
+    def validation_metrics(self, own: dict[str, float], samples: float) -> dict[str, float]:
+        """All metrics of a validation: logged ones, and a trainer's own weighted by samples."""
+        ours = {name: (float(value) * samples, samples) for name, value in own.items() if samples}
+        parts = self._trainer.world.all_gather_object((self.val.sums(), ours))
+        self.val.reset()
+        return {**merge([logged for logged, _ in parts]), **merge([given for _, given in parts])}
+
+    def write_validation(self, metrics: dict[str, float]) -> None:
+        """A row of its own for a validation."""
+        if metrics:
+            self.write({**self._counters(), **metrics})
+
+    def sync(self) -> None:
+        """Makes all rows durable, before a checkpoint that counts on them is published."""
+        if self._main:
+            for sink in self.sinks:
+                sink.sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's open sums and, on rank 0, where its sinks stand."""
+        state: dict[str, Any] = {"sums": self.train.state_dict()}
+        if self._main:
+            state["sinks"] = {
+                f"{type(sink).__name__}_{i}": sink.state_dict() for i, sink in enumerate(self.sinks)
+            }
+        return state
+
+    def load_state_dict(self, ranks: dict[str, dict[str, Any]]) -> None:
+        """Takes back this rank's open sums, or at another world size all of them on rank 0."""
+        world = self._trainer.world
+        if len(ranks) == world.size:
+            self.train.load_state_dict(ranks[str(world.rank)]["sums"])
+        elif self._main:
+            totals: dict[str, list[float]] = {}
+            for rank in sorted(ranks, key=int):
+                for name, (total, weight) in ranks[rank]["sums"].items():
+                    pair = totals.setdefault(name, [0.0, 0.0])
+                    pair[0], pair[1] = pair[0] + total, pair[1] + weight
+            self.train.load_state_dict(totals)
+
+    def load_sinks(self, ranks: dict[str, dict[str, Any]]) -> None:
+        """Sends the sinks back to where they stood; to be called when they are open."""
+        if self._main:
+            for i, sink in enumerate(self.sinks):
+                state = ranks["0"]["sinks"].get(f"{type(sink).__name__}_{i}")
+                if state is not None:
+                    sink.load_state_dict(state)
+
+    def close(self, status: str) -> None:
+        """Ends the sinks."""
+        if self._main:
+            for sink in self.sinks:
+                sink.close(status)
+
+    def _counters(self) -> dict[str, Any]:
+        trainer, progress = self._trainer, self._trainer.progress
+        row: dict[str, Any] = {
+            "step": progress.global_step,
+            "epoch": progress.epoch,
+            "samples": progress.samples,
+            "items": int(progress.items),
+        }
+        rates = trainer.learning_rates
+        if len(rates) == 1:
+            row["lr"] = next(iter(rates.values()))
+        else:
+            row.update({f"lr/{name}": rate for name, rate in rates.items()})
+        return row

@@ -1,0 +1,290 @@
+"""Going on from a checkpoint: what must be the same, what may grow, what is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.checkpoint import Checkpoint, load_tree, verify
+from paceline.checkpoint.state import (
+    load_model_state,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_names,
+)
+from paceline.errors import CheckpointError, ConfigError, ResumeError
+from paceline.trainer.events import named_callbacks
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+def identity(trainer: Trainer) -> dict[str, Any]:
+    """The settings that a resumed run must find unchanged, by dotted key.
+
+    The models' own names and shapes are compared when their weights are loaded.
+    """
+    keys: dict[str, Any] = {
+        "seed": trainer.seed,
+        "precision": trainer.precision,
+        "loss_fn": _kind(trainer.loss_fn),
+        "max_grad_norm": trainer.max_grad_norm,
+    }
+    for name, value in trainer.source.identity.items():
+        keys[f"data.{name}"] = value
+    for name, optimizer in trainer.named_optimizers().items():
+        keys[f"{name}.class"] = type(optimizer).__name__
+        for key, value in optimizer.defaults.items():
+            if isinstance(value, torch.Tensor):
+                value = value.item()
+            if isinstance(value, (bool, int, float, str, type(None))):
+                keys[f"{name}.{key}"] = value
+            elif isinstance(value, (tuple, list)):
+                keys[f"{name}.{key}"] = str(tuple(value))
+    for name, scheduler in (trainer.named_schedulers() or {}).items():
+        keys[f"{name}.class"] = type(scheduler).__name__
+    return keys
+
+
+def horizon(trainer: Trainer) -> dict[str, int | None]:
+    """Where the run ends; may grow at resume."""
+    return {"epochs": trainer.epochs, "max_steps": trainer.max_steps}
+
+
+def check_identity(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
+    """Compares with a checkpoint's settings; returns the accepted keys that differ.
+
+    Raises:
+        ResumeError: listing every key that may not differ but does.
+    """
+    now, then = identity(trainer), stored["identity"]
+    changed = {
+        key: (then.get(key), now.get(key))
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    }
+    for key, value in horizon(trainer).items():
+        before = stored["horizon"][key]
+        if value is not None and before is not None and value < before:
+            changed[key] = (before, value)
+    accepted = [key for key in changed if _accepted(key, trainer.resume.accept)]
+    refused = {key: values for key, values in changed.items() if key not in accepted}
+    if refused:
+        lines = [f"{key}: {old!r} then, {new!r} now" for key, (old, new) in refused.items()]
+        raise ResumeError(
+            "this run cannot go on with other settings than it began with:\n  "
+            + "\n  ".join(lines)
+            + "\nPut them back, start anew beside the old run (another run_dir), move the old run "
+            "aside (resume='fresh', --fresh), or accept the change "
+            f"(Resume(accept=({next(iter(refused))!r},)), --accept {next(iter(refused))})."
+        )
+    return accepted
+
+
+def gather_state(trainer: Trainer) -> dict[str, Any]:
+    """The state tree of `checkpoint/state.py`, referring to live tensors."""
+    models = trainer.named_models()
+    names = parameter_names(models)
+    rank = {**trainer.recorder.state_dict()}
+    source = trainer.source.state_dict()
+    if trainer.source.per_rank:
+        rank["data"] = source
+    monitor, scaler = trainer.metric_monitor, trainer.optimization.scaler
+    return {
+        "models": {name: model.state_dict() for name, model in models.items()},
+        "optimizers": {
+            name: optimizer_state(optimizer, names)
+            for name, optimizer in trainer.named_optimizers().items()
+        },
+        "schedulers": {
+            name: scheduler.state_dict()
+            for name, scheduler in (trainer.named_schedulers() or {}).items()
+        },
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "progress": trainer.progress.state_dict(),
+        "data": None if trainer.source.per_rank else source,
+        "monitor": None if monitor is None else monitor.state_dict(),
+        "callbacks": {
+            name: callback.state_dict()
+            for name, callback in named_callbacks(trainer.callbacks).items()
+        },
+        "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
+        "rank": {str(trainer.world.rank): rank},
+        "identity": identity(trainer),
+        "horizon": horizon(trainer),
+    }
+
+
+def load_state(trainer: Trainer, tree: dict[str, Any]) -> None:
+    """Puts a state tree back into the trainer's objects.
+
+    Raises:
+        MismatchError, ResumeError: it does not fit; nothing that could be checked was changed.
+    """
+    accepted = check_identity(trainer, tree)
+    models = trainer.named_models()
+    names = parameter_names(models)
+    _check_names("models", models, tree["models"])
+    _check_names("optimizers", trainer.named_optimizers(), tree["optimizers"])
+    schedulers = trainer.named_schedulers() or {}
+    _check_names("schedulers", schedulers, tree["schedulers"])
+    for name, model in models.items():
+        load_model_state(model, tree["models"][name], f"model {name!r}")
+    optimizers = trainer.named_optimizers()
+    wanted = {name: _wanted(optimizer, name, accepted) for name, optimizer in optimizers.items()}
+    for name, optimizer in optimizers.items():
+        load_optimizer_state(optimizer, tree["optimizers"][name], names, f"optimizer {name!r}")
+    for name, scheduler in schedulers.items():
+        scheduler.load_state_dict(tree["schedulers"][name])
+    for name, optimizer in optimizers.items():
+        _apply(optimizer, wanted[name], schedulers)
+    if trainer.optimization.scaler is not None and tree["scaler"] is not None:
+        trainer.optimization.scaler.load_state_dict(tree["scaler"])
+    trainer.progress.load_state_dict(tree["progress"])
+    _load_data(trainer, tree)
+    if trainer.metric_monitor is not None and tree["monitor"] is not None:
+        trainer.metric_monitor.load_state_dict(tree["monitor"])
+    _load_named(trainer, "callback", named_callbacks(trainer.callbacks), tree["callbacks"])
+    _load_named(trainer, "checkpoint object", trainer.named_objects(), tree["objects"])
+    trainer.recorder.load_state_dict(tree["rank"])
+
+
+def _load_data(trainer: Trainer, tree: dict[str, Any]) -> None:
+    source, world = trainer.source, trainer.world
+    if not source.per_rank:
+        source.load_state_dict(tree["data"])
+        trainer.progress.batch = source.batches_done()  # as this number of ranks counts them
+        return
+    if len(tree["rank"]) != world.size:
+        raise ResumeError(
+            f"the training loader keeps its own place on each rank: a run of {len(tree['rank'])} "
+            f"ranks cannot go on with {world.size}. A map-style dataset can."
+        )
+    source.load_state_dict(tree["rank"][str(world.rank)]["data"])
+
+
+def _load_named(trainer: Trainer, kind: str, here: dict[str, Any], stored: dict[str, Any]) -> None:
+    for name, thing in here.items():
+        if name in stored:
+            thing.load_state_dict(stored[name])
+        else:
+            trainer.say(f"the {kind} {name!r} is new in this run: it starts fresh.")
+    for name in stored:
+        if name not in here and stored[name]:
+            trainer.say(f"the {kind} {name!r} of the checkpoint is no longer there.")
+
+
+def _check_names(kind: str, here: Any, stored: Any) -> None:
+    if set(here) != set(stored):
+        raise ResumeError(
+            f"the checkpoint holds the {kind} {', '.join(sorted(stored)) or 'none'}; this run has "
+            f"{', '.join(sorted(here)) or 'none'}."
+        )
+
+
+def _accepted(key: str, accept: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in accept)
+
+
+def _wanted(
+    optimizer: torch.optim.Optimizer, name: str, accepted: list[str]
+) -> list[dict[str, Any]]:
+    """What the accepted keys are in each group of the new run's optimizer."""
+    keys = [key.removeprefix(name + ".") for key in accepted if key.startswith(name + ".")]
+    return [
+        {
+            key: group.get("initial_lr", group[key]) if key == "lr" else group[key]
+            for key in keys
+            if key in group
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def _apply(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]], schedulers: Any) -> None:
+    for i, (group, values) in enumerate(zip(optimizer.param_groups, wanted, strict=True)):
+        for key, value in values.items():
+            if key == "lr" and "initial_lr" in group:  # keep the schedule's place
+                group["lr"] = value * (group["lr"] / group["initial_lr"])
+                group["initial_lr"] = value
+                for scheduler in schedulers.values():
+                    if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):
+                        scheduler.base_lrs[i] = value
+            else:
+                group[key] = value
+
+
+def _kind(thing: Any) -> str | None:
+    if thing is None:
+        return None
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def load_weights(trainer: Trainer, path: Path) -> None:
+    """Warm start: model weights alone, by name; says what was loaded, missing and unexpected.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or no name fits.
+    """
+    folder = _checkpoint_in(path)
+    verify(folder)
+    stored = load_tree(folder)["models"]
+    loaded, missing, unexpected = 0, [], []
+    for name, model in trainer.named_models().items():
+        here, there = model.state_dict(), stored.get(name, {})
+        fits = {k: v for k, v in there.items() if k in here and v.shape == here[k].shape}
+        loaded += len(fits)
+        missing += [f"{name}.{k}" for k in here if k not in fits]
+        unexpected += [f"{name}.{k}" for k in there if k not in fits]
+        model.load_state_dict(fits, strict=False)
+    if not loaded:
+        raise CheckpointError(f"init_from={path}: no tensor there fits this trainer's models.")
+    trainer.say(
+        f"weights from {folder}: {loaded} tensors loaded; missing: {', '.join(missing) or 'none'}; "
+        f"unexpected: {', '.join(unexpected) or 'none'}."
+    )
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """A checkpoint's folder, or the newest intact one of a run's folder."""
+    if (path / "manifest.json").exists():
+        return path
+    folders = sorted((path / "checkpoints").glob("step_*"), reverse=True)
+    if not folders:
+        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one.")
+    return folders[0]
+
+
+def find(trainer: Trainer) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to start.
+
+    Raises:
+        ConfigError: `resume` says "must" and there is none, or "never" and there is one.
+    """
+    saver, mode = trainer.saver, trainer.resume.mode
+    if saver is None:
+        return None
+    saver.recover()
+    if trainer.resume.path is not None:
+        wanted = trainer.resume.path.resolve()
+        found = next((c for c in saver.list() if c.path.resolve() == wanted), None)
+        if found is None:
+            raise ConfigError(
+                f"resume={trainer.resume.mode!r} is no checkpoint of this run; there is: "
+                f"{', '.join(c.path.name for c in saver.list()) or 'none'}. To start from another "
+                "run's weights, use init_from."
+            )
+        saver.abandon_after(found.save_id)
+        return found
+    found = saver.newest()
+    if found is None and mode == "must":
+        raise ConfigError(f"resume='must': {trainer.run_dir} holds no intact checkpoint.")
+    if found is not None and mode == "never":
+        raise ConfigError(
+            f"resume='never': {trainer.run_dir} holds a run already (step {found.step}). Choose "
+            "another run_dir, go on from it (resume='auto'), or move it aside (resume='fresh')."
+        )
+    return found

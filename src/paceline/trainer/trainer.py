@@ -1,0 +1,409 @@
+"""Trainer: the loop. It reads from top to bottom in the order of the event table (`events.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from paceline.checkpoint import CheckpointPolicy, reasons_due
+from paceline.data.source import Draw
+from paceline.errors import Preempted
+from paceline.trainer import lifecycle
+from paceline.trainer.base import TrainerBase
+from paceline.trainer.events import Callback
+from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.result import Result
+from paceline.trainer.resume import gather_state, load_state
+from paceline.trainer.settings import Resume, unknown_keyword
+from paceline.trainer.validation import validate
+from paceline.trainer.window import Window
+from paceline.world.parallel import Parallel
+
+_EACH_EPOCH = CheckpointPolicy()
+
+
+class Trainer(TrainerBase):
+    """Trains models, exactly resumably, on one process or several.
+
+    Give `model`, `optimizer` and `loss_fn` and it is complete: batches are `(inputs, targets)`.
+    Or subclass it: override `loss`, or `training_step` and `validation_step`, or a whole segment
+    (`train`, `epoch`, `step`, `evaluate`, `checkpoint`), and any hook of the event table.
+
+    Args:
+        model: a module, or modules by name.
+        optimizer: an optimizer, or optimizers by name.
+        lr_scheduler: a scheduler, or schedulers by name; each follows its own optimizer.
+        loss_fn: `loss_fn(outputs, targets)` -> mean loss over the batch's items.
+        train_dataloader: a DataLoader or any iterable of batches.
+        val_dataloader: likewise, or None for no validation.
+        epochs: passes of `epoch_length` micro-batches; None for no bound.
+        max_steps: optimizer steps; None for no bound.
+        epoch_length: micro-batches a rank sees in an epoch; None for the loader's own length.
+        gradient_accumulation_steps: micro-batches in a window.
+        global_batch_size: samples of all ranks in a window; the accumulation follows from it.
+        lr_scheduler_interval: when schedulers step: "step", "epoch", or "metric" (with the
+            monitored metric, after each validation).
+        max_grad_norm: clip each optimizer's gradients to this 2-norm.
+        precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling).
+        compile: compile the models in place; parameter names stay as they are.
+        deterministic: use deterministic algorithms only.
+        validate_every: "epoch", or a number of optimizer steps.
+        metric_monitor: which metric decides what is best.
+        early_stop: end training after this many validations without a better metric.
+        on_nonfinite: what a loss or gradient norm that is not finite leads to.
+        checkpoint: when to save and what to keep; None for no checkpoints.
+        parallel: the layout over processes.
+        callbacks: behaviour to plug in.
+        loggers: sinks for rows; None for metrics.jsonl and timing.jsonl in the run folder.
+        progress: print the plan and show progress.
+        log_every: optimizer steps between two rows.
+        run_dir: the run's folder; None to write nothing.
+        resume: "auto", "must", "never", "fresh", the path of a checkpoint, or a `Resume`.
+
+    Raises:
+        ConfigError: a setting is unknown or impossible.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Mapping[str, torch.nn.Module] | None = None,
+        optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None = None,
+        lr_scheduler: Any = None,
+        loss_fn: Any = None,
+        train_dataloader: Iterable[Any] | None = None,
+        val_dataloader: Iterable[Any] | None = None,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        epoch_length: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        global_batch_size: int | None = None,
+        lr_scheduler_interval: Literal["step", "epoch", "metric"] = "step",
+        max_grad_norm: float | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        compile: bool = False,
+        deterministic: bool = False,
+        validate_every: Literal["epoch"] | int = "epoch",
+        metric_monitor: MetricMonitor | None = None,
+        early_stop: int | None = None,
+        on_nonfinite: Literal["raise", "stop", "skip", "rewind"] = "raise",
+        checkpoint: CheckpointPolicy | None = _EACH_EPOCH,
+        parallel: Parallel | None = None,
+        callbacks: Sequence[Callback] = (),
+        loggers: Sequence[Any] | None = None,
+        progress: bool = True,
+        log_every: int = 50,
+        run_dir: str | Path | None = None,
+        resume: str | Resume = "auto",
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise unknown_keyword(unknown, Trainer)
+        super().__init__()
+        self.parallel = parallel or Parallel()
+        self.model = _own(model)
+        self.optimizer = _own(optimizer)
+        self.lr_scheduler = (
+            dict(lr_scheduler) if isinstance(lr_scheduler, Mapping) else lr_scheduler
+        )
+        self.loss_fn = loss_fn
+        self.train_dataloader = train_dataloader
+        self.val_dataloader = val_dataloader
+        self._epochs = epochs
+        self.max_steps = max_steps
+        self.epoch_length = epoch_length
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.global_batch_size = global_batch_size
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.max_grad_norm = max_grad_norm
+        self.precision = precision
+        self.compile = compile
+        self.deterministic = deterministic
+        self.validate_every = validate_every
+        self.metric_monitor = metric_monitor
+        self.early_stop = early_stop
+        self.on_nonfinite = on_nonfinite
+        self.checkpoint_policy = checkpoint
+        self.callbacks = list(callbacks)
+        self.loggers = loggers
+        self.show_progress = progress
+        self.log_every = log_every
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.resume = resume if isinstance(resume, Resume) else Resume(str(resume))
+        self.autocast: Any = nullcontext()
+
+    # What a model's author writes
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The mean loss over a batch's items; by default of `(inputs, targets)` pairs."""
+        inputs, targets = batch
+        return self.loss_fn(self.model(inputs), targets)  # pyright: ignore[reportCallIssue,reportOptionalCall]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The mean loss over a batch's items, or independent losses by optimizer name."""
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs what a validation measures; by default the loss, as "val/loss"."""
+        self.log("val/loss", self.loss(batch))
+
+    def get_val_metrics(self) -> dict[str, Any]:
+        """A validation's metrics beyond those logged, from state of your own on this rank."""
+        return {}
+
+    # The loop
+
+    def train(
+        self,
+        train_dataloader: Iterable[Any] | None = None,
+        val_dataloader: Iterable[Any] | None = None,
+        epochs: int | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Result:
+        """Trains to the end, or goes on from the run folder's newest checkpoint.
+
+        Args:
+            train_dataloader, val_dataloader, epochs: in place of the constructor's.
+            seed: of every random stream of the run; 0 unless given.
+
+        Returns:
+            What came of it.
+
+        Raises:
+            Preempted: a signal stopped the run, which was saved (a SystemExit with code 75).
+        """
+        if train_dataloader is not None:
+            self.train_dataloader = train_dataloader
+        self.val_dataloader = val_dataloader if val_dataloader is not None else self.val_dataloader
+        self._epochs = epochs if epochs is not None else self._epochs
+        with self.running(seed):
+            while not self.is_over:
+                self.epoch()
+        return self.result
+
+    def fit(self, seed: int | None = None) -> Result:
+        """The same as `train(seed=...)`."""
+        with self.running(seed):
+            self.train()
+        return self.result
+
+    def epoch(self) -> None:
+        """Trains what is left of the present epoch."""
+        for window in self._epoch_windows():
+            self.step(window)
+
+    def step(self, window: Window) -> None:
+        """Takes one optimizer step on a window's micro-batches."""
+        for batch, batch_idx in window:
+            with self.autocast:
+                loss = self.training_step(batch, batch_idx)
+            self.backward(loss)
+        self.optimizer_step()
+
+    def backward(self, loss: Any) -> None:
+        """Adds the gradients of a micro-batch's mean loss, weighted for the window's mean."""
+        self.optimization.backward(loss)
+
+    def optimizer_step(self, name: str | None = None) -> None:
+        """Steps the named optimizer and its schedulers; without a name, every optimizer."""
+        for each in (name,) if name is not None else self.optimization.optimizers:
+            self.optimization.step(each)
+
+    def windows(self) -> Iterator[Window]:
+        """Every window that is left of the run.
+
+        A `train()` of your own keeps every promise with
+        `for window in self.windows(): self.step(window)`: what stands between two windows (rows,
+        validation, checkpoints, stopping, the epoch's end) is done as the loop asks for the next.
+        """
+        with self.running():
+            while not self.is_over:
+                yield from self._epoch_windows()
+
+    def _epoch_windows(self) -> Iterator[Window]:
+        progress, source = self.progress, self.source
+        epoch = progress.epoch
+        source.start_epoch(epoch)
+        if progress.batch == 0:
+            for hook in self.events.on_train_epoch_start:
+                hook()
+        while not self.is_over and progress.epoch == epoch and (draw := source.draw()) is not None:
+            self.window = window = self._open_window(draw)
+            if progress.global_step not in progress.skips:
+                yield window
+            self._close_window(window)
+            if self._rewinding:
+                lifecycle.rewind(self)
+                return
+
+    def _open_window(self, draw: Draw) -> Window:
+        window = Window(self, draw, self.progress.batch)
+        self.optimization.guard.begin()
+        return window
+
+    def _close_window(self, window: Window) -> None:
+        """Counts a window that is done, and sees to the boundary behind it."""
+        progress = self.progress
+        progress.global_step += 1
+        progress.batch += len(window)
+        progress.samples += window.samples
+        progress.items += window.items
+        row: dict[str, Any] = {}
+        if progress.global_step % self.log_every == 0 and self.recorder.wanted:
+            self.optimization.guard.read()
+            row = self.recorder.row()
+        for hook in self.events.on_step_end:
+            hook(row)
+        if row:
+            self.recorder.write(row)
+        if self._rewinding:
+            return
+        if self.stop_agreement.reached(progress.global_step):
+            self._leave(pending=["boundary"])
+        else:
+            self._boundary()
+
+    # Between two windows
+
+    def _boundary(self) -> None:
+        """Validation, the epoch's end, one checkpoint: each part if due, in this order."""
+        progress = self.progress
+        step, progress.pending = progress.global_step, []
+        by_step = isinstance(self.validate_every, int) and step % self.validate_every == 0
+        saves = self._save_reasons()
+        last = self.source.at_end(keep=by_step or bool(saves) or step == self.max_steps)
+        ending = self._ending(last)
+        if not (by_step or saves or last or ending):
+            return
+        improved = False
+        validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
+        if validates and progress.validated_at != step and self.val_dataloader is not None:
+            self.stop_agreement.hold(step)
+            metrics = self.evaluate()
+            if metrics is None:
+                return self._leave(pending=["validation"])
+            improved = self._judge(metrics)
+        if last:
+            self._end_epoch()
+        if ending or self._out_of_patience():
+            progress.ended_by = ending or "early stop"
+            lifecycle.write_open_row(self)
+        reasons = self._save_reasons(epoch_ended=last, improved=improved)
+        if reasons or progress.ended_by:
+            self.checkpoint(reasons + ["end"] * bool(progress.ended_by), best=improved)
+        if self.stop_agreement.reached(step) and not self.is_over:
+            self._leave(pending=[])
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Validates: each sample once over all ranks.
+
+        Returns:
+            The metrics over all ranks, or None if the run is to stop and this was abandoned.
+        """
+        return validate(self)
+
+    def _judge(self, metrics: dict[str, float]) -> bool:
+        """Tells everybody who waits for a metric; returns whether it is the best so far."""
+        self.progress.validated_at = self.progress.global_step
+        self.progress.metrics = metrics
+        self.recorder.write_validation(metrics)
+        for hook in self.events.on_metrics:
+            hook(metrics)
+        monitor = self.metric_monitor
+        improved = monitor is not None and monitor(metrics)
+        if self.lr_scheduler_interval == "metric":
+            name = "val/loss" if monitor is None else monitor.metric_name
+            self.optimization.step_schedulers("metric", metrics[name])
+        return improved
+
+    def _out_of_patience(self) -> bool:
+        monitor, patience = self.metric_monitor, self.early_stop
+        return patience is not None and monitor is not None and monitor.worse_count >= patience
+
+    def _end_epoch(self) -> None:
+        self.optimization.step_schedulers("epoch")
+        for hook in self.events.on_train_epoch_end:
+            hook()
+        self.progress.epoch += 1
+        self.progress.batch = 0
+
+    def _ending(self, epoch_ends: bool) -> str | None:
+        """Why training is over after this window, if it is."""
+        progress = self.progress
+        if epoch_ends and self.epochs is not None and progress.epoch + 1 >= self.epochs:
+            return "epochs"
+        if self.max_steps is not None and progress.global_step >= self.max_steps:
+            return "max_steps"
+        return None
+
+    def _save_reasons(self, *, epoch_ended: bool = False, improved: bool = False) -> list[str]:
+        if self.saver is None or self.checkpoint_policy is None:
+            return []
+        done = self.progress.epoch if epoch_ended else None
+        step = self.progress.global_step
+        return reasons_due(self.checkpoint_policy, step=step, epochs_done=done, improved=improved)
+
+    def checkpoint(self, reasons: Sequence[str] = ("asked for",), *, best: bool = False) -> None:
+        """Saves all state, between two windows. What ends a run ("stop", "end") is waited for."""
+        if self.saver is None:
+            return
+        lifecycle.save(self, list(reasons), best=best)
+
+    def _leave(self, pending: list[str]) -> None:
+        """Stops here, at the agreed boundary, with a checkpoint that says what is left to do."""
+        self.progress.pending = pending
+        self.source.close()
+        self.checkpoint(["stop"])
+        self._stopped = True
+
+    # The run around the loop
+
+    @contextmanager
+    def running(self, seed: int | None = None) -> Iterator[None]:
+        """The life of a run around its loop; inside a run that is open already, nothing."""
+        if self._open:
+            yield
+            return
+        self._open = True
+        try:
+            lifecycle.start(self, seed)
+            if self.is_over:
+                pass
+            elif self.stop_agreement.reached(self.global_step):
+                self._leave(self.progress.pending)
+            elif self.progress.pending:
+                self._boundary()
+            yield
+            lifecycle.finish(self)
+        except BaseException as error:
+            lifecycle.fail(self, error)
+            raise
+        finally:
+            self._open = False
+            lifecycle.teardown(self)
+        if self.stop_agreement.by_signal:
+            raise Preempted(self.result)
+
+    def configure(self) -> None:
+        """Makes components; override it to assign models, optimizers and schedulers here."""
+
+    def setup(self) -> None:
+        """Places the components: device, compilation, replicas."""
+        lifecycle.place(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as one tree (`checkpoint/state.py` lists it)."""
+        return gather_state(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave, within a run."""
+        load_state(self, state_dict)
+
+
+def _own(components: Any) -> Any:
+    """A dictionary of the trainer's own, since placing replaces its values."""
+    return dict(components) if isinstance(components, Mapping) else components

@@ -1,0 +1,108 @@
+"""Validation: each sample once over all ranks, disturbing nothing of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.errors import DataError, MetricError
+from paceline.trainer.placement import share_buffers
+from paceline.trainer.window import to_device
+from paceline.world.seeding import seed_everything, stream
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+def validate(trainer: Trainer) -> dict[str, float] | None:
+    """Runs the validation data through `validation_step`.
+
+    Returns:
+        The metrics over all ranks: those logged, means over items; those of `get_val_metrics`,
+        means over ranks weighted by their samples. None if a stop was agreed on meanwhile.
+    """
+    with _evaluating(trainer), torch.no_grad():
+        for hook in trainer.events.on_validation_start:
+            hook()
+        samples = _run_batches(trainer)
+        if any(trainer.world.all_gather_object(samples is None)):
+            return None
+        assert samples is not None
+        for hook in trainer.events.on_validation_end:
+            hook()
+        own = _own_metrics(trainer, samples)
+        metrics = trainer.recorder.validation_metrics(own, samples)
+    return metrics
+
+
+def _run_batches(trainer: Trainer) -> float | None:
+    """This rank's samples, or None if it left early."""
+    assert trainer.validation is not None
+    key = stream(trainer.seed, "val", trainer.global_step, trainer.world.dp_rank)
+    events, samples = trainer.events, 0
+    for batch_idx, (batch, size) in enumerate(trainer.validation.batches()):
+        if trainer.stop_agreement.abandons(trainer.global_step):
+            return None
+        if not trainer.on_cpu:
+            batch = to_device(batch, trainer.device)
+        if trainer.counts_items or size < 0:
+            size = trainer.count_items(batch)
+        trainer.batch_items = size
+        samples += size
+        seed_everything(key + batch_idx)
+        for hook in events.on_validation_batch_start:
+            hook(batch, batch_idx)
+        with trainer.autocast:
+            trainer.validation_step(batch, batch_idx)
+        for hook in events.on_validation_batch_end:
+            hook(batch, batch_idx)
+    total = sum(trainer.world.all_gather_object(int(samples)))
+    if total == 0:
+        raise DataError("the validation loader yields no batch: give it data, or none at all.")
+    return samples
+
+
+@contextmanager
+def _evaluating(trainer: Trainer) -> Iterator[None]:
+    """Models in eval mode, no replica's buffers exchanged, values logged to the validation."""
+    models = list(trainer.named_models().values())
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    share_buffers(trainer)
+    for model in models:
+        model.eval()
+    for replica in trainer.replicas:
+        replica.require_forward_param_sync = False  # ranks may have unequal numbers of batches
+    trainer.recorder.val.reset()
+    trainer._validating = True
+    try:
+        yield
+    finally:
+        trainer._validating = False
+        trainer.batch_items = None
+        for replica in trainer.replicas:
+            replica.require_forward_param_sync = True
+        for module, mode in modes:
+            module.training = mode
+
+
+def _own_metrics(trainer: Trainer, samples: float) -> dict[str, float]:
+    try:
+        metrics: Any = trainer.get_val_metrics()
+    except ZeroDivisionError:
+        if samples:
+            raise
+        metrics = {}  # a rank without samples has no means to give
+    if not isinstance(metrics, dict):
+        raise MetricError(f"get_val_metrics returned {metrics!r:.80}; it returns a dictionary.")
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MetricError(
+                f"get_val_metrics()[{name!r}] is {value!r:.80}, which is no number."
+            ) from error
+    return numbers

@@ -1,0 +1,189 @@
+"""One optimizer step's micro-batches and the weight of each in the window's mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.data.source import Draw
+from paceline.errors import DataError
+from paceline.world.seeding import mix, seed_everything
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+class Window:
+    """The micro-batches of one optimizer step; iterate it to get `(batch, batch_idx)` pairs.
+
+    The step's loss is the mean over the window's items on all ranks. A micro-batch whose mean
+    loss is over n of the window's N items therefore enters with weight n / N, times the number of
+    data-parallel ranks, since DDP averages gradients over ranks.
+
+    Iterating does for each micro-batch what does not depend on the model: fetches it, moves it to
+    the device, seeds its random stream, switches gradient exchange on for the last one, and fires
+    the batch events.
+
+    Attributes:
+        items: items of all ranks in the window (a number, or a tensor if counted on the device).
+        samples: samples of all ranks in the window.
+        weight: of the micro-batch at hand in the window's mean.
+        stand_in: whether the micro-batch at hand only keeps this rank in step with the others.
+        loss: the loss that `backward` was last given, detached.
+        discarded: whether a non-finite value keeps this window from the weights.
+    """
+
+    def __init__(self, trainer: Trainer, draw: Draw, first_batch_idx: int) -> None:
+        self._trainer = trainer
+        self._draw = draw
+        self._first = first_batch_idx
+        self._position = 0
+        self._batches: list[Any] | None = None
+        self._dp_size = trainer.world.dp_size
+        self.samples = draw.samples
+        self.counts: list[Any] = draw.sizes
+        self.items: Any = draw.samples
+        self.weight: Any = 1.0
+        self.stand_in = False
+        self.loss: Any = None
+        self.batch: Any = None
+        self.discarded = False
+        if draw.samples < 0 or trainer.counts_items:
+            self._count()
+
+    def __len__(self) -> int:
+        return len(self._draw.sizes)
+
+    @property
+    def batch_idx(self) -> int:
+        """The index, within the epoch, of the micro-batch at hand."""
+        return self._first + self._position
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the micro-batch at hand is the window's last."""
+        return self._position == len(self._draw.sizes) - 1
+
+    def ids(self) -> list[Any]:
+        """The sample indices of the micro-batch at hand, if the loader knows them."""
+        return [] if self.stand_in else self._draw.ids(self._position)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        trainer, events, sizes = self._trainer, self._trainer.events, self._draw.sizes
+        key = mix(trainer.model_key, trainer.global_step)
+        last = len(sizes) - 1
+        for j, count in enumerate(self.counts):
+            self._position = j
+            self.batch = batch = self._fetch(j)
+            self.stand_in = sizes[j] == 0
+            trainer.batch_items = count
+            self.weight = count * self._dp_size / self.items
+            for replica in trainer.replicas:
+                replica.require_backward_grad_sync = j == last
+            seed_everything(mix(key, j))
+            if self.stand_in:
+                with _buffers_kept(trainer):
+                    yield batch, self._first + j
+                continue
+            for hook in events.on_train_batch_start:
+                hook(batch, self._first + j)
+            yield batch, self._first + j
+            trainer.local_batches += 1
+            for hook in events.on_train_batch_end:
+                hook(batch, self._first + j, self.loss)
+        trainer.batch_items = None
+
+    def _fetch(self, j: int) -> Any:
+        if self._batches is not None:
+            return self._batches[j]
+        batch = self._draw.batch(j)
+        return batch if self._trainer.on_cpu else to_device(batch, self._trainer.device)
+
+    def _count(self) -> None:
+        """Counts items that only the batches tell: all of them are read before the first is run."""
+        trainer, sizes = self._trainer, self._draw.sizes
+        self._batches = [self._fetch(j) for j in range(len(sizes))]
+        self.counts = [
+            trainer.count_items(batch) if size != 0 else 0
+            for batch, size in zip(self._batches, sizes, strict=True)
+        ]
+        total: Any = sum(self.counts)
+        if self._dp_size > 1:
+            shared = torch.as_tensor(total, dtype=torch.float64, device=trainer.device)
+            total = trainer.world.all_reduce(shared.clone())
+        if isinstance(total, torch.Tensor) and trainer.world.reads_are_free:
+            total = int(total)
+        self.items = total.clamp(min=1) if isinstance(total, torch.Tensor) else max(total, 1)
+        if self.samples < 0:
+            self.samples = total
+
+
+class _buffers_kept:
+    """Leaves no trace of a stand-in's forward pass: no log entry and no running statistics."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __enter__(self) -> None:
+        self._trainer.muted = True
+        self._held = [
+            (buffer, buffer.clone())
+            for model in self._trainer.named_models().values()
+            for buffer in model.buffers()
+        ]
+
+    def __exit__(self, *_: Any) -> None:
+        self._trainer.muted = False
+        with torch.no_grad():
+            for buffer, value in self._held:
+                buffer.copy_(value)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on `device`; containers and `.to` objects are followed."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return type(batch)((key, to_device(value, device)) for key, value in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def count_first_dimension(batch: Any) -> int:
+    """The leading dimension of the first tensor in a batch: its number of samples.
+
+    Raises:
+        DataError: there is no tensor in it.
+    """
+    found = _first_tensor(batch)
+    if found is None or found.dim() == 0:
+        raise DataError(
+            f"cannot count the items of a batch of type {type(batch).__name__}, which holds no "
+            "tensor with a leading dimension: override count_items(batch)."
+        )
+    return found.shape[0]
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    values = batch.values() if isinstance(batch, dict) else batch
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        return None
+    return next((t for value in values if (t := _first_tensor(value)) is not None), None)
+
+
+def describe(batch: Any) -> str:
+    """A batch in a few words: types, shapes and dtypes."""
+    if isinstance(batch, torch.Tensor):
+        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, dict):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"{type(batch).__name__}[" + ", ".join(map(describe, batch[:8])) + "]"
+    return type(batch).__name__
