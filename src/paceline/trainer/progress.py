@@ -26,7 +26,7 @@ class Progress:
     epoch: int = 0
     global_step: int = 0
     batch: int = 0
-    samples: int = 0
+    samples: Any = 0
     items: Any = 0
     validated_at: int = -1
     pending: list[str] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Every counter, as plain numbers."""
-        return {**asdict(self), "items": int(self.items)}
+        return {**asdict(self), "samples": int(self.samples), "items": int(self.items)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""

@@ -165,9 +165,9 @@ class StopAgreement:
         """One look at the store; returns whether there is nothing more to wait for."""
         key = self._prefix
         if store.check([key + "error"]):
-            self._peer_error = store.get(key + "error").decode()
+            self._peer_error = error = store.get(key + "error").decode()
             if not self._closed.wait(_PEER_GRACE):
-                self._leave(self._peer_error)
+                self._leave(error)
             return True
         if self._request is not None and not self._frozen:
             store.compare_set(key + "request", "", self._request)

@@ -44,7 +44,7 @@ class World:
         self.dp_size = self.parallel.replicas(self.size)
         self.dp_rank = self.rank
         self.mesh: DeviceMesh | None = None
-        self.control_group: dist.ProcessGroup | None = None
+        self.control_group: Any = None
         self._owns_group = False
         self._timeout = timedelta(seconds=timeout)
 
@@ -81,17 +81,18 @@ class World:
             dist.destroy_process_group()
         self._owns_group = False
 
-    def new_group(self) -> dist.ProcessGroup | None:
+    def new_group(self) -> Any:
         """A gloo group of all ranks for host-side work beside training, e.g. a background save."""
         if self.size == 1:
             return None
         return dist.new_group(backend="gloo", timeout=self._timeout)
 
-    def store(self) -> dist.Store | None:
+    def store(self) -> Any:
         """A connection of its own to the group's key-value store, for use in another thread."""
         if self.size == 1:
             return None
-        return dist.distributed_c10d._get_default_store().clone()
+        store: Any = dist.distributed_c10d._get_default_store()
+        return store.clone()
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
