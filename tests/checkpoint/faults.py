@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from paceline.checkpoint import Checkpoints, CheckpointPolicy
+from paceline.checkpoint import CheckpointPolicy, Checkpoints
 from paceline.checkpoint.files import Disk
 from paceline.world.world import World
 
@@ -77,7 +77,7 @@ class Died(BaseException):
 def dies_at(at: int, how: str) -> FaultyDisk:
     """A disk at whose n-th operation the process ends: by "kill", "power", or "raise".
 
-    With "power" what was never synced is lost: such files are cut in half first. "raise" is quicker:
+    With "power" what was never synced is lost: such files are cut in half. "raise" is quicker:
     it unwinds this process by an exception that nothing catches.
     """
 
