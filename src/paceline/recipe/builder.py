@@ -110,10 +110,7 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     for slot, components in recipe.lists.items():
         arguments[slot] = [builder.build(component) for component in components]
     arguments["callbacks"] = [*arguments.get("callbacks", []), _record(recipe)]
-    trainer = builder.build(recipe.trainer, **arguments, run_dir=str(recipe.run_dir), resume=resume)
-    for decision, setting in recipe.plan:
-        trainer.plan.add(decision, setting)
-    return trainer
+    return builder.build(recipe.trainer, **arguments, run_dir=str(recipe.run_dir), resume=resume)
 
 
 def _horizon(recipe: Recipe, component: Component, loader: Any) -> dict[str, int]:
@@ -154,7 +151,7 @@ def _record(recipe: Recipe) -> RecordRecipe:
     changes: dict[str, Any] = {"run.project": recipe.project, "run.name": recipe.name}
     if recipe.code is not None:
         changes["code"] = f"{CODE_FOLDER}/{recipe.code.name}"
-    return RecordRecipe(recipe.run_dir, recipe.composed.text(changes), recipe.code)
+    return RecordRecipe(recipe.run_dir, recipe.composed.text(changes), recipe.code, recipe.plan)
 
 
 def _origin(error: Exception) -> str:

@@ -100,7 +100,8 @@ def load_recipe(
         composed, schema.seed, project, schema.run.name, run_dir, code, trainer, parts, lists,
         settings,
     )  # fmt: skip
-    recipe.plan.extend(_decided(recipe, schema))
+    if schema.run.dir is None:
+        recipe.plan.append((f"the run is written to {run_dir}", "run.dir"))
     return recipe
 
 
@@ -195,13 +196,3 @@ def settings(cls: type, node: Mapping[str, Any], path: tuple[str, ...], checker:
     except ConfigError as error:
         checker.mistakes.add(path, str(error))
         return None
-
-
-def _decided(recipe: Recipe, schema: Schema) -> list[tuple[str, str]]:
-    """What the recipe left open and was decided for it."""
-    plan = []
-    if schema.run.dir is None:
-        plan.append((f"the run is written to {recipe.run_dir}", "run.dir"))
-    if "seed" not in schema.model_fields_set:
-        plan.append((f"the seed is {recipe.seed}", "seed"))
-    return plan

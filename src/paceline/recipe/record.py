@@ -21,18 +21,29 @@ class RecordRecipe(Callback):
     They are written when training starts and not before: only then is it settled that this recipe
     may go on with this run, and an older run may have been moved aside.
 
+    The plan gets the lines of what the recipe left open.
+
     Args:
         run_dir: the run folder.
         text: the recipe as YAML.
         code: the recipe's own module or package, or None.
+        plan: (decision, setting that changes it).
     """
 
     priority = 0
 
-    def __init__(self, run_dir: Path, text: str, code: Path | None) -> None:
+    def __init__(
+        self, run_dir: Path, text: str, code: Path | None, plan: list[tuple[str, str]]
+    ) -> None:
         self.run_dir = run_dir
         self.text = text
         self.code = code
+        self.plan = plan
+
+    def on_setup(self, trainer: Trainer) -> None:
+        """Adds to the plan, which is printed and saved after this."""
+        for decision, setting in self.plan:
+            trainer.plan.add(decision, setting)
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Writes both, on the main process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -50,6 +51,10 @@ class WarmupCosine(LRScheduler):
         if not 0 <= min_ratio <= 1:
             raise ConfigError(f"min_ratio={min_ratio} is not from 0 to 1.")
         super().__init__(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands. Its settings are not state: a longer run has a new curve."""
+        return {name: getattr(self, name) for name in ("last_epoch", "base_lrs", "_last_lr")}
 
     def factor(self, step: int) -> float:
         """The share of the base learning rate at `step`."""

@@ -99,7 +99,6 @@ KINDS: dict[str, Kind] = {
             "lr_scheduler",
             "torch.optim.lr_scheduler:LRScheduler",
             ("torch.optim.lr_scheduler", "torch.optim.swa_utils", "paceline"),
-            methods=("step", "state_dict", "load_state_dict"),
         ),
         Kind(
             "loss_fn",

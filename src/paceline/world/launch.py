@@ -39,7 +39,8 @@ def launch(nproc: int, argv: Sequence[str]) -> int:
 
     A SIGTERM, SIGINT or SIGUSR1 to this process is passed on to the workers once; they may then
     take the time they need to save. Workers live in sessions of their own, so a Ctrl-C in the
-    terminal reaches them only in this way. Failed workers are not restarted.
+    terminal reaches them only in this way; a second one is passed on too, and ends them at once.
+    Failed workers are not restarted.
 
     Args:
         nproc: the number of processes.
@@ -112,7 +113,8 @@ class _Agent(LocalElasticAgent):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._received is None:
+        # Job schedulers repeat themselves; a second Ctrl-C means: leave at once.
+        if self._received is None or number == signal.SIGINT:
             self._received = number
             self._forward()
 
