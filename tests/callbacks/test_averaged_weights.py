@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fake_trainer import FakeTrainer
 from torch import nn
 
 from paceline.callbacks import AveragedWeights
@@ -22,9 +23,9 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_average_is_the_formula(fake, warmup: bool, every: int) -> None:
+def test_the_average_is_the_formula(warmup: bool, every: int) -> None:
     ema = AveragedWeights(0.9, every=every, warmup=warmup)
-    trainer = fake(ema).start()
+    trainer = FakeTrainer(ema).start()
     expected = {k: v.double() for k, v in weights(trainer.model).items()}
     updates = 0
     for step in range(1, 13):
@@ -40,16 +41,16 @@ def test_the_average_is_the_formula(fake, warmup: bool, every: int) -> None:
         assert not torch.equal(averaged[name], weights(trainer.model)[name])
 
 
-def test_training_is_the_same_without_it(fake) -> None:
-    plain, averaged = fake().start(), fake(AveragedWeights(0.9)).start()
+def test_training_is_the_same_without_it() -> None:
+    plain, averaged = FakeTrainer().start(), FakeTrainer(AveragedWeights(0.9)).start()
     for trainer in (plain, averaged):
         trainer.step(3).validate().step(3).validate().end()
     assert same(weights(plain.model), weights(averaged.model))
 
 
-def test_validation_sees_the_average_and_the_trained_weights_come_back_bitwise(fake) -> None:
+def test_validation_sees_the_average_and_the_trained_weights_come_back_bitwise() -> None:
     ema = AveragedWeights(0.9)
-    trainer = fake(ema).start().step(5)
+    trainer = FakeTrainer(ema).start().step(5)
     before, average = weights(trainer.model), ema.averaged_state_dict()
     seen: list[dict[str, torch.Tensor]] = []
     trainer.while_validating = lambda: seen.append(weights(trainer.model))
@@ -59,8 +60,8 @@ def test_validation_sees_the_average_and_the_trained_weights_come_back_bitwise(f
     assert same(weights(trainer.model), before)
 
 
-def test_without_evaluate_validation_sees_the_trained_weights(fake) -> None:
-    trainer = fake(AveragedWeights(0.9, evaluate=False)).start().step(5)
+def test_without_evaluate_validation_sees_the_trained_weights() -> None:
+    trainer = FakeTrainer(AveragedWeights(0.9, evaluate=False)).start().step(5)
     before = weights(trainer.model)
     trainer.while_validating = lambda: None if same(weights(trainer.model), before) else 1 / 0
     trainer.validate()
@@ -68,12 +69,17 @@ def test_without_evaluate_validation_sees_the_trained_weights(fake) -> None:
 
 @pytest.mark.parametrize(
     ("event", "arguments"),
-    [("on_exception", (ValueError(),)), ("on_save_checkpoint", ({},)), ("on_teardown", ())],
+    [
+        ("on_exception", (ValueError(),)),
+        ("on_save_checkpoint", ({},)),
+        ("on_teardown", ()),
+        ("on_train_batch_start", (None, 0)),
+    ],
 )
 def test_the_trained_weights_come_back_when_validation_is_broken_off(
-    fake, event: str, arguments: tuple
+    event: str, arguments: tuple
 ) -> None:
-    trainer = fake(AveragedWeights(0.9)).start().step(5)
+    trainer = FakeTrainer(AveragedWeights(0.9)).start().step(5)
     before = weights(trainer.model)
 
     def fail() -> None:
@@ -88,26 +94,26 @@ def test_the_trained_weights_come_back_when_validation_is_broken_off(
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_a_resumed_average_is_bitwise_the_uninterrupted_one(fake, stop: int) -> None:
+def test_a_resumed_average_is_bitwise_the_uninterrupted_one(stop: int) -> None:
     """With `every=3`, a stop after 1 or 2 steps is one before any update."""
     whole = AveragedWeights(0.9, every=3)
-    fake(whole).start().step(9)
+    FakeTrainer(whole).start().step(9)
 
     first = AveragedWeights(0.9, every=3)
-    trainer = fake(first).start().step(stop)
+    trainer = FakeTrainer(first).start().step(stop)
     saved = copy.deepcopy(first.state_dict())
 
     second = AveragedWeights(0.9, every=3)
-    resumed = fake(second, model=copy.deepcopy(trainer.model))
+    resumed = FakeTrainer(second, model=copy.deepcopy(trainer.model))
     resumed.global_step = stop
     resumed.start([saved]).step(9 - stop)
     assert same(second.averaged_state_dict(), whole.averaged_state_dict())
     assert second.state_dict()["updates"] == 3
 
 
-def test_weights_loaded_after_setup_are_where_the_average_starts(fake) -> None:
+def test_weights_loaded_after_setup_are_where_the_average_starts() -> None:
     ema = AveragedWeights(0.9)
-    trainer = fake(ema)
+    trainer = FakeTrainer(ema)
     trainer.fire("on_setup")
     with torch.no_grad():  # a warm start
         for parameter in trainer.model.parameters():
@@ -116,20 +122,20 @@ def test_weights_loaded_after_setup_are_where_the_average_starts(fake) -> None:
     assert all((average == 7).all() for average in ema.state_dict()["average"].values())
 
 
-def test_training_further_keeps_the_average(fake) -> None:
+def test_training_further_keeps_the_average() -> None:
     ema = AveragedWeights(0.9)
-    trainer = fake(ema).start().step(5).end()
+    trainer = FakeTrainer(ema).start().step(5).end()
     before = ema.averaged_state_dict()
     trainer.start()
     assert same(ema.averaged_state_dict(), before)
 
 
-def test_frozen_weights_join_when_they_are_unfrozen(fake) -> None:
+def test_frozen_weights_join_when_they_are_unfrozen() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     model[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema = AveragedWeights(0.9)
-    trainer = fake(ema, model=model, optimizers={"optimizer": optimizer}).start().step(2)
+    trainer = FakeTrainer(ema, model=model, optimizers={"optimizer": optimizer}).start().step(2)
     assert set(ema.state_dict()["average"]) == {"model.1.weight", "model.1.bias"}
     model.requires_grad_(True)
     trainer.fire("on_train_epoch_start")
@@ -139,15 +145,15 @@ def test_frozen_weights_join_when_they_are_unfrozen(fake) -> None:
 
     model[0].requires_grad_(False)  # as a model is built, before a hook unfreezes it
     resumed = AveragedWeights(0.9)
-    fake(resumed, model=model, optimizers={"optimizer": optimizer}).start([saved])
+    FakeTrainer(resumed, model=model, optimizers={"optimizer": optimizer}).start([saved])
     assert same(resumed.state_dict()["average"], saved["average"])
 
 
-def test_bfloat16_averages_do_not_stand_still(fake) -> None:
+def test_bfloat16_averages_do_not_stand_still() -> None:
     model = nn.Linear(3, 1).bfloat16()
     ema = AveragedWeights(0.9999, warmup=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = fake(ema, model=model, optimizers={"o": optimizer}).start()
+    trainer = FakeTrainer(ema, model=model, optimizers={"o": optimizer}).start()
     before = ema.state_dict()["average"]["model.weight"].clone()
     with torch.no_grad():
         model.weight.add_(1.0)
@@ -162,7 +168,7 @@ def test_bfloat16_averages_do_not_stand_still(fake) -> None:
     assert torch.equal(model.weight, live)
 
 
-def test_tied_weights_are_averaged_under_both_names_and_buffers_are_present(fake) -> None:
+def test_tied_weights_are_averaged_under_both_names_and_buffers_are_present() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -175,7 +181,7 @@ def test_tied_weights_are_averaged_under_both_names_and_buffers_are_present(fake
 
     model, ema = Tied(), AveragedWeights(0.9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    fake(ema, model=model, optimizers={"o": optimizer}).start().step(4)
+    FakeTrainer(ema, model=model, optimizers={"o": optimizer}).start().step(4)
     exported = ema.averaged_state_dict()
     assert exported.keys() == model.state_dict().keys()
     average = ema.state_dict()["average"]["model.one.weight"]
@@ -183,12 +189,14 @@ def test_tied_weights_are_averaged_under_both_names_and_buffers_are_present(fake
     assert torch.equal(exported["two.weight"], average)
     assert torch.equal(exported["norm.running_mean"], model.norm.running_mean)
     exported["one.weight"].zero_()
+    exported["norm.running_mean"].fill_(9.0)
+    assert not (model.norm.running_mean == 9).any()
     assert average.any(), "an export is a copy"
 
 
-def test_a_checkpoint_of_another_model_lists_every_mismatch(fake) -> None:
+def test_a_checkpoint_of_another_model_lists_every_mismatch() -> None:
     ema = AveragedWeights()
-    fake(ema).start()
+    FakeTrainer(ema).start()
     state = copy.deepcopy(ema.state_dict())
     state["average"]["model.0.weight"] = torch.zeros(2, 2)
     state["average"]["model.0.bias"] = state["average"]["model.0.bias"].double()
@@ -204,9 +212,9 @@ def test_a_checkpoint_of_another_model_lists_every_mismatch(fake) -> None:
     assert same(ema.state_dict()["average"], before["average"])
 
 
-def test_applied(fake) -> None:
+def test_applied() -> None:
     ema = AveragedWeights(0.9)
-    trainer = fake(ema).start().step(4)
+    trainer = FakeTrainer(ema).start().step(4)
     before, average = weights(trainer.model), ema.averaged_state_dict()
 
     def evaluate() -> None:

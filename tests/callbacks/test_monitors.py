@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_trainer import FakeTrainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,9 +39,9 @@ def flat_norm(gradients) -> float:
     return torch.cat([g.flatten().double() for g in gradients]).norm().item()
 
 
-def test_the_gradient_norm_is_logged_and_noted_each_step(fake) -> None:
+def test_the_gradient_norm_is_logged_and_noted_each_step() -> None:
     expected: list[float] = []
-    trainer = fake(GradientMonitor())
+    trainer = FakeTrainer(GradientMonitor())
     original = trainer.fire
 
     def watch(event: str, *arguments) -> None:
@@ -56,8 +57,8 @@ def test_the_gradient_norm_is_logged_and_noted_each_step(fake) -> None:
     assert [norm.item() for norm in trainer.norms] == pytest.approx(expected)
 
 
-def test_every_and_per_layer(fake) -> None:
-    trainer = fake(GradientMonitor(every=2, per_layer=True)).start().step(5)
+def test_every_and_per_layer() -> None:
+    trainer = FakeTrainer(GradientMonitor(every=2, per_layer=True)).start().step(5)
     logged = named(trainer, "grad_norm")
     assert set(logged) == {"grad_norm", "grad_norm/0", "grad_norm/2", "grad_norm/3"}
     assert [step for step, _ in logged["grad_norm"]] == [1, 3]  # counted once they are done: 2, 4
@@ -65,20 +66,18 @@ def test_every_and_per_layer(fake) -> None:
     assert sum(x * x for x in layers) ** 0.5 == pytest.approx(logged["grad_norm"][0][1])
 
 
-def test_two_optimizers_have_a_norm_and_a_rate_each(fake) -> None:
+def test_two_optimizers_have_a_norm_each() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     optimizers = {
         "a": torch.optim.SGD(model[0].parameters(), lr=0.1),
         "b": torch.optim.SGD(model[1].parameters(), lr=0.2),
     }
-    trainer = fake(GradientMonitor(), LearningRate(), model=model, optimizers=optimizers)
-    trainer.start().step(2)
+    trainer = FakeTrainer(GradientMonitor(), model=model, optimizers=optimizers).start().step(2)
     assert set(named(trainer, "grad_norm")) == {"grad_norm/a", "grad_norm/b"}
-    assert named(trainer, "lr") == {"lr/a": [(1, 0.1)], "lr/b": [(1, 0.2)]}
 
 
-def test_a_non_finite_norm_reaches_the_policy_without_being_read(fake) -> None:
-    trainer = fake(GradientMonitor(per_layer=True)).start()
+def test_a_non_finite_norm_reaches_the_policy_without_being_read() -> None:
+    trainer = FakeTrainer(GradientMonitor(per_layer=True)).start()
     for parameter in trainer.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     trainer.model[0].weight.grad[0, 0] = torch.inf
@@ -87,8 +86,8 @@ def test_a_non_finite_norm_reaches_the_policy_without_being_read(fake) -> None:
     assert trainer.norms[0].isinf()
 
 
-def test_parameters_without_gradients_are_left_out(fake) -> None:
-    trainer = fake(GradientMonitor()).start()
+def test_parameters_without_gradients_are_left_out() -> None:
+    trainer = FakeTrainer(GradientMonitor()).start()
     trainer.fire("on_before_optimizer_step", trainer.optimizers["optimizer"])
     assert trainer.norms == trainer.logged == []
     trainer.model[0].bias.grad = torch.full((4,), 2.0)
@@ -105,26 +104,35 @@ def test_gradient_norm_of_unusual_gradients() -> None:
     assert gradient_norm([torch.ones(4, dtype=torch.float64), torch.ones(5)]).item() == 3.0
 
 
-def test_the_rate_of_a_row_is_the_one_its_step_was_taken_with(fake) -> None:
-    trainer = fake(LearningRate(), log_every=2)
-    scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizers["optimizer"], 1, gamma=0.5)
-    trainer.start()
-    for _ in range(4):
-        trainer.step()
-        scheduler.step()
-    assert named(trainer, "lr") == {"lr": [(1, 0.05), (3, 0.0125)]}
-
-
-def test_each_parameter_group_has_its_rate(fake) -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+def grouped(**settings) -> torch.optim.Optimizer:
     groups = [
-        {"params": model[0].parameters(), "lr": 0.1, "name": "body"},
-        {"params": model[1].parameters(), "lr": 0.3},
+        {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1, **settings},
+        {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.3},
     ]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    trainer = fake(LearningRate(), model=model, optimizers={"o": optimizer}, log_every=1)
+    return torch.optim.SGD(groups, lr=1.0)
+
+
+def rates(trainer: FakeTrainer) -> dict[str, float]:
+    return {name: value for name, value in trainer.row.items() if name.startswith("lr")}
+
+
+def test_each_parameter_group_has_its_present_rate_in_the_row() -> None:
+    optimizer = grouped(name="body")
+    trainer = FakeTrainer(LearningRate(), log_every=2)
+    trainer.optimizers["optimizer"] = optimizer
     trainer.start().step()
-    assert named(trainer, "lr") == {"lr/body": [(0, 0.1)], "lr/1": [(0, 0.3)]}
+    assert trainer.row == {}
+    optimizer.param_groups[0]["lr"] = 0.05
+    trainer.step()
+    assert rates(trainer) == {"lr/body": 0.05, "lr/1": 0.3}
+
+
+def test_a_rate_that_the_row_has_anyway_is_not_repeated() -> None:
+    trainer = FakeTrainer(LearningRate()).start().step(2)
+    assert rates(trainer) == {}
+    trainer.optimizers["other"] = grouped()
+    trainer.start().step(2)
+    assert rates(trainer) == {"lr/other/0": 0.1, "lr/other/1": 0.3}
 
 
 @pytest.fixture
@@ -136,8 +144,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return held
 
 
-def test_throughput_measures_the_steps_since_the_row_before(fake, clock) -> None:
-    trainer = fake(Throughput(), log_every=2)
+def test_throughput_measures_the_steps_since_the_row_before(clock) -> None:
+    trainer = FakeTrainer(Throughput(), log_every=2)
     trainer.progress.samples = 1000  # of a run that was resumed
     trainer.start()
     clock.now += 3
@@ -156,8 +164,8 @@ def test_throughput_measures_the_steps_since_the_row_before(fake, clock) -> None
     assert speeds["peak_memory_bytes"][0] > 1e7
 
 
-def test_only_the_first_rank_measures(fake) -> None:
-    trainer = fake(Throughput(), log_every=1, is_main=False).start().step(2)
+def test_only_the_first_rank_measures() -> None:
+    trainer = FakeTrainer(Throughput(), log_every=1, is_main=False).start().step(2)
     assert trainer.timing == []
 
 
@@ -193,11 +201,9 @@ def test_a_limit_given_twice_is_refused() -> None:
         TimeLimit("00:01:00", seconds=5)
 
 
-def test_the_run_stops_once_the_limit_has_passed_and_the_next_start_has_its_own(
-    fake, clock
-) -> None:
+def test_the_run_stops_once_the_limit_has_passed_and_the_next_start_has_its_own(clock) -> None:
     limit = TimeLimit(seconds=10)
-    trainer = fake(limit).start().step(2)
+    trainer = FakeTrainer(limit).start().step(2)
     clock.now += 9.5
     assert trainer.step().validate().stops == []
     clock.now += 0.5
@@ -210,7 +216,7 @@ def test_the_run_stops_once_the_limit_has_passed_and_the_next_start_has_its_own(
     assert trainer.stops == ["time limit"] * 2, "a validation is stopped, too"
 
 
-def test_one_rank_asks_for_all(fake, clock) -> None:
-    trainer = fake(TimeLimit(seconds=10), is_main=False).start()
+def test_one_rank_asks_for_all(clock) -> None:
+    trainer = FakeTrainer(TimeLimit(seconds=10), is_main=False).start()
     clock.now += 100
     assert trainer.step().stops == []

@@ -12,6 +12,7 @@ import timeit
 from types import SimpleNamespace
 
 import pytest
+from fake_trainer import FakeTrainer
 
 from paceline.callbacks import Progress
 from paceline.errors import ConfigError
@@ -29,9 +30,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return held
 
 
-def test_off_a_terminal_each_row_and_each_validation_is_one_line(fake, clock) -> None:
+def test_off_a_terminal_each_row_and_each_validation_is_one_line(clock) -> None:
     out = io.StringIO()
-    trainer = fake(Progress(file=out, line_seconds=0), log_every=2).start()
+    trainer = FakeTrainer(Progress(file=out, line_seconds=0), log_every=2).start()
     for _ in range(2):
         clock.now += 2
         trainer.step(2)
@@ -47,9 +48,9 @@ def test_off_a_terminal_each_row_and_each_validation_is_one_line(fake, clock) ->
     assert "\x1b" not in out.getvalue()
 
 
-def test_fast_rows_are_not_a_flood_of_lines_and_the_last_is_always_shown(fake, clock) -> None:
+def test_fast_rows_are_not_a_flood_of_lines_and_the_last_is_always_shown(clock) -> None:
     out = io.StringIO()
-    trainer = fake(Progress(file=out, line_seconds=1.0), log_every=1).start()
+    trainer = FakeTrainer(Progress(file=out, line_seconds=1.0), log_every=1).start()
     for _ in range(25):
         clock.now += 0.125
         trainer.step()
@@ -58,9 +59,9 @@ def test_fast_rows_are_not_a_flood_of_lines_and_the_last_is_always_shown(fake, c
     assert steps == [1, 9, 17, 25]
 
 
-def test_a_long_validation_is_seen_to_move(fake, clock) -> None:
+def test_a_long_validation_is_seen_to_move(clock) -> None:
     out = io.StringIO()
-    trainer = fake(Progress(file=out)).start()
+    trainer = FakeTrainer(Progress(file=out)).start()
     trainer.while_validating = lambda: setattr(clock, "now", clock.now + 6)
     trainer.validate()
     assert out.getvalue().splitlines() == [
@@ -69,10 +70,10 @@ def test_a_long_validation_is_seen_to_move(fake, clock) -> None:
     ]
 
 
-def test_on_a_terminal_bars_are_drawn_and_the_terminal_is_given_back(fake, clock) -> None:
+def test_on_a_terminal_bars_are_drawn_and_the_terminal_is_given_back(clock) -> None:
     out = Terminal()
     progress = Progress(file=out)
-    trainer = fake(progress).start()
+    trainer = FakeTrainer(progress).start()
     threads = threading.active_count()
     for _ in range(3):
         clock.now += 1
@@ -86,9 +87,9 @@ def test_on_a_terminal_bars_are_drawn_and_the_terminal_is_given_back(fake, clock
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l"), "the cursor is shown again"
 
 
-def test_bars_are_not_drawn_more_often_than_asked(fake, clock, monkeypatch) -> None:
+def test_bars_are_not_drawn_more_often_than_asked(clock, monkeypatch) -> None:
     progress = Progress(file=Terminal(), refresh_seconds=0.2)
-    trainer = fake(progress, log_every=1).start()
+    trainer = FakeTrainer(progress, log_every=1).start()
     drawn: list[int] = []
     monkeypatch.setattr(
         progress._view, "training", lambda label, step, total, notes: drawn.append(step)
@@ -100,34 +101,34 @@ def test_bars_are_not_drawn_more_often_than_asked(fake, clock, monkeypatch) -> N
     trainer.end()
 
 
-def test_names_in_brackets_are_no_markup(fake, clock) -> None:
+def test_names_in_brackets_are_no_markup(clock) -> None:
     out = Terminal()
-    trainer = fake(Progress(file=out)).start()
-    trainer.fire("on_step_end", {"step": 1, "acc[bold]": 0.5})
+    trainer = FakeTrainer(Progress(file=out)).start()
+    trainer.fire("on_step_end", {"step": 1, "samples": 8, "acc[bold]": 0.5})
     trainer.fire("on_metrics", {"acc[/red]": 0.5})
     trainer.end()
     assert "acc[bold] 0.5" in out.getvalue()
     assert "acc[/red] 0.5" in out.getvalue()
 
 
-def test_other_ranks_are_silent(fake) -> None:
+def test_other_ranks_are_silent() -> None:
     out = io.StringIO()
-    fake(Progress(file=out, line_seconds=0), is_main=False).start().step(4).validate().end()
+    FakeTrainer(Progress(file=out, line_seconds=0), is_main=False).start().step(4).validate().end()
     assert out.getvalue() == ""
 
 
-def test_an_error_leaves_the_terminal_usable(fake) -> None:
+def test_an_error_leaves_the_terminal_usable() -> None:
     out = Terminal()
-    trainer = fake(Progress(file=out)).start().step(2)
+    trainer = FakeTrainer(Progress(file=out)).start().step(2)
     trainer.fire("on_validation_start")
     trainer.fire("on_exception", ValueError())
     trainer.fire("on_teardown")
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l")
 
 
-def test_a_run_without_epochs_or_horizon_is_shown(fake, clock) -> None:
+def test_a_run_without_epochs_or_horizon_is_shown(clock) -> None:
     out = io.StringIO()
-    trainer = fake(Progress(file=out))
+    trainer = FakeTrainer(Progress(file=out))
     trainer.epochs = trainer.training_horizon = None
     trainer.val_dataloader = iter(())
     trainer.start().step(2).validate()
@@ -135,9 +136,9 @@ def test_a_run_without_epochs_or_horizon_is_shown(fake, clock) -> None:
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_a_step_without_a_row_costs_next_to_nothing(fake, stream: type[io.StringIO]) -> None:
+def test_a_step_without_a_row_costs_next_to_nothing(stream: type[io.StringIO]) -> None:
     progress = Progress(file=stream(), refresh_seconds=60)
-    trainer = fake(progress).start().step(2)
+    trainer = FakeTrainer(progress).start().step(2)
     number = 20_000
     seconds = min(timeit.repeat(lambda: progress.on_step_end(trainer, {}), number=number, repeat=5))
     assert seconds / number < 2e-6

@@ -159,6 +159,10 @@ def test_a_file_changed_by_hand_is_not_cut_within_a_row(tmp_path: Path) -> None:
     state = sink.state_dict()
     sink.close("stopped")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "note": "edited"}\n')
+    sink = opened(tmp_path, accept_lost_rows=True)
+    sink.load_state_dict(state)  # what has no boundary there is kept whole
+    sink.close("failed")
+    assert steps(tmp_path) == [1]
     sink = opened(tmp_path)
     with pytest.raises(CheckpointError, match="was changed"):
         sink.load_state_dict(state)

@@ -107,6 +107,11 @@ class AveragedWeights(Callback):
     # A validation that fails or is broken off must not leave the average in the models. The
     # events below are what may follow it; where nothing was exchanged they do nothing.
 
+    def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Copies the trained weights back, if somebody caught a validation's error and goes on."""
+        if self._kept is not None:
+            self._put_back()
+
     def on_save_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """Copies the trained weights back, if a validation was abandoned."""
         self._put_back()

@@ -59,7 +59,7 @@ class GradientMonitor(Callback):
             return
         norm = gradient_norm(p.grad for p in parameters)
         trainer.note_gradient_norm(norm)
-        trainer.log(self._names[id(optimizer)], norm)
+        trainer.log(self._names[id(optimizer)], norm, weight=1)  # a step counts once
         if self.per_layer:
             self._log_layers(trainer, parameters)
 
@@ -69,7 +69,7 @@ class GradientMonitor(Callback):
             name = self._layers.get(parameter, "other")
             layers.setdefault(name, []).append(parameter)
         for name, members in layers.items():
-            trainer.log(f"grad_norm/{name}", gradient_norm(p.grad for p in members))
+            trainer.log(f"grad_norm/{name}", gradient_norm(p.grad for p in members), weight=1)
 
 
 @torch.no_grad()

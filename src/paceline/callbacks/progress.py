@@ -56,7 +56,9 @@ class Progress(Callback):
         self._due = math.inf
         self._interval = line_seconds
         self._began = 0.0
-        self._step_before = self._samples_before = 0
+        self._step_before = 0
+        self._counted = (0.0, 0)  # time and samples of the newest row
+        self._speed = ""
         self._validated = 0
         self._validation_length: int | None = None
 
@@ -69,13 +71,14 @@ class Progress(Callback):
         self._interval = self.line_seconds if self._rows_only else self.refresh_seconds
         self._view = _Lines(stream) if self._rows_only else _Bars(stream)
         self._began, self._due = time.monotonic(), 0.0
-        self._step_before, self._samples_before = trainer.global_step, trainer.progress.samples
-        self._row = {}
+        self._step_before = trainer.global_step
+        self._counted = (self._began, int(trainer.progress.samples))
+        self._row, self._speed = {}, ""
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Keeps the row, if there is one, and draws if it is time to."""
         if metrics:
-            self._row = metrics
+            self._take(metrics)
         elif self._rows_only:
             return
         if time.monotonic() >= self._due:
@@ -117,6 +120,13 @@ class Progress(Callback):
             self._view.close()
         self._view, self._due, self._rows_only = None, math.inf, True
 
+    def _take(self, row: dict[str, Any]) -> None:
+        """Keeps a row. Samples are counted by rows, since elsewhere the count may be a tensor."""
+        (then, before), self._counted = self._counted, (time.monotonic(), row["samples"])
+        self._row = row
+        if (seconds := self._counted[0] - then) > 0:
+            self._speed = f"{(self._counted[1] - before) / seconds:,.0f} samples/s"
+
     def _draw(self, trainer: Trainer) -> None:
         now = time.monotonic()
         self._due = now + self._interval
@@ -124,8 +134,7 @@ class Progress(Callback):
             self._due = math.inf
             return
         elapsed = max(now - self._began, 1e-9)
-        samples = (trainer.progress.samples - self._samples_before) / elapsed
-        notes = [*_values(self._row)[:_SHOWN], f"{samples:,.0f} samples/s"]
+        notes = [*_values(self._row)[:_SHOWN], *([self._speed] if self._speed else [])]
         step, total = trainer.global_step, trainer.training_horizon
         steps_per_second = (step - self._step_before) / elapsed
         if total and steps_per_second > 0:

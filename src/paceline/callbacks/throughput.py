@@ -73,4 +73,5 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _counts(trainer: Trainer) -> tuple[int, int, int]:
-    return trainer.global_step, trainer.progress.samples, trainer.progress.items
+    # With a row the items have been read from the device already.
+    return trainer.global_step, int(trainer.progress.samples), int(trainer.progress.items)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -38,6 +37,7 @@ class FakeTrainer(Hooks):
         self.log_every = log_every
         self.val_dataloader = [None, None]
         self.progress = SimpleNamespace(samples=0, items=0)
+        self.row: dict[str, Any] = {}
         self.logged: list[tuple[int, str, Any]] = []
         self.timing: list[tuple[str, float]] = []
         self.norms: list[torch.Tensor] = []
@@ -89,8 +89,9 @@ class FakeTrainer(Hooks):
             self.progress.samples += 8
             self.progress.items += 16
             due = self.global_step % self.log_every == 0
-            row = {"step": self.global_step, "epoch": 0, "train/loss": loss.item()}
-            self.fire("on_step_end", row if due else {})
+            counters = {"step": self.global_step, "epoch": 0, "samples": self.progress.samples}
+            self.row = {**counters, "train/loss": loss.item()} if due else {}
+            self.fire("on_step_end", self.row)
         return self
 
     def validate(self) -> FakeTrainer:
@@ -108,8 +109,3 @@ class FakeTrainer(Hooks):
         self.fire("on_train_end")
         self.fire("on_teardown")
         return self
-
-
-@pytest.fixture
-def fake() -> type[FakeTrainer]:
-    return FakeTrainer
