@@ -1,0 +1,191 @@
+"""The callbacks in real runs: resumed, watched, stopped, with what they leave in the run folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Noisy, Regression, StopAt, bits, loader, make_model, rows
+from paceline import Callback, CheckpointPolicy
+from paceline.callbacks import (
+    AveragedWeights,
+    GradientMonitor,
+    LearningRate,
+    Progress,
+    Throughput,
+    TimeLimit,
+)
+from paceline.errors import NonFiniteError
+from paceline.log.provenance import read_run
+from paceline.log.sinks import read_rows
+
+
+def build(run_dir: Path | None, *callbacks: Callback, **settings: Any) -> Regression:
+    """97 samples in batches of 10, 2 a window: 5 windows an epoch, validated every 3."""
+    model = make_model()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    usual = {
+        "val_dataloader": loader(Noisy(23), shuffle=False),
+        "validate_every": 3,
+        "log_every": 2,
+        "progress": False,
+        "max_steps": 12,
+    }
+    return Regression(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5),
+        train_dataloader=loader(Noisy()),
+        gradient_accumulation_steps=2,
+        checkpoint=CheckpointPolicy(every_steps=4) if run_dir else None,
+        callbacks=callbacks,
+        run_dir=run_dir,
+        **{**usual, **settings},
+    )
+
+
+def everything(file: io.StringIO | None = None) -> list[Callback]:
+    return [
+        AveragedWeights(0.9, every=2),
+        GradientMonitor(per_layer=True),
+        LearningRate(),
+        Throughput(),
+        TimeLimit(hours=1),
+        Progress(file=file or io.StringIO(), line_seconds=0),
+    ]
+
+
+class LeaveValidation(Callback):
+    """Asks for a stop within the validation at a step, which abandons it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_end(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step and batch_idx == 0:
+            trainer.request_stop("test")
+
+
+def test_nothing_of_it_changes_a_bit_of_the_trained_weights() -> None:
+    plain, watched = build(None), build(None, *everything())
+    plain.train(seed=5)
+    watched.train(seed=5)
+    assert bits(watched.model.state_dict()) == bits(plain.model.state_dict())
+
+
+@pytest.mark.parametrize("stop", [StopAt(1), StopAt(5), StopAt(6), LeaveValidation(6)])
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(tmp_path: Path, stop: Callback) -> None:
+    whole = build(tmp_path / "whole", *everything())
+    whole.train(seed=5)
+    first = build(tmp_path / "parts", *everything(), stop)
+    assert not first.train(seed=5).complete
+    second = build(tmp_path / "parts", *everything())
+    second.train(seed=5)
+    for mine, theirs in zip(second.callbacks, whole.callbacks, strict=True):
+        assert bits(mine.state_dict()) == bits(theirs.state_dict())
+    assert bits(second.model.state_dict()) == bits(whole.model.state_dict())
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_a_validation_that_is_left_saves_the_trained_weights(tmp_path: Path) -> None:
+    plain = build(None, max_steps=6)
+    plain.train(seed=5)
+    trainer = build(tmp_path, AveragedWeights(0.9), LeaveValidation(6))
+    trainer.train(seed=5)
+    assert bits(trainer.model.state_dict()) == bits(plain.model.state_dict())
+    loaded = build(tmp_path, AveragedWeights(0.9), StopAt(6))
+    loaded.train(seed=5)
+    assert loaded.global_step == 6
+    assert bits(loaded.model.state_dict()) == bits(plain.model.state_dict())
+
+
+def test_validation_measures_the_average() -> None:
+    raw, averaged = build(None), build(None, AveragedWeights(0.9))
+    assert raw.train(seed=5).final_val_loss != averaged.train(seed=5).final_val_loss
+    callback = averaged.callbacks[0]
+    with callback.applied():
+        x, y = Noisy(23, noise=0).x, Noisy(23, noise=0).y
+        applied = torch.nn.functional.mse_loss(averaged.model.eval()(x), y)
+    averaged.model.load_state_dict(callback.averaged_state_dict())
+    assert torch.equal(torch.nn.functional.mse_loss(averaged.model(x), y), applied)
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
+    build(tmp_path, *everything(), max_grad_norm=1.0).train(seed=5)
+    training = [row for row in rows(tmp_path) if "train/loss" in row]
+    assert [row["step"] for row in training] == [2, 4, 6, 8, 10, 12]
+    assert {"lr/0", "lr/1", "grad_norm", "grad_norm/0", "grad_norm/3"} <= training[0].keys()
+    assert [row["lr/1"] for row in training] == [1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4, 1.25e-4]
+    timing = [row for row in read_rows(tmp_path / "timing.jsonl") if "step_seconds" in row]
+    assert [row["step"] for row in timing] == [2, 4, 6, 8, 10, 12]
+    assert all(row["samples_per_second"] > 0 and row["items_per_second"] > 0 for row in timing)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["samples"]) for line in table] == [row["samples"] for row in rows(tmp_path)]
+    record = read_run(tmp_path)
+    assert (record["status"], record["stopped_by"], record["seed"]) == ("complete", "max_steps", 5)
+    assert json.dumps(record["plan"]).count("decision") == len(record["plan"]) > 0
+
+
+def test_progress_shows_rows_and_validations() -> None:
+    out = io.StringIO()
+    build(None, *everything(out)).train(seed=5)
+    lines = out.getvalue().splitlines()
+    training = [line for line in lines if line.startswith("epoch")]
+    assert [line.split("  ")[:2] for line in training] == [
+        ["epoch 1", "step 2/12"],
+        ["epoch 1", "step 4/12"],
+        ["epoch 2", "step 6/12"],
+        ["epoch 2", "step 8/12"],
+        ["epoch 2", "step 10/12"],
+        ["epoch 3", "step 12/12"],
+    ]
+    assert all("train/loss" in line and "samples/s" in line for line in training)
+    assert sum(line.startswith("validation at step") for line in lines) == 4
+
+
+def test_a_time_limit_stops_the_run_and_it_goes_on_later(tmp_path: Path) -> None:
+    first = build(tmp_path, TimeLimit(seconds=1e-9)).train(seed=5)
+    assert (first.stopped_by, first.complete, first.global_step) == ("time limit", False, 1)
+    assert read_run(tmp_path)["status"] == "stopped"
+    second = build(tmp_path, TimeLimit(hours=1)).train(seed=5)
+    assert (second.complete, second.global_step) == (True, 12)
+    assert [start["stopped_by"] for start in read_run(tmp_path)["starts"]] == ["time limit"]
+
+
+class BreakGradient(Callback):
+    """Makes one gradient infinite at a step, while the loss stays finite."""
+
+    priority = 1
+
+    def on_before_optimizer_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+        if trainer.global_step == 3:
+            trainer.model[3].bias.grad.fill_(torch.inf)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
+    trainer = build(None, BreakGradient(), GradientMonitor())
+    with pytest.raises(NonFiniteError, match="step 4"):
+        trainer.train(seed=5)
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+class FailValidation(Callback):
+    def on_validation_batch_end(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        raise ValueError("in validation")
+
+
+def test_a_validation_that_fails_leaves_the_trained_weights() -> None:
+    plain = build(None, max_steps=3, val_dataloader=None, validate_every="epoch")
+    plain.train(seed=5)
+    trainer = build(None, AveragedWeights(0.9), FailValidation())
+    with pytest.raises(ValueError, match="in validation"):
+        trainer.train(seed=5)
+    assert bits(trainer.model.state_dict()) == bits(plain.model.state_dict())
