@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -33,6 +34,7 @@ def _leaves_nothing_behind():
     left = [t.name for t in threading.enumerate() if t not in threads and t.is_alive()]
     left = [name for name in left if not name.startswith(("QueueFeeder", "ThreadPool", "pt_"))]
     assert not left, f"threads left behind: {left}"
+    assert not multiprocessing.active_children(), "processes left behind"
     for number, handler in handlers.items():
         assert signal.getsignal(number) is handler, f"a handler of {number} was left behind"
     changed = {

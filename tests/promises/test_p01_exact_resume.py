@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ import pytest
 import torch
 
 from conftest import Noisy, Recorder, Regression, StopAt, bits, loader, make_model
-from paceline import CheckpointPolicy, MetricMonitor
+from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights
+from paceline.checkpoint import load_tree
 
 STEPS = 25
 
@@ -72,19 +76,87 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 
 
 def check_resumed(folder: Path, first: Any, second: Any, unbroken: Any) -> None:
+    """The two parts of a stopped run against the unbroken one."""
     expected, trace, seen = unbroken
-    (before, stopped), (after, resumed) = first, second
+    (before, _), (after, resumed) = first, second
     assert outcome(after, folder) == expected
     assert {**before.seen, **after.seen} == seen
-    start = [event for event, _ in resumed.trace].index("on_train_start") + 1
-    suffix = [e for e in resumed.trace[start:] if e[0] != "on_save_checkpoint"]
-    plain = [e for e in trace if e[0] != "on_save_checkpoint"]
+    assert_suffix(resumed.trace, trace)
+
+
+def assert_suffix(resumed: list[Any], trace: list[Any]) -> None:
+    """After on_train_start, a resumed run's events are the last of the unbroken run's.
+
+    Saving is left out: stopping saved once more, and what was saved is not saved again.
+    """
+    start = [event for event, _ in resumed].index("on_train_start") + 1
+    suffix = [entry for entry in resumed[start:] if entry[0] != "on_save_checkpoint"]
+    plain = [entry for entry in trace if entry[0] != "on_save_checkpoint"]
     assert suffix == plain[len(plain) - len(suffix) :]
 
 
 @pytest.mark.parametrize("step", range(STEPS + 1))
 def test_stopped_at_any_step_it_ends_the_same(step: int, tmp_path: Path, unbroken: Any) -> None:
+    """Given a run stopped after `step` windows, when it is started again with fresh objects in the
+    same folder, then every byte of weights, optimizer state, rows, ids and events is the same."""
     first = run(tmp_path, StopAt(step))
-    assert first[0].result.stopped_by == ("test" if step < STEPS else "max_steps") or step == STEPS
     second = run(tmp_path)
     check_resumed(tmp_path, first, second, unbroken)
+
+
+def test_stopped_twice_it_ends_the_same(tmp_path: Path, unbroken: Any) -> None:
+    expected, _, seen = unbroken
+    parts = [run(tmp_path, StopAt(7)), run(tmp_path, StopAt(8)), run(tmp_path)]
+    assert outcome(parts[-1][0], tmp_path) == expected
+    together: dict[int, list[int]] = {}
+    for trainer, _ in parts:
+        together.update(trainer.seen)
+    assert together == seen
+
+
+class StopInValidation(Callback):
+    """Asks for a stop in the middle of the validation after step 8."""
+
+    def on_validation_batch_end(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 8 and batch_idx == 1:
+            trainer.request_stop("test")
+
+
+def test_stopped_in_validation_it_validates_again(tmp_path: Path, unbroken: Any) -> None:
+    """A validation under way is abandoned, and the resumed run begins with it."""
+    first = run(tmp_path, StopInValidation())
+    assert first[0].global_step == 8
+    assert first[0].checkpointed["progress"]["pending"] == ["validation"]
+    second = run(tmp_path)
+    assert ("on_validation_start", 8) in second[1].trace
+    check_resumed(tmp_path, first, second, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 6, 12])
+def test_worker_processes_change_nothing(step: int, tmp_path: Path, unbroken: Any) -> None:
+    """With two loader workers, persistent or not, stopped and resumed: the bits of none."""
+    first = run(tmp_path, StopAt(step), workers=2)
+    second = run(tmp_path, workers=2)
+    check_resumed(tmp_path, first, second, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 11, 24])
+def test_in_new_processes_it_ends_the_same(step: int, tmp_path: Path, unbroken: Any) -> None:
+    for stop in (step, STEPS):
+        subprocess.run(
+            [sys.executable, __file__, str(tmp_path), str(stop)],
+            check=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+    expected = unbroken[0]
+    newest = load_tree(tmp_path / "checkpoints" / f"step_{STEPS:08d}")
+    for part in ("models", "optimizers", "schedulers", "callbacks"):
+        assert bits(newest[part]) == expected[part], part
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected["rows"]
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), StopAt(int(sys.argv[2])))

@@ -214,10 +214,12 @@ class IndexedSource:
         self._offset = stop
         chunk = self._layout.chunk
         shares = [self._layout.share(at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
-        batches, epoch = self._batches, self._epoch
+        epoch = self._epoch
 
         def batch(j: int) -> Any:
-            return next(batches)
+            # Through self: a reference of its own would keep worker processes alive after close().
+            assert self._batches is not None
+            return next(self._batches)
 
         def ids(j: int) -> list[Any]:
             runs = self._layout.request(epoch, *shares[j])
