@@ -6,6 +6,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,12 @@ def steps(
             scheduler.step(float(loss))
         elif scheduler is not None:
             scheduler.step()
+
+
+@pytest.fixture(autouse=True)
+def _no_variable_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Some optimizers import torch's compiler, which sets this variable unless it is set."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
 OPTIMIZERS = {

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from paceline.checkpoint.codec import is_dtensor, local_part
 from paceline.errors import StateError
 
 _ROOM = 1 << 20
@@ -16,16 +16,21 @@ _ROOM = 1 << 20
 
 
 def forms(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """What all ranks must agree on about the tensors that they share."""
+    """All that a plan of who writes what depends on."""
     return {
-        name: f"{tensor.dtype} {tuple(tensor.shape)}"
+        name: f"{tensor.dtype} {tuple(tensor.shape)} {getattr(tensor, 'placements', '')}"
         for name, tensor in tensors.items()
-        if not name.startswith("rank/")
     }
 
 
-def digest(tensors: dict[str, torch.Tensor], skeleton: Any) -> str:
-    return hashlib.sha256(json.dumps([forms(tensors), skeleton]).encode()).hexdigest()
+def shared(forms_here: dict[str, str]) -> dict[str, str]:
+    """The forms that must be the same on every rank."""
+    return {name: form for name, form in forms_here.items() if not name.startswith("rank/")}
+
+
+def digest(forms_here: dict[str, str], skeleton: Any) -> str:
+    """A short text that is the same wherever the shared state looks the same."""
+    return hashlib.sha256(json.dumps([shared(forms_here), skeleton]).encode()).hexdigest()
 
 
 def raise_difference(parts: list[Any]) -> None:
@@ -56,8 +61,8 @@ def sizes(tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
     """Bytes of what every rank has alike, and of what this one alone has to write."""
     shared = own = 0
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            own += tensor.to_local().nbytes
+        if is_dtensor(tensor):
+            own += local_part(tensor).nbytes
         elif name.startswith("rank/"):
             own += tensor.nbytes
         else:

@@ -9,6 +9,7 @@ JSON has no such type.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -16,7 +17,6 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from paceline.errors import CheckpointError, StateError
 
@@ -87,6 +87,20 @@ def decode(tensors: dict[str, torch.Tensor], skeleton: Any) -> Any:
         CheckpointError: the skeleton is not one, or asks for a tensor that is not there.
     """
     return _Decoder(tensors).node(skeleton, 0)
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over processes, found out without importing torch's DTensor.
+
+    That import takes longer than all of ours; nobody who has not made it holds a DTensor.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 class _Encoder:
@@ -185,8 +199,8 @@ class _Encoder:
         return tag
 
     def _check_tensor(self, value: torch.Tensor, path: tuple[Any, ...]) -> None:
-        plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, DTensor)
-        if not plain:
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        if not plain and not is_dtensor(value):
             _refuse(value, path)
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             what = "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
@@ -200,7 +214,7 @@ class _Encoder:
         """Keeps a tensor; returns its name, and its strides where they are worth restoring."""
         key = _identity(tensor) if ties else None
         stride = None
-        if not isinstance(tensor, DTensor) and not tensor.is_contiguous() and _is_dense(tensor):
+        if not is_dtensor(tensor) and not tensor.is_contiguous() and _is_dense(tensor):
             # A channels_last momentum that came back contiguous would compute other bits.
             stride = tensor.stride()
         if key is not None and key in self._stored:
@@ -282,10 +296,11 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """What two tensors share when they are the same memory seen the same way."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     if local.numel() == 0:
         return None
-    layout = (tensor.placements, tensor.device_mesh) if isinstance(tensor, DTensor) else ()
+    # getattr: these are a DTensor's alone.
+    layout = (getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None))
     return (local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), *layout)
 
 
@@ -358,7 +373,7 @@ class _Decoder:
         if key in self._built:
             return self._built[key]
         tensor = torch.view_as_complex(stored) if tag.get("complex") else stored
-        if stride is not None and not isinstance(tensor, DTensor):
+        if stride is not None and not is_dtensor(tensor):
             tensor = _with_stride(tensor, stride)
         self._built[key] = tensor
         return tensor

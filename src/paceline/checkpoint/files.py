@@ -23,7 +23,7 @@ class Disk:
 
     def create(self, path: Path) -> int:
         """Opens a new file for writing; it must not exist."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, fd: int, data: memoryview) -> int:
         """Writes some of `data` (maybe not all) and returns how much."""
@@ -46,7 +46,7 @@ class Disk:
 
     def fsync_folder(self, path: Path) -> None:
         """Makes the names in a folder durable: without it a rename may not survive a crash."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
         finally:

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from paceline.checkpoint import agreement, publication
-from paceline.checkpoint.codec import decode, encode
+from paceline.checkpoint.codec import decode, encode, is_dtensor
 from paceline.checkpoint.files import Disk
 from paceline.checkpoint.policy import CheckpointPolicy, to_keep
 from paceline.checkpoint.publication import Checkpoint, Manifest
 from paceline.checkpoint.ranks import Ranks, describe
 from paceline.checkpoint.safetensors_file import FileRecord
 from paceline.checkpoint.staging import Staging
-from paceline.checkpoint.storage import read_tensors, write_tensors
 from paceline.errors import CheckpointError, StateError
 from paceline.world.world import World
 
@@ -51,6 +49,7 @@ class _Job:
     info: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: Any = None
+    forms: dict[str, str] = field(default_factory=dict)
     own: list[Any] = field(default_factory=list)  # on rank 0: every rank's own skeleton
     needed: int = 0
     error: CheckpointError | None = None
@@ -66,11 +65,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | str, policy: CheckpointPolicy, world: World) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self.policy = policy
         self._ranks = Ranks(world)
         self._disk = Disk()
         self._staging = Staging()
+        self._plan: Any = None
+        self._planned_for: dict[str, str] | None = None
         self._thread: threading.Thread | None = None
         self._job: _Job | None = None
         self._events: deque[Event] = deque()
@@ -163,6 +164,9 @@ class Checkpoints:
 
     def recover(self) -> None:
         """Finishes or removes what a killed process left. Called once, before anything else."""
+        # A second of importing torch's own checkpointing belongs to a run's start, not to its
+        # first save, nor to `import paceline`.
+        from paceline.checkpoint import storage as _  # noqa: F401
 
         def work() -> list[str]:
             done = publication.recover(self.folder, self._disk)
@@ -242,13 +246,19 @@ class Checkpoints:
 
     def required_bytes(self, tree: dict[str, Any]) -> int:
         """The bytes that one checkpoint of this tree takes on the disk, all ranks together."""
-        sizes = self._ranks.everywhere(lambda: agreement.sizes(self._encode(tree)[0]))
-        return self._ranks.main(lambda: agreement.required_bytes(sizes))
+        self.wait()
+        needed = self._prepare(tree, 0, False, {}, copy=False).needed
+        return self._ranks.main(lambda: needed)
 
     def check_space(self, tree: dict[str, Any]) -> None:
-        """Raises a CheckpointError if there is no space for one checkpoint. For before step 1."""
-        needed = self.required_bytes(tree)
-        self._ranks.main(lambda: self._check_free(needed))
+        """Raises a CheckpointError if there is no space for one checkpoint. For before step 1.
+
+        With an asynchronous policy the host buffers are made here too, so that the first save takes
+        no longer than the next. Tensors that do not exist yet (most optimizers' state) come later.
+        """
+        self.wait()
+        job = self._prepare(tree, 0, False, {}, copy=self.policy.asynchronous)
+        self._ranks.main(lambda: self._check_free(job.needed))
 
     # How it is done
 
@@ -268,32 +278,46 @@ class Checkpoints:
         """Turns the state into a job; what cannot be stored is found here, by all ranks."""
         job = _Job(step, best, info)
 
-        def work() -> tuple[Any, tuple[int, int], str]:
+        def work() -> tuple[Any, tuple[int, int], str, bool]:
             if encode(info)[0]:
                 raise StateError("info: only plain values go to the manifest, no tensors")
-            tensors, job.shared, own = self._encode(tree)
-            job.tensors = self._staging.copy(tensors) if copy else tensors
-            return (
-                own,
-                agreement.sizes(tensors),
-                agreement.digest(tensors, job.shared) if self._ranks.size > 1 else "",
-            )
+            job.tensors, job.shared, own = self._encode(tree)
+            job.forms = agreement.forms(job.tensors)
+            digest = agreement.digest(job.forms, job.shared) if self._ranks.size > 1 else ""
+            return own, agreement.sizes(job.tensors), digest, job.forms == self._planned_for
 
         parts = self._ranks.everywhere(work)
-        if not self._ranks.main(lambda: len({digest for _, _, digest in parts}) == 1):
+        alike, planned = self._ranks.main(
+            lambda: (len({part[2] for part in parts}) == 1, all(part[3] for part in parts))
+        )
+        if not alike:
             self._ranks.everywhere(
-                lambda: (job.shared, agreement.forms(job.tensors)), agreement.raise_difference
+                lambda: (job.shared, agreement.shared(job.forms)), agreement.raise_difference
             )
-        job.own = [own for own, _, _ in parts]
-        job.needed = agreement.required_bytes([sizes for _, sizes, _ in parts])
+        job.own = [part[0] for part in parts]
+        job.needed = agreement.required_bytes([part[1] for part in parts])
+        self._take_own_part(job, planned, copy)
         return job
+
+    def _take_own_part(self, job: _Job, planned: bool, copy: bool) -> None:
+        """Reduces a job's tensors to those that this rank writes, copied if need be."""
+        from paceline.checkpoint import storage
+
+        if not planned:
+            self._planned_for = None
+            self._plan = storage.plan_writes(job.tensors, self._ranks)
+            self._planned_for = job.forms
+        mine = {name: job.tensors[name] for name in storage.planned_names(self._plan)}
+        job.tensors = self._ranks.together(lambda: self._staging.copy(mine)) if copy else mine
 
     def _write(self, job: _Job) -> None:
         """Writes and publishes one job. Raises nothing: the outcome is left in `job.error`."""
+        from paceline.checkpoint.storage import write_planned
+
         hidden = publication.hidden(self.folder, publication.folder_name(job.step), "new")
         try:
             self._ranks.main(lambda: self._begin(hidden, job))
-            records = write_tensors(job.tensors, hidden, self._ranks, self._disk)
+            records = write_planned(self._plan, job.tensors, hidden, self._ranks, self._disk)
             self._ranks.main(lambda: self._publish(hidden, records, job))
         except Exception as error:  # noqa: BLE001 - a failed write must not end the training
             job.error = error if isinstance(error, CheckpointError) else _as_ours(error)
@@ -425,14 +449,14 @@ def load_tree(path: Path | str, into: dict[str, Any] | None = None) -> dict[str,
     Raises:
         MismatchError, CheckpointError: see `Checkpoints.load`.
     """
+    from paceline.checkpoint.storage import read_tensors
+
     path = Path(path)
     state = publication.read_json(path / publication.STATE)
     if not isinstance(state, dict) or set(state) != {"tree", "rank"}:
         raise CheckpointError(f"{path / publication.STATE}: not the state of a run")
     targets = encode(into)[0] if into else {}
-    shards: dict[str, torch.Tensor] = {
-        name: tensor for name, tensor in targets.items() if isinstance(tensor, DTensor)
-    }
+    shards = {name: tensor for name, tensor in targets.items() if is_dtensor(tensor)}
     tensors = read_tensors(path, shards)
     try:
         tree, rank = decode(tensors, [state["tree"], state["rank"]])

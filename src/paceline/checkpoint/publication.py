@@ -281,7 +281,12 @@ def publish(folder: Path, step_name: str, disk: Disk) -> None:
     if replaces:
         disk.remove(old)
         disk.rename(final, old)
-    disk.rename(new, final)
+    try:
+        disk.rename(new, final)
+    except OSError:
+        if replaces:
+            disk.rename(old, final)
+        raise
     disk.fsync_folder(folder)
     if replaces:
         disk.remove(old)

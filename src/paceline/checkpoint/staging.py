@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from paceline.checkpoint.codec import is_dtensor, local_part
 
 
 class Staging:
@@ -17,7 +18,7 @@ class Staging:
         staged, buffers = {}, {}
         waits: torch.device | None = None
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = local_part(tensor)
             on_device = local.device.type != "cpu"
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
@@ -39,7 +40,10 @@ class Staging:
 
 
 def _like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return buffer
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
     # from_local would move the buffer to the mesh's device; only the placement is wanted.
     return DTensor(buffer, tensor._spec, requires_grad=False)

@@ -12,7 +12,6 @@ the ranks must agree on more than what it knows about.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,6 @@ class StreamingWriter(HuggingFaceStorageWriter):
         self._folder = folder
         self._disk = disk
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         items = sorted(plan.items, key=_order)
         parts = [_part(item) for item in items]
@@ -115,13 +111,43 @@ def _resolved(items: list[WriteItem], planner: SavePlanner) -> Iterator[torch.Te
         yield tensor.detach().cpu().contiguous()
 
 
-def write_tensors(
-    tensors: dict[str, torch.Tensor], folder: Path, ranks: Ranks, disk: Disk
+def plan_writes(tensors: dict[str, torch.Tensor], ranks: Ranks) -> SavePlan:
+    """Decides which rank writes what; the plan serves until a name, shape or placement changes.
+
+    Args:
+        tensors: all of this rank's, by name; tensors only.
+        ranks: who writes together. Every rank calls this.
+
+    Returns:
+        This rank's part.
+
+    Raises:
+        CheckpointError: on every rank, if one failed.
+    """
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    writer = HuggingFaceStorageWriter("", save_distributed=True)
+
+    def local_plan() -> SavePlan:
+        planner.set_up_planner(tensors, writer.storage_meta(), ranks.is_main)
+        return planner.create_local_plan()
+
+    plans = ranks.everywhere(local_plan)
+    return ranks.scatter(lambda: writer.prepare_global_plan(planner.create_global_plan(plans)[0]))
+
+
+def planned_names(plan: SavePlan) -> list[str]:
+    """The tensors that a rank needs to carry out its part of a plan."""
+    return [item.index.fqn for item in plan.items]
+
+
+def write_planned(
+    plan: SavePlan, tensors: dict[str, torch.Tensor], folder: Path, ranks: Ranks, disk: Disk
 ) -> list[FileRecord]:
     """Writes all ranks' tensors into `folder`, one file a rank. Every rank calls this.
 
     Args:
-        tensors: this rank's, by name; tensors only.
+        plan: from `plan_writes`.
+        tensors: this rank's, at least those that the plan names.
         folder: exists and is empty, the same for all ranks.
         ranks: who writes together.
         disk: the file operations.
@@ -132,21 +158,12 @@ def write_tensors(
     Raises:
         CheckpointError: on every rank, if one failed.
     """
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    writer = StreamingWriter(folder, disk)
-
-    def local_plan() -> SavePlan:
-        planner.set_up_planner(tensors, writer.storage_meta(), ranks.is_main)
-        writer.set_up_storage_writer(ranks.is_main)
-        return writer.prepare_local_plan(planner.create_local_plan())
-
-    plans = ranks.everywhere(local_plan)
-    mine = ranks.scatter(
-        lambda: writer.prepare_global_plan(planner.create_global_plan(plans)[0]),
-    )
 
     def write() -> FileRecord | None:
-        writer.write_data(planner.finish_plan(mine), planner)
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        writer = StreamingWriter(folder, disk)
+        planner.set_up_planner(tensors, writer.storage_meta(), ranks.is_main)
+        writer.write_data(planner.finish_plan(plan), planner)
         return writer.record
 
     records = ranks.everywhere(write)
@@ -184,12 +201,12 @@ def _read_whole(file: Any, entries: dict[str, Entry], item: ReadItem, planner: L
     if not simple or tuple(item.lengths) != entry.shape:
         return False
     view = raw_bytes(target)
-    at = entry.begin
+    file.seek(entry.begin)
     while view:
-        read = os.preadv(file.fileno(), [view], at)
-        if read == 0:
+        read = file.readinto(view)
+        if not read:
             raise CheckpointError(f"{file.name}: ends too early")
-        view, at = view[read:], at + read
+        view = view[read:]
     planner.commit_tensor(item, target)
     return True
 
