@@ -107,8 +107,9 @@ def gather_state(trainer: Trainer) -> dict[str, Any]:
         "data": None if trainer.source.per_rank else source,
         "monitor": None if monitor is None else monitor.state_dict(),
         "callbacks": {
-            name: callback.state_dict()
+            name: state
             for name, callback in named_callbacks(trainer.callbacks).items()
+            if (state := callback.state_dict())
         },
         "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
         "rank": {str(trainer.world.rank): rank},
@@ -169,10 +170,10 @@ def _load_named(trainer: Trainer, kind: str, here: dict[str, Any], stored: dict[
     for name, thing in here.items():
         if name in stored:
             thing.load_state_dict(stored[name])
-        else:
+        elif thing.state_dict():
             trainer.say(f"the {kind} {name!r} is new in this run: it starts fresh.")
     for name in stored:
-        if name not in here and stored[name]:
+        if name not in here:
             trainer.say(f"the {kind} {name!r} of the checkpoint is no longer there.")
 
 
