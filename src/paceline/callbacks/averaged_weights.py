@@ -186,10 +186,12 @@ class AveragedWeights(Callback):
         if self._kept is None:
             self._kept = {name: weights.detach().clone() for name, weights in self._live.items()}
             _copy(self._live, self._average)
+            _reshard(self._models)
 
     def _put_back(self) -> None:
         if self._kept is not None:
             _copy(self._live, self._kept)
+            _reshard(self._models)
             self._kept = None
 
 
@@ -201,9 +203,17 @@ def _start(parameter: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _copy(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
-    if target:
-        into, values = [t.detach() for t in target.values()], [source[name] for name in target]
-        torch._foreach_copy_(into, values)  # pyright: ignore[reportPrivateImportUsage]
+    # Not `_foreach_copy_`, which sharded tensors (DTensor) do not have.
+    for name, tensor in target.items():
+        tensor.detach().copy_(source[name])
+
+
+def _reshard(models: Mapping[str, torch.nn.Module]) -> None:
+    """Drops what FSDP has gathered: it would go on computing with the weights from before."""
+    for model in models.values():
+        for module in model.modules():
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()
 
 
 def _form(tensor: torch.Tensor) -> str:
