@@ -144,7 +144,7 @@ def test_worker_processes_change_nothing(step: int, tmp_path: Path, unbroken: An
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 11, 24])
 def test_in_new_processes_it_ends_the_same(step: int, tmp_path: Path, unbroken: Any) -> None:
-    for stop in (step, STEPS):
+    for stop in (step, -1):  # -1 never comes
         subprocess.run(
             [sys.executable, __file__, str(tmp_path), str(stop)],
             check=True,
