@@ -1,0 +1,117 @@
+"""Shared builders: small data whose rows differ, a model with dropout, and runs to compare."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from paceline import Trainer
+from paceline.trainer.events import EVENTS, Callback
+
+
+class Noisy(Dataset):
+    """Rows that all differ, with random augmentation from torch, numpy and `random`."""
+
+    def __init__(self, n: int = 97, noise: float = 0.1) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.x = torch.randn(n, 8, generator=generator)
+        self.y = self.x @ torch.randn(8, 1, generator=generator)
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        x = self.x[index] + self.noise * torch.randn(8)
+        x = x * (1 + self.noise * random.random()) + self.noise * float(np.random.rand())
+        return x, self.y[index], index
+
+
+def make_model(dropout: float = 0.2, seed: int = 3) -> nn.Module:
+    """A small network with dropout, the same at each call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 1))
+
+
+class Regression(Trainer):
+    """Trains on `Noisy` batches and remembers the sample ids of every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: dict[int, list[int]] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y, ids = batch
+        if not self.muted:
+            self.seen.setdefault(self.global_step, []).extend(ids.tolist())
+        error = ((self.model(x) - y) ** 2).mean()
+        self.log("train/spread", (x * torch.rand(())).std())
+        return error
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _ = batch
+        self.log("val/loss", ((self.model(x) - y) ** 2).mean())
+
+
+class Recorder(Callback):
+    """Writes down every event, with the step at which it came."""
+
+    def __init__(self) -> None:
+        self.trace: list[tuple[str, int]] = []
+
+
+def _recording(event: str) -> Any:
+    def record(self: Recorder, trainer: Trainer, *_: Any) -> None:
+        self.trace.append((event, trainer.global_step))
+
+    return record
+
+
+for _event in EVENTS:
+    setattr(Recorder, _event, _recording(_event))
+
+
+class StopAt(Callback):
+    """Asks for a stop once `step` windows are done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.global_step == self.step:
+            trainer.request_stop("test")
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        if trainer.global_step == self.step:
+            trainer.request_stop("test")
+
+
+def bits(tree: Any) -> Any:
+    """A tree with every tensor replaced by its dtype, shape and bytes, for exact comparison."""
+    if isinstance(tree, torch.Tensor):
+        tensor = tree.detach().contiguous().reshape(-1)
+        raw = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        return (str(tree.dtype), tuple(tree.shape), raw)
+    if isinstance(tree, dict):
+        return {key: bits(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [bits(value) for value in tree]
+    return tree
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def loader(dataset: Dataset, batch_size: int = 10, **options: Any) -> DataLoader:
+    """A shuffling DataLoader unless told otherwise."""
+    return DataLoader(dataset, batch_size, **{"shuffle": True, **options})
