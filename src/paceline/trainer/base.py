@@ -210,8 +210,6 @@ class TrainerBase(Hooks, AbstractTrainer):
         """
         return count_first_dimension(batch)
 
-    _count_samples = count_items  # to see whether a subclass counts otherwise
-
     def log(self, name: str, value: Any, weight: Any = None) -> None:
         """Logs a value; a row or a validation shows the mean over all items of all ranks.
 

@@ -168,11 +168,11 @@ class Events(SimpleNamespace):
         super().__init__(
             **{
                 event: tuple(
-                    ([getattr(trainer, event)] if _overrides(trainer, event, Hooks) else [])
+                    ([getattr(trainer, event)] if overrides(trainer, event, Hooks) else [])
                     + [
                         partial(getattr(callback, event), trainer)
                         for callback in ordered
-                        if _overrides(callback, event, Callback)
+                        if overrides(callback, event, Callback)
                     ]
                 )
                 for event in EVENTS
@@ -193,11 +193,9 @@ def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
     return named
 
 
-def _overrides(listener: object, event: str, base: type) -> bool:
-    """Whether `event` is overridden on the listener's class or on the instance itself."""
-    return event in vars(listener) or getattr(type(listener), event, None) is not getattr(
-        base, event
-    )
+def overrides(listener: object, name: str, base: type) -> bool:
+    """Whether a method is overridden, on the listener's class or on the instance itself."""
+    return name in vars(listener) or getattr(type(listener), name, None) is not getattr(base, name)
 
 
 def _check_method_names(callback: Callback) -> None:

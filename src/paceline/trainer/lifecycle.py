@@ -14,7 +14,8 @@ from paceline.data.loader import WindowSize, open_training, open_validation
 from paceline.errors import ConfigError
 from paceline.log.provenance import RunRecord
 from paceline.trainer import placement, resume
-from paceline.trainer.events import Events
+from paceline.trainer.base import TrainerBase
+from paceline.trainer.events import Events, overrides
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
@@ -101,7 +102,7 @@ def _open_data(trainer: Trainer) -> None:
     trainer.source = open_training(trainer.train_dataloader, size, trainer.seed, trainer.world)
     if trainer.val_dataloader is not None:
         trainer.validation = open_validation(trainer.val_dataloader, trainer.seed, trainer.world)
-    trainer.counts_items = trainer.count_items.__func__ is not trainer._count_samples
+    trainer.counts_items = overrides(trainer, "count_items", TrainerBase)
     trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.dp_rank)
     for decision, setting in trainer.source.plan:
         trainer.plan.add(decision, setting)
