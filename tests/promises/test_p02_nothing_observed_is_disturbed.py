@@ -1,0 +1,93 @@
+"""P2 Nothing observed is disturbed: watching a run, more or less, changes no bit of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import Noisy, Recorder, Regression, bits, loader, make_model
+from paceline import CheckpointPolicy
+from paceline.callbacks import AveragedWeights, GradientMonitor, LearningRate, Throughput
+
+STEPS = 9
+
+
+class Drawing(Regression):
+    """Its validation draws random numbers and moves weights about, as careless ones do."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        torch.rand(3)
+        super().validation_step(batch, batch_idx)
+
+
+def weights(run_dir: Path | None, **settings: Any) -> Any:
+    """The final weights and optimizer state of a short run."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    defaults: dict[str, Any] = {
+        "train_dataloader": loader(Noisy()),
+        "loggers": [],
+        "progress": False,
+        "checkpoint": None,
+    }
+    trainer = Drawing(
+        model=model,
+        optimizer=optimizer,
+        max_steps=STEPS,
+        run_dir=run_dir,
+        **{**defaults, **settings},
+    )
+    trainer.train(seed=5)
+    return bits([model.state_dict(), optimizer.state_dict()])
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """A run that nobody watches."""
+    return weights(None)
+
+
+WATCHED: dict[str, dict[str, Any]] = {
+    "validated each step": {"validate_every": 1},
+    "validated every other step": {"validate_every": 2},
+    "rows each step": {"log_every": 1, "loggers": None},
+    "rows every fourth step": {"log_every": 4, "loggers": None},
+    "saved each step": {"checkpoint": CheckpointPolicy(every_steps=1)},
+    "saved each step, waiting for it": {
+        "checkpoint": CheckpointPolicy(every_steps=1, asynchronous=False)
+    },
+    "shown": {"progress": True, "log_every": 1},
+    "every event heard": {"callbacks": [Recorder()]},
+    "averaged, and validated with the average": {
+        "callbacks": [AveragedWeights(decay=0.5)],
+        "validate_every": 1,
+    },
+    "gradients, rates and speeds looked at": {
+        "callbacks": [GradientMonitor(), LearningRate(), Throughput()],
+        "log_every": 1,
+        "loggers": None,
+    },
+    "all of it": {
+        "callbacks": [Recorder(), AveragedWeights(), GradientMonitor(), Throughput()],
+        "validate_every": 2,
+        "log_every": 1,
+        "loggers": None,
+        "checkpoint": CheckpointPolicy(every_steps=2),
+        "progress": True,
+    },
+}
+
+
+@pytest.mark.parametrize("how", WATCHED)
+def test_watching_changes_no_bit(how: str, tmp_path: Path, alone: Any) -> None:
+    """Given a run, when it is watched in this way, then weights and optimizer end the same."""
+    settings = {"val_dataloader": loader(Noisy(23), shuffle=False), **WATCHED[how]}
+    assert weights(tmp_path, **settings) == alone
+
+
+def test_the_check_can_fail(alone: Any) -> None:
+    """The comparison sees a change: another clipping norm, another learning rate."""
+    assert weights(None, max_grad_norm=0.1) != alone
