@@ -35,7 +35,7 @@ class FakeTrainer(Hooks):
         self.global_step = self.current_epoch = 0
         self.epochs, self.training_horizon = 2, 8
         self.log_every = log_every
-        self.val_dataloader = [None, None]
+        self.validation: Any = SimpleNamespace(length=2)
         self.progress = SimpleNamespace(samples=0, items=0)
         self.row: dict[str, Any] = {}
         self.logged: list[tuple[int, str, Any]] = []

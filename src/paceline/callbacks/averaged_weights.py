@@ -89,7 +89,7 @@ class AveragedWeights(Callback):
             decay = min(decay, (1 + self._updates) / (10 + self._updates))
         average = list(self._average.values())
         live = [
-            weights.detach() if weights.dtype == mean.dtype else weights.to(mean.dtype)
+            weights if weights.dtype == mean.dtype else weights.to(mean.dtype)
             for weights, mean in zip(self._live.values(), average, strict=True)
         ]
         torch._foreach_lerp_(average, live, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -86,7 +86,8 @@ class Progress(Callback):
 
     def on_validation_start(self, trainer: Trainer) -> None:
         """Opens the validation's bar."""
-        self._validated, self._validation_length = 0, _length(trainer.val_dataloader)
+        data = trainer.validation  # this rank's share of the loader
+        self._validated, self._validation_length = 0, None if data is None else data.length
         if self._rows_only:
             self._due = time.monotonic() + _SECONDS_IN_VALIDATION
         elif self._view is not None:
@@ -241,10 +242,3 @@ def _clock(seconds: float) -> str:
     """`seconds` as H:MM:SS."""
     minutes, second = divmod(max(round(seconds), 0), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):  # none, or a stream of unknown length
-        return None
