@@ -1,0 +1,84 @@
+"""P13 Nothing behind the user's back: no implicit change of numbers, every decision in the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from builders import Noisy, Regression, loader, make_model
+from paceline import Trainer
+
+
+def make_trainer(**settings: Any) -> Regression:
+    model = make_model()
+    return Regression(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        loggers=[],
+        progress=False,
+        **{"train_dataloader": loader(Noisy()), "epochs": 1, **settings},
+    )
+
+
+def plan(trainer: Trainer) -> str:
+    return "\n".join(f"{line['decision']} [{line['setting']}]" for line in trainer.plan.as_list())
+
+
+def test_a_loader_that_does_not_shuffle_is_not_shuffled() -> None:
+    trainer = make_trainer(train_dataloader=loader(Noisy(), shuffle=False))
+    trainer.train(seed=3)
+    assert [i for step in trainer.seen.values() for i in step] == list(range(97))
+    assert "as stored (the loader says shuffle=False)" in plan(trainer)
+
+
+def test_what_drop_last_leaves_out_is_counted() -> None:
+    trainer = make_trainer(train_dataloader=loader(Noisy(), drop_last=True))
+    trainer.train()
+    assert sum(map(len, trainer.seen.values())) == 90
+    assert "drop_last leaves out 7 of 97 samples" in plan(trainer)
+
+
+def test_a_sampler_of_the_users_own_is_kept_and_said() -> None:
+    sampler = WeightedRandomSampler([0.0] * 90 + [1.0] * 7, 20)
+    trainer = make_trainer(train_dataloader=DataLoader(Noisy(), 5, sampler=sampler))
+    trainer.train()
+    seen = [i for step in trainer.seen.values() for i in step]
+    assert len(seen) == 20
+    assert min(seen) >= 90
+    assert "WeightedRandomSampler's own" in plan(trainer)
+
+
+def test_every_line_of_the_plan_names_its_setting(tmp_path: Path) -> None:
+    trainer = make_trainer(run_dir=tmp_path, val_dataloader=loader(Noisy(23)))
+    trainer.train()
+    lines = trainer.plan.as_list()
+    assert len(lines) >= 6
+    assert all(line["setting"] for line in lines)
+
+
+def test_the_numbers_are_those_of_a_loop_written_by_hand() -> None:
+    """Given no dropout and shuffle=False, the weights are bitwise those of a plain loop: the
+    learning rate, the loss and the batches are what the user wrote."""
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    ours, theirs = make_model(dropout=0), make_model(dropout=0)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01)
+    for _ in range(2):
+        for inputs, targets in DataLoader(data, 8):
+            nn.functional.mse_loss(theirs(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    Trainer(
+        model=ours,
+        optimizer=torch.optim.AdamW(ours.parameters(), lr=0.01),
+        loss_fn=nn.MSELoss(),
+        train_dataloader=DataLoader(data, 8),
+        epochs=2,
+        progress=False,
+    ).train()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
