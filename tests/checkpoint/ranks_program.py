@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
-from paceline.errors import CheckpointError, StateError
+from paceline.errors import CheckpointError, MismatchError, StateError
 from paceline.world.world import World
 
 WHOLE = torch.arange(35.0).reshape(7, 5)  # 7 rows: uneven over 2 and over 4 ranks
@@ -90,6 +90,10 @@ def load(folder: Path, world: World) -> None:
     newest = checkpoints.newest()
     assert newest is not None
     check(checkpoints.load(newest.path), 2.0, 2)
+    own = state(world, 0.0)
+    own["model"]["sharded"] = own["model"]["sharded"].double()
+    with pytest.raises(MismatchError, match=r"sharded: float32\[7, 5\] in .*float64\[7, 5\] here"):
+        checkpoints.load(newest.path, into=own)
     own = state(world, 0.0)
     got = checkpoints.load(newest.path, into=own)
     assert (

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from paceline.checkpoint.codec import DTYPES, decode, encode
+from paceline.checkpoint.codec import DTYPES, MAX_DEPTH, decode, encode
 from paceline.checkpoint.safetensors_file import raw_bytes
 from paceline.errors import CheckpointError, StateError
 
@@ -144,6 +144,16 @@ def test_a_channels_last_tensor_keeps_its_memory_format() -> None:
     assert torch.equal(got, tensor)
 
 
+def test_a_string_of_halves_is_not_joined_into_one_character() -> None:
+    halves = chr(0xD83D) + chr(0xDE00)
+    assert same(there_and_back({halves: [halves]}), {halves: [halves]})
+
+
+def test_a_dictionary_that_looks_like_one_of_our_tags_is_only_a_dictionary() -> None:
+    tree = {"$tensor": "x", "a": {"$tuple": [1]}, "b": {"$int": {"$pickle": 1}}}
+    assert same(there_and_back(tree), tree)
+
+
 def test_a_counter_can_still_be_counted() -> None:
     # MultiStepLR calls .elements() on it, and looks it up by whole numbers.
     assert sorted(there_and_back({"m": Counter({3: 1, 5: 2})})["m"].elements()) == [3, 5, 5]
@@ -184,12 +194,22 @@ def test_what_cannot_be_stored_is_refused_by_its_path(message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_a_tree_too_deep_to_read_back_is_refused_when_saved() -> None:
-    tree: Any = 1
-    for _ in range(2000):
-        tree = (tree,)
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 2, 2000])
+def test_a_tree_too_deep_to_read_back_is_refused_when_saved(depth: int) -> None:
     with pytest.raises(StateError, match="deep"):
-        encode(tree)
+        encode(nested(depth))
+    assert same(there_and_back(nested(MAX_DEPTH)), nested(MAX_DEPTH))
+
+
+def nested(depth: int) -> Any:
+    tree: Any = 1
+    for _ in range(depth):
+        tree = {1: (tree,)} if depth % 2 else (tree,)
+    return tree
+
+
+def test_a_number_longer_than_json_may_hold_comes_back() -> None:
+    assert there_and_back([-(2**20_000), 2**63, -(2**63)]) == [-(2**20_000), 2**63, -(2**63)]
 
 
 HOSTILE = [
@@ -197,6 +217,7 @@ HOSTILE = [
     {"$tensor": "nowhere"},
     {"$tensor": ["t"]},
     {"$tensor": "t", "stride": [10**12, 1]},
+    {"$tensor": "t", "stride": [100, 1]},
     {"$tensor": "t", "stride": [-1, 3]},
     {"$tensor": "t", "stride": [0, 0]},
     {"$tensor": "t", "stride": "11"},

@@ -50,6 +50,14 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
+SAID = {
+    "truncated": "bytes instead of",
+    "lengthened": "bytes instead of",
+    "a folder": "not a regular file",
+    "a link": "not a regular file",
+}
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_sends_its_checkpoint_aside_and_the_older_one_is_used(
@@ -64,6 +72,8 @@ def test_a_damaged_file_sends_its_checkpoint_aside_and_the_older_one_is_used(
     assert value == 1
     assert len(messages) == 1
     assert "step_00000020" in messages[0]
+    if name != MANIFEST:
+        assert SAID.get(damage, name) in messages[0]
     assert (run / ".damaged" / "step_00000020").is_dir()
 
 
@@ -156,6 +166,14 @@ def test_a_hostile_manifest_is_one_clear_error(run: Path, kind: str) -> None:
     assert "step_00000020" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert newest_value(run)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "a/b", "manifest.json"])
+def test_a_manifest_names_no_file_outside_of_its_folder(run: Path, name: str) -> None:
+    folder = run / "step_00000020"
+    rewrite(folder, files={STATE: [1, "0"], name: [1, "0"]})
+    with pytest.raises(CheckpointError, match="not in its folder"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize(

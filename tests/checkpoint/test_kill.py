@@ -53,6 +53,24 @@ def test_killed_at_any_operation_a_save_loses_nothing_before_it(
     assert survivors[-1] == 2
 
 
+@pytest.mark.parametrize("step", [20, 10], ids=["beside", "replacing"])
+def test_a_save_that_only_lacked_its_rename_is_adopted(tmp_path: Path, step: int) -> None:
+    def fault(n: int, name: str, args: tuple) -> None:
+        if name == "rename" and args[0].name.endswith(".new") and "step" in args[0].name:
+            raise Died
+
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 10, synchronous=True)
+    with suppress(Died), opened(tmp_path, FaultyDisk(fault)) as checkpoints:
+        checkpoints.save(state(2), step, synchronous=True)
+
+    with opened(tmp_path) as checkpoints:
+        checkpoints.recover()
+        assert [event.kind for event in checkpoints.poll()] == ["recovered"]
+        assert value_of(checkpoints.load(checkpoints.newest().path)) == 2
+        assert (tmp_path / "latest").read_text() == f"step_{step:08d}\n"
+
+
 @pytest.mark.slow
 def test_killed_during_the_recovery_from_a_kill_nothing_is_lost_either(tmp_path: Path) -> None:
     """Given every way a replacing save can die, recovery dies at each of its own operations too."""
