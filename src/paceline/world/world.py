@@ -13,6 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from paceline.errors import ConfigError
 from paceline.world.parallel import Parallel
 
+# Where this process met the others, by address: kept while the process lives, so that one run after
+# another needs no second meeting at a port that the first has just left, and so that a rank that
+# fails can still be heard when its group is gone.
+_meetings: dict[tuple[str, str], Any] = {}
+_joined = 0  # process groups joined in this process, equal on all ranks
+
 
 class World:
     """The processes of a run and the device of this one.
@@ -66,7 +72,7 @@ class World:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=self._timeout)
+            _join(backend, self.rank, self.size, self._timeout)
             self._owns_group = True
         self.control_group = self.new_group()
         self.mesh = init_device_mesh(
@@ -75,10 +81,13 @@ class World:
         return self
 
     def close(self) -> None:
-        """Leaves the process group, if this object joined it."""
+        """Leaves the process group, if this object joined it; else only the groups it made."""
+        if dist.is_initialized():
+            if self._owns_group:
+                dist.destroy_process_group()
+            elif self.control_group is not None:
+                dist.destroy_process_group(self.control_group)
         self.mesh = self.control_group = None
-        if self._owns_group and dist.is_initialized():
-            dist.destroy_process_group()
         self._owns_group = False
 
     def new_group(self) -> Any:
@@ -88,8 +97,11 @@ class World:
         return dist.new_group(backend="gloo", timeout=self._timeout)
 
     def store(self) -> Any:
-        """A connection of its own to the group's key-value store, for use in another thread."""
-        if self.size == 1:
+        """A connection of its own to the group's key-value store, for use in another thread.
+
+        None in a world of one, and where there is no group (yet, or any more).
+        """
+        if self.size == 1 or not dist.is_initialized():
             return None
         store: Any = dist.distributed_c10d._get_default_store()
         return store.clone()
@@ -121,6 +133,28 @@ class World:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self.control_group)
         return box
+
+
+def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
+    """Makes the process group, each under a prefix of its own in the store of the meeting.
+
+    Raises:
+        ConfigError: the launcher's environment says how many processes, but not where they meet.
+    """
+    global _joined
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size}, but {' and '.join(missing)} not set: start the processes with "
+            "torchrun or `paceline train --nproc`, which say where they meet."
+        )
+    where = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if where not in _meetings:
+        _meetings[where], _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        _meetings[where].set_timeout(timeout)
+    _joined += 1
+    store = dist.PrefixStore(f"paceline/{_joined}", _meetings[where])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -1,0 +1,241 @@
+"""Runs a function on several gloo ranks, each a process of its own, within a time limit.
+
+A helper process that has done the imports forks the ranks, so that starting one costs
+milliseconds. A rank is as good as new: the helper has joined no group, drawn no random number that
+counts, and started no thread. A rank runs its exit handlers but leaves the interpreter as it is:
+taking a forked one to pieces would cost two seconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LIMIT = 60.0  # seconds until ranks that hang are killed
+
+
+@dataclass
+class Outcome:
+    """What came of one rank.
+
+    Attributes:
+        code: its exit code; minus a signal's number; None if it was killed for taking too long.
+        value: what the function returned.
+        output: what it printed, errors included.
+        seconds: how long it lived.
+    """
+
+    code: int | None
+    value: Any
+    output: str
+    seconds: float
+
+
+class RanksFailed(AssertionError):
+    """A rank failed or hung; the message has the output of those that did."""
+
+
+class Ranks:
+    """Starts ranks through one helper process.
+
+    Attributes:
+        mutant: the name of a defect (`mutants.py`) to put into every rank, or None.
+    """
+
+    def __init__(self) -> None:
+        self._helper: subprocess.Popen[bytes] | None = None
+        self.mutant: str | None = None
+
+    def __call__(
+        self, function: Callable[..., Any], size: int, *args: Any, limit: float = LIMIT
+    ) -> list[Any]:
+        """Each rank's return value of `function(*args)`.
+
+        Raises:
+            RanksFailed: a rank did not leave with code 0.
+        """
+        outcomes = self.outcomes(function, size, *args, limit=limit)
+        failed = {rank: one for rank, one in enumerate(outcomes) if one.code != 0}
+        if failed:
+            parts = [
+                f"rank {rank} of {size} "
+                + ("hung and was killed" if one.code is None else f"left with code {one.code}")
+                + f" after {one.seconds:.1f} s:\n{one.output}"
+                for rank, one in failed.items()
+            ]
+            raise RanksFailed("\n".join(parts))
+        return [one.value for one in outcomes]
+
+    def outcomes(
+        self, function: Callable[..., Any], size: int, *args: Any, limit: float = LIMIT
+    ) -> list[Outcome]:
+        """How each rank ended, for tests in which some are meant to fail."""
+        if self._helper is None:
+            self._helper = _start_helper()
+        assert self._helper.stdin is not None
+        assert self._helper.stdout is not None
+        name = (function.__module__, function.__qualname__)
+        request = (sys.path, name, pickle.dumps(args), size, limit, self.mutant)
+        _send(self._helper.stdin, request)
+        return _receive(self._helper.stdout)
+
+    def close(self) -> None:
+        """Ends the helper."""
+        if self._helper is not None:
+            assert self._helper.stdin is not None
+            self._helper.stdin.close()
+            self._helper.wait(10)
+            assert self._helper.stdout is not None
+            self._helper.stdout.close()
+            self._helper = None
+
+
+def _start_helper() -> subprocess.Popen[bytes]:
+    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+
+
+def _send(pipe: BinaryIO, thing: Any) -> None:
+    data = pickle.dumps(thing)
+    pipe.write(len(data).to_bytes(8, "little") + data)
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO) -> Any:
+    size = pipe.read(8)
+    if len(size) < 8:
+        raise EOFError("the helper process is gone")
+    return pickle.loads(pipe.read(int.from_bytes(size, "little")))  # noqa: S301  our own process
+
+
+# In the helper
+
+
+def _serve() -> None:
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _import_what_is_slow()
+    while True:
+        try:
+            path, (module, name), args, size, limit, mutant = _receive(requests)
+        except EOFError:
+            return
+        sys.path[:] = path
+        importlib.import_module(module)
+        folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        pids = _fork(size)
+        if isinstance(pids, int):  # a rank
+            return _be_a_rank(pids, folder, module, name, args, mutant)
+        _send(replies, _wait(pids, folder, limit))
+        shutil.rmtree(folder)
+
+
+def _import_what_is_slow() -> None:
+    import torch
+    import torch.distributed.checkpoint
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    torch.optim.AdamW([parameter]).step()  # imports torch._dynamo
+
+
+def _fork(size: int) -> list[int] | int:
+    """The ranks' process ids; in a rank, its number."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    os.environ["WORLD_SIZE"] = str(size)
+    pids: list[int] = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            return rank
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)  # so that its loader workers can be killed with it
+        pids.append(pid)
+    return pids
+
+
+def _be_a_rank(
+    rank: int, folder: Path, module: str, name: str, args: bytes, mutant: str | None
+) -> None:
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    if mutant is not None:
+        importlib.import_module("mutants").apply(mutant)
+    code = 0
+    try:
+        value = getattr(sys.modules[module], name)(*pickle.loads(args))  # noqa: S301  our own
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(value))
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:  # noqa: BLE001  as the interpreter would
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(pids: list[int], folder: Path, limit: float) -> list[Outcome]:
+    start = time.monotonic()
+    ended: dict[int, tuple[int | None, float]] = {}
+    while len(ended) < len(pids):
+        for rank, pid in enumerate(pids):
+            if rank not in ended:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    seconds = time.monotonic() - start
+                    ended[rank] = os.waitstatus_to_exitcode(status), seconds
+        if time.monotonic() - start > limit:
+            for rank, pid in enumerate(pids):
+                if rank not in ended:
+                    os.killpg(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    ended[rank] = None, time.monotonic() - start
+        time.sleep(0.005)
+    return [_outcome(rank, *ended[rank], folder) for rank in range(len(pids))]
+
+
+def _outcome(rank: int, code: int | None, seconds: float, folder: Path) -> Outcome:
+    output, value = folder / f"{rank}.txt", folder / f"{rank}.pickle"
+    return Outcome(
+        code,
+        pickle.loads(value.read_bytes()) if value.exists() else None,  # noqa: S301  our own
+        output.read_text(errors="replace") if output.exists() else "",
+        seconds,
+    )
+
+
+if __name__ == "__main__":
+    sys.modules["ranks"] = sys.modules["__main__"]  # one Outcome class for both ends
+    Outcome.__module__ = "ranks"
+    _serve()
