@@ -71,6 +71,20 @@ def test_a_save_that_only_lacked_its_rename_is_adopted(tmp_path: Path, step: int
         assert (tmp_path / "latest").read_text() == f"step_{step:08d}\n"
 
 
+def test_a_replacement_that_cannot_be_put_in_place_puts_the_old_one_back(tmp_path: Path) -> None:
+    def fault(n: int, name: str, args: tuple) -> None:
+        if name == "rename" and args[0].name == ".step_00000010.new":
+            raise OSError(errno.EIO, "Input/output error")
+
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 10, synchronous=True)
+        checkpoints._disk = FaultyDisk(fault)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            checkpoints.save(state(2), 10, synchronous=True)
+        assert value_of(checkpoints.load(checkpoints.newest().path)) == 1
+        assert leftovers(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_killed_during_the_recovery_from_a_kill_nothing_is_lost_either(tmp_path: Path) -> None:
     """Given every way a replacing save can die, recovery dies at each of its own operations too."""
