@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,32 @@ from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window, count_first_dimension
 from paceline.world.parallel import Parallel
 from paceline.world.world import World
+
+
+def _ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
+    """A `train()` of the user's own, whose loop over `windows()` opened the run.
+
+    A `for` does not tell its generator of an exception in its body; the run has to hear of it.
+    """
+
+    @wraps(train)
+    def wrapped(self: TrainerBase, *args: Any, **kwargs: Any) -> Any:
+        if self._open:
+            return train(self, *args, **kwargs)
+        self._asked_seed, self._own_loop = kwargs.get("seed"), None
+        try:
+            outcome = train(self, *args, **kwargs)
+            if self._own_loop is not None:
+                self._own_loop.close()
+        except BaseException as error:
+            if self._own_loop is not None:
+                self._own_loop.throw(error)
+            raise
+        finally:
+            self._asked_seed = self._own_loop = None
+        return getattr(self, "result", None) if outcome is None else outcome
+
+    return wrapped
 
 
 class TrainerBase(Hooks, AbstractTrainer):
@@ -82,11 +108,20 @@ class TrainerBase(Hooks, AbstractTrainer):
         self._validating = False
         self._trained = False  # this process has something to train
         self._rewind_step = -1
+        self._settled = False  # between two windows with nothing pending: state may be saved
+        self._asked_saves: list[str] = []  # reasons of checkpoints asked for elsewhere
         self._saved_at: Any = None  # (step, pending) of the last checkpoint
         self._sinks_state: Any = None
         self._restore_determinism: Any = None
         self._epochs: int | None = None
+        self._asked_seed: int | None = None  # of an overridden train(seed=...)
+        self._own_loop: Generator[Window] | None = None  # that of an overridden train()
         super().__init__()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "train" in vars(cls):
+            cls.train = _ending_its_run(vars(cls)["train"])  # pyright: ignore
 
     # Counters
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ import torch
 from paceline import registry
 from paceline.checkpoint import Checkpoints
 from paceline.data.loader import WindowSize, open_training, open_validation
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, Preempted
 from paceline.log.provenance import RunRecord
 from paceline.trainer import placement, resume
 from paceline.trainer.base import TrainerBase
@@ -28,6 +30,45 @@ if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
 
+@contextmanager
+def running(trainer: Trainer, seed: int | None) -> Iterator[None]:
+    """The life of a run around its loop; inside a run that is open already, nothing.
+
+    Raises:
+        Preempted: a signal stopped the run, which was saved.
+    """
+    if trainer._open:
+        yield
+        return
+    trainer._open = True
+    try:
+        start(trainer, trainer._asked_seed if seed is None else seed)
+        if trainer.is_over:
+            pass
+        elif trainer.stop_agreement.reached(_first_point(trainer)):
+            trainer._leave(trainer.progress.pending)
+        elif trainer.progress.pending:
+            trainer._boundary()
+        yield
+        finish(trainer)
+    except GeneratorExit:  # a train() of the user's own has left its loop
+        finish(trainer)
+        raise
+    except BaseException as error:
+        fail(trainer, error)
+        raise
+    finally:
+        trainer._open = False
+        teardown(trainer)
+    if trainer._stopped and trainer.stop_agreement.by_signal:
+        raise Preempted(trainer.result)
+
+
+def _first_point(trainer: Trainer) -> int:
+    """Where the run begins, as `stop.py` numbers it: with a boundary, if one is pending."""
+    return 2 * trainer.global_step + (not trainer.progress.pending)
+
+
 def start(trainer: Trainer, seed: int | None) -> None:
     """From settings to the first window: checks, placement, loading, the printed plan.
 
@@ -37,6 +78,7 @@ def start(trainer: Trainer, seed: int | None) -> None:
     _reset(trainer, seed)
     check_settings(trainer)
     trainer.world.open()
+    trainer.stop_agreement.watch()
     _set_determinism(trainer)
     seed_everything(trainer.seed)
     trainer.configure()
@@ -51,7 +93,7 @@ def start(trainer: Trainer, seed: int | None) -> None:
     _load(trainer)
     _open_sinks(trainer)
     _describe(trainer)
-    trainer.stop_agreement.open(trainer.global_step)
+    trainer.stop_agreement.open(_first_point(trainer))
     trainer._trained = not trainer.is_over
     if trainer._trained:
         for hook in trainer.events.on_train_start:
@@ -63,6 +105,8 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer.seed = 0 if seed is None else seed
     trainer.plan = type(trainer.plan)()
     trainer.progress = Progress()
+    trainer.result = Result(stopped_by="nothing yet", complete=False)
+    trainer._asked_saves, trainer._settled = [], False
     trainer._stopped = trainer._rewinding = trainer._validating = trainer.muted = False
     trainer._restore_determinism = None
     trainer._saved_at = None
@@ -326,7 +370,7 @@ def result(trainer: Trainer) -> Result:
     progress, monitor = trainer.progress, trainer.metric_monitor
     newest = trainer.saver.list()[-1:] if trainer.saver is not None else []
     return Result(
-        stopped_by=progress.ended_by or trainer.stop_agreement.reason or "nothing",
+        stopped_by=progress.ended_by or trainer.stop_agreement.reason or "train() left its loop",
         complete=progress.ended_by is not None,
         final_val_loss=progress.metrics.get("val/loss"),
         metrics=dict(progress.metrics),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from paceline.checkpoint import CheckpointPolicy, reasons_due
+from paceline.checkpoint import CheckpointPolicy
 from paceline.data.source import Draw
-from paceline.errors import Preempted
-from paceline.trainer import lifecycle
+from paceline.errors import ConfigError
+from paceline.trainer import decisions, lifecycle
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.events import Callback
 from paceline.trainer.monitor import MetricMonitor
@@ -178,11 +178,16 @@ class Trainer(TrainerBase):
         """
         if train_dataloader is not None:
             self.train_dataloader = train_dataloader
-        self.val_dataloader = val_dataloader if val_dataloader is not None else self.val_dataloader
-        self._epochs = epochs if epochs is not None else self._epochs
+        if val_dataloader is not None:
+            self.val_dataloader = val_dataloader
+        if epochs is not None:
+            self._epochs = epochs
         with self.running(seed):
             while not self.is_over:
+                before = self.progress.state_dict()
                 self.epoch()
+                if self.progress.state_dict() == before and not self.is_over:
+                    raise ConfigError("epoch() took no step: it has to loop over epoch_windows().")
         return self.result
 
     def fit(self, seed: int | None = None) -> Result:
@@ -193,7 +198,7 @@ class Trainer(TrainerBase):
 
     def epoch(self) -> None:
         """Trains what is left of the present epoch."""
-        for window in self._epoch_windows():
+        for window in self.epoch_windows():
             self.step(window)
 
     def step(self, window: Window) -> None:
@@ -219,12 +224,20 @@ class Trainer(TrainerBase):
         A `train()` of your own keeps every promise with
         `for window in self.windows(): self.step(window)`: what stands between two windows (rows,
         validation, checkpoints, stopping, the epoch's end) is done as the loop asks for the next.
+        To end early, call `request_stop`: a loop that is left loses the window at hand.
         """
+        windows = self._all_windows()
+        if not self._open:
+            self._own_loop = windows
+        return windows
+
+    def _all_windows(self) -> Generator[Window]:
         with self.running():
             while not self.is_over:
-                yield from self._epoch_windows()
+                yield from self.epoch_windows()
 
-    def _epoch_windows(self) -> Iterator[Window]:
+    def epoch_windows(self) -> Iterator[Window]:
+        """Every window that is left of the present epoch, for an `epoch()` of your own."""
         progress, source = self.progress, self.source
         epoch = progress.epoch
         source.start_epoch(epoch)
@@ -262,7 +275,7 @@ class Trainer(TrainerBase):
             self.recorder.write(row)
         if self._rewinding:
             return
-        if self.stop_agreement.reached(progress.global_step):
+        if self.stop_agreement.reached(2 * progress.global_step):
             self._leave(pending=["boundary"])
         else:
             self._boundary()
@@ -274,28 +287,28 @@ class Trainer(TrainerBase):
         progress = self.progress
         step, progress.pending = progress.global_step, []
         by_step = isinstance(self.validate_every, int) and step % self.validate_every == 0
-        saves = self._save_reasons()
+        saves = decisions.save_reasons(self)
         last = self.source.at_end(keep=by_step or bool(saves) or step == self.max_steps)
-        ending = self._ending(last)
+        ending = decisions.ending(self, epoch_ends=last)
         if not (by_step or saves or last or ending):
             return
+        self.stop_agreement.hold(2 * step + 1)
         improved = False
         validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
         if validates and progress.validated_at != step and self.val_dataloader is not None:
-            self.stop_agreement.hold(step)
             metrics = self.evaluate()
-            if metrics is None:
+            if metrics is None and self.stop_agreement.reached(2 * step + 1):
                 return self._leave(pending=["validation"])
-            improved = self._judge(metrics)
+            improved = decisions.judge(self, self.world.broadcast_object(metrics or {}))
         if last:
             self._end_epoch()
-        if ending or self._out_of_patience():
+        if ending or decisions.out_of_patience(self):
             progress.ended_by = ending or "early stop"
             lifecycle.write_open_row(self)
-        reasons = self._save_reasons(epoch_ended=last, improved=improved)
+        reasons = decisions.save_reasons(self, epoch_ended=last, improved=improved)
         if reasons or progress.ended_by:
-            self.checkpoint(reasons + ["end"] * bool(progress.ended_by), best=improved)
-        if self.stop_agreement.reached(step) and not self.is_over:
+            self._save(reasons + ["end"] * bool(progress.ended_by), best=improved)
+        if not self.is_over and self.stop_agreement.reached(2 * step + 1):
             self._leave(pending=[])
 
     def evaluate(self) -> dict[str, float] | None:
@@ -306,24 +319,6 @@ class Trainer(TrainerBase):
         """
         return validate(self)
 
-    def _judge(self, metrics: dict[str, float]) -> bool:
-        """Tells everybody who waits for a metric; returns whether it is the best so far."""
-        self.progress.validated_at = self.progress.global_step
-        self.progress.metrics = metrics
-        self.recorder.write_validation(metrics)
-        for hook in self.events.on_metrics:
-            hook(metrics)
-        monitor = self.metric_monitor
-        improved = monitor is not None and monitor(metrics)
-        if self.lr_scheduler_interval == "metric":
-            name = "val/loss" if monitor is None else monitor.metric_name
-            self.optimization.step_schedulers("metric", metrics[name])
-        return improved
-
-    def _out_of_patience(self) -> bool:
-        monitor, patience = self.metric_monitor, self.early_stop
-        return patience is not None and monitor is not None and monitor.worse_count >= patience
-
     def _end_epoch(self) -> None:
         self.optimization.step_schedulers("epoch")
         for hook in self.events.on_train_epoch_end:
@@ -331,62 +326,35 @@ class Trainer(TrainerBase):
         self.progress.epoch += 1
         self.progress.batch = 0
 
-    def _ending(self, epoch_ends: bool) -> str | None:
-        """Why training is over after this window, if it is."""
-        progress = self.progress
-        if epoch_ends and self.epochs is not None and progress.epoch + 1 >= self.epochs:
-            return "epochs"
-        if self.max_steps is not None and progress.global_step >= self.max_steps:
-            return "max_steps"
-        return None
-
-    def _save_reasons(self, *, epoch_ended: bool = False, improved: bool = False) -> list[str]:
-        if self.saver is None or self.checkpoint_policy is None:
-            return []
-        done = self.progress.epoch if epoch_ended else None
-        step = self.progress.global_step
-        return reasons_due(self.checkpoint_policy, step=step, epochs_done=done, improved=improved)
-
     def checkpoint(self, reasons: Sequence[str] = ("asked for",), *, best: bool = False) -> None:
-        """Saves all state, between two windows. What ends a run ("stop", "end") is waited for."""
-        if self.saver is None:
+        """Saves all state at this boundary; asked for within a window, at the one behind it.
+
+        What ends a run (the reasons "stop" and "end") is waited for.
+        """
+        if self.saver is None or self.checkpoint_policy is None:
             return
-        lifecycle.save(self, list(reasons), best=best)
+        if self._settled:
+            lifecycle.save(self, list(reasons), best=best)
+        else:
+            self._asked_saves += reasons
+
+    def _save(self, reasons: list[str], *, best: bool = False) -> None:
+        self._settled, self._asked_saves = True, []
+        self.checkpoint(reasons, best=best)
+        self._settled = False
 
     def _leave(self, pending: list[str]) -> None:
         """Stops here, at the agreed boundary, with a checkpoint that says what is left to do."""
         self.progress.pending = pending
+        self._save(["stop"])
         self.source.close()
-        self.checkpoint(["stop"])
         self._stopped = True
 
     # The run around the loop
 
-    @contextmanager
-    def running(self, seed: int | None = None) -> Iterator[None]:
+    def running(self, seed: int | None = None) -> AbstractContextManager[None]:
         """The life of a run around its loop; inside a run that is open already, nothing."""
-        if self._open:
-            yield
-            return
-        self._open = True
-        try:
-            lifecycle.start(self, seed)
-            if self.is_over:
-                pass
-            elif self.stop_agreement.reached(self.global_step):
-                self._leave(self.progress.pending)
-            elif self.progress.pending:
-                self._boundary()
-            yield
-            lifecycle.finish(self)
-        except BaseException as error:
-            lifecycle.fail(self, error)
-            raise
-        finally:
-            self._open = False
-            lifecycle.teardown(self)
-        if self.stop_agreement.by_signal:
-            raise Preempted(self.result)
+        return lifecycle.running(self, seed)
 
     def configure(self) -> None:
         """Makes components; override it to assign models, optimizers and schedulers here."""

@@ -1,0 +1,71 @@
+"""The smallest runs there are: a line fitted to a few rows, where every number can be checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from paceline import Trainer
+
+
+def points(n: int = 20, width: int = 3, seed: int = 5) -> TensorDataset:
+    """`n` rows of inputs and targets, all different."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator)
+    return TensorDataset(x, x.sum(1, keepdim=True) + 0.5)
+
+
+def batches(n: int = 20, size: int = 4, **options: Any) -> DataLoader:
+    """A loader over `points(n)`, in stored order unless told otherwise."""
+    return DataLoader(points(n), size, **options)
+
+
+def line(width: int = 3, seed: int = 1) -> nn.Linear:
+    """A linear model, the same at each call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Linear(width, 1)
+
+
+def settings(model: nn.Module | None = None, lr: float = 0.05, **changes: Any) -> dict[str, Any]:
+    """A Trainer's keywords for a short silent run of the line; `changes` replace or add."""
+    model = line() if model is None else model
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+        "loss_fn": nn.MSELoss(),
+        "train_dataloader": batches(),
+        "epochs": 2,
+        "progress": False,
+        **changes,
+    }
+
+
+def fitted(kind: type[Trainer] = Trainer, **changes: Any) -> Trainer:
+    """A trainer of the line, after its run."""
+    trainer = kind(**settings(**changes))
+    trainer.fit(seed=1)
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, Any]:
+    """Every parameter and buffer, copied."""
+    return {
+        f"{name}.{key}": value.clone()
+        for name, model in trainer.named_models().items()
+        for key, value in model.state_dict().items()
+    }
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two sets of tensors are equal bit by bit."""
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    """Names of the checkpoints in a run's folder, oldest first."""
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
