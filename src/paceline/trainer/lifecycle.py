@@ -363,6 +363,7 @@ def finish(trainer: Trainer) -> None:
         metrics=dict(trainer.progress.metrics),
         best=trainer.result.best,
     )
+    trainer.stop_agreement.unwatch()
 
 
 def result(trainer: Trainer) -> Result:
@@ -382,11 +383,18 @@ def result(trainer: Trainer) -> Result:
 
 
 def fail(trainer: Trainer, error: BaseException) -> None:
-    """The run ends with an error: everybody is told, and what is durable stays as it is."""
-    trainer.stop_agreement.fail(error)
+    """The run ends with an error: everybody is told, and what is durable stays as it is.
+
+    Raises:
+        PeerError: in place of the error, if it only comes of another rank's.
+    """
+    peer = trainer.stop_agreement.fail(error)
+    shown = peer or error
     for hook in trainer.events.on_exception:
-        hook(error)
-    trainer.record.finish("failed", stopped_by=f"{type(error).__name__}: {error}")
+        hook(shown)
+    trainer.record.finish("failed", stopped_by=f"{type(shown).__name__}: {shown}")
+    if peer is not None:
+        raise peer from error
 
 
 def teardown(trainer: Trainer) -> None:
@@ -402,6 +410,7 @@ def teardown(trainer: Trainer) -> None:
             trainer.source.close()
         trainer.stop_agreement.close()
         placement.take_back(trainer)
+        trainer.replicas = []
         if trainer._restore_determinism is not None:
             trainer._restore_determinism()
         trainer.world.close()

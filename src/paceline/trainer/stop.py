@@ -1,23 +1,41 @@
-"""The agreement on stopping: one step, the same on every rank, without a collective per step.
+"""The agreement on stopping: one boundary, the same on every rank, without a collective per step.
 
 Whoever wants to stop (a signal, a time limit, a stop file, a callback) writes a request to the
-process group's store. A watcher thread on each rank sees it, freezes this rank's step counter and
-publishes the window the rank is committed to; the largest of all ranks is where all stop. A rank
-between two windows pays one attribute read, and waits only once a request stands.
+process group's store. A watcher thread on each rank sees it, freezes what this rank is committed to
+and publishes it; the largest of all ranks is where all stop. A rank that passes a boundary pays for
+a lock, and waits only once a request stands.
 
 Nothing is saved, sent or agreed inside a signal handler: it sets a flag. A second signal leaves at
 once.
+
+Why no rank is left behind. A run passes numbered points: 2s is "s windows are done", 2s + 1 is "and
+all parts of the boundary behind them". A rank passes a point only in `reached`, and is always
+committed to a point ahead of it. Under one lock either the rank passes a point, which moves its
+commitment on, or the watcher freezes the commitment for good and publishes it. So
+1. before the agreement no rank gets beyond what it has published: once frozen, it waits at the next
+   point it comes to, and for that point's sake nobody else: agreeing takes watchers only;
+2. the largest published point therefore lies behind no rank, and the rank that published it is on
+   its way there. Windows and the parts of a boundary follow from the step and from values that all
+   ranks share, so every rank's way leads there;
+3. every rank goes on to that point and no further.
+Passing 2s commits to 2s + 2, since most boundaries have no parts. When one has, `hold` lowers the
+commitment to 2s + 1, where the run can stop as well: nobody has seen the higher one, or it is
+frozen and stays. A validation under way is left when 2s + 1 is agreed on. That point has a number
+of its own because another rank may still stand at 2s, and has to come into the boundary first.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from paceline.errors import PeerError
 from paceline.world.world import World
@@ -28,7 +46,8 @@ SIGNALS = tuple(
 _POLL = 0.1  # seconds between a watcher's looks
 _PATIENCE = 120.0  # seconds to wait for the other ranks' word
 _PEER_GRACE = 15.0  # seconds a rank may stay in a collective that a failed peer has left
-_runs = 0  # agreements opened in this process group's life, equal on all ranks
+_LINGER = 5.0  # seconds in which the others may read why rank 0, whose store it is, has failed
+_runs = 0  # agreements opened in this process's life, equal on all ranks
 
 
 class StopAgreement:
@@ -46,9 +65,10 @@ class StopAgreement:
         self._world = world
         self._stop_file = stop_file
         self._request: str | None = None
+        self._everywhere = False  # every rank has made the request, in the same window
         self._signalled = False
         self._frozen = False
-        self._committed = 0  # the window this rank has begun or may begin
+        self._committed = -1  # the next point at which this rank could stop
         self._stop_at: int | None = None
         self._lock = threading.Lock()
         self._agreed = threading.Event()
@@ -63,12 +83,12 @@ class StopAgreement:
         """Whether the run stops for a signal, to this rank or another."""
         return self.reason is not None and self.reason.startswith("signal ")
 
-    def open(self, step: int) -> None:
-        """Listens for signals (in the main thread) and starts the watcher, if there is work."""
-        self._committed = step
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._handlers[number] = signal.signal(number, self._on_signal)
+    def watch(self) -> None:
+        """Starts the watcher, if there is work: from now on another rank's failure ends this one.
+
+        To be called as soon as the ranks have met. What is asked for before `open` is agreed on at
+        the first point.
+        """
         if self._world.size > 1 or self._stop_file is not None:
             store = self._world.store()
             self._thread = threading.Thread(
@@ -76,23 +96,42 @@ class StopAgreement:
             )
             self._thread.start()
 
-    def close(self) -> None:
-        """Puts the signal handlers back and ends the watcher."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+    def open(self, point: int) -> None:
+        """Listens for signals (in the main thread); the loop begins at `point`."""
+        with self._lock:
+            if not self._frozen:
+                self._committed = point
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def unwatch(self) -> None:
+        """Ends the watcher: from here on this rank needs no other."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def request(self, reason: str) -> None:
-        """Asks for a stop; the first reason counts."""
+    def close(self) -> None:
+        """Puts the signal handlers back and ends the watcher."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        self.unwatch()
+
+    def request(self, reason: str, *, everywhere: bool = False) -> None:
+        """Asks for a stop; the first reason counts.
+
+        Args:
+            reason: for `Result.stopped_by`.
+            everywhere: every rank asks in this same window, so that the next point will do.
+        """
         if self._request is None:
             self._request = reason
+        self._everywhere = self._everywhere or everywhere
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop here, after `step` windows; if not, this rank is committed to one more.
+    def reached(self, point: int) -> bool:
+        """Whether to stop at `point`; if not, this rank goes on and is committed to the next.
 
         Raises:
             PeerError: another rank has failed.
@@ -100,43 +139,73 @@ class StopAgreement:
         if self._world.size == 1:
             if self._request is None:
                 return False
-            self._settle(step, self._request)
+            self._settle(point, self._request)
             return True
         if self._peer_error is not None:
             raise PeerError(self._peer_error)
         with self._lock:
-            if not self._frozen:
-                self._committed = step + 1
+            if not self._frozen and not self._everywhere:
+                self._committed = point // 2 * 2 + 2
                 return False
-        if not self._agreed.wait(_PATIENCE):
-            raise PeerError(
-                f"a stop was asked for, but not every rank answered within {_PATIENCE:.0f} s."
-            )
-        assert self._stop_at is not None
-        return step >= self._stop_at
+        return point >= self._wait()
 
-    def abandons(self, step: int) -> bool:
-        """Whether a validation after `step` windows should be left, since the run stops there."""
+    def abandons(self, point: int) -> bool:
+        """Whether what is under way before `point` should be left, since the run stops there."""
         if self._world.size == 1:
             return self._request is not None
-        return self._agreed.is_set() and self._stop_at == step
+        return self._agreed.is_set() and self._stop_at == point
 
-    def hold(self, step: int) -> None:
-        """Takes back the commitment to a next window while the boundary after `step` is open."""
+    def hold(self, point: int) -> None:
+        """Commits to `point` in place of the later one that the last `reached` committed to."""
         with self._lock:
             if not self._frozen:
-                self._committed = step
+                self._committed = point
 
-    def fail(self, error: BaseException) -> None:
-        """Tells the other ranks that this one has failed."""
-        if self._world.size > 1 and not isinstance(error, PeerError):
-            store = self._world.store()
-            assert store is not None
-            text = f"rank {self._world.rank} failed: {type(error).__name__}: {error}"
-            store.set(self._prefix + "error", text)
+    def fail(self, error: BaseException) -> PeerError | None:
+        """Tells the other ranks that this one has failed.
 
-    def _settle(self, step: int, reason: str) -> None:
-        self._stop_at, self.reason = step, reason
+        Returns:
+            Another rank's error, if it came first and lost connections are all there is here.
+        """
+        if self._world.size == 1:
+            return None
+        try:
+            first = self._tell(error)
+        except Exception:  # noqa: BLE001  no store (yet, or any more): the error itself matters
+            return None
+        return PeerError(first) if first is not None and _is_lost_connection(error) else None
+
+    def _tell(self, error: BaseException) -> str | None:
+        """Publishes the error unless another rank has; returns that rank's."""
+        store = self._world.store()
+        if store is None:
+            return None
+        how = "lost its connections" if _is_lost_connection(error) else "failed"
+        own = f"rank {self._world.rank} {how}: {type(error).__name__}: {error}"
+        first = store.compare_set(self._prefix + "error", "", own).decode()
+        store.set(f"{self._prefix}knows/{self._world.rank}", "1")
+        if self._world.is_main:
+            keys = [f"{self._prefix}knows/{rank}" for rank in range(self._world.size)]
+            deadline = time.monotonic() + _LINGER
+            while not store.check(keys) and time.monotonic() < deadline:
+                time.sleep(_POLL / 4)
+        return None if first == own else first
+
+    def _wait(self) -> int:
+        """The agreed point."""
+        deadline = time.monotonic() + _PATIENCE
+        while not self._agreed.wait(2 * _POLL):
+            if self._peer_error is not None:
+                raise PeerError(self._peer_error)
+            if time.monotonic() > deadline:
+                raise PeerError(
+                    f"a stop was asked for, but not every rank answered within {_PATIENCE:.0f} s."
+                )
+        assert self._stop_at is not None
+        return self._stop_at
+
+    def _settle(self, point: int, reason: str) -> None:
+        self._stop_at, self.reason = point, reason
         self._agreed.set()
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -166,6 +235,7 @@ class StopAgreement:
         key = self._prefix
         if store.check([key + "error"]):
             self._peer_error = error = store.get(key + "error").decode()
+            store.set(f"{key}knows/{self._world.rank}", "1")
             if not self._closed.wait(_PEER_GRACE):
                 self._leave(error)
             return True
@@ -178,13 +248,21 @@ class StopAgreement:
         if self._frozen and not self._agreed.is_set():
             keys = [f"{key}at/{rank}" for rank in range(self._world.size)]
             if store.check(keys):
-                steps = [int(store.get(name)) for name in keys]
-                self._settle(max(steps), store.get(key + "request").decode())
+                points = [int(store.get(name)) for name in keys]
+                self._settle(max(points), store.get(key + "request").decode())
         return False
 
     def _leave(self, why: str) -> None:
         """Ends a process that is stuck where Python cannot reach it, in a collective."""
         print(f"paceline: rank {self._world.rank} leaves, because {why}", file=sys.stderr)
         sys.stderr.flush()
-        time.sleep(0)
         os._exit(1)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether an error is what a failed peer leads to, and no failure of this rank's own."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and bool(
+        re.search(r"gloo|NCCL|[Cc]onnection|[Pp]eer|process group", str(error))
+    )

@@ -11,7 +11,7 @@ import torch
 from paceline.errors import DataError, MetricError
 from paceline.trainer.placement import share_buffers
 from paceline.trainer.window import to_device
-from paceline.world.seeding import seed_everything, stream
+from paceline.world.seeding import mix, seed_everything, stream
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -28,9 +28,11 @@ def validate(trainer: Trainer) -> dict[str, float] | None:
         for hook in trainer.events.on_validation_start:
             hook()
         samples = _run_batches(trainer)
-        if any(trainer.world.all_gather_object(samples is None)):
+        everywhere = trainer.world.all_gather_object(None if samples is None else float(samples))
+        if samples is None or None in everywhere:
             return None
-        assert samples is not None
+        if sum(everywhere) == 0:
+            raise DataError("the validation loader yields no batch: give it data, or none at all.")
         for hook in trainer.events.on_validation_end:
             hook()
         own = _own_metrics(trainer, samples)
@@ -44,7 +46,7 @@ def _run_batches(trainer: Trainer) -> float | None:
     key = stream(trainer.seed, "val", trainer.global_step, trainer.world.dp_rank)
     events, samples = trainer.events, 0
     for batch_idx, (batch, size) in enumerate(trainer.validation.batches()):
-        if trainer.stop_agreement.abandons(trainer.global_step):
+        if trainer.stop_agreement.abandons(2 * trainer.global_step + 1):
             return None
         if not trainer.on_cpu:
             batch = to_device(batch, trainer.device)
@@ -52,16 +54,13 @@ def _run_batches(trainer: Trainer) -> float | None:
             size = trainer.count_items(batch)
         trainer.batch_items = size
         samples += size
-        seed_everything(key + batch_idx)
+        seed_everything(mix(key, batch_idx))
         for hook in events.on_validation_batch_start:
             hook(batch, batch_idx)
         with trainer.autocast:
             trainer.validation_step(batch, batch_idx)
         for hook in events.on_validation_batch_end:
             hook(batch, batch_idx)
-    total = sum(trainer.world.all_gather_object(int(samples)))
-    if total == 0:
-        raise DataError("the validation loader yields no batch: give it data, or none at all.")
     return samples
 
 
