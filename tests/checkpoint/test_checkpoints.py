@@ -50,13 +50,14 @@ def test_every_dtype_shape_and_stride_passes_through_the_file_bitwise(tmp_path: 
         bits = torch.randint(0, top, (6 * dtype.itemsize,), dtype=torch.uint8).view(dtype)
         tree[name] = [bits.reshape(2, 3), bits[0], bits[:0].reshape(0, 4), bits.reshape(2, 3).t()]
         tree[name].append(torch.empty_strided((1,), (7,), dtype=dtype).copy_(bits[:1]))
-    tree["large"] = torch.randn(3_000_000)
+    large = {"large": torch.randn(3_000_000)}
+    large |= {f"middling.{i}": torch.randn(220_000) for i in range(12)}
 
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(tree, 1, synchronous=True)
+        checkpoints.save(tree | large, 1, synchronous=True)
         got = checkpoints.load(tmp_path / "step_00000001")
 
-    assert raw_bytes(got.pop("large")) == raw_bytes(tree.pop("large"))
+    assert all(raw_bytes(got[name]) == raw_bytes(tensor) for name, tensor in large.items())
     for name, tensors in tree.items():
         for before, after in zip(tensors, got[name], strict=True):
             assert (before.dtype, before.shape) == (after.dtype, after.shape)
@@ -116,6 +117,7 @@ def test_saves_are_one_at_a_time_and_reuse_the_same_memory(tmp_path: Path) -> No
     with opened(tmp_path, keep_last=None) as checkpoints:
         checkpoints.save(state(1), 1)
         first = {n: b.data_ptr() for n, b in checkpoints._staging._buffers.items()}
+        assert len(first) == 3
         for step in (2, 3, 4):
             checkpoints.save(state(step), step)
         assert {n: b.data_ptr() for n, b in checkpoints._staging._buffers.items()} == first

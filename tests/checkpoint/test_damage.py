@@ -16,6 +16,7 @@ from faults import opened, state, value_of
 
 from paceline.checkpoint import load_tree, read_manifest, verify
 from paceline.checkpoint.publication import MANIFEST, STATE, _own_checksum
+from paceline.checkpoint.safetensors_file import read_header
 from paceline.errors import CheckpointError
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -215,6 +216,7 @@ HOSTILE_SHARDS: dict[str, bytes] = {
     "bytes that belong to no tensor": shard(one(), b"abcdefgh"),
     "two tensors in one place": shard(one() | {"y": one()["x"]}, b"abcd"),
     "a place far away": shard(one(**placed([10**15])), b"abcd"),
+    "a place with nothing before it": shard(one(**placed([3])), b"abcd"),
     "a place of another dimension": shard(one(**placed([0, 0])), b"abcd"),
     "a place below zero": shard(one(**placed([-1])), b"abcd"),
     "no place": shard({"__metadata__": {"DCP_SHARDING_INFO": "{}"}} | one(), b"abcd"),
@@ -222,11 +224,17 @@ HOSTILE_SHARDS: dict[str, bytes] = {
 }
 
 
+NOT_SEEN_IN_ITS_HEADER = ("a place far away", "a place with nothing before it")
+
+
 @pytest.mark.parametrize("kind", HOSTILE_SHARDS)
 def test_a_hostile_shard_is_one_clear_error(run: Path, kind: str) -> None:
     folder = run / "step_00000020"
     replace_file(folder, SHARD, HOSTILE_SHARDS[kind])
     replace_file(folder, STATE, b'{"tree": {}, "rank": null}')
+    if kind not in NOT_SEEN_IN_ITS_HEADER:
+        with pytest.raises(CheckpointError, match=SHARD):
+            read_header(folder / SHARD)
     with opened(run) as checkpoints, pytest.raises(CheckpointError) as caught:
         checkpoints.load(folder)
     assert "\n" not in str(caught.value)

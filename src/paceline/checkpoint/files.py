@@ -11,9 +11,6 @@ import shutil
 import stat
 from pathlib import Path
 
-FIRST_REMOVED = "manifest.json"
-"""Removed before the rest of its folder, so that half a folder never looks whole."""
-
 
 class Disk:
     """The operations that change something. Each raises OSError."""
@@ -100,6 +97,6 @@ class Disk:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             self.unlink(path)
             return
-        for name in sorted(os.listdir(path), key=lambda name: (name != FIRST_REMOVED, name)):
+        for name in sorted(os.listdir(path)):
             self.remove(path / name)
         self.rmdir(path)

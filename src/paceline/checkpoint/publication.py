@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from paceline.checkpoint.codec import decode, encode
-from paceline.checkpoint.files import FIRST_REMOVED, Disk
+from paceline.checkpoint.files import Disk
 from paceline.checkpoint.ranks import describe
 from paceline.checkpoint.safetensors_file import CHECKSUM, FileRecord, checksum_of, read_header
 from paceline.errors import CheckpointError
 
 FORMAT = "paceline-checkpoint-1"
-MANIFEST = FIRST_REMOVED
+MANIFEST = "manifest.json"
 STATE = "state.json"
 DAMAGED = ".damaged"
 ABANDONED = ".abandoned"
