@@ -26,13 +26,14 @@ trainer first). In the order of a run:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.errors import ConfigError, nearest
+from paceline.errors import nearest
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -163,8 +164,6 @@ class Events(SimpleNamespace):
 
     def __init__(self, trainer: Hooks, callbacks: Iterable[Callback]) -> None:
         ordered = sorted(callbacks, key=lambda callback: callback.priority)
-        for callback in ordered:
-            _check_method_names(callback)
         super().__init__(
             **{
                 event: tuple(
@@ -198,11 +197,21 @@ def overrides(listener: object, name: str, base: type) -> bool:
     return name in vars(listener) or getattr(type(listener), name, None) is not getattr(base, name)
 
 
-def _check_method_names(callback: Callback) -> None:
-    """A misspelt hook would never be called and nobody would notice."""
-    for name in dir(type(callback)):
-        if name.startswith("on_") and name not in EVENTS:
-            raise ConfigError(
-                f"callback {type(callback).__name__} defines {name}, which is no event"
-                f"{nearest(name, EVENTS)} Events: {', '.join(EVENTS)}"
-            )
+def misspelt_hooks(listener: object) -> list[str]:
+    """What is wrong with methods of a callback or trainer that look like events and are none.
+
+    A misspelt hook would never be called and nobody would notice. A Callback has no other methods
+    that begin with `on_`; a Trainer may, unless one is so near an event that it must be meant.
+    """
+    strict = isinstance(listener, Callback)
+    names = [
+        name
+        for name in sorted({*dir(type(listener)), *vars(listener)})
+        if name.startswith("on_") and name not in EVENTS and callable(getattr(listener, name, None))
+    ]
+    return [
+        f"{type(listener).__name__} defines {name}, which is no event{nearest(name, EVENTS)} "
+        + (f"Events: {', '.join(EVENTS)}" if strict else "If it is your own, rename it.")
+        for name in names
+        if strict or get_close_matches(name, EVENTS, n=1, cutoff=0.75)
+    ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ConfigError, nearest
+from paceline.trainer.events import misspelt_hooks
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -84,7 +85,7 @@ def check_settings(trainer: Trainer) -> None:
     Raises:
         ConfigError: with one line a mistake.
     """
-    wrong: list[str] = []
+    wrong = [m for listener in (trainer, *trainer.callbacks) for m in misspelt_hooks(listener)]
     _check_choices(trainer, wrong)
     _check_numbers(trainer, wrong)
     if trainer.early_stop is not None and trainer.metric_monitor is None:
