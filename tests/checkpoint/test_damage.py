@@ -96,6 +96,15 @@ def test_a_flipped_bit_anywhere_is_found(run: Path, name: str) -> None:
         assert found == manifest
 
 
+def test_a_checkpoint_named_by_hand_is_verified_before_it_is_loaded(run: Path) -> None:
+    path = run / "step_00000020" / SHARD
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with opened(run) as checkpoints, pytest.raises(CheckpointError, match="has changed"):
+        checkpoints.load(path.parent)
+
+
 def test_when_all_are_damaged_there_is_none_and_each_is_named(run: Path) -> None:
     for folder in ("step_00000010", "step_00000020"):
         (run / folder / SHARD).write_bytes(b"x")

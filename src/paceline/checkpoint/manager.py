@@ -75,7 +75,6 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._job: _Job | None = None
         self._events: deque[Event] = deque()
-        self._failed = False
         self._last_id: int | None = None
         self._verified: set[tuple[Path, int]] = set()
 
@@ -127,10 +126,7 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._job is None:
-            return None
-        self._failed = self._job.error is not None
-        return self._job.error
+        return None if self._job is None else self._job.error
 
     def poll(self) -> builtins.list[Event]:
         """What happened since the last call. Never waits; complete on rank 0 only."""
@@ -141,14 +137,11 @@ class Checkpoints:
 
     @property
     def retry_due(self) -> bool:
-        """Whether the latest finished save failed, so that the next occasion should be taken.
+        """Whether the latest save has failed, so that the next occasion should be taken.
 
         Ranks may see a background save end at different moments: act on rank 0's answer.
         """
-        job = self._job
-        if job is not None and (self._thread is None or not self._thread.is_alive()):
-            return job.error is not None
-        return self._failed
+        return not self.busy and self._job is not None and self._job.error is not None
 
     @property
     def busy(self) -> bool:
