@@ -20,10 +20,12 @@ if TYPE_CHECKING:  # torch is imported when it is known to be needed, so that --
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Changes to the recipe: key=value.", show_default=False),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
     ] = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Processes to start on this machine.")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import pydantic
@@ -285,16 +287,25 @@ def _nothing(self: object) -> None:
 
 
 def _hints(owner: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(owner)
-    except Exception:  # noqa: BLE001 - an annotation may be any expression; it is only a help
-        return {}
+    """The annotations that can be resolved, one by one: some name what is never imported."""
+    owner = inspect.unwrap(owner)
+    hints: dict[str, Any] = {}
+    for name, annotation in getattr(owner, "__annotations__", {}).items():
+        one = SimpleNamespace(__annotations__={name: annotation})
+        try:
+            hints |= typing.get_type_hints(one, globalns=getattr(owner, "__globals__", {}))
+        except Exception:  # noqa: BLE001 - an annotation may be any expression; it is only a help
+            continue
+    return hints
 
 
 def _hint(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
     hint = hints.get(parameter.name)
     if hint is None or isinstance(hint, typing.TypeVar):
         return None
+    origin = typing.get_origin(hint)
+    if isinstance(origin, type) and origin.__module__.split(".")[0] not in sys.stdlib_module_names:
+        hint = origin  # Dataset[T]: the class is all that can be checked
     return Optional[hint] if parameter.default is None else hint  # noqa: UP045 - a value
 
 
@@ -318,17 +329,17 @@ def fit(value: Any, hint: Any) -> Any:
     try:
         fitted = adapter.validate_json(text)
     except pydantic.ValidationError as error:
-        raise ValueError(f"expected {_expected(error, value)}, got {value!r}") from error
+        raise ValueError(f"expected {_expected(error, value, hint)}, got {value!r}") from error
     return fitted if isinstance(fitted, tuple) else value
 
 
-def _expected(error: pydantic.ValidationError, value: Any) -> str:
+def _expected(error: pydantic.ValidationError, value: Any, hint: Any) -> str:
     """What would have fitted, from every branch of a union."""
     texts: list[str] = []
     for part in error.errors():
         text = part["msg"].removeprefix("Input should be ").removeprefix("a valid ")
         if part["type"] == "needs_python_object":
-            text = str(part["loc"][-1] if part["loc"] else "a component")
+            text = str(part["loc"][-1] if part["loc"] else getattr(hint, "__name__", hint))
             text = text.removeprefix("is-instance[").removesuffix("]")
         if part["type"] == "literal_error" and isinstance(value, str):
             text += nearest(value, re.findall("'([^']*)'", text))

@@ -155,7 +155,9 @@ def _lenient(overrides: Sequence[str], folder: FilePath) -> list[str]:
             mistakes.add((), f"{text!r} is not key=value: {_told(error)}")
             continue
         key = override.key_or_group
-        if key.split(".")[0].split("/")[0] == "hydra":
+        if not key.strip("."):
+            mistakes.add((), f"{text!r} is not key=value: the key is missing.")
+        elif key.split(".")[0].split("/")[0] == "hydra":
             mistakes.add((), f"{text!r}: Hydra only composes recipes, it has no settings here.")
         elif override.is_sweep_override():
             mistakes.add((), f"{text!r}: a recipe takes one value for each key, not a sweep.")

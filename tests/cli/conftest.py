@@ -1,0 +1,115 @@
+"""The command line in processes of its own, on a recipe that trains for as long as it is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CODE = '''
+import os, sys, time
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from paceline import Trainer
+
+class Points(Dataset):
+    def __init__(self, n: int = 64):
+        self.x = torch.linspace(-1, 1, n).view(-1, 1)
+    def __len__(self):
+        return len(self.x)
+    def __getitem__(self, i):
+        return self.x[i], 2 * self.x[i]
+
+class Fit(Trainer):
+    """Sleeps `pause` seconds a step; on rank `bad`, `how` it fails at step 3."""
+    def __init__(self, *, pause: float = 0.0, bad: int = -1, how: str = "", **settings):
+        super().__init__(**settings)
+        self.pause, self.bad, self.how = pause, bad, how
+
+    def on_train_start(self):
+        print(f"hello from rank {self.world.rank}", flush=True)
+        open(f"pid{self.world.rank}", "w").write(str(os.getpid()))
+
+    def on_step_end(self, metrics):
+        if self.global_step == 3:
+            open(f"three{self.world.rank}", "w").close()
+            if self.world.rank == self.bad and self.how == "raise":
+                raise ValueError("a fault on purpose")
+            if self.world.rank == self.bad and self.how == "kill":
+                os.kill(os.getpid(), 9)
+        time.sleep(self.pause)
+
+    def on_teardown(self):
+        if self.world.rank == self.bad and self.how == "linger":
+            time.sleep(3)
+'''
+RECIPE = """\
+code: toy.py
+run: {project: p, name: n}
+trainer: {_target_: toy.Fit, epochs: 2, progress: false}
+model: {_target_: torch.nn.Linear, in_features: 1, out_features: 1}
+loss_fn: {_target_: torch.nn.MSELoss}
+optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+train_dataloader:
+  _target_: torch.utils.data.DataLoader
+  dataset: {_target_: toy.Points}
+  batch_size: 4
+"""
+
+
+class Paceline:
+    """Starts `paceline` in a folder that holds `toy.yaml`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen] = []
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "paceline", *words],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def __call__(self, *words: str, **environment: str) -> tuple[int, str, str]:
+        """Runs a command to its end; returns its code, stdout and stderr."""
+        process = self.start(*words, **environment)
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+
+@pytest.fixture
+def paceline(tmp_path: Path):
+    (tmp_path / "toy.py").write_text(CODE)
+    (tmp_path / "toy.yaml").write_text(RECIPE)
+    runner = Paceline(tmp_path)
+    yield runner
+    for process in runner.started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def wait_for(tmp_path: Path) -> Callable[[str], Path]:
+    """Waits until a file appears in the folder."""
+    import time
+
+    def wait(name: str) -> Path:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < deadline, f"{name} never came"
+            time.sleep(0.05)
+        return tmp_path / name
+
+    return wait

@@ -1,0 +1,116 @@
+"""`paceline train`: its exit codes, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SLOW = ("trainer.epochs=1000", "trainer.pause=0.05")
+
+
+def test_help_is_quick_because_torch_is_not_imported():
+    code = (
+        "import sys, paceline.cli.main; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_run_trains_and_started_again_says_that_it_is_complete(paceline):
+    code, out, _ = paceline("train", "toy.yaml")
+    assert code == 0
+    assert "hello from rank 0" in out
+    code, out, err = paceline("train", "runs/p/n/recipe.yaml")
+    assert code == 0
+    assert "hello" not in out
+    assert "is complete" in err
+
+
+def test_a_grown_horizon_goes_on_and_fresh_starts_again(paceline, tmp_path: Path):
+    assert paceline("train", "toy.yaml", "trainer.epochs=1")[0] == 0
+    assert paceline("train", "toy.yaml", "trainer.epochs=2")[0] == 0
+    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
+    assert (record["step"], len(record["starts"])) == (32, 1)
+    assert paceline("train", "toy.yaml", "trainer.epochs=1", "--fresh")[0] == 0
+    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
+    assert (record["step"], len(record["starts"])) == (16, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "toy.yaml", "trainer.epoch=3"], "did you mean 'epochs'"),
+        (["train", "nothing.yaml"], "no recipe file"),
+        (["train", "toy.yaml", "--nproc", "0"], "nproc"),
+        (["train"], "RECIPE"),
+        (["trian", "toy.yaml"], "trian"),
+        (["train", "toy.yaml", "--fresh", "--resume", "must"], "exclude"),
+        (["train", "toy.yaml", "--resume", "must"], "no"),
+        (["train", "toy.yaml", "--nproc", "2", "trainer.epoch=3"], "did you mean 'epochs'"),
+    ],
+)
+def test_wrong_usage_is_one_message_and_code_2(paceline, tmp_path, words, expected):
+    code, _, err = paceline(*words)
+    assert code == 2, err
+    assert expected in err
+    assert "Traceback" not in err
+    assert err.count("did you mean") <= 1
+    assert not (tmp_path / "runs/p/n/checkpoints").exists()
+
+
+def test_a_changed_setting_is_refused_unless_accepted(paceline):
+    assert paceline("train", "toy.yaml", "trainer.epochs=1")[0] == 0
+    words = ("train", "toy.yaml", "trainer.epochs=2", "optimizer.lr=0.2")
+    code, _, err = paceline(*words)
+    assert code == 2
+    assert "--accept optimizer.lr" in err
+    assert paceline(*words, "--accept", "optimizer.lr")[0] == 0
+
+
+def test_init_from_starts_from_another_runs_weights(paceline):
+    assert paceline("train", "toy.yaml", "trainer.epochs=1")[0] == 0
+    code, _, err = paceline("train", "toy.yaml", "run.name=warm", "--init-from", "runs/p/n")
+    assert code == 0
+    assert "weight" in err
+
+
+def test_a_dry_run_prints_the_recipe_and_builds_nothing(paceline, tmp_path: Path):
+    code, out, _ = paceline("train", "toy.yaml", "optimizer.lr=0.7", "--dry-run")
+    assert code == 0
+    assert "lr: 0.7" in out
+    assert "plan: the run is written to runs/p/n  [run.dir]" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failure_in_the_users_code_is_code_1_with_its_stack(paceline):
+    code, _, err = paceline("train", "toy.yaml", "trainer.bad=0", "trainer.how=raise")
+    assert code == 1
+    assert "ValueError: a fault on purpose" in err
+    assert "toy.py" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_75(paceline, wait_for, tmp_path: Path, number: int):
+    process = paceline.start("train", "toy.yaml", *SLOW)
+    wait_for("three0")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
+    assert record["status"] == "stopped"
+    assert list((tmp_path / "runs/p/n/checkpoints").glob("step_*/manifest.json"))
+
+
+def test_a_signal_before_training_leaves_with_75_too(paceline, wait_for, tmp_path: Path):
+    code = "import time; open('loading', 'w').close(); time.sleep(60)\n"
+    (tmp_path / "toy.py").write_text(code)
+    process = paceline.start("train", "toy.yaml")
+    wait_for("loading")
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert err == ""

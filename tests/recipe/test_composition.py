@@ -1,0 +1,119 @@
+"""A recipe composes as Hydra's users know it, and reading it runs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from paceline.errors import RecipeError
+from paceline.recipe.compose import compose
+
+
+def resolved(path: Path, *overrides: str) -> dict:
+    composed = compose(path, overrides)
+    mistakes = composed.mistakes()
+    values = composed.resolve(mistakes)
+    mistakes.raise_any(path)
+    return values
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        resolved(path, *overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def grouped(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "small.yaml").write_text("_target_: a.B\nwidth: 2\n")
+    (tmp_path / "model" / "big.yaml").write_text("_target_: a.B\nwidth: 64\n")
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "defaults: [{model: small}, _self_]\n"
+        "trainer: {epochs: 3, log_every: '${trainer.epochs}'}\n"
+        "callbacks: [{type: progress, every: 1}]\n"
+    )
+    return path
+
+
+def test_groups_interpolation_and_overrides_compose(grouped: Path):
+    values = resolved(
+        grouped, "model=big", "trainer.epochs=7", "+run.name=x", "callbacks.0.every=5"
+    )
+    assert values["model"] == {"_target_": "a.B", "width": 64}
+    assert values["trainer"] == {"epochs": 7, "log_every": 7}
+    assert values["run"] == {"name": "x"}
+    assert values["callbacks"] == [{"type": "progress", "every": 5}]
+
+
+def test_a_key_can_be_deleted_and_a_group_is_reported_if_missing(grouped: Path):
+    assert "callbacks" not in resolved(grouped, "~callbacks")
+    assert "model/huge" in refusal(grouped, "model=huge")
+    assert "nothere" in refusal(grouped, "~nothere")
+
+
+def test_hydra_is_left_as_it_was(grouped: Path):
+    mine = object()
+    GlobalHydra.instance().hydra = mine  # pyright: ignore
+    try:
+        resolved(grouped)
+        refusal(grouped, "model=huge")
+        assert GlobalHydra.instance().hydra is mine
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def test_environment_lookups_stay_unresolved_in_the_text(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    path = tmp_path / "r.yaml"
+    path.write_text("token: ${oc.env:SECRET_TOKEN}\nrate: 1\nagain: ${rate}\n")
+    composed = compose(path, ["rate=2"])
+    assert resolved(path)["token"] == "hunter2"
+    text = composed.text({"run.name": "x"})
+    assert "hunter2" not in text
+    assert "${oc.env:SECRET_TOKEN}" in text
+    assert "rate: 2" in text
+    assert "name: x" in text
+
+
+def test_what_cannot_be_resolved_is_told_all_at_once_with_its_line(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("a: ${oc.env:NOT_SET_ANYWHERE}\nb: ???\nc: {d: '${nowhere}'}\ne: '${e}'\n")
+    text = refusal(path)
+    assert "r.yaml:1: a: cannot be resolved" in text
+    assert "NOT_SET_ANYWHERE" in text
+    assert "r.yaml:2: b: '???'" in text
+    assert "r.yaml:3: c.d: cannot be resolved" in text
+    assert "r.yaml:4: e" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1, 2", "line 1"),
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("- 1\n- 2\n", "mapping"),
+        ("hydra: {searchpath: ['pkg://os']}\n", "r.yaml:1: hydra"),
+        ("a: &x [*x]\n", "contains itself"),
+        ("a: {b: '${a}'}\n", "parent node"),
+        ("a: {b: '${c}'}\nc: {d: '${a}'}\n", "contains itself"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected: str):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert expected in refusal(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    assert "no recipe file" in refusal(tmp_path / "nothing.yaml")
+
+
+def test_wrong_overrides_are_told_all_at_once(grouped: Path):
+    text = refusal(grouped, "a b", "trainer.epochs=1,2", "hydra.searchpath=[pkg://os]", "=3")
+    for part in ("'a b' is not key=value", "not a sweep", "hydra.searchpath", "'=3'"):
+        assert part in text
+    assert "4 mistakes" in text

@@ -1,0 +1,135 @@
+"""Every mistake is found before anything is built, and all of them are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paceline.errors import RecipeError
+from paceline.recipe import load_recipe
+
+Write = Callable[..., Path]
+
+
+def refusal(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_a_right_recipe_is_accepted(recipe: Write):
+    loaded = load_recipe(recipe(), ["trainer.epochs=5", "optimizer.lr=1"])
+    assert loaded.trainer.kwargs["epochs"] == 5
+    assert loaded.run_dir == Path("runs/toy/baseline")
+
+
+def test_all_mistakes_at_once_each_with_place_and_nearest_name(recipe: Write):
+    path = recipe(
+        "code: toy.py\n"
+        "trainer:\n"
+        "  epoch: 2\n"
+        "model:\n"
+        "  _target_: toy.Nett\n"
+        "optimiser: {}\n"
+        "loss_fn: {_target_: torch.nn.MSELoss, reductoin: mean}\n"
+        "train_dataloader:\n"
+        "  _target_: torch.utils.data.DataLoader\n"
+        "  dataset:\n"
+        "    _target_: toy.Points\n"
+        "    n: many\n"
+    )
+    lines = refusal(path, "trainer.precision=bf61", "seed=-1")
+    assert lines[0] == f"7 mistakes in {path}:"
+    expected = {
+        f"{path}:3: trainer.epoch": "did you mean 'epochs'",
+        f"{path}:5: model._target_": "did you mean 'Net'",
+        f"{path}:6: optimiser": "did you mean 'optimizer'",
+        f"{path}:7: loss_fn.reductoin": "did you mean 'reduction'",
+        f"{path}:12: train_dataloader.dataset.n": "expected integer, got 'many'",
+        "override 'trainer.precision=bf61': trainer.precision": "did you mean 'bf16'",
+        "override 'seed=-1': seed": "greater than or equal to 0",
+    }
+    for place, message in expected.items():
+        line = next(line for line in lines if line.strip().startswith(place))
+        assert message in line
+
+
+def test_a_mistake_in_a_group_file_names_that_file(recipe: Write, tmp_path: Path):
+    (tmp_path / "optimizer").mkdir()
+    group = tmp_path / "optimizer" / "adam.yaml"
+    group.write_text("_target_: torch.optim.Adam\nlearning_rate: 1\n")
+    path = recipe(defaults=["_self_", {"optimizer": "adam"}])
+    path.write_text(path.read_text().replace("  _target_: torch.optim.AdamW\n  lr: 0.01\n", ""))
+    path.write_text(path.read_text().replace("optimizer:\ntrain", "train"))
+    assert f"{group}:2: optimizer.learning_rate" in "\n".join(refusal(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("~model.width", "toy.Net needs the argument 'width'|Net needs the argument 'width'"),
+        ("model.width=four", "model.width: expected integer, got 'four'"),
+        ("model.width=1.5", "model.width: expected integer, got 1.5"),
+        ("model.depth=true", "model.depth: expected integer, got True"),
+        ("optimizer.lr=fast", "optimizer.lr: expected number or Tensor, got 'fast'"),
+        ("optimizer.params=[1]", "optimizer.params: is given by Paceline"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.betas=[a,b]", "optimizer.betas"),
+        ("train_dataloader.batch_size=8.0", "train_dataloader.batch_size: expected integer"),
+        ("train_dataloader.dataset=5", "train_dataloader.dataset: expected Dataset"),
+        ("trainer.validate_every=epoche", "did you mean 'epoch'"),
+        ("trainer.model=3", "trainer.model: is a key of the recipe's top level"),
+        ("trainer.run_dir=x", "trainer.run_dir: is `run.dir`"),
+        ("trainer.metric_monitor.mode=maximum", "trainer.metric_monitor.mode: expected"),
+        ("trainer.metric_monitor.min_delta=-1", "may not be negative"),
+        ("checkpoint.every_epochs=0", "checkpoint: checkpoint: every_epochs must be"),
+        ("checkpoint.every_epoch=1", "did you mean 'every_epochs'"),
+        ("checkpoint=always", "checkpoint: expected a mapping"),
+        ("parallel.dp_shard=4", "dp_shard=4 does not exist yet"),
+        ("seeds=[1,2]", "seeds: several seeds in one recipe do not exist yet"),
+        ("seed=one", "seed: expected a valid integer, got 'one'"),
+        ("run.name=../../etc", "run.name: expected the name of one folder"),
+        ("run.nmae=x", "did you mean 'name'"),
+        ("callbacks=[{type: progres}]", "did you mean 'progress'"),
+        ("callbacks=[{_target_: toy.Net, width: 1}]", "'toy.Net' is not a callback"),
+        ("callbacks=all", "callbacks: expected a list or a mapping"),
+        ("lr_scheduler={type: warmup_cosin}", "did you mean 'warmup_cosine'"),
+        ("lr_scheduler.warmup=5", "lr_scheduler: expected a mapping with `_target_:`"),
+        ("model=5", "model: expected a mapping with `_target_:`"),
+        ("model._partial_=true", "Hydra only composes recipes"),
+        ("code=nothing.py", "code: there is no file"),
+    ],
+)
+def test_one_mistake_is_told_in_plain_words(recipe: Write, override: str, expected: str):
+    text = "\n".join(refusal(recipe(), override))
+    assert any(part in text for part in expected.split("|")), text
+
+
+def test_an_optimizer_needs_a_model_and_a_schedule_an_optimizer(recipe: Write):
+    path = recipe(lr_scheduler={"type": "warmup_cosine"})
+    assert "optimizer: needs a `model:`." in "\n".join(refusal(path, "~model"))
+    assert "lr_scheduler: needs a `optimizer:`." in "\n".join(refusal(path, "~optimizer"))
+
+
+def test_nothing_is_built_while_checking(recipe: Write, tmp_path: Path):
+    path = recipe()
+    (tmp_path / "toy.py").write_text(
+        "from torch import nn\n"
+        "from torch.utils.data import Dataset\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, width): raise AssertionError('built')\n"
+        "class Points(Dataset):\n"
+        "    def __init__(self): raise AssertionError('built')\n"
+        "    def __getitem__(self, i): ...\n"
+    )
+    load_recipe(path)
+
+
+def test_an_error_in_the_code_names_its_line(recipe: Write, tmp_path: Path):
+    path = recipe()
+    (tmp_path / "toy.py").write_text("import torch\n\nundefined_name\n")
+    text = "\n".join(refusal(path))
+    assert "toy.yaml:1: code: its import failed" in text
+    assert "toy.py:3: NameError" in text
