@@ -24,10 +24,13 @@ class NonFiniteGuard:
 
     Args:
         trainer: gives the policy (`on_nonfinite`), the ranks and the window at hand.
-        optimizers: by name; on an accelerator fused ones are masked through `found_inf`.
+
+    On several ranks each decision follows from the exchanged gradients alone, which are the same on
+    all of them: a rank that finds a bad loss makes its gradients NaN, whatever the model does to a
+    NaN on its way (a ReLU stops it), and so the others' too.
     """
 
-    def __init__(self, trainer: Trainer, optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._read = trainer.world.reads_are_free
         self._ranks = trainer.world.size
@@ -36,7 +39,6 @@ class NonFiniteGuard:
         self._flag: torch.Tensor | None = None  # on the device: bad in this window
         self._bad_step: torch.Tensor | None = None  # on the device: the first bad step, or -1
         self._kept: Path | None = None
-        self._sentinels = {id(o): _smallest(o) for o in optimizers.values()}
         self._buffers = _BufferCopies(trainer) if trainer.on_nonfinite in ("stop", "skip") else None
 
     def begin(self) -> None:
@@ -45,20 +47,33 @@ class NonFiniteGuard:
         if self._buffers is not None:
             self._buffers.take()
 
-    def watch_loss(self, loss: torch.Tensor) -> torch.Tensor | float | None:
-        """Looks at a micro-batch's loss; returns a factor for its backward pass, NaN if it is bad.
+    def guarded(self, weighted: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Looks at a micro-batch's loss; returns what to send backward, NaN if it is bad.
 
-        The factor is what tells the other ranks. None means that there is nothing to tell.
+        Args:
+            weighted: the loss as weighted for the window.
+            loss: the loss as it came, detached.
         """
         if self._read:
             value = loss.item()
             if math.isfinite(value):
-                return None
+                return weighted
             self._note({"loss": value})
-            return math.nan if self._ranks > 1 else None  # one rank keeps the true gradients
+            return self._poisoned(weighted, math.nan) if self._ranks > 1 else weighted
+        weight = self._trainer.window.weight
+        if isinstance(weight, torch.Tensor):
+            loss = torch.where(weight == 0, 0.0, loss)
         clean = loss - loss  # zero, or NaN if the loss is not finite
         self._raise_flag(clean)
-        return clean + 1 if self._ranks > 1 else None
+        return self._poisoned(weighted, clean) if self._ranks > 1 else weighted
+
+    def _poisoned(self, weighted: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
+        """Adds a NaN, or zero, that reaches the sentinel's gradient on the shortest way."""
+        called = [replica for replica in self._trainer.replicas if replica.called]
+        weighted = weighted * (poison + 1)
+        if len(called) == 1:  # of several, not every one need take part in this loss
+            weighted = weighted + (called[0].sentinel * poison).sum()
+        return weighted
 
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a gradient norm that somebody has computed (clipping, a gradient monitor)."""
@@ -88,16 +103,20 @@ class NonFiniteGuard:
         """
         if not self._read:
             return self._mask(optimizer)
-        if self._trainer.window.discarded:
+        trainer = self._trainer
+        if trainer.window.discarded:
             return False
-        bad = self._found is not None or self._norm_bad
-        if self._ranks > 1 and not bad:
-            sentinel = self._sentinels[id(optimizer)]
-            gradient = None if sentinel is None else sentinel.grad
-            bad = gradient is not None and not math.isfinite(gradient.sum().item())
-        if not bad:
+        if self._ranks == 1:
+            if self._found is None:
+                return True
+            self._discard([self._found])
+            return False
+        if not self._norm_bad and all(math.isfinite(t.item()) for t in self._sentinel_sums()):
             return True
-        self._discard()
+        found = [f for f in trainer.world.all_gather_object(self._found) if f is not None]
+        if not found and trainer.optimization.scaler is not None:
+            return True  # an overflow: the scaler skips the step by itself
+        self._discard(found)
         return False
 
     def read(self) -> None:
@@ -106,9 +125,11 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: a step was bad and the policy is "raise".
         """
-        if self._bad_step is None:
-            return
-        step = int(self._bad_step.item())
+        step = -1 if self._bad_step is None else int(self._bad_step.item())
+        if self._ranks > 1 and self._trainer.optimization.scaler is not None:
+            # With a scaler the gradients do not tell: an infinite one may be an overflow.
+            steps = self._trainer.world.all_gather_object(step)
+            step = min((each for each in steps if each >= 0), default=-1)
         if step < 0:
             return
         self._bad_step = None
@@ -126,12 +147,14 @@ class NonFiniteGuard:
             }
             self._keep_batch(window.batch)
 
-    def _discard(self) -> None:
+    def _sentinel_sums(self) -> list[torch.Tensor]:
+        gradients = (replica.sentinel.grad for replica in self._trainer.replicas)
+        return [gradient.sum() for gradient in gradients if gradient is not None]
+
+    def _discard(self, seen: list[dict[str, Any]]) -> None:
         trainer = self._trainer
         trainer.window.discarded = True
         parameter = _first_bad_gradient(trainer)
-        found = trainer.world.all_gather_object(self._found)
-        seen = [f for f in found if f is not None]
         step = trainer.global_step
         lines = [f"step {step + 1} is not finite; the weights are as they were before it."]
         for f in seen:
@@ -157,7 +180,7 @@ class NonFiniteGuard:
             )
         trainer.say(f"{message}{kept}\non_nonfinite={policy!r}")
         if policy == "stop":
-            trainer.request_stop("non-finite")
+            trainer.stop_agreement.request("non-finite", everywhere=True)
         elif policy == "rewind":
             trainer.request_rewind(step)
 
@@ -168,11 +191,11 @@ class NonFiniteGuard:
     def _mask(self, optimizer: torch.optim.Optimizer) -> bool:
         """Leaves the verdict on the device; an optimizer that cannot be masked there is asked."""
         trainer = self._trainer
-        sentinel = self._sentinels[id(optimizer)]
-        if self._ranks > 1 and sentinel is not None and sentinel.grad is not None:
-            total = sentinel.grad.sum()
-            self._raise_flag(total - total)
-        assert self._flag is not None
+        if trainer.optimization.scaler is None:
+            for total in self._sentinel_sums():
+                self._raise_flag(total - total)
+        if self._flag is None:  # no loss of this window had an item
+            self._flag = torch.zeros((), dtype=torch.bool, device=trainer.device)
         if self._bad_step is None:
             self._bad_step = torch.full_like(self._flag, -1, dtype=torch.int64)
         first = self._flag & (self._bad_step < 0)
@@ -230,12 +253,6 @@ class _BufferCopies:
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer heeds `found_inf` on the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def _smallest(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
-    """The optimizer's smallest trainable parameter: its gradient tells of the others' NaN."""
-    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-    return min(parameters, key=torch.Tensor.numel, default=None)
 
 
 def _first_bad_gradient(trainer: Trainer) -> str | None:

@@ -17,9 +17,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.placement import zero_loss
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
+    from paceline.trainer.window import Window
 
 
 class Optimization:
@@ -32,7 +34,7 @@ class Optimization:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.optimizers = trainer.named_optimizers()
-        self.guard = NonFiniteGuard(trainer, self.optimizers)
+        self.guard = NonFiniteGuard(trainer)
         self._schedulers: dict[str, list[Any]] = {name: [] for name in self.optimizers}
         for scheduler in (trainer.named_schedulers() or {}).values():
             self._schedulers[trainer.get_name_by_optimizer(scheduler.optimizer)].append(scheduler)
@@ -53,12 +55,11 @@ class Optimization:
         _check_loss(loss)
         window.loss = raw = loss.detach()
         trainer.log_loss(raw)
-        weighted = loss if _is_one(window.weight) else loss * window.weight
+        weighted = self._weighted(loss, window)
         for hook in trainer.events.on_before_backward:
             hook(weighted)
-        scale = self.guard.watch_loss(raw)
-        if scale is not None:
-            weighted = weighted * scale
+        if not window.weighs_nothing:
+            weighted = self.guard.guarded(weighted, raw)
         (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()
         for hook in trainer.events.on_after_backward:
             hook()
@@ -75,6 +76,8 @@ class Optimization:
                 f"optimizer_step({name!r}): name one of {', '.join(self.optimizers)}."
             )
         optimizer, trainer = self.optimizers[name], self._trainer
+        for replica in trainer.replicas:
+            replica.check_exchanged()
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         for hook in trainer.events.on_before_optimizer_step:
@@ -88,6 +91,8 @@ class Optimization:
             self.guard.check_norm(optimizer)
         if self.guard.allows(optimizer):
             self._advance(optimizer)
+        elif self.scaler is not None:
+            self.scaler.update()  # it has looked at these gradients, and must forget them
         optimizer.zero_grad()
         if trainer.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
@@ -101,16 +106,23 @@ class Optimization:
             for scheduler in schedulers:
                 scheduler.step(*(() if metric is None else (metric,)))
 
+    def _weighted(self, loss: torch.Tensor, window: Window) -> torch.Tensor:
+        """A micro-batch's part of the window's mean; of no items the loss may be anything."""
+        weight = window.weight
+        if isinstance(weight, torch.Tensor):
+            return torch.where(weight == 0, 0.0, loss * weight)
+        if window.weighs_nothing:
+            models = [r.module for r in self._trainer.replicas if r.called]
+            models = models or list(self._trainer.named_models().values())
+            return zero_loss(p for model in models for p in model.parameters())
+        return loss if weight == 1.0 else loss * weight
+
     def _advance(self, optimizer: torch.optim.Optimizer) -> None:
         if self.scaler is None:
             optimizer.step()
         else:
             self.scaler.step(optimizer)
             self.scaler.update()
-
-
-def _is_one(weight: Any) -> bool:
-    return isinstance(weight, float) and weight == 1.0
 
 
 def _check_names(losses: dict[str, Any], known: dict[str, Any]) -> None:

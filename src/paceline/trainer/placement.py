@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, LossError
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
 
 class Replica(DistributedDataParallel):
-    """DDP that answers for the attributes of the module it wraps."""
+    """DDP that answers for the attributes of the module it wraps, and knows if it was called.
+
+    Attributes:
+        called: whether the module was called through it, gradients on, in this micro-batch.
+        sentinel: its smallest trainable parameter, whose gradient tells of the others' NaN.
+    """
+
+    called = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            vars(self)["called"] = True
+        return super().forward(*args, **kwargs)
+
+    def begin(self, *, exchange: bool) -> None:
+        """A micro-batch begins; gradients are exchanged in the window's last."""
+        vars(self).update(called=False, require_backward_grad_sync=exchange)
+
+    @cached_property
+    def sentinel(self) -> torch.nn.Parameter:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return min(parameters, key=torch.Tensor.numel)
+
+    def check_exchanged(self) -> None:
+        """Refuses gradients that every rank keeps to itself.
+
+        Raises:
+            LossError: there are some, but the module was not called, so DDP exchanged none.
+        """
+        if self.called or all(p.grad is None for p in self.module.parameters()):
+            return
+        raise LossError(
+            f"{type(self.module).__name__} has gradients that the ranks did not exchange: its "
+            "parameters or methods were used without calling it, in the last micro-batch of the "
+            "window at least. On several ranks call the model itself, self.model(...), and put "
+            "the computation into its forward()."
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -152,11 +190,8 @@ def _settle_buckets(replica: Replica) -> None:
     parameters = [p for p in module.parameters() if p.requires_grad]
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-    def zero_loss() -> torch.Tensor:
-        return torch.stack([(p * 0).sum().float() for p in parameters]).sum()
-
     own = vars(module).get("forward")
-    module.forward = zero_loss  # pyright: ignore[reportAttributeAccessIssue]
+    module.forward = partial(zero_loss, parameters)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         for _ in range(2):
             replica().backward()
@@ -170,6 +205,11 @@ def _settle_buckets(replica: Replica) -> None:
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)
+
+
+def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """A loss of zero that depends on every parameter: each gets a gradient of zeros."""
+    return torch.stack([(p * 0).sum().float() for p in parameters if p.requires_grad]).sum()
 
 
 def share_buffers(trainer: Trainer) -> None:

@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
+
+def as_number(count: Any) -> Any:
+    """A count as a plain number: an int if it is whole. Waits for the device of a tensor."""
+    number = count.item() if isinstance(count, torch.Tensor) else count
+    return int(number) if number == int(number) else number
+
 
 @dataclass
 class Progress:
@@ -36,7 +44,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Every counter, as plain numbers."""
-        return {**asdict(self), "samples": int(self.samples), "items": int(self.items)}
+        return {**asdict(self), "samples": int(self.samples), "items": as_number(self.items)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""

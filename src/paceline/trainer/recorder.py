@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.errors import MetricError
 from paceline.log.accumulator import Accumulator, merge
+from paceline.trainer.progress import as_number
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -126,7 +127,7 @@ class Recorder:
             "step": progress.global_step,
             "epoch": progress.epoch,
             "samples": progress.samples,
-            "items": int(progress.items),
+            "items": as_number(progress.items),
         }
         rates = trainer.learning_rates
         if len(rates) == 1:

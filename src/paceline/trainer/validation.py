@@ -73,7 +73,8 @@ def _evaluating(trainer: Trainer) -> Iterator[None]:
     for model in models:
         model.eval()
     for replica in trainer.replicas:
-        replica.require_forward_param_sync = False  # ranks may have unequal numbers of batches
+        # Ranks may have unequal numbers of batches: no exchange may depend on one.
+        replica.require_forward_param_sync = replica.require_backward_grad_sync = False
     trainer.recorder.val.reset()
     trainer._validating = True
     try:

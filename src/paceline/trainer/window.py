@@ -9,6 +9,7 @@ import torch
 
 from paceline.data.source import Draw
 from paceline.errors import DataError
+from paceline.trainer.progress import as_number
 from paceline.world.seeding import mix, seed_everything
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Window:
     the batch events.
 
     Attributes:
-        items: items of all ranks in the window (a number, or a tensor if counted on the device).
+        items: items of all ranks in the window (a number, or a tensor if counted on a device).
         samples: samples of all ranks in the window.
         weight: of the micro-batch at hand in the window's mean.
         stand_in: whether the micro-batch at hand only keeps this rank in step with the others.
@@ -45,6 +46,7 @@ class Window:
         self.samples = draw.samples
         self.counts: list[Any] = draw.sizes
         self.items: Any = draw.samples
+        self._whole: Any = draw.samples  # what weights are parts of: `items`, but never zero
         self.weight: Any = 1.0
         self.stand_in = False
         self.loss: Any = None
@@ -66,6 +68,11 @@ class Window:
         """Whether the micro-batch at hand is the window's last."""
         return self._position == len(self._draw.sizes) - 1
 
+    @property
+    def weighs_nothing(self) -> bool:
+        """Whether the micro-batch at hand is known to hold no item: a stand-in, or no tokens."""
+        return not isinstance(self.weight, torch.Tensor) and self.weight == 0
+
     def ids(self) -> list[Any]:
         """The sample indices of the micro-batch at hand, if the loader knows them."""
         return [] if self.stand_in else self._draw.ids(self._position)
@@ -79,9 +86,9 @@ class Window:
             self.batch = batch = self._fetch(j)
             self.stand_in = sizes[j] == 0
             trainer.batch_items = count
-            self.weight = count * self._dp_size / self.items
+            self.weight = count * self._dp_size / self._whole
             for replica in trainer.replicas:
-                replica.require_backward_grad_sync = j == last
+                replica.begin(exchange=j == last)
             seed_everything(mix(key, j))
             if self.stand_in:
                 with _buffers_kept(trainer):
@@ -105,19 +112,24 @@ class Window:
         """Counts items that only the batches tell: all of them are read before the first is run."""
         trainer, sizes = self._trainer, self._draw.sizes
         self._batches = [self._fetch(j) for j in range(len(sizes))]
-        self.counts = [
-            trainer.count_items(batch) if size != 0 else 0
-            for batch, size in zip(self._batches, sizes, strict=True)
-        ]
-        total: Any = sum(self.counts)
+        real = [batch for batch, size in zip(self._batches, sizes, strict=True) if size != 0]
+        counted = iter([trainer.count_items(batch) for batch in real])
+        self.counts = [next(counted) if size != 0 else 0 for size in sizes]
+        if trainer.world.reads_are_free:
+            self.counts = [as_number(count) for count in self.counts]
+        items: Any = sum(self.counts)
+        samples = sum(map(_samples_in, real)) if self.samples < 0 else self.samples
         if self._dp_size > 1:
-            shared = torch.as_tensor(total, dtype=torch.float64, device=trainer.device)
-            total = trainer.world.all_reduce(shared.clone())
-        if isinstance(total, torch.Tensor) and trainer.world.reads_are_free:
-            total = int(total)
-        self.items = total.clamp(min=1) if isinstance(total, torch.Tensor) else max(total, 1)
-        if self.samples < 0:
-            self.samples = total
+            both = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+            both[0], both[1] = items, samples
+            trainer.world.all_reduce(both)
+            items, shared = map(as_number, both) if trainer.world.reads_are_free else both
+            samples = shared if self.samples < 0 else samples
+        self.items, self.samples = items, samples
+        if isinstance(items, torch.Tensor):
+            self._whole = torch.where(items == 0, torch.ones_like(items), items)
+        else:
+            self._whole = items or 1
 
 
 class _buffers_kept:
@@ -152,6 +164,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def _samples_in(batch: Any) -> int:
+    found = _first_tensor(batch)
+    return 1 if found is None or found.dim() == 0 else found.shape[0]
 
 
 def count_first_dimension(batch: Any) -> int:
