@@ -34,9 +34,10 @@ def line(width: int = 3, seed: int = 1) -> nn.Linear:
 def settings(model: nn.Module | None = None, lr: float = 0.05, **changes: Any) -> dict[str, Any]:
     """A Trainer's keywords for a short silent run of the line; `changes` replace or add."""
     model = line() if model is None else model
+    if "optimizer" not in changes:
+        changes["optimizer"] = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     return {
         "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
         "loss_fn": nn.MSELoss(),
         "train_dataloader": batches(),
         "epochs": 2,

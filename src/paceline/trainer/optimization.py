@@ -10,6 +10,7 @@ is read with the next row.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,20 +40,22 @@ class Optimization:
         for scheduler in (trainer.named_schedulers() or {}).values():
             self._schedulers[trainer.get_name_by_optimizer(scheduler.optimizer)].append(scheduler)
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
+        self._found_independent = False  # losses by optimizer name have been checked
+        self._pending = False  # gradients were added since the last step
         self.scaler: Any = None
+        self._scale_is_due = False  # a step was unscaled; the scale may change before the next
         if trainer.precision == "fp16":
             self.scaler = torch.amp.GradScaler(trainer.device.type)
 
-    def backward(self, loss: Any) -> None:
+    def backward(self, loss: Any, only: str | None = None) -> None:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items."""
         trainer = self._trainer
         window = trainer.window
         if isinstance(loss, dict):
-            _check_names(loss, self.optimizers)
-            for name, part in loss.items():
-                trainer.log(f"train/loss/{name}", part)
-            loss = sum(loss.values())
+            loss = self._sum_of_independent(loss)
         _check_loss(loss)
+        if self._scale_is_due:
+            self._update_scale()
         window.loss = raw = loss.detach()
         trainer.log_loss(raw)
         weighted = self._weighted(loss, window)
@@ -60,7 +63,13 @@ class Optimization:
             hook(weighted)
         if not window.weighs_nothing:
             weighted = self.guard.guarded(weighted, raw)
-        (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()
+        if self.scaler is not None:
+            weighted = self.scaler.scale(weighted)
+        if only is None:
+            weighted.backward()
+        else:
+            self._backward_for(only, weighted)
+        self._pending = True
         for hook in trainer.events.on_after_backward:
             hook()
 
@@ -80,20 +89,19 @@ class Optimization:
             replica.check_exchanged()
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
+            self._scale_is_due = True
         for hook in trainer.events.on_before_optimizer_step:
             hook(optimizer)
         if trainer.max_grad_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = clip_grad_norm_(parameters, trainer.max_grad_norm)
+            norm = clip_grad_norm_(_parameters(optimizer), trainer.max_grad_norm)
             trainer.log("grad_norm", norm, weight=1)
             self.guard.note_norm(norm)
         elif trainer.check_gradients:
             self.guard.check_norm(optimizer)
         if self.guard.allows(optimizer):
             self._advance(optimizer)
-        elif self.scaler is not None:
-            self.scaler.update()  # it has looked at these gradients, and must forget them
         optimizer.zero_grad()
+        self._pending = False
         if trainer.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
                 scheduler.step()
@@ -117,37 +125,102 @@ class Optimization:
             return zero_loss(p for model in models for p in model.parameters())
         return loss if weight == 1.0 else loss * weight
 
+    def end_window(self) -> None:
+        """Leaves nothing of a window behind: a checkpoint holds no gradients."""
+        if self._pending or self._single is None:
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            self._pending = False
+        if self._scale_is_due:
+            self._update_scale()
+
+    def _backward_for(self, only: str, loss: torch.Tensor) -> None:
+        """Leaves the gradients of every other optimizer's parameters as they were."""
+        _check_names([only], self.optimizers, "backward")
+        others = [o for name, o in self.optimizers.items() if name != only]
+        held = [(p, p.grad) for other in others for p in _parameters(other)]
+        for parameter, _ in held:
+            parameter.grad = None
+        loss.backward()
+        for parameter, gradient in held:
+            parameter.grad = gradient
+
+    def _sum_of_independent(self, losses: dict[str, Any]) -> torch.Tensor:
+        """One loss from those by optimizer name, whose gradients must not mix."""
+        _check_names(losses, self.optimizers, "training_step")
+        for name, part in losses.items():
+            _check_loss(part, f" for {name!r}")
+            self._trainer.log(f"train/loss/{name}", part)
+            if not self._found_independent:
+                self._check_independent(name, part)
+        self._found_independent = True
+        return torch.stack([part.reshape(()) for part in losses.values()]).sum()
+
+    def _check_independent(self, name: str, loss: torch.Tensor) -> None:
+        reached = _reached(loss)
+        for other, optimizer in self.optimizers.items():
+            if other != name and any(id(p) in reached for p in _parameters(optimizer)):
+                raise LossError(
+                    f"the loss for {name!r} also reaches parameters of {other!r}, which would be "
+                    "trained by both losses. Detach what it should not train, or override "
+                    f"step(window) and call self.backward(loss, {name!r}), which leaves the "
+                    "gradients of the others alone."
+                )
+
     def _advance(self, optimizer: torch.optim.Optimizer) -> None:
         if self.scaler is None:
             optimizer.step()
         else:
             self.scaler.step(optimizer)
-            self.scaler.update()
+
+    def _update_scale(self) -> None:
+        # Once all optimizers of a backward pass have stepped: their gradients have one scale.
+        self.scaler.update()
+        self._scale_is_due = False
 
 
-def _check_names(losses: dict[str, Any], known: dict[str, Any]) -> None:
-    unknown = [name for name in losses if name not in known]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _reached(loss: torch.Tensor) -> set[int]:
+    """`id` of every tensor whose gradient a loss has a part in."""
+    reached: set[int] = set()
+    seen: set[Any] = set()
+    ahead: list[Any] = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        ahead += [following for following, _ in node.next_functions]
+    return reached
+
+
+def _check_names(names: Iterable[str], known: dict[str, Any], where: str) -> None:
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise LossError(
-            f"training_step returned losses for {', '.join(unknown)}; the optimizers are "
-            f"{', '.join(known)}."
+            f"{where} names {', '.join(map(repr, unknown))}; the optimizers are {', '.join(known)}."
         )
 
 
-def _check_loss(loss: Any) -> None:
+def _check_loss(loss: Any, which: str = "") -> None:
     if not isinstance(loss, torch.Tensor):
         raise LossError(
-            f"training_step returned {loss!r:.80} of type {type(loss).__name__}; it returns the "
-            "mean loss over the batch's items, a tensor of one element."
+            f"training_step returned {loss!r:.80}{which} of type {type(loss).__name__}; it returns "
+            "the mean loss over the batch's items, a tensor of one element."
         )
     if loss.numel() != 1:
         raise LossError(
-            f"training_step returned a tensor of shape {tuple(loss.shape)}; the loss is one "
+            f"training_step returned a tensor of shape {tuple(loss.shape)}{which}; the loss is one "
             "number, the mean over the batch's items. Take its mean() (reduction='mean')."
         )
     if not loss.requires_grad:
         raise LossError(
-            "training_step returned a loss without a gradient: it depends on no trainable "
+            f"training_step returned a loss without a gradient{which}: it depends on no trainable "
             "parameter. Is something detached, under torch.no_grad(), or frozen?"
         )
 

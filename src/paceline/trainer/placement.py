@@ -11,6 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from paceline.errors import ConfigError, LossError
+from paceline.trainer.events import overrides
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -94,7 +95,7 @@ def check_components(trainer: Trainer) -> None:
         wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
     wrong += _check_parameters(models, optimizers)
     for name, optimizer in optimizers.items():
-        if isinstance(optimizer, torch.optim.LBFGS):
+        if isinstance(optimizer, torch.optim.LBFGS) and not _steps_itself(trainer):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
     known = [id(optimizer) for optimizer in optimizers.values()]
     for name, scheduler in (trainer.named_schedulers() or {}).items():
@@ -102,6 +103,12 @@ def check_components(trainer: Trainer) -> None:
             wrong.append(f"{name}: it follows an optimizer that is not this trainer's.")
     if wrong:
         raise ConfigError("this trainer cannot train:\n  " + "\n  ".join(wrong))
+
+
+def _steps_itself(trainer: Trainer) -> bool:
+    from paceline.trainer.trainer import Trainer
+
+    return overrides(trainer, "step", Trainer)
 
 
 def _check_parameters(models: Any, optimizers: Any) -> list[str]:

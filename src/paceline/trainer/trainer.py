@@ -202,16 +202,25 @@ class Trainer(TrainerBase):
             self.step(window)
 
     def step(self, window: Window) -> None:
-        """Takes one optimizer step on a window's micro-batches."""
+        """Takes one optimizer step on a window's micro-batches.
+
+        One of your own loops over the window, calls `backward` and `optimizer_step`, and computes
+        losses `with self.autocast`. Gradients that it leaves end with the window.
+        """
         for batch, batch_idx in window:
             with self.autocast:
                 loss = self.training_step(batch, batch_idx)
             self.backward(loss)
         self.optimizer_step()
 
-    def backward(self, loss: Any) -> None:
-        """Adds the gradients of a micro-batch's mean loss, weighted for the window's mean."""
-        self.optimization.backward(loss)
+    def backward(self, loss: Any, only: str | None = None) -> None:
+        """Adds the gradients of a micro-batch's mean loss, weighted for the window's mean.
+
+        Args:
+            loss: the mean over the micro-batch's items, or independent losses by optimizer name.
+            only: the optimizer whose parameters are to get gradients; all, unless given.
+        """
+        self.optimization.backward(loss, only)
 
     def optimizer_step(self, name: str | None = None) -> None:
         """Steps the named optimizer and its schedulers; without a name, every optimizer."""
@@ -261,6 +270,7 @@ class Trainer(TrainerBase):
     def _close_window(self, window: Window) -> None:
         """Counts a window that is done, and sees to the boundary behind it."""
         progress = self.progress
+        self.optimization.end_window()
         progress.global_step += 1
         progress.batch += len(window)
         progress.samples += window.samples

@@ -78,6 +78,11 @@ class Window:
         return [] if self.stand_in else self._draw.ids(self._position)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
+        if self.batch is not None:
+            raise DataError(
+                "a window's batches are read once: do all that a batch is for in one pass over "
+                "the window (self.backward(loss, only=...) keeps several losses apart)."
+            )
         trainer, events, sizes = self._trainer, self._trainer.events, self._draw.sizes
         key = mix(trainer.model_key, trainer.global_step)
         last = len(sizes) - 1

@@ -1,0 +1,360 @@
+"""Several models and optimizers: adversarial steps, losses by name, nothing that mixes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import batches, fitted, line, points, same, settings, weights
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.utils.data import DataLoader
+
+from builders import StopAt, bits
+from paceline import CheckpointPolicy, Trainer, Window
+from paceline.errors import ConfigError, DataError, LossError
+
+
+def networks() -> dict[str, nn.Module]:
+    """A generator from noise to three numbers, and a critic of three numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return {
+            "generator": nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)),
+            "critic": nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 1)),
+        }
+
+
+def optimizers(models: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    return {name: torch.optim.Adam(m.parameters(), lr=0.01) for name, m in models.items()}
+
+
+def verdict(logits: torch.Tensor, real: bool) -> torch.Tensor:
+    return binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+
+
+class Gan(Trainer):
+    """Models from dictionaries, alternating steps."""
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return self.model["generator"], self.model["critic"]
+
+    def step(self, window: Window) -> None:
+        generator, critic = self.networks()
+        for (real, _), _ in window:
+            fake = generator(torch.randn(len(real), 2))
+            self.backward(verdict(critic(real), True) + verdict(critic(fake.detach()), False))
+            self.optimizer_step("critic")
+            self.backward(verdict(critic(fake), True))
+            self.optimizer_step("generator")
+
+
+class ConfiguredGan(Gan):
+    """The same, with everything made in configure()."""
+
+    def configure(self) -> None:
+        models = networks()
+        self.generator_net, self.critic_net = models["generator"], models["critic"]
+        made = optimizers(models)
+        self.generator, self.critic = made["generator"], made["critic"]
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return self.generator_net, self.critic_net
+
+
+def gan(kind: type[Gan] = Gan, **changes: Any) -> Gan:
+    models = networks()
+    given = {"model": models, "optimizer": optimizers(models)} if kind is Gan else {}
+    common = {"train_dataloader": batches(shuffle=True), "epochs": 3, "progress": False}
+    return kind(**{**given, **common, **changes})
+
+
+def by_hand(trainer: Gan) -> dict[str, torch.Tensor]:
+    """The same steps as plain PyTorch writes them, on the batches and noise that `trainer` saw."""
+    models = networks()
+    made = optimizers(models)
+    generator, critic = models["generator"], models["critic"]
+    for real, fake_input, masks in trainer.seen:
+        torch.set_rng_state(masks)
+        fake = generator(fake_input)
+        made["critic"].zero_grad()
+        (verdict(critic(real), True) + verdict(critic(fake.detach()), False)).backward()
+        made["critic"].step()
+        made["generator"].zero_grad()
+        verdict(critic(fake), True).backward()
+        made["generator"].step()
+    return {f"{n}.{k}": v for n, m in models.items() for k, v in m.state_dict().items()}
+
+
+class WatchedGan(Gan):
+    """Remembers what each step saw."""
+
+    def step(self, window: Window) -> None:
+        self.seen = getattr(self, "seen", [])
+        generator, critic = self.networks()
+        for (real, _), _ in window:
+            noise = torch.randn(len(real), 2)
+            self.seen.append((real, noise, torch.get_rng_state()))
+            fake = generator(noise)
+            self.backward(verdict(critic(real), True) + verdict(critic(fake.detach()), False))
+            self.optimizer_step("critic")
+            self.backward(verdict(critic(fake), True))
+            self.optimizer_step("generator")
+
+
+def test_an_adversarial_step_is_that_of_plain_pytorch() -> None:
+    models = networks()
+    trainer = WatchedGan(
+        model=models,
+        optimizer=optimizers(models),
+        train_dataloader=batches(shuffle=True),
+        epochs=2,
+        progress=False,
+    )
+    trainer.fit()
+    assert trainer.global_step == 10
+    assert same(weights(trainer), by_hand(trainer))
+
+
+def test_given_as_dictionaries_and_made_in_configure_are_the_same() -> None:
+    given, made = gan(), gan(ConfiguredGan)
+    given.fit(seed=3)
+    made.fit(seed=3)
+    names = {"generator_net": "generator", "critic_net": "critic"}
+    renamed = {
+        names[key.split(".", 1)[0]] + "." + key.split(".", 1)[1]: value
+        for key, value in weights(made).items()
+    }
+    assert same(weights(given), renamed)
+    assert list(made.named_optimizers()) == ["generator", "critic"]
+
+
+@pytest.mark.parametrize(("kind", "step"), [(Gan, 1), (Gan, 5), (ConfiguredGan, 7)])
+def test_a_gan_resumes_exactly(kind: type[Gan], step: int, tmp_path: Path) -> None:
+    def run(folder: Path, *callbacks: Any) -> dict[str, Any]:
+        trainer = gan(
+            kind,
+            run_dir=folder,
+            callbacks=list(callbacks),
+            checkpoint=CheckpointPolicy(every_steps=2),
+            log_every=2,
+        )
+        kept: dict[str, Any] = {}
+        trainer.on_save_checkpoint = kept.update
+        trainer.fit(seed=9)
+        parts = {key: bits(kept[key]) for key in ("models", "optimizers", "progress")}
+        return {**parts, "rows": (folder / "metrics.jsonl").read_text()}
+
+    unbroken = run(tmp_path / "unbroken")
+    run(tmp_path / "stopped", StopAt(step))
+    assert run(tmp_path / "stopped") == unbroken
+
+
+def test_gradients_that_a_step_leaves_end_with_its_window() -> None:
+    """A critic gets gradients from the generator's loss; they are not the critic's to keep."""
+    trainer = gan()
+    left: list[Any] = []
+    trainer.on_train_batch_start = lambda batch, batch_idx: left.extend(
+        p.grad for m in trainer.named_models().values() for p in m.parameters()
+    )
+    trainer.fit()
+    assert left
+    assert all(gradient is None for gradient in left)
+
+
+def test_gradients_of_a_single_optimizer_that_is_not_stepped_end_with_the_window() -> None:
+    class Rests(Trainer):
+        def step(self, window: Window) -> None:
+            for batch, batch_idx in window:
+                self.backward(self.training_step(batch, batch_idx))
+            if self.global_step % 2:
+                self.optimizer_step()
+
+    trainer = fitted(Rests, epochs=None, max_steps=2)
+    model = line()
+    mse_loss(model(points().tensors[0][4:8]), points().tensors[1][4:8]).backward()
+    torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9).step()
+    assert torch.equal(trainer.model.weight, model.weight)
+
+
+def test_backward_for_one_optimizer_leaves_the_others_gradients_alone() -> None:
+    class Together(Gan):
+        """Both losses in one pass over several micro-batches, one step of each at the end."""
+
+        def step(self, window: Window) -> None:
+            generator, critic = self.networks()
+            for (real, _), _ in window:
+                fake = generator(real[:, :2])
+                self.backward(verdict(critic(real), True), "critic")
+                self.backward(verdict(critic(fake.detach()), False), "critic")
+                self.backward(verdict(critic(fake), True), "generator")
+            self.optimizer_step()
+
+    models = networks()
+    models["critic"][1].p = 0.0
+    trainer = Together(
+        model=models,
+        optimizer=optimizers(models),
+        train_dataloader=batches(8),
+        gradient_accumulation_steps=2,
+        epochs=1,
+        progress=False,
+    )
+    trainer.fit()
+    models = networks()
+    models["critic"][1].p = 0.0
+    made, real = optimizers(models), points(8).tensors[0]
+    fake = models["generator"](real[:, :2])
+    critic = models["critic"]
+    (verdict(critic(real), True) + verdict(critic(fake.detach()), False)).backward()
+    held = [p.grad for p in critic.parameters()]
+    verdict(critic(fake), True).backward(inputs=list(models["generator"].parameters()))
+    assert all(p.grad is g for p, g in zip(critic.parameters(), held, strict=True))
+    for optimizer in made.values():
+        optimizer.step()
+    theirs = {f"{n}.{k}": v for n, m in models.items() for k, v in m.state_dict().items()}
+    for name, value in weights(trainer).items():
+        assert torch.allclose(value, theirs[name], atol=1e-6), name
+
+
+class Twins(Trainer):
+    """Two lines, each with its own loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        left, right = self.model["left"], self.model["right"]
+        return {"left": mse_loss(left(x), y), "right": (right(x) - 2 * y).abs().mean()}
+
+
+def twins(kind: type[Trainer] = Twins, **changes: Any) -> Trainer:
+    models = {"left": line(), "right": line(seed=2)}
+    return kind(
+        **settings(
+            model=models,
+            **{
+                "optimizer": {
+                    "left": torch.optim.SGD(models["left"].parameters(), lr=0.1),
+                    "right": torch.optim.Adam(models["right"].parameters(), lr=0.1),
+                },
+                "loss_fn": None,
+                **changes,
+            },
+        )
+    )
+
+
+def test_independent_losses_train_as_two_trainers_would(tmp_path: Path) -> None:
+    both = twins(run_dir=tmp_path, log_every=1)
+    both.fit()
+
+    class Right(Trainer):
+        def loss(self, batch: Any) -> torch.Tensor:
+            x, y = batch
+            return (self.model(x) - 2 * y).abs().mean()
+
+    left = line()
+    only_left = fitted(model=left, optimizer=torch.optim.SGD(left.parameters(), lr=0.1))
+    right = line(seed=2)
+    only_right = fitted(Right, model=right, optimizer=torch.optim.Adam(right.parameters(), lr=0.1))
+    assert torch.equal(both.model["left"].weight, only_left.model.weight)
+    assert torch.equal(both.model["right"].weight, only_right.model.weight)
+    row = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert '"train/loss/left"' in row
+    assert '"lr/right"' in row
+
+
+def test_losses_that_are_not_independent_are_refused() -> None:
+    class Mixed(Twins):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            left = self.model["left"](x)
+            return {"left": mse_loss(left, y), "right": mse_loss(self.model["right"](x), left)}
+
+    with pytest.raises(LossError, match="loss for 'right' also reaches parameters of 'left'"):
+        twins(Mixed).fit()
+
+
+def test_a_loss_for_an_optimizer_that_is_not_there_is_refused() -> None:
+    class Wrong(Twins):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"top": super().training_step(batch, batch_idx)["left"]}
+
+    with pytest.raises(LossError, match="names 'top'; the optimizers are left, right"):
+        twins(Wrong).fit()
+
+
+def test_an_optimizer_step_names_one_that_is_there() -> None:
+    class Wrong(Gan):
+        def step(self, window: Window) -> None:
+            list(window)
+            self.optimizer_step("discriminator")
+
+    with pytest.raises(ConfigError, match=r"'discriminator'.*name one of generator, critic"):
+        gan(Wrong, model=(m := networks()), optimizer=optimizers(m)).fit()
+
+
+def test_each_scheduler_follows_its_own_optimizer() -> None:
+    class Uneven(Twins):
+        def step(self, window: Window) -> None:
+            for batch, batch_idx in window:
+                self.backward(self.training_step(batch, batch_idx))
+            self.optimizer_step("left")
+            if self.global_step % 2:
+                self.optimizer_step("right")
+
+    trainer = twins(Uneven, epochs=None, max_steps=4)
+    trainer.lr_scheduler = {
+        name: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for name, optimizer in trainer.optimizer.items()
+    }
+    trainer.fit()
+    assert trainer.learning_rates == {"left": 0.1 * 0.5**4, "right": 0.1 * 0.5**2}
+
+
+def test_a_window_is_read_once() -> None:
+    class Twice(Trainer):
+        def step(self, window: Window) -> None:
+            list(window)
+            list(window)
+
+    with pytest.raises(DataError, match="read once"):
+        fitted(Twice)
+
+
+def test_a_window_that_is_passed_over_takes_its_batches_with_it() -> None:
+    class Skips(Trainer):
+        def step(self, window: Window) -> None:
+            if self.global_step != 1:
+                for (x, _), _ in window:
+                    seen.append(x)
+
+    seen: list[torch.Tensor] = []
+    fitted(Skips, epochs=1)
+    x = points().tensors[0]
+    assert torch.equal(torch.cat(seen), torch.cat([x[:4], x[8:]]))
+
+
+def test_lbfgs_works_in_a_step_of_ones_own_and_is_refused_without() -> None:
+    class Closure(Trainer):
+        def step(self, window: Window) -> None:
+            for batch, _ in window:
+
+                def closure(batch: Any = batch) -> torch.Tensor:
+                    self.optimizer.zero_grad()
+                    loss = self.loss(batch)
+                    loss.backward()
+                    return loss
+
+                self.optimizer.step(closure)
+
+    def run(kind: type[Trainer]) -> Trainer:
+        model = line()
+        optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+        data = DataLoader(points(), 20)
+        return fitted(kind, model=model, optimizer=optimizer, train_dataloader=data, epochs=5)
+
+    assert run(Closure).model.bias.item() == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(ConfigError, match="LBFGS needs a closure; override step"):
+        run(Trainer)
