@@ -59,13 +59,14 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", DAMAGE)
+# A manifest behind a link says the same as one that is not.
+CASES = [(d, name) for d in DAMAGE for name in FILES if (d, name) != ("a link", MANIFEST)]
+
+
+@pytest.mark.parametrize(("damage", "name"), CASES)
 def test_a_damaged_file_sends_its_checkpoint_aside_and_the_older_one_is_used(
     run: Path, name: str, damage: str
 ) -> None:
-    if (damage, name) == ("a link", MANIFEST):
-        pytest.skip("it says the same")
     DAMAGE[damage](run / "step_00000020" / name)
 
     value, messages = newest_value(run)

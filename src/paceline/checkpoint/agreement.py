@@ -34,6 +34,11 @@ def digest(forms_here: dict[str, str], skeleton: Any) -> str:
 
 
 def raise_difference(parts: list[Any]) -> None:
+    """Names the first place in the state where a rank differs from rank 0.
+
+    Raises:
+        StateError: there is one.
+    """
     for rank, part in enumerate(parts):
         where = _difference(parts[0], part, "")
         if where is not None:
@@ -71,10 +76,12 @@ def sizes(tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 
 def required_bytes(sizes: list[tuple[int, int]]) -> int:
+    """Disk space for one checkpoint, from each rank's (shared, own) bytes."""
     return (sizes[0][0] + sum(own for _, own in sizes) + _ROOM) if sizes else 0
 
 
 def readable_size(count: int) -> str:
+    """Bytes in the largest unit that leaves a number above one."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -98,6 +98,7 @@ class Checkpoint:
 
 
 def folder_name(step: int) -> str:
+    """The folder of the checkpoint after `step` windows, beside the others."""
     return f"step_{step:08d}"
 
 
