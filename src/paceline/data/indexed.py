@@ -9,6 +9,7 @@ contiguous run of the window, split evenly over the ranks: what differs between 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Layout:
         batched: bool = False,
     ) -> None:
         self.order = order
-        self._batched = batched
+        self.batched = batched
         self.chunk = batch_size * dp_size
         self._rank, self._ranks = dp_rank, dp_size
         self._epoch_units = None if epoch_length is None else epoch_length * self.chunk
@@ -59,6 +60,8 @@ class Layout:
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
         """This rank's part of the units [start, stop); ranks differ by one unit at most."""
+        if self._ranks == 1:
+            return start, stop
         base, extra = divmod(stop - start, self._ranks)
         first = start + self._rank * base + min(self._rank, extra)
         return first, first + base + (self._rank < extra)
@@ -88,11 +91,11 @@ class Layout:
 
     def _samples(self, pass_: int, first: int, last: int) -> Sequence[Any]:
         units = self.order.slice(pass_, first, last)
-        return [sample for unit in units for sample in unit] if self._batched else units
+        return [sample for unit in units for sample in unit] if self.batched else units
 
     def count(self, epoch: int, start: int, stop: int) -> int:
         """Samples in the units [start, stop) of `epoch`."""
-        if not self._batched:
+        if not self.batched:
             return stop - start
         return sum(len(run) for _, run in self.request(epoch, start, stop))
 
@@ -196,6 +199,7 @@ class IndexedSource:
         self._epoch = 0
         self._offset = 0
         self._end = 0
+        self._unread = 0  # micro-batches of the window at hand that nobody has asked for
         self._batches: Iterator[Any] | None = None
 
     def start_epoch(self, epoch: int) -> None:
@@ -209,31 +213,31 @@ class IndexedSource:
         start, stop = self._offset, min(self._offset + self._window, self._end)
         if start == stop:
             return None
-        if self._batches is None:
+        if self._batches is None or self._unread:
             self._batches = self._reader.read(self._epoch, start, endless=self._reader.persistent)
         self._offset = stop
-        chunk = self._layout.chunk
-        shares = [self._layout.share(at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
-        epoch = self._epoch
+        layout, chunk = self._layout, self._layout.chunk
+        shares = [layout.share(at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
+        self._unread = len(shares)
+        if layout.batched or not self._sizes_known:
+            sizes, samples = self._count(shares, start, stop)
+        else:
+            sizes, samples = [last - first for first, last in shares], stop - start
+        return Draw(sizes, samples, self._read, partial(self._ids, self._epoch, shares))
 
-        def batch(j: int) -> Any:
-            # Through self: a reference of its own would keep worker processes alive after close().
-            assert self._batches is not None
-            return next(self._batches)
+    def _read(self, j: int) -> Any:
+        assert self._batches is not None
+        self._unread -= 1
+        return next(self._batches)
 
-        def ids(j: int) -> list[Any]:
-            runs = self._layout.request(epoch, *shares[j])
-            return [unit for _, run in runs for unit in run]
-
-        sizes, samples = self._count(shares, start, stop)
-        return Draw(sizes, samples, batch, ids)
+    def _ids(self, epoch: int, shares: list[tuple[int, int]], j: int) -> list[Any]:
+        return [unit for _, run in self._layout.request(epoch, *shares[j]) for unit in run]
 
     def _count(self, shares: list[tuple[int, int]], start: int, stop: int) -> tuple[list[int], int]:
         if self._sizes_known:
             count, epoch = self._layout.count, self._epoch
             return [count(epoch, *share) for share in shares], count(epoch, start, stop)
-        sizes = [-1 if last > first else 0 for first, last in shares]
-        return sizes, -1
+        return [-1 if last > first else 0 for first, last in shares], -1
 
     def at_end(self, *, keep: bool) -> bool:
         return self._offset >= self._end
@@ -256,7 +260,10 @@ class IndexedSource:
 class IndexedValidation:
     """Validation over map-style data (`Validation`): each sample once, ranks evenly loaded."""
 
-    def __init__(self, layout: Layout, reader: Reader, *, sizes_known: bool) -> None:
+    def __init__(
+        self, layout: Layout, reader: Reader, *, sizes_known: bool, plan: list[tuple[str, str]]
+    ) -> None:
+        self.plan = plan
         self._layout = layout
         self._reader = reader
         self._sizes_known = sizes_known

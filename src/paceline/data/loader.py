@@ -125,13 +125,18 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
 def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
     """The validation source for a user's loader; the arguments are those of `open_training`."""
     if not is_indexed(loader):
-        return StreamedValidation(loader, seed)
-    order, batched, _ = _order(loader, seed, world)
+        return StreamedValidation(loader, seed, world)
+    order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
     layout = Layout(order, batch_size, world.dp_rank, world.dp_size, batched=batched)
     single = loader.batch_size is None and not batched
     fetcher = Fetcher(loader.dataset, loader.collate_fn, seed, "val-sample", single=single)
-    return IndexedValidation(layout, Reader(fetcher, loader, layout), sizes_known=not single)
+    return IndexedValidation(
+        layout,
+        Reader(fetcher, loader, layout),
+        sizes_known=not single,
+        plan=[(f"validation: {said}", name) for said, name in plan if name == "drop_last"],
+    )
 
 
 def count_windows(
@@ -195,13 +200,23 @@ def _order(
     ):
         name = type(loader.batch_sampler).__name__
         return (
-            Sampled(loader.batch_sampler, seed),
+            _shared(Sampled(loader.batch_sampler, seed), name, world),
             True,
             [(f"batches come from {name}, drawn once a pass under (seed, pass)", "batch_sampler")],
         )
     sampler: Any = loader.sampler
-    used = n
     plan: list[tuple[str, str]] = []
+    if n == 0:
+        raise DataError("the data are empty: the loader's dataset has no sample.")
+    shuffle = _shuffles(sampler)
+    if shuffle is None:
+        name = type(sampler).__name__
+        plan.append((f"order: {name}'s own, drawn once a pass under (seed, pass)", "sampler"))
+        order = _shared(Sampled(sampler, seed), name, world)
+        return _trimmed(order, loader, plan), False, plan
+    text = "a new permutation each pass, from (seed, pass)" if shuffle else "as stored"
+    plan.append((f"order: {text} (the loader says shuffle={shuffle})", "shuffle"))
+    used = n
     if loader.drop_last and loader.batch_size:
         used = n - n % loader.batch_size
         if used == 0:
@@ -210,16 +225,7 @@ def _order(
                 f"{loader.batch_size}."
             )
         if used < n:
-            plan.append((f"drop_last leaves out {n - used} of {n} samples each pass", "drop_last"))
-    if n == 0:
-        raise DataError("the data are empty: the loader's dataset has no sample.")
-    shuffle = _shuffles(sampler)
-    if shuffle is None:
-        name = type(sampler).__name__
-        plan.insert(0, (f"order: {name}'s own, drawn once a pass under (seed, pass)", "sampler"))
-        return _trimmed(Sampled(sampler, seed), loader), False, plan
-    text = "a new permutation each pass, from (seed, pass)" if shuffle else "as stored"
-    plan.insert(0, (f"order: {text} (the loader says shuffle={shuffle})", "shuffle"))
+            plan.append((f"drop_last leaves out {n - used} of {n} samples a pass", "drop_last"))
     return Shuffled(n, seed, used=used) if shuffle else Sequential(used), False, plan
 
 
@@ -249,5 +255,25 @@ class _Trimmed:
         return self._order.slice(pass_, start, stop)
 
 
-def _trimmed(order: Order, loader: DataLoader) -> Order:
-    return _Trimmed(order, loader.batch_size) if loader.drop_last and loader.batch_size else order
+def _trimmed(order: Order, loader: DataLoader, plan: list[tuple[str, str]]) -> Order:
+    if not (loader.drop_last and loader.batch_size):
+        return order
+    trimmed, units = _Trimmed(order, loader.batch_size), order.length(0)
+    if (used := trimmed.length(0)) < units:
+        plan.append((f"drop_last leaves out {units - used} of {units} samples a pass", "drop_last"))
+    return trimmed
+
+
+def _shared(order: Sampled, name: str, world: World) -> Sampled:
+    """Checks that a sampler gives every rank the same units, of which each then takes its share.
+
+    Raises:
+        DataError: it does not, as one that shares them out itself.
+    """
+    if world.mesh is not None and len(set(world.all_gather_object(order.fingerprint()))) > 1:
+        raise DataError(
+            f"{name} does not give every rank the same order. Ranks take their shares of one order "
+            "here: give a sampler that does not share out the data by rank and draws from torch's, "
+            "numpy's or random's global generator."
+        )
+    return order

@@ -5,6 +5,7 @@ No permutation is ever held in memory, so that position 10^9 costs what position
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -120,7 +121,7 @@ class Sampled:
     """The order of a sampler or batch sampler of the user's own, drawn once a pass.
 
     It is drawn under generators seeded by (seed, pass), so that any pass can be drawn again; the
-    generators' state is put back afterwards.
+    generators' state is put back afterwards. The first pass is drawn twice, to see whether it can.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -128,9 +129,10 @@ class Sampled:
         self._seed = seed
         self._pass = -1
         self._units: list[Any] = []
+        self._lengths: dict[int, int] = {}
 
     def length(self, pass_: int) -> int:
-        return len(self._draw(pass_))
+        return self._lengths[pass_] if pass_ in self._lengths else len(self._draw(pass_))
 
     def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
         return self._draw(pass_)[start:stop]
@@ -138,6 +140,22 @@ class Sampled:
     def _draw(self, pass_: int) -> list[Any]:
         if pass_ == self._pass:
             return self._units
+        units = self._drawn(pass_)
+        if not self._lengths and _text(units) != _text(self._drawn(pass_)):
+            raise DataError(
+                f"{type(self._sampler).__name__} gives another order each time it is asked, with "
+                "the same random seeds: no resumed run could find its place. Let it draw from "
+                "torch's, numpy's or random's global generator or from an attribute `generator`, "
+                "and take the pass from set_epoch(pass) if it needs it."
+            )
+        self._units, self._pass, self._lengths[pass_] = units, pass_, len(units)
+        return units
+
+    def fingerprint(self) -> bytes:
+        """The same for samplers that give the same first pass."""
+        return hashlib.sha256(_text(self._draw(0)).encode()).digest()
+
+    def _drawn(self, pass_: int) -> list[Any]:
         seed = stream(self._seed, "order", pass_)
         if hasattr(self._sampler, "set_epoch"):
             self._sampler.set_epoch(pass_)
@@ -148,12 +166,15 @@ class Sampled:
             for sampler in inner:
                 if isinstance(getattr(sampler, "generator", None), torch.Generator):
                     sampler.generator.manual_seed(seed)  # pyright: ignore
-            self._units = list(self._sampler)
+            units = list(self._sampler)
         finally:
             torch.set_rng_state(held[0])
             np.random.set_state(held[1])
             random.setstate(held[2])
-        if not self._units:
+        if not units:
             raise DataError(f"{type(self._sampler).__name__} yields nothing: the loader is empty.")
-        self._pass = pass_
-        return self._units
+        return units
+
+
+def _text(units: list[Any]) -> str:
+    return repr([unit.tolist() if hasattr(unit, "tolist") else unit for unit in units])

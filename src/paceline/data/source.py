@@ -70,9 +70,15 @@ class Source(Protocol):
 
 
 class Validation(Protocol):
-    """Validation data: each sample once over all ranks, no stand-ins."""
+    """Validation data: each sample once over all ranks, no stand-ins.
+
+    Attributes:
+        length: micro-batches of this rank, or None.
+        plan: what was decided about the data, as (decision, setting) pairs.
+    """
 
     length: int | None
+    plan: list[tuple[str, str]]
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         """This rank's (batch, samples) pairs; samples is -1 if the loader does not say."""

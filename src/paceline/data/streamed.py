@@ -2,10 +2,15 @@
 
 Each rank iterates its own loader, which has to know its share of the data. A loader with
 `state_dict` is asked where it stands; any other is replayed to its place at resume.
+
+Making an iterator and reading its first batch happen under the same random stream on every rank, so
+that a loader may shuffle the whole before it takes its share; later batches have a stream a rank.
 """
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -63,7 +68,9 @@ class StreamedSource:
         self._iterator: Iterator[Any] | None = None
         self._held: Any = _END  # a batch drawn ahead, to see whether the epoch goes on
         self._kept: dict[str, Any] | None = None  # the state from before `_held`
-        self._last: Any = None  # for a stand-in when another rank has more batches
+        self._begun = False  # the loader has been read, here or before a resume
+        self._last: Any = _END  # for a stand-in when another rank has more batches
+        self._compared = False  # whether the ranks' shares have been compared
 
     def start_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -79,21 +86,38 @@ class StreamedSource:
         while len(batches) < limit and (batch := self._pull()) is not _END:
             batches.append(batch)
         drawn = len(batches)
-        longest = max(self._world.all_gather_object(drawn)) if self._world.size > 1 else drawn
+        longest = self._level(batches) if self._world.size > 1 else drawn
         self._in_epoch += longest
         if longest == 0:
             if self._in_epoch == 0:
                 raise DataError("the training loader yields no batch.")
             return None
-        if batches:
-            self._last = batches[-1]
-        elif self._last is None:
-            raise DataError(
-                f"rank {self._world.rank}'s loader yields no batch while another rank's does: "
-                "give every rank at least one."
-            )
-        batches += [self._last] * (longest - drawn)
         return Draw([-1] * drawn + [0] * (longest - drawn), -1, batches.__getitem__, lambda j: [])
+
+    def _level(self, batches: list[Any]) -> int:
+        """Adds stand-ins until this rank has as many batches as any; returns that number."""
+        world, drawn = self._world, len(batches)
+        # Not the very first batch, which draws the same random numbers on every rank.
+        compares = not self._compared and self._in_epoch + drawn > 1
+        self._last = batches[-1] if batches else self._last
+        told = world.all_gather_object(
+            (drawn, self._last is _END, _fingerprint(batches) if compares else b"")
+        )
+        longest = max(count for count, _, _ in told)
+        if longest and any(lacks for _, lacks, _ in told):  # it has read nothing since it started
+            lender = next(rank for rank, (count, _, _) in enumerate(told) if count)
+            lent = world.all_gather_object(batches[0] if world.rank == lender else None)[lender]
+            self._last = lent if self._last is _END else self._last
+        batches += [self._last] * (longest - drawn)
+        if all(made for _, _, made in told):
+            self._compared = True
+            if len({made for _, _, made in told}) == 1:
+                warnings.warn(
+                    f"every rank reads the same batches, so each sample is seen {world.size} times "
+                    "a pass: give each rank its share of the data (by RANK and WORLD_SIZE), or use "
+                    "a map-style dataset, which is shared out."
+                )
+        return longest
 
     def at_end(self, *, keep: bool) -> bool:
         if self._epoch_length is not None:
@@ -122,7 +146,8 @@ class StreamedSource:
             "in_epoch": self._in_epoch,
             "ended": self._ended,
             "open": self._iterator is not None,
-            "loader": self._loader.state_dict() if self._stateful else None,
+            # One that has not begun would make its iterator now, under some other random stream.
+            "loader": self._loader.state_dict() if self._stateful and self._begun else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -140,11 +165,17 @@ class StreamedSource:
 
     def close(self) -> None:
         self._iterator = None
+        if getattr(self._loader, "_iterator", None) is not None:
+            self._loader._iterator = None  # torch's loaders keep it, and with it their workers
 
     def _open(self) -> None:
+        for thing in (self._loader, getattr(self._loader, "dataset", None)):
+            set_epoch = getattr(thing, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self._pass)
         # Making an iterator draws from the global generators; so may the loader's shuffling.
         seed_everything(stream(self._seed, "loader", self._pass))
-        self._iterator = iter(self._loader)
+        self._iterator, self._begun = iter(self._loader), True
 
     def _pull(self) -> Any:
         """The next batch of this pass, or of the next pass if epochs have a fixed length."""
@@ -167,7 +198,7 @@ class StreamedSource:
 
     def _next(self) -> Any:
         assert self._iterator is not None
-        seed_everything(stream(self._seed, "batch", self._pass, self._in_pass))
+        seed_everything(_batch_seed(self._seed, "batch", self._pass, self._in_pass, self._world))
         batch = next(self._iterator, _END)
         self._in_pass += batch is not _END
         return batch
@@ -190,19 +221,34 @@ class StreamedSource:
 class StreamedValidation:
     """Validation over an iterable (`Validation`); each rank iterates its own share."""
 
-    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+    plan: list[tuple[str, str]] = []
+
+    def __init__(self, loader: Iterable[Any], seed: int, world: World) -> None:
         self._loader = loader
         self._seed = seed
+        self._world = world
         self.length = _length(loader)
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         seed_everything(stream(self._seed, "loader", -1))
         for i, batch in enumerate(self._loader):
             yield batch, -1
-            seed_everything(stream(self._seed, "val-sample", i))
+            seed_everything(_batch_seed(self._seed, "val-sample", 0, i + 1, self._world))
 
     def close(self) -> None:
         """Nothing is held between validations."""
+
+
+def _batch_seed(seed: int, label: str, pass_: int, index: int, world: World) -> int:
+    return stream(seed, label, pass_, index, world.dp_rank if index else 0)
+
+
+def _fingerprint(batches: list[Any]) -> bytes:
+    """Tells batches apart; empty if they cannot be compared."""
+    try:
+        return hashlib.sha256(pickle.dumps(batches[-1:])).digest() if batches else b""
+    except Exception:  # noqa: BLE001  objects of the user's own need not be picklable
+        return b""
 
 
 def _length(loader: Any) -> int | None:

@@ -148,7 +148,8 @@ def _open_data(trainer: Trainer) -> None:
         trainer.validation = open_validation(trainer.val_dataloader, trainer.seed, trainer.world)
     trainer.counts_items = overrides(trainer, "count_items", TrainerBase)
     trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.dp_rank)
-    for decision, setting in trainer.source.plan:
+    validation = [] if trainer.validation is None else trainer.validation.plan
+    for decision, setting in trainer.source.plan + validation:
         trainer.plan.add(decision, setting)
 
 

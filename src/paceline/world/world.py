@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from paceline.errors import ConfigError
 from paceline.world.parallel import Parallel
@@ -150,10 +152,10 @@ def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
         )
     where = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if where not in _meetings:
-        _meetings[where], _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        _meetings[where], _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
         _meetings[where].set_timeout(timeout)
     _joined += 1
-    store = dist.PrefixStore(f"paceline/{_joined}", _meetings[where])
+    store = PrefixStore(f"paceline/{_joined}", _meetings[where])
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
