@@ -81,9 +81,10 @@ class Fetcher(Dataset):
         return self._collate(samples[0] if self._single else samples)
 
     def _index_whole(self, request: Request) -> list[torch.Tensor]:
-        indices = [index for _, run in request for index in run]
-        index = torch.tensor(indices)
-        return [tensor[index] for tensor in self._dataset.tensors]
+        # By way of numpy, which turns a list of numbers into an array 4 times as fast as torch.
+        runs = [np.asarray(run) for _, run in request]
+        index = torch.from_numpy(runs[0] if len(runs) == 1 else np.concatenate(runs))
+        return [tensor.index_select(0, index) for tensor in self._dataset.tensors]
 
 
 class WorkerInit:
