@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Noisy, Regression, StopAt, bits, loader, make_model, rows
+from builders import Noisy, Regression, StopAt, bits, loader, make_model, rows
 from paceline import Callback, CheckpointPolicy
 from paceline.callbacks import (
     AveragedWeights,

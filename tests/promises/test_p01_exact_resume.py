@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Noisy, Recorder, Regression, StopAt, bits, loader, make_model
+from builders import Noisy, Recorder, Regression, StopAt, bits, loader, make_model
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import load_tree

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Noisy, Recorder, Regression, bits, loader, make_model
+from builders import Noisy, Recorder, Regression, bits, loader, make_model
 from paceline import CheckpointPolicy
 from paceline.callbacks import AveragedWeights, GradientMonitor, LearningRate, Throughput
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import paceline
-from conftest import Noisy, Regression, loader, make_model
+from builders import Noisy, Regression, loader, make_model
 from paceline.checkpoint import load_tree, verify
 from paceline.errors import CheckpointError
 

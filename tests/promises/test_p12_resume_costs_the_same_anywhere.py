@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from conftest import StopAt
+from builders import StopAt
 from paceline import Trainer
 from paceline.data.order import Permutation, Shuffled
 
