@@ -148,7 +148,7 @@ def test_a_recipe_that_may_not_go_on_with_the_run_is_not_recorded(recipe: Write)
     first = load_recipe(path)
     build_trainer(first).train(seed=0)
     before = (first.run_dir / "recipe.yaml").read_text()
-    with pytest.raises(ConfigError, match="optimizer.lr"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         build(path, "optimizer.lr=1.0", "trainer.epochs=3").train(seed=0)
     assert (first.run_dir / "recipe.yaml").read_text() == before
 

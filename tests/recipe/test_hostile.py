@@ -141,6 +141,13 @@ def test_a_foreign_package_needs_to_be_trusted():
         find_target("packaging.version.itertools.chain", KINDS["dataset"], trusted)
 
 
+def test_a_package_with_an_entry_point_is_trusted(monkeypatch: pytest.MonkeyPatch):
+    from paceline.recipe import targets
+
+    monkeypatch.setattr(targets, "_plugins", lambda: frozenset({"packaging"}))
+    assert callable(find_target("packaging.version.parse", KINDS["dataset"], Roots()))
+
+
 @pytest.mark.parametrize("place", ["../outside.py", "/usr/lib/os.py", "link.py", ".", "random.py"])
 def test_code_comes_from_the_recipes_own_folder(recipe: Write, tmp_path: Path, place: str):
     inner = tmp_path / "inner"

@@ -3,7 +3,25 @@
 `load_recipe(path, overrides)` reads and checks one; `build_trainer(recipe)` builds its Trainer.
 """
 
-from paceline.recipe.builder import build_trainer
-from paceline.recipe.recipe import Recipe, load_recipe
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paceline.recipe.builder import build_trainer
+    from paceline.recipe.recipe import Recipe, load_recipe
+
+_WHERE = {
+    "Recipe": "paceline.recipe.recipe",
+    "build_trainer": "paceline.recipe.builder",
+    "load_recipe": "paceline.recipe.recipe",
+}
 __all__ = ["Recipe", "build_trainer", "load_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: composing alone needs no torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'paceline.recipe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from paceline.errors import RecipeError
-from paceline.recipe.mistakes import Mistakes, Path, dotted
+from paceline.recipe.mistakes import Mistakes, Path
 
 # Deeper than any recipe; an interpolation that contains itself would go on for ever.
 _MAX_DEPTH = 60
@@ -235,6 +235,3 @@ def _mark_node(node: yaml.Node, path: Path, file: FilePath, marks: dict[Path, st
             below = (*path, str(i))
             marks[below] = f"{file}:{value.start_mark.line + 1}"
             _mark_node(value, below, file, marks)
-
-
-__all__ = ["Composed", "compose", "dotted"]
