@@ -68,26 +68,46 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(module, name, refuse)
 
 
-@pytest.mark.parametrize("target", REACHABLE_COMMANDS)
-@pytest.mark.parametrize("slot", ["model", "optimizer", "loss_fn", "val_dataloader", "trainer"])
-def test_no_slot_takes_a_command(recipe: Write, nothing_runs, slot: str, target: str):
-    node = {"_target_": target, "_args_": ["touch owned"]}
-    with pytest.raises(RecipeError):
-        build_trainer(load_recipe(recipe(**{slot: node})))
-    assert not Path("owned").exists()
+@pytest.fixture
+def toy(recipe: Write) -> Roots:
+    """The recipe's own code is loaded, and may be named."""
+    load_recipe(recipe())
+    return Roots("toy")
 
 
 @pytest.mark.parametrize("target", REACHABLE_COMMANDS)
-def test_no_argument_of_a_component_takes_a_command(recipe: Write, nothing_runs, target: str):
-    for name in ("dataset", "collate_fn", "worker_init_fn", "generator", "multiprocessing_context"):
-        loader = {
-            "_target_": "torch.utils.data.DataLoader",
-            "dataset": {"_target_": "toy.Points"},
-            name: {"_target_": target, "_args_": ["touch owned"]},
-        }
+def test_no_kind_of_slot_takes_a_command(toy: Roots, nothing_runs, target: str):
+    for kind in KINDS.values():
         with pytest.raises(RecipeError):
-            build_trainer(load_recipe(recipe(train_dataloader=loader)))
-    assert not Path("owned").exists()
+            find_target(target, kind, toy)
+
+
+@pytest.mark.parametrize("target", ["torch.nn.functional.torch.nn.Linear", "torch.nn.Module.apply"])
+def test_detours_are_refused_even_to_what_may_be_built(target: str):
+    with pytest.raises(RecipeError):
+        find_target(target, KINDS["model"], Roots())
+
+
+@pytest.mark.parametrize(
+    "slot", ["model", "optimizer", "lr_scheduler", "loss_fn", "val_dataloader", "trainer"]
+)
+def test_a_recipe_with_a_command_in_a_slot_is_refused(recipe: Write, nothing_runs, slot: str):
+    node = {"_target_": "torch.os.system", "_args_": ["touch owned"]}
+    with pytest.raises(
+        RecipeError, match=r"'torch\.os' is the module 'os', which belongs elsewhere"
+    ):
+        load_recipe(recipe(**{slot: node}))
+
+
+@pytest.mark.parametrize("name", ["dataset", "collate_fn", "worker_init_fn", "generator"])
+def test_a_recipe_with_a_command_in_an_argument_is_refused(recipe: Write, nothing_runs, name: str):
+    loader = {
+        "_target_": "torch.utils.data.DataLoader",
+        "dataset": {"_target_": "toy.Points"},
+        name: {"_target_": "torch.os.system", "_args_": ["touch owned"]},
+    }
+    with pytest.raises(RecipeError, match="belongs elsewhere"):
+        load_recipe(recipe(train_dataloader=loader, callbacks=[{"deep": [loader]}]))
 
 
 @pytest.mark.parametrize(
