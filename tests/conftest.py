@@ -20,8 +20,17 @@ from builders import (  # noqa: F401  for tests that import them from here
     make_model,
     rows,
 )
+from ranks import Ranks
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Runs a function on several ranks: `ranks(function, size, *args)` (see `ranks.py`)."""
+    starter = Ranks()
+    yield starter
+    starter.close()
 
 
 @pytest.fixture(autouse=True)

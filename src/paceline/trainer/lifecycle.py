@@ -17,12 +17,12 @@ from paceline.errors import ConfigError, Preempted
 from paceline.log.provenance import RunRecord
 from paceline.trainer import placement, resume
 from paceline.trainer.base import TrainerBase
+from paceline.trainer.checks import check_components, check_settings
 from paceline.trainer.events import Events, overrides
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
-from paceline.trainer.settings import check_settings
 from paceline.trainer.stop import StopAgreement
 from paceline.world.seeding import mix, seed_everything, stream
 
@@ -82,7 +82,7 @@ def start(trainer: Trainer, seed: int | None) -> None:
     _set_determinism(trainer)
     seed_everything(trainer.seed)
     trainer.configure()
-    placement.check_components(trainer)
+    check_components(trainer)
     _open_data(trainer)
     trainer.setup()
     trainer.optimization = Optimization(trainer)
@@ -181,6 +181,9 @@ def _open_records(trainer: Trainer) -> None:
     if sinks is None:
         sinks = [registry.lookup("logger", "jsonl")()] if trainer.run_dir is not None else []
     trainer.recorder = Recorder(trainer, list(sinks))
+    # A row takes every rank, though only one may have a callback that looks at it.
+    wanted = trainer.world.all_gather_object(trainer.recorder.wanted)
+    trainer.recorder.wanted = any(wanted)
     if trainer.run_dir is None:
         trainer.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
         return

@@ -68,7 +68,7 @@ class Recorder:
             sink.write_timing(timing)
 
     def validation_metrics(self, own: dict[str, float], samples: float) -> dict[str, float]:
-        """All metrics of a validation: logged ones, and a trainer's own weighted by samples."""
+        """All metrics of a validation: logged ones, and a trainer's own weighted by items."""
         ours = {name: (float(value) * samples, samples) for name, value in own.items() if samples}
         parts = self._trainer.world.all_gather_object((self.val.sums(), ours))
         self.val.reset()

@@ -10,6 +10,7 @@ import torch
 
 from paceline.errors import DataError, MetricError
 from paceline.trainer.placement import share_buffers
+from paceline.trainer.progress import as_number
 from paceline.trainer.window import to_device
 from paceline.world.seeding import mix, seed_everything, stream
 
@@ -22,13 +23,13 @@ def validate(trainer: Trainer) -> dict[str, float] | None:
 
     Returns:
         The metrics over all ranks: those logged, means over items; those of `get_val_metrics`,
-        means over ranks weighted by their samples. None if a stop was agreed on meanwhile.
+        means over ranks weighted by their items. None if a stop was agreed on meanwhile.
     """
     with _evaluating(trainer), torch.no_grad():
         for hook in trainer.events.on_validation_start:
             hook()
         samples = _run_batches(trainer)
-        everywhere = trainer.world.all_gather_object(None if samples is None else float(samples))
+        everywhere = trainer.world.all_gather_object(samples)
         if samples is None or None in everywhere:
             return None
         if sum(everywhere) == 0:
@@ -61,7 +62,7 @@ def _run_batches(trainer: Trainer) -> float | None:
             trainer.validation_step(batch, batch_idx)
         for hook in events.on_validation_batch_end:
             hook(batch, batch_idx)
-    return samples
+    return as_number(samples)
 
 
 @contextmanager
