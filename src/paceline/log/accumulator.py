@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from paceline.errors import MetricError
 
-_FOLD = 1024  # values held a name on a device, so that memory stays bounded without reading it
+_PACK = 1024  # values a name that stand alone on a device, where each takes a block of its own
 
 
 class Accumulator:
@@ -26,7 +28,7 @@ class Accumulator:
     def __init__(self, *, reads_are_free: bool) -> None:
         self._reads_are_free = reads_are_free
         self._sums: dict[str, list[float]] = {}
-        self._held: dict[str, list[tuple[Any, Any]]] = {}
+        self._held: dict[str, _Held] = {}
 
     def add(self, name: str, value: Any, weight: Any = 1.0) -> None:
         """Adds one value.
@@ -46,7 +48,7 @@ class Accumulator:
                     f"{value.dtype}; a logged value is one real number. Take its mean() first."
                 )
             if not self._reads_are_free:
-                self._hold(name, value.detach().clone(), weight)
+                self._hold(name, value, weight)
                 return
             value = value.item()
         elif not isinstance(value, numbers.Real):
@@ -92,30 +94,56 @@ class Accumulator:
             pair[1] += weight
 
     def _hold(self, name: str, value: Any, weight: Any) -> None:
-        held = self._held.setdefault(name, [])
-        held.append((value, weight))
-        if len(held) >= _FOLD:
-            self._fold(held)
-
-    def _fold(self, held: list[tuple[Any, Any]]) -> None:
-        values, weights = _stack([v for v, _ in held]), _stack([w for _, w in held])
-        weight = weights.sum()
-        held[:] = [((values * weights).sum() / weight, weight)]
+        held = self._held.get(name)
+        if held is None:
+            held = self._held[name] = _Held()
+        held.add(value, weight)
 
     def _read(self, name: str) -> None:
-        held = self._held.pop(name)
-        values = _stack([value for value, _ in held]).tolist()
-        weights = _stack([weight for _, weight in held]).tolist()
-        for value, weight in zip(values, weights, strict=True):
-            self._add(name, value, weight)
+        for value, weight in self._held.pop(name).read():
+            self._add(name, float(value), float(weight))
 
 
-def _stack(values: list[Any]) -> torch.Tensor:
-    """One double tensor of numbers and one-element tensors."""
-    device = next((v.device for v in values if isinstance(v, torch.Tensor)), None)
-    return torch.stack(
-        [torch.as_tensor(v, dtype=torch.float64, device=device).reshape(()) for v in values]
-    )
+class _Held:
+    """Values and weights in the order in which they came, until a device is read."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._weights: list[Any] = []
+        self._loose = 0
+
+    def add(self, value: Any, weight: Any) -> None:
+        self._values.append(_own(value))
+        self._weights.append(_own(weight))
+        self._loose += 1
+        if self._loose == _PACK:
+            self._values, self._weights = _packed(self._values), _packed(self._weights)
+            self._loose = 0
+
+    def read(self) -> Iterator[tuple[Any, Any]]:
+        return zip(_numbers(self._values), _numbers(self._weights), strict=True)
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor, as one of one dimension, which may be changed by nobody; or a number."""
+    return value.detach().reshape(1).clone() if isinstance(value, torch.Tensor) else value
+
+
+def _packed(values: list[Any]) -> list[Any]:
+    """The same with neighbouring tensors of one dtype joined into one."""
+    packed: list[Any] = []
+    for dtype, run in groupby(values, key=lambda value: getattr(value, "dtype", None)):
+        same = list(run)
+        packed += same if dtype is None else [torch.cat(same)]
+    return packed
+
+
+def _numbers(values: list[Any]) -> list[Any]:
+    """The values on the host; one wait for the device, not one a value."""
+    numbers: list[Any] = []
+    for value in _packed(values):
+        numbers += value.tolist() if isinstance(value, torch.Tensor) else [value]
+    return numbers
 
 
 def merge(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
