@@ -17,7 +17,7 @@ from paceline.log.provenance import RunRecord
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.optimization import Optimization
-from paceline.trainer.placement import components, unwrap
+from paceline.trainer.placement import components, outermost, unwrap
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
@@ -28,8 +28,8 @@ from paceline.world.parallel import Parallel
 from paceline.world.world import World
 
 
-def _ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
-    """A `train()` of the user's own, whose loop over `windows()` opened the run.
+def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a `train()` of the user's own, whose loop over `windows()` opened the run.
 
     A `for` does not tell its generator of an exception in its body; the run has to hear of it.
     """
@@ -118,11 +118,6 @@ class TrainerBase(Hooks, AbstractTrainer):
         self._own_loop: Generator[Window] | None = None  # that of an overridden train()
         super().__init__()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "train" in vars(cls):
-            cls.train = _ending_its_run(vars(cls)["train"])  # pyright: ignore
-
     # Counters
 
     @property
@@ -196,7 +191,7 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     def named_models(self) -> dict[str, torch.nn.Module]:
         """The user's modules by name: those assigned to attributes, a stateful loss_fn included."""
-        found = components(self, torch.nn.Module)
+        found = outermost(components(self, torch.nn.Module))
         if found.get("loss_fn") is not None and not found["loss_fn"].state_dict():
             del found["loss_fn"]
         return {name: unwrap(model) for name, model in found.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paceline.checkpoint import reasons_due
+from paceline.trainer.monitor import metric_of
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -24,7 +25,7 @@ def judge(trainer: Trainer, metrics: dict[str, float]) -> bool:
     improved = monitor is not None and monitor(metrics)
     if trainer.lr_scheduler_interval == "metric":
         name = "val/loss" if monitor is None else monitor.metric_name
-        trainer.optimization.step_schedulers("metric", metrics[name])
+        trainer.optimization.step_schedulers("metric", metric_of(metrics, name))
     return improved
 
 

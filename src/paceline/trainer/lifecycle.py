@@ -83,6 +83,8 @@ def start(trainer: Trainer, seed: int | None) -> None:
     seed_everything(trainer.seed)
     trainer.configure()
     check_components(trainer)
+    if trainer.metric_monitor is not None:
+        trainer.metric_monitor.reset()
     _open_data(trainer)
     trainer.setup()
     trainer.optimization = Optimization(trainer)
@@ -295,6 +297,8 @@ def save(trainer: Trainer, reasons: list[str], *, best: bool) -> None:
     saver = trainer.saver
     assert saver is not None
     trainer.optimization.guard.read()
+    if trainer._rewinding:
+        return  # a bad step has come to light: back to a checkpoint from before it
     last = bool({"stop", "end"} & set(reasons))
     if reasons == ["stop"] and trainer._saved_at == (trainer.global_step, trainer.progress.pending):
         failed = saver.wait()

@@ -34,6 +34,10 @@ class MetricMonitor:
         self.metric_name = metric_name
         self.mode = mode
         self.min_delta = min_delta
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every validation: a run begins."""
         self.best_value: float | None = None
         self.worse_count = 0
 
@@ -43,14 +47,7 @@ class MetricMonitor:
         Raises:
             MetricError: the metric is not among them; those that are get listed.
         """
-        if self.metric_name not in metrics:
-            raise MetricError(
-                f"the monitored metric {self.metric_name!r} is not among the validation's metrics"
-                f"{nearest(self.metric_name, metrics)} There is: "
-                f"{', '.join(sorted(metrics)) or 'none'}. Log it in validation_step, return it "
-                "from get_val_metrics, or change MetricMonitor(metric_name=...)."
-            )
-        value = float(metrics[self.metric_name])
+        value = metric_of(metrics, self.metric_name)
         improved = not math.isnan(value) and (
             self.best_value is None
             or (self.mode == "min" and value < self.best_value - self.min_delta)
@@ -69,3 +66,19 @@ class MetricMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         self.best_value, self.worse_count = state["best_value"], state["worse_count"]
+
+
+def metric_of(metrics: dict[str, float], name: str) -> float:
+    """A validation's metric by its name.
+
+    Raises:
+        MetricError: it is not among them; those that are get listed.
+    """
+    if name not in metrics:
+        raise MetricError(
+            f"the monitored metric {name!r} is not among the validation's metrics"
+            f"{nearest(name, metrics)} There is: {', '.join(sorted(metrics)) or 'none'}. Log it in "
+            "validation_step, return it from get_val_metrics, or change "
+            "MetricMonitor(metric_name=...)."
+        )
+    return float(metrics[name])

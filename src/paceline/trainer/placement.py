@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from paceline.errors import ConfigError, LossError
-from paceline.trainer.events import overrides
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -75,87 +73,44 @@ def components(holder: object, kind: type | tuple[type, ...]) -> dict[str, Any]:
         if name.startswith("_"):
             continue
         if isinstance(value, kind):
-            found[name] = value
-        elif isinstance(value, dict) and value and all(isinstance(v, kind) for v in value.values()):
-            found.update(value)
+            named = {name: value}
+        elif isinstance(value, dict) and all(isinstance(v, kind) for v in value.values()):
+            named = value
+        else:
+            continue
+        twice = [key for key in named if key in found]
+        if twice:
+            raise ConfigError(f"two components are called {twice[0]!r}: rename one of them.")
+        found.update(named)
     return found
 
 
-def check_components(trainer: Trainer) -> None:
-    """Refuses what cannot train: no model, no optimizer, parameters in no optimizer or in two.
-
-    Raises:
-        ConfigError: with one line a mistake.
-    """
-    models, optimizers = trainer.named_models(), trainer.named_optimizers()
-    wrong: list[str] = []
-    if not models:
-        wrong.append("there is no model: give model=... or assign one in configure().")
-    if not optimizers:
-        wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
-    wrong += _check_parameters(models, optimizers)
-    for name, optimizer in optimizers.items():
-        if isinstance(optimizer, torch.optim.LBFGS) and not _steps_itself(trainer):
-            wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
-    known = [id(optimizer) for optimizer in optimizers.values()]
-    for name, scheduler in (trainer.named_schedulers() or {}).items():
-        if id(scheduler.optimizer) not in known:
-            wrong.append(f"{name}: it follows an optimizer that is not this trainer's.")
-    if wrong:
-        raise ConfigError("this trainer cannot train:\n  " + "\n  ".join(wrong))
-
-
-def _steps_itself(trainer: Trainer) -> bool:
-    from paceline.trainer.trainer import Trainer
-
-    return overrides(trainer, "step", Trainer)
-
-
-def _check_parameters(models: Any, optimizers: Any) -> list[str]:
-    names: dict[int, str] = {}
-    trainable: dict[int, str] = {}
-    for model_name, model in models.items():
-        for name, parameter in model.named_parameters():
-            names.setdefault(id(parameter), f"{model_name}.{name}")
-            if parameter.requires_grad:
-                trainable.setdefault(id(parameter), f"{model_name}.{name}")
-    held = Counter(
-        id(p) for o in optimizers.values() for group in o.param_groups for p in group["params"]
-    )
-    wrong: list[str] = []
-    forgotten = [name for key, name in trainable.items() if key not in held]
-    if forgotten and optimizers:
-        wrong.append(
-            f"in no optimizer: {_some(forgotten)}. Give them to one, or freeze them with "
-            "requires_grad_(False)."
-        )
-    twice = [names.get(key, "a parameter of no model") for key, n in held.items() if n > 1]
-    if twice:
-        wrong.append(f"in more than one optimizer or group: {_some(twice)}.")
-    strangers = sum(key not in names for key in held)
-    if strangers:
-        wrong.append(
-            f"{strangers} parameter{'s' * (strangers != 1)} in an optimizer belong"
-            f"{'s' * (strangers == 1)} to no model of this trainer, so no checkpoint would hold "
-            "them. Was the optimizer made for another model, or before the model was replaced?"
-        )
-    return wrong
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def outermost(modules: dict[str, Any]) -> dict[str, Any]:
+    """Without modules that are part of another one, or the same as one before."""
+    known = {id(part) for m in modules.values() for part in m.modules() if part is not m}
+    found: dict[str, Any] = {}
+    for name, module in modules.items():
+        if id(module) not in known:
+            known.add(id(module))
+            found[name] = module
+    return found
 
 
 def place(trainer: Trainer) -> None:
     """Moves every module to the device, compiles it if asked, and replicates it over the ranks."""
+    mine = {id(m) for m in outermost(components(trainer, torch.nn.Module)).values()}
+    placed: dict[int, torch.nn.Module] = {}
+
+    def put(module: Any) -> Any:
+        if id(module) in mine and id(module) not in placed:
+            placed[id(module)] = _placed(trainer, module)
+        return placed.get(id(module), module)
+
     for name, value in list(vars(trainer).items()):
         if isinstance(value, torch.nn.Module):
-            setattr(trainer, name, _placed(trainer, value))
-        elif isinstance(value, dict) and any(
-            isinstance(v, torch.nn.Module) for v in value.values()
-        ):
-            for key, module in value.items():
-                value[key] = _placed(trainer, module)
+            setattr(trainer, name, put(value))
+        elif isinstance(value, dict):
+            value.update({key: put(v) for key, v in value.items() if id(v) in mine})
 
 
 def take_back(trainer: Trainer) -> None:

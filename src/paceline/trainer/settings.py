@@ -1,19 +1,15 @@
-"""Settings of a Trainer that belong together, and the checks on them before anything runs."""
+"""Settings of a Trainer that belong together, and other systems' names for its own."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paceline.errors import ConfigError, nearest
-from paceline.trainer.events import misspelt_hooks
 
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
-
-_MODES = ("auto", "never", "must", "fresh")
+MODES = ("auto", "never", "must", "fresh")
 _ELSEWHERE = {
     "criterion": "loss_fn",
     "loss": "loss_fn",
@@ -61,7 +57,7 @@ class Resume:
     @property
     def path(self) -> Path | None:
         """The checkpoint asked for by path."""
-        return None if self.mode in _MODES else Path(self.mode)
+        return None if self.mode in MODES else Path(self.mode)
 
 
 def unknown_keyword(names: dict[str, Any], trainer: type) -> ConfigError:
@@ -77,72 +73,3 @@ def unknown_keyword(names: dict[str, Any], trainer: type) -> ConfigError:
         for name in names
     ]
     return ConfigError("Trainer(...) got what it does not have:\n  " + "\n  ".join(lines))
-
-
-def check_settings(trainer: Trainer) -> None:
-    """Refuses impossible settings, all of them at once.
-
-    Raises:
-        ConfigError: with one line a mistake.
-    """
-    wrong = [m for listener in (trainer, *trainer.callbacks) for m in misspelt_hooks(listener)]
-    _check_choices(trainer, wrong)
-    _check_numbers(trainer, wrong)
-    if trainer.early_stop is not None and trainer.metric_monitor is None:
-        wrong.append(
-            "early_stop: it counts validations without a better metric, so it needs "
-            "metric_monitor=MetricMonitor(...)."
-        )
-    if trainer.metric_monitor is not None and trainer.val_dataloader is None:
-        wrong.append("metric_monitor: nothing is ever validated without a val_dataloader.")
-    if trainer.run_dir is None and trainer.resume.path is not None:
-        wrong.append("resume: a run without run_dir cannot go on from a checkpoint.")
-    if trainer.on_nonfinite == "rewind" and (
-        trainer.run_dir is None or trainer.checkpoint_policy is None
-    ):
-        wrong.append("on_nonfinite='rewind': it goes back to a checkpoint, and none is written.")
-    if trainer.epochs is None and trainer.max_steps is None:
-        wrong.append("epochs: say where the run ends, with epochs=... or max_steps=...")
-    if trainer.train_dataloader is None:
-        wrong.append("train_dataloader: there is nothing to train on.")
-    if wrong:
-        raise ConfigError("these settings cannot work:\n  " + "\n  ".join(wrong))
-
-
-def _check_choices(trainer: Trainer, wrong: list[str]) -> None:
-    for name, choices in {
-        "lr_scheduler_interval": ("step", "epoch", "metric"),
-        "precision": ("fp32", "bf16", "fp16"),
-        "on_nonfinite": ("raise", "stop", "skip", "rewind"),
-    }.items():
-        value = getattr(trainer, name)
-        if value not in choices:
-            wrong.append(f"{name}={value!r}: expected one of {', '.join(choices)}.")
-    every = trainer.validate_every
-    if every != "epoch" and not (isinstance(every, int) and every > 0):
-        wrong.append(f"validate_every={every!r}: expected 'epoch' or a number of steps.")
-
-
-def _check_numbers(trainer: Trainer, wrong: list[str]) -> None:
-    for name in (
-        "epochs",
-        "max_steps",
-        "epoch_length",
-        "global_batch_size",
-        "early_stop",
-        "gradient_accumulation_steps",
-        "log_every",
-    ):
-        value = getattr(trainer, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            wrong.append(f"{name}={value!r}: expected a whole number.")
-        elif value is not None and value < 1:
-            wrong.append(f"{name}={value!r}: expected at least 1.")
-    norm = trainer.max_grad_norm
-    if norm is not None and not norm > 0:
-        wrong.append(f"max_grad_norm={norm!r}: expected a positive norm, or None not to clip.")
-    if trainer.global_batch_size is not None and trainer.gradient_accumulation_steps != 1:
-        wrong.append(
-            "global_batch_size and gradient_accumulation_steps: give one of them; the "
-            "accumulation follows from the global batch size."
-        )

@@ -13,7 +13,7 @@ from paceline.checkpoint import CheckpointPolicy
 from paceline.data.source import Draw
 from paceline.errors import ConfigError
 from paceline.trainer import decisions, lifecycle
-from paceline.trainer.base import TrainerBase
+from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.events import Callback
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.result import Result
@@ -127,13 +127,18 @@ class Trainer(TrainerBase):
         self.early_stop = early_stop
         self.on_nonfinite = on_nonfinite
         self.checkpoint_policy = checkpoint
-        self.callbacks = list(callbacks)
+        self.callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
         self.loggers = loggers
         self.show_progress = progress
         self.log_every = log_every
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.resume = resume if isinstance(resume, Resume) else Resume(str(resume))
         self.autocast: Any = nullcontext()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "train" in vars(cls):
+            cls.train = ending_its_run(cls.train)
 
     # What a model's author writes
 

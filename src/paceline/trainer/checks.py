@@ -1,0 +1,329 @@
+"""What is wrong with a trainer, all of it at once, before anything runs.
+
+Settings are looked at before `configure()`, which may be expensive; what it may assign, after it.
+A trainer that configures nothing has everything looked at in one go.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.checkpoint import CheckpointPolicy
+from paceline.errors import ConfigError, nearest
+from paceline.trainer.events import Callback, misspelt_hooks, overrides
+from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.settings import MODES
+from paceline.world.parallel import Parallel
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+_CHOICES = {
+    "lr_scheduler_interval": ("step", "epoch", "metric"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "on_nonfinite": ("raise", "stop", "skip", "rewind"),
+}
+_COUNTS = (
+    "epochs",
+    "max_steps",
+    "epoch_length",
+    "global_batch_size",
+    "early_stop",
+    "gradient_accumulation_steps",
+    "log_every",
+)
+
+
+def check_settings(trainer: Trainer) -> None:
+    """Refuses impossible settings.
+
+    Raises:
+        ConfigError: with one line a mistake.
+    """
+    wrong = _wrong_choices(trainer) + _wrong_numbers(trainer) + _wrong_combinations(trainer)
+    wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer)
+    if not _overrides(trainer, "configure"):
+        wrong += _wrong_components(trainer)
+    _refuse(wrong)
+
+
+def check_components(trainer: Trainer) -> None:
+    """Refuses what cannot train: models, optimizers, schedulers and data that do not fit.
+
+    Raises:
+        ConfigError: with one line a mistake.
+    """
+    if _overrides(trainer, "configure"):
+        _refuse(_wrong_components(trainer))
+
+
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        raise ConfigError("this cannot work:\n  " + "\n  ".join(wrong))
+
+
+def _overrides(trainer: Trainer, *names: str) -> bool:
+    from paceline.trainer.trainer import Trainer
+
+    return any(overrides(trainer, name, Trainer) for name in names)
+
+
+# Settings
+
+
+def _wrong_choices(trainer: Trainer) -> list[str]:
+    wrong = [
+        f"{name}={value!r}: expected one of {', '.join(choices)}{nearest(str(value), choices)}"
+        for name, choices in _CHOICES.items()
+        if (value := getattr(trainer, name)) not in choices
+    ]
+    every: Any = trainer.validate_every
+    if every != "epoch" and not (_is_count(every) and every > 0):
+        wrong.append(f"validate_every={every!r}: expected 'epoch' or a number of optimizer steps.")
+    for name, argument in (
+        ("compile", "compile"),
+        ("deterministic", "deterministic"),
+        ("show_progress", "progress"),
+    ):
+        if not isinstance(value := getattr(trainer, name), bool):
+            wrong.append(f"{argument}={value!r}: expected True or False.")
+    return wrong
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong_numbers(trainer: Trainer) -> list[str]:
+    wrong: list[str] = []
+    for name in _COUNTS:
+        value = getattr(trainer, name)
+        if value is not None and not _is_count(value):
+            wrong.append(f"{name}={value!r}: expected a whole number.")
+        elif value is not None and value < 1:
+            wrong.append(f"{name}={value!r}: expected at least 1.")
+    norm = trainer.max_grad_norm
+    if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+        wrong.append(f"max_grad_norm={norm!r}: expected a positive norm, or None not to clip.")
+    return wrong
+
+
+def _wrong_combinations(trainer: Trainer) -> list[str]:
+    wrong: list[str] = []
+    if trainer.global_batch_size is not None and trainer.gradient_accumulation_steps != 1:
+        wrong.append(
+            "global_batch_size and gradient_accumulation_steps: give one of them; the "
+            "accumulation follows from the global batch size."
+        )
+    if trainer.on_nonfinite == "rewind" and (
+        trainer.run_dir is None or trainer.checkpoint_policy is None
+    ):
+        wrong.append("on_nonfinite='rewind': it goes back to a checkpoint, and none is written.")
+    if trainer.epochs is None and trainer.max_steps is None:
+        wrong.append("epochs: say where the run ends, with epochs=... or max_steps=...")
+    return wrong
+
+
+def _wrong_callbacks(trainer: Trainer) -> list[str]:
+    wrong = misspelt_hooks(trainer)
+    for callback in trainer.callbacks:
+        if isinstance(callback, Callback):
+            wrong += misspelt_hooks(callback)
+        else:
+            wrong.append(f"callbacks: {_say(callback)} is no Callback{_made(callback)}.")
+    for logger in trainer.loggers or ():
+        if isinstance(logger, type) or not hasattr(logger, "write"):
+            wrong.append(f"loggers: {_say(logger)} is no Sink{_made(logger)}.")
+    for name, value, kind in (
+        ("checkpoint", trainer.checkpoint_policy, CheckpointPolicy),
+        ("parallel", trainer.parallel, Parallel),
+    ):
+        if value is not None and not isinstance(value, kind):
+            wrong.append(f"{name}={_say(value)}: expected a {kind.__name__}(...).")
+    return wrong
+
+
+def _say(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
+
+
+def _made(value: Any) -> str:
+    return f"; make one of it: {value.__name__}(...)" if isinstance(value, type) else ""
+
+
+def _wrong_resume(trainer: Trainer) -> list[str]:
+    resume = trainer.resume
+    wrong: list[str] = []
+    if resume.path is not None and not resume.path.exists():
+        wrong.append(
+            f"resume={resume.mode!r}: there is no such checkpoint, and no such mode; the modes are "
+            f"{', '.join(MODES)}{nearest(resume.mode, MODES)}"
+        )
+    if trainer.run_dir is None and (resume.path is not None or resume.mode == "must"):
+        wrong.append(f"resume={resume.mode!r}: a run without run_dir has nothing to go on from.")
+    if resume.init_from is not None and not Path(resume.init_from).exists():
+        wrong.append(f"init_from={str(resume.init_from)!r}: there is no such file or folder.")
+    return wrong
+
+
+# Components and data
+
+
+def _wrong_components(trainer: Trainer) -> list[str]:
+    wrong = _wrong_kinds(trainer) + _wrong_data(trainer) + _wrong_steps(trainer)
+    try:
+        models, optimizers = trainer.named_models(), trainer.named_optimizers()
+        schedulers = trainer.named_schedulers() or {}
+    except ConfigError as error:
+        return [*wrong, str(error)]
+    if not models and not wrong:
+        wrong.append("there is no model: give model=... or assign one in configure().")
+    if not optimizers and not wrong:
+        wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
+    wrong += _wrong_parameters(models, optimizers)
+    for name, optimizer in optimizers.items():
+        if isinstance(optimizer, torch.optim.LBFGS) and not _overrides(trainer, "step"):
+            wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
+    known = [id(optimizer) for optimizer in optimizers.values()]
+    for name, scheduler in schedulers.items():
+        if id(scheduler.optimizer) not in known:
+            wrong.append(f"{name}: it follows an optimizer that is not this trainer's.")
+        wrong += _wrong_interval(name, scheduler, trainer)
+    return wrong
+
+
+def _wrong_kinds(trainer: Trainer) -> list[str]:
+    """Components of a kind that would be overlooked, or fail late."""
+    wrong: list[str] = []
+    for name, kind, word in (
+        ("model", torch.nn.Module, "a torch.nn.Module"),
+        ("optimizer", torch.optim.Optimizer, "a torch optimizer"),
+        ("lr_scheduler", torch.optim.lr_scheduler.LRScheduler, "a torch LRScheduler"),
+    ):
+        given = getattr(trainer, name)
+        for value in given.values() if isinstance(given, Mapping) else (given,):
+            if value is not None and not isinstance(value, kind):
+                wrong.append(f"{name}: {_say(value)} is not {word}{_made(value)}.")
+    if trainer.loss_fn is not None and not callable(trainer.loss_fn):
+        wrong.append(f"loss_fn: {_say(trainer.loss_fn)} cannot be called.")
+    monitor = trainer.metric_monitor
+    if monitor is not None and not isinstance(monitor, MetricMonitor):
+        wrong.append(
+            f"metric_monitor={_say(monitor)}: expected a MetricMonitor(metric_name=..., mode=...)."
+        )
+    return wrong
+
+
+def _wrong_data(trainer: Trainer) -> list[str]:
+    wrong: list[str] = []
+    if trainer.train_dataloader is None:
+        wrong.append("train_dataloader: there is nothing to train on.")
+    for name in ("train_dataloader", "val_dataloader"):
+        loader = getattr(trainer, name)
+        if _is_count(loader):
+            wrong.append(f"{name}={loader}: a seed is given by name, train(seed={loader}).")
+        elif loader is not None and not hasattr(loader, "__iter__"):
+            wrong.append(
+                f"{name}: {_say(loader)} cannot be iterated: give a DataLoader or an iterable of "
+                "batches."
+            )
+        elif hasattr(loader, "__next__"):
+            wrong.append(
+                f"{name}: {_say(loader)} is an iterator, which can be read only once: give an "
+                "object whose __iter__ starts again, such as a DataLoader."
+            )
+    if trainer.early_stop is not None and trainer.metric_monitor is None:
+        wrong.append(
+            "early_stop: it counts validations without a better metric, so it needs "
+            "metric_monitor=MetricMonitor(...)."
+        )
+    if trainer.val_dataloader is None:
+        for name, value in (
+            ("metric_monitor", trainer.metric_monitor is not None),
+            ("lr_scheduler_interval='metric'", trainer.lr_scheduler_interval == "metric"),
+        ):
+            if value:
+                wrong.append(f"{name}: nothing is ever validated without a val_dataloader.")
+    return wrong
+
+
+def _wrong_steps(trainer: Trainer) -> list[str]:
+    """Default steps need a loss_fn and one model."""
+    if _overrides(trainer, "loss"):
+        return []
+    needed = {
+        "training_step": ("train", "epoch", "step", "training_step"),
+        "validation_step": ("evaluate", "validation_step"),
+    }
+    if trainer.val_dataloader is None:
+        del needed["validation_step"]
+    wrong: list[str] = []
+    for step, ways in needed.items():
+        if _overrides(trainer, *ways):
+            continue
+        if trainer.loss_fn is None:
+            wrong.append(
+                f"loss_fn: the default {step} computes loss_fn(model(inputs), targets): give "
+                f"loss_fn=..., or override loss or {step}."
+            )
+        if isinstance(trainer.model, Mapping):
+            wrong.append(f"model: with several models, override loss or {step}.")
+    return wrong
+
+
+def _wrong_interval(name: str, scheduler: Any, trainer: Trainer) -> list[str]:
+    interval, monitor = trainer.lr_scheduler_interval, trainer.metric_monitor
+    takes = inspect.signature(scheduler.step).parameters.get("metrics")
+    kind = type(scheduler).__name__
+    if interval == "metric" and takes is None:
+        return [f"{name}: {kind} takes no metric: lr_scheduler_interval is 'step' or 'epoch'."]
+    if interval != "metric" and takes is not None and takes.default is inspect.Parameter.empty:
+        return [f"{name}: {kind} steps with a metric: set lr_scheduler_interval='metric'."]
+    mode = getattr(scheduler, "mode", None)
+    if interval == "metric" and isinstance(monitor, MetricMonitor) and mode != monitor.mode:
+        return [
+            f"{name}: {kind}(mode={mode!r}) gets {monitor.metric_name!r}, of which "
+            f"metric_monitor says mode={monitor.mode!r}."
+        ]
+    return []
+
+
+def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:
+    names: dict[int, str] = {}
+    trainable: dict[int, str] = {}
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            names.setdefault(id(parameter), f"{model_name}.{name}")
+            if parameter.requires_grad:
+                trainable.setdefault(id(parameter), f"{model_name}.{name}")
+    held = Counter(
+        id(p) for o in optimizers.values() for group in o.param_groups for p in group["params"]
+    )
+    wrong: list[str] = []
+    forgotten = [name for key, name in trainable.items() if key not in held]
+    if forgotten and optimizers:
+        wrong.append(
+            f"in no optimizer: {_some(forgotten)}. Give them to one, or freeze them with "
+            "requires_grad_(False)."
+        )
+    twice = [names.get(key, "a parameter of no model") for key, n in held.items() if n > 1]
+    if twice:
+        wrong.append(f"in more than one optimizer or group: {_some(twice)}.")
+    strangers = sum(key not in names for key in held)
+    if strangers and models:
+        wrong.append(
+            f"{strangers} parameter{'s' * (strangers != 1)} in an optimizer belong"
+            f"{'s' * (strangers == 1)} to no model of this trainer, so no checkpoint would hold "
+            "them. Was the optimizer made for another model, or before the model was replaced?"
+        )
+    return wrong
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
