@@ -130,6 +130,8 @@ def test_nothing_is_built_while_checking(recipe: Write, tmp_path: Path):
 def test_an_error_in_the_code_names_its_line(recipe: Write, tmp_path: Path):
     path = recipe()
     (tmp_path / "toy.py").write_text("import torch\n\nundefined_name\n")
-    text = "\n".join(refusal(path))
+    lines = refusal(path, "optimizer.lrr=1")
+    text = "\n".join(lines)
+    assert len(lines) == 3  # that toy.Net is unknown follows from it, and is not told as well
     assert "toy.yaml:1: code: its import failed" in text
     assert "toy.py:3: NameError" in text

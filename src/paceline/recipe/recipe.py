@@ -87,7 +87,8 @@ def load_recipe(
     mistakes = composed.mistakes()
     schema = parse(composed.resolve(mistakes), mistakes)
     code = _code(schema.code, composed, mistakes)
-    checker = Checker(Roots(code.stem if code else None, trust), mistakes)
+    unread = Path(schema.code).stem if schema.code is not None and code is None else None
+    checker = Checker(Roots(code.stem if code else None, trust), mistakes, unread)
     trainer = _trainer(schema.trainer, checker)
     parts = _parts(schema, trainer, checker)
     lists = _lists(schema, checker)

@@ -155,7 +155,7 @@ def find_target(text: str, kind: Kind, roots: Roots) -> Callable[..., Any]:
         known = [*_HOUSE, *([roots.code] if roots.code else [])]
         raise RecipeError(
             f"{text!r}: a recipe may name things from {', '.join(known)}"
-            f"{nearest(parts[0], known)} To use the package {parts[0]!r} as well: "
+            f"{nearest(parts[0], known) or '.'} To use the package {parts[0]!r} as well: "
             f"--trust {parts[0]}"
         )
     target, module, name = _walk(parts)
