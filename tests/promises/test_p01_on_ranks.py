@@ -1,0 +1,244 @@
+"""P1 Exact resume on 2 and 4 ranks: stopped by one of them, resumed in new processes.
+
+Each chain stops a run after every step in turn, each time in new processes, and ends with the bits
+of one run that never stopped: parameters, buffers, optimizer state, averaged weights, rows, sample
+ids and events, on every rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from builders import Noisy, Recorder, Regression, bits, loader
+from paceline import CheckpointPolicy, MetricMonitor
+from paceline.callbacks import AveragedWeights
+from paceline.trainer import stop
+from paceline.trainer.events import Callback
+from ranks import Ranks
+
+AROUND = {"on_setup", "on_load_checkpoint", "on_train_start", "on_save_checkpoint", "on_teardown"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train on and how far.
+
+    97 samples in batches of 5 on 2 ranks (3 on 4), accumulation 3: windows of 30 (36), the last one
+    short, on 4 ranks with stand-ins.
+    """
+
+    data: str = "indexed"
+    batch: int = 5
+    steps: int = 9
+    epoch_length: int | None = None
+    workers: int = 0
+    stopper: int = 1
+
+
+def model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Linear(8, 16),
+            nn.Unflatten(1, (4, 4)),
+            nn.BatchNorm1d(4),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(16, 24),
+            nn.Tanh(),
+            nn.Linear(24, 1),
+        )
+
+
+class StopFrom(Callback):
+    """One rank asks for a stop after `step` windows; the others wait until they have heard of it,
+    so that the test stops where it means to."""
+
+    def __init__(self, step: int | None, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_start(self, trainer: Any) -> None:
+        self.ask(trainer)
+
+    def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        self.ask(trainer)
+
+    def ask(self, trainer: Any) -> None:
+        if trainer.global_step != self.step:
+            return
+        if trainer.world.rank == self.rank:
+            trainer.request_stop("test")
+        give_up = time.monotonic() + (5 if trainer.world.size > 1 else 0)
+        while not trainer.stop_agreement._frozen and time.monotonic() < give_up:
+            time.sleep(0.002)
+
+
+class Share(IterableDataset):
+    """A rank's share of a permutation that depends on the pass; it knows where it stands. The
+    ranks' shares are uneven: rank 0 has twice what the others have."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.at, self.epoch = rank, size, 0, 0
+        self.rows = Noisy()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+    def __iter__(self) -> Iterator[Any]:
+        order = np.random.default_rng(self.epoch).permutation(60)
+        own = [i for i, n in enumerate(order) if n % (self.size + 1) in owned(self.rank, self.size)]
+        while self.at < len(own):
+            self.at += 1
+            yield self.rows[int(order[own[self.at - 1]])]
+        self.at = 0
+
+
+def owned(rank: int, size: int) -> tuple[int, ...]:
+    return (0, size) if rank == 0 else (rank,)
+
+
+class Plain:
+    """Batches of a rank's share of a permutation drawn from torch's generator, augmented."""
+
+    def __init__(self, rank: int, size: int, batch: int) -> None:
+        self.rank, self.size, self.batch = rank, size, batch
+        self.rows = Noisy()
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(60).tolist()
+        own = [n for n in order if n % (self.size + 1) in owned(self.rank, self.size)]
+        for i in range(0, len(own), self.batch):
+            x, y, ids = zip(*(self.rows[n] for n in own[i : i + self.batch]), strict=True)
+            yield torch.stack(x), torch.stack(y), torch.tensor(ids)
+
+
+def training_data(plan: Plan, world: Any) -> Any:
+    if plan.data == "indexed":
+        workers = {"num_workers": plan.workers, "persistent_workers": plan.workers > 0}
+        return loader(Noisy(), plan.batch, **workers)
+    if plan.data == "stateful":
+        return StatefulDataLoader(Share(world.rank, world.size), plan.batch)
+    return Plain(world.rank, world.size, plan.batch)
+
+
+class OnRanks(Regression):
+    def configure(self) -> None:
+        self.train_dataloader = training_data(self.data_plan, self.world)
+
+
+def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: Callback) -> Any:
+    """Trains on this rank from where the folder's run stands."""
+    stop._POLL = 0.01
+    recorder, network = Recorder(), model()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    trainer = OnRanks(
+        model=network,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5),
+        train_dataloader=[],
+        val_dataloader=loader(Noisy(23), 4, shuffle=False),
+        max_steps=plan.steps,
+        epoch_length=plan.epoch_length,
+        gradient_accumulation_steps=3,
+        max_grad_norm=1.0,
+        metric_monitor=MetricMonitor(),
+        callbacks=[
+            AveragedWeights(decay=0.9),
+            recorder,
+            StopFrom(stop_after, plan.stopper),
+            *callbacks,
+        ],
+        checkpoint=CheckpointPolicy(every_steps=4),
+        progress=False,
+        log_every=2,
+        run_dir=folder,
+    )
+    trainer.data_plan = plan
+    trainer.on_save_checkpoint = lambda state: setattr(trainer, "state", state)
+    trainer.train(seed=11)
+    state = getattr(trainer, "state", {})
+    parts = ("models", "optimizers", "schedulers", "callbacks", "data", "monitor")
+    return {
+        "step": trainer.global_step,
+        "pending": trainer.progress.pending,
+        "state": {part: bits(state.get(part)) for part in parts},
+        "progress": {**trainer.progress.state_dict(), "pending": None},
+        "weights": bits(dict(network.state_dict())),
+        "seen": trainer.seen,
+        "trace": [entry for entry in recorder.trace if entry[0] not in AROUND],
+        "reason": trainer.result.stopped_by,
+    }
+
+
+def check_chain(ranks: Ranks, size: int, folder: Path, plan: Plan, stops: list[int]) -> None:
+    """Stopped after each of `stops` in turn, the run ends as one that never stopped."""
+    whole = ranks(train, size, folder / "whole", plan)
+    pieces = []
+    for stop_after in stops:
+        pieces.append(ranks(train, size, folder / "broken", plan, stop_after))
+        steps = {piece["step"] for piece in pieces[-1]}
+        assert steps == {stop_after}, "the ranks stop at one step, the one that was meant"
+        assert {piece["reason"] for piece in pieces[-1]} == {"test"}
+    pieces.append(ranks(train, size, folder / "broken", plan))
+    for rank in range(size):
+        mine = [piece[rank] for piece in pieces]
+        for part in ("state", "progress", "weights"):
+            assert mine[-1][part] == whole[rank][part], f"rank {rank}: {part}"
+        seen = [entry for piece in mine for entry in piece["seen"].items()]
+        assert seen == list(whole[rank]["seen"].items()), f"rank {rank}: sample ids"
+        trace = [event for piece in mine for event in piece["trace"] if event[0] != "on_train_end"]
+        plain = [event for event in whole[rank]["trace"] if event[0] != "on_train_end"]
+        assert trace == plain, f"rank {rank}: events"
+    rows = [(folder / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "batch", "stops"), [(2, 5, [0, 1, 2, 3, 4, 5, 7, 8]), (4, 3, [1, 3, 4, 6, 8])]
+)
+def test_stopped_again_and_again(
+    ranks: Ranks, size: int, batch: int, stops: list[int], tmp_path: Path
+) -> None:
+    """Before the first step, within an epoch, at its end (step 4 on 2 ranks, 3 and 6 on 4), at a
+    checkpoint, before the last step; 4 ranks show what DDP's buckets do."""
+    check_chain(ranks, size, tmp_path, Plan(batch=batch), stops)
+
+
+@pytest.mark.slow
+def test_loader_workers_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    check_chain(ranks, 2, tmp_path, Plan(workers=1, steps=6), [2, 4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch_length", [None, 4])
+@pytest.mark.parametrize("data", ["stateful", "replayed"])
+def test_streams_of_uneven_shares(
+    ranks: Ranks, data: str, epoch_length: int | None, tmp_path: Path
+) -> None:
+    """Rank 0's share is twice the other's: without `epoch_length` the other stands in until the
+    epoch ends, also when resumed there; with it, each rank's loader begins its next pass alone."""
+    check_chain(ranks, 2, tmp_path, Plan(data, 5, 8, epoch_length), [1, 3, 4, 6])
+
+
+@pytest.mark.slow
+def test_a_stream_on_one_rank(ranks: Ranks, tmp_path: Path) -> None:
+    for data in ("stateful", "replayed"):
+        check_chain(ranks, 1, tmp_path / data, Plan(data, 7, 8, stopper=0), [1, 3, 4])
