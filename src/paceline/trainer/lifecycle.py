@@ -13,7 +13,7 @@ import torch
 from paceline import registry
 from paceline.checkpoint import Checkpoints
 from paceline.data.loader import WindowSize, open_training, open_validation
-from paceline.errors import ConfigError, Preempted
+from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.provenance import RunRecord
 from paceline.trainer import placement, resume
 from paceline.trainer.base import TrainerBase
@@ -145,14 +145,25 @@ def _open_data(trainer: Trainer) -> None:
     size = WindowSize(
         trainer.gradient_accumulation_steps, trainer.global_batch_size, trainer.epoch_length
     )
-    trainer.source = open_training(trainer.train_dataloader, size, trainer.seed, trainer.world)
+    seed, world = trainer.seed, trainer.world
+    with _speaking_of("train_dataloader"):
+        trainer.source = open_training(trainer.train_dataloader, size, seed, world)
     if trainer.val_dataloader is not None:
-        trainer.validation = open_validation(trainer.val_dataloader, trainer.seed, trainer.world)
+        with _speaking_of("val_dataloader"):
+            trainer.validation = open_validation(trainer.val_dataloader, seed, world)
     trainer.counts_items = overrides(trainer, "count_items", TrainerBase)
     trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.dp_rank)
     validation = [] if trainer.validation is None else trainer.validation.plan
     for decision, setting in trainer.source.plan + validation:
         trainer.plan.add(decision, setting)
+
+
+@contextmanager
+def _speaking_of(what: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def place(trainer: Trainer) -> None:

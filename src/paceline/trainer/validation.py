@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.errors import DataError, MetricError
+from paceline.errors import ConfigError, DataError, MetricError
 from paceline.trainer.placement import share_buffers
 from paceline.trainer.progress import as_number
 from paceline.trainer.window import to_device
@@ -25,6 +25,10 @@ def validate(trainer: Trainer) -> dict[str, float] | None:
         The metrics over all ranks: those logged, means over items; those of `get_val_metrics`,
         means over ranks weighted by their items. None if a stop was agreed on meanwhile.
     """
+    if not trainer._open:
+        raise ConfigError(
+            "evaluate() works within a run: call it from a hook or a train() of yours."
+        )
     with _evaluating(trainer), torch.no_grad():
         for hook in trainer.events.on_validation_start:
             hook()
