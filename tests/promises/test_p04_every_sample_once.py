@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,13 @@ def test_any_position_is_found_again(layout: dict[str, Any], epoch: int, positio
     st.integers(1, 3),
     st.booleans(),
     st.permutations([1, 2, 3, 4, 6]),
-    st.data(),
+    st.lists(st.integers(0, 5), min_size=5, max_size=5),
 )
 def test_another_number_of_ranks_draws_the_same_windows(
-    n: int, batch: int, shuffle: bool, sizes: list[int], data: st.DataObject
+    n: int, batch: int, shuffle: bool, sizes: list[int], steps: list[int]
 ) -> None:
     """With `global_batch_size`, whoever goes on from anywhere: each step has the same samples."""
-    check_elastic(n, batch, shuffle, sizes, [data.draw(st.integers(0, 5)) for _ in sizes])
+    check_elastic(n, batch, shuffle, sizes, steps)
 
 
 def check_elastic(n: int, batch: int, shuffle: bool, sizes: list[int], steps: list[int]) -> None:
@@ -298,9 +299,13 @@ def counted(case: Case, **settings: Any) -> Any:
     return trainer.trained, trainer.validated, trainer.plan.as_list(), trainer.progress.samples
 
 
+def flat(lists: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(lists))
+
+
 def together(outcomes: list[Any], part: int) -> list[list[int]]:
     """What all ranks saw, epoch by epoch."""
-    return [sum(parts, []) for parts in zip(*(outcome[part] for outcome in outcomes), strict=True)]
+    return [flat(parts) for parts in zip(*(outcome[part] for outcome in outcomes), strict=True)]
 
 
 CASES = [Case(n, batch) for n in (1, 2, 3, 7, 10, 97) for batch in (10, 2)] + [
@@ -336,9 +341,7 @@ def check_counts(case: Case, outcomes: list[Any]) -> None:
         assert len(said) == 2, "of training, and of validation"
 
 
-LENGTHS = [
-    Case(length=length, epochs=4, sampler=s) for length in (1, 7) for s in ("shuffle", "own")
-]
+LENGTHS = [Case(length=n, epochs=4, sampler=s) for n in (1, 7) for s in ("shuffle", "own")]
 
 
 @pytest.mark.slow
@@ -349,7 +352,7 @@ def test_epochs_of_any_length_repeat_nothing(ranks: Ranks) -> None:
         assert case.length is not None
         epochs = together([outcome[i] for outcome in outcomes], 0)
         assert [len(ids) for ids in epochs] == [20 * case.length] * 4
-        whole = Counter(sum(epochs, []))
+        whole = Counter(flat(epochs))
         passes, rest = divmod(80 * case.length, 97)
         assert set(whole.values()) <= {passes, passes + 1}
         assert sum(times == passes + 1 for times in whole.values()) == rest or passes == 0
@@ -432,16 +435,14 @@ def test_streams_of_any_lengths_end_together(ranks: Ranks) -> None:
         assert ones == 1.0
 
 
-def all_alike() -> list[str]:
-    with pytest.warns(UserWarning) as caught:
+def all_alike() -> None:
+    with pytest.warns(UserWarning, match="each sample is seen 2 times a pass"):
         counted_from(Stream(0, 3))
-    return [str(warning.message) for warning in caught]
 
 
 @pytest.mark.slow
 def test_a_stream_that_every_rank_reads_whole_is_said(ranks: Ranks) -> None:
-    for messages in ranks(all_alike, 2):
-        assert any("each sample is seen 2 times a pass" in message for message in messages)
+    ranks(all_alike, 2)
 
 
 class Losses(Callback):
@@ -498,7 +499,7 @@ def test_resumed_on_other_numbers_of_ranks(ranks: Ranks, shuffle: bool, tmp_path
     for size, until in ((2, 3), (1, 7), (4, None)):
         outcomes = ranks(elastic, size, tmp_path / "elastic", shuffle, until)
         for step, loss in outcomes[0][1].items():
-            steps[step] = Counter(sum((outcome[0].get(step, []) for outcome in outcomes), []))
+            steps[step] = Counter(flat(outcome[0].get(step, []) for outcome in outcomes))
             assert loss == pytest.approx(whole[1][step], rel=1e-9)
     assert steps == {step: Counter(ids) for step, ids in whole[0].items()}
     for a, b in zip(outcomes[0][2], whole[2], strict=True):

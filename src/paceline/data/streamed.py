@@ -250,7 +250,9 @@ def _fingerprint(batches: list[Any]) -> bytes:
     held = [leaf for leaf in tree_leaves(batches[-1:]) if isinstance(leaf, torch.Tensor)]
     digest = hashlib.sha256()
     for tensor in held:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.digest() if held else b""
 
 
