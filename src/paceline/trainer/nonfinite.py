@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ from paceline.trainer.window import describe
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
+    from paceline.trainer.window import Window
+
+_REMEMBERED = 4096  # windows whose samples can still be named when a device's verdict is read
 
 
 class NonFiniteGuard:
@@ -38,12 +43,15 @@ class NonFiniteGuard:
         self._norm_bad = False
         self._flag: torch.Tensor | None = None  # on the device: bad in this window
         self._bad_step: torch.Tensor | None = None  # on the device: the first bad step, or -1
+        self._unread: deque[tuple[int, Callable[[], list[Any]]]] = deque(maxlen=_REMEMBERED)
         self._kept: Path | None = None
         self._buffers = _BufferCopies(trainer) if trainer.on_nonfinite in ("stop", "skip") else None
 
-    def begin(self) -> None:
+    def begin(self, window: Window) -> None:
         """A new window."""
         self._found, self._norm_bad, self._flag = None, False, None
+        if not self._read:
+            self._unread.append((self._trainer.global_step, window.locator()))
         if self._buffers is not None:
             self._buffers.take()
 
@@ -65,7 +73,9 @@ class NonFiniteGuard:
             loss = torch.where(weight == 0, 0.0, loss)
         clean = loss - loss  # zero, or NaN if the loss is not finite
         self._raise_flag(clean)
-        return self._poisoned(weighted, clean) if self._ranks > 1 else weighted
+        # The other ranks, and a scaler, learn of it from the gradients alone.
+        told = self._ranks > 1 or self._trainer.optimization.scaler is not None
+        return self._poisoned(weighted, clean) if told else weighted
 
     def _poisoned(self, weighted: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
         """Adds a NaN, or zero, that reaches the sentinel's gradient on the shortest way."""
@@ -130,10 +140,16 @@ class NonFiniteGuard:
             # With a scaler the gradients do not tell: an infinite one may be an overflow.
             steps = self._trainer.world.all_gather_object(step)
             step = min((each for each in steps if each >= 0), default=-1)
+        samples = [locate() for at, locate in self._unread if at == step]
+        self._unread.clear()
         if step < 0:
             return
         self._bad_step = None
-        self._act(f"the loss or gradient of step {step + 1} is not finite", step)
+        message = f"the loss or gradient of step {step + 1} is not finite"
+        for ids in samples:
+            rank = self._trainer.world.rank
+            message += f"; rank {rank} had the samples {ids} (a list a micro-batch)"
+        self._act(message, step)
 
     def _note(self, what: dict[str, Any]) -> None:
         window = self._trainer.window
@@ -202,9 +218,11 @@ class NonFiniteGuard:
         self._bad_step = torch.where(first, trainer.global_step, self._bad_step)
         # After a bad step nothing moves until the verdict is read, unless the policy is to skip it.
         sticky = self._flag if trainer.on_nonfinite == "skip" else self._bad_step >= 0
+        if self._buffers is not None:
+            self._buffers.put_back(sticky)
         if trainer.optimization.scaler is not None:
             return True
-        if is_fused(optimizer):
+        if is_fused(optimizer) and not _makes_momentum(optimizer):
             optimizer.found_inf = sticky.float()  # pyright: ignore[reportAttributeAccessIssue]
             return True
         return not bool(sticky)
@@ -245,14 +263,28 @@ class _BufferCopies:
             copy.copy_(buffer)
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def put_back(self, if_bad: torch.Tensor | None = None) -> None:
         for copy, buffer in zip(self._copies, self._buffers, strict=True):
-            buffer.copy_(copy)
+            buffer.copy_(copy if if_bad is None else torch.where(if_bad, copy, buffer))
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer heeds `found_inf` on the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _makes_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the next step is the one in which fused SGD allocates its momentum.
+
+    torch 2.13 allocates it without values and leaves it so if that step is masked.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return False
+    return any(
+        group["momentum"]
+        and not any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"])
+        for group in optimizer.param_groups
+    )
 
 
 def _first_bad_gradient(trainer: Trainer) -> str | None:

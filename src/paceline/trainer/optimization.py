@@ -168,10 +168,11 @@ class Optimization:
                 )
 
     def _advance(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.scaler is None:
-            optimizer.step()
-        else:
+        if self.scaler is not None:
             self.scaler.step(optimizer)
+            return
+        optimizer.step()
+        vars(optimizer).pop("found_inf", None)  # the guard's mask is for this step alone
 
     def _update_scale(self) -> None:
         # Once all optimizers of a backward pass have stepped: their gradients have one scale.

@@ -269,7 +269,7 @@ class Trainer(TrainerBase):
 
     def _open_window(self, draw: Draw) -> Window:
         window = Window(self, draw, self.progress.batch)
-        self.optimization.guard.begin()
+        self.optimization.guard.begin(window)
         return window
 
     def _close_window(self, window: Window) -> None:
@@ -281,9 +281,9 @@ class Trainer(TrainerBase):
         progress.samples += window.samples
         progress.items += window.items
         row: dict[str, Any] = {}
-        if progress.global_step % self.log_every == 0 and self.recorder.wanted:
+        if progress.global_step % self.log_every == 0:
             self.optimization.guard.read()
-            row = self.recorder.row()
+            row = self.recorder.row() if self.recorder.wanted else {}
         for hook in self.events.on_step_end:
             hook(row)
         if row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +76,11 @@ class Window:
     def ids(self) -> list[Any]:
         """The sample indices of the micro-batch at hand, if the loader knows them."""
         return [] if self.stand_in else self._draw.ids(self._position)
+
+    def locator(self) -> Callable[[], list[Any]]:
+        """What gives the sample indices of each micro-batch later, and holds no batch till then."""
+        ids, sizes = self._draw.ids, self._draw.sizes
+        return lambda: [ids(j) if size != 0 else [] for j, size in enumerate(sizes)]
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         if self.batch is not None:
