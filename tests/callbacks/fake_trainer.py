@@ -36,7 +36,7 @@ class FakeTrainer(Hooks):
         self.epochs, self.training_horizon = 2, 8
         self.log_every = log_every
         self.validation: Any = SimpleNamespace(length=2)
-        self.progress = SimpleNamespace(samples=0, items=0)
+        self.progress = SimpleNamespace(samples=0, items=0, rates={})
         self.row: dict[str, Any] = {}
         self.logged: list[tuple[int, str, Any]] = []
         self.timing: list[tuple[str, float]] = []
@@ -81,8 +81,9 @@ class FakeTrainer(Hooks):
             inputs = torch.randn(8, 3, generator=generator)
             loss = self.model(inputs).square().mean()
             loss.backward()
-            for optimizer in self.optimizers.values():
+            for name, optimizer in self.optimizers.items():
                 self.fire("on_before_optimizer_step", optimizer)
+                self.progress.rates[name] = [group["lr"] for group in optimizer.param_groups]
                 optimizer.step()
                 optimizer.zero_grad()
             self.global_step += 1

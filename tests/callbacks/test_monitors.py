@@ -116,7 +116,7 @@ def rates(trainer: FakeTrainer) -> dict[str, float]:
     return {name: value for name, value in trainer.row.items() if name.startswith("lr")}
 
 
-def test_each_parameter_group_has_its_present_rate_in_the_row() -> None:
+def test_each_parameter_group_has_the_rate_of_its_step_in_the_row() -> None:
     optimizer = grouped(name="body")
     trainer = FakeTrainer(LearningRate(), log_every=2)
     trainer.optimizers["optimizer"] = optimizer

@@ -122,7 +122,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     training = [row for row in rows(tmp_path) if "train/loss" in row]
     assert [row["step"] for row in training] == [2, 4, 6, 8, 10, 12]
     assert {"lr/0", "lr/1", "grad_norm", "grad_norm/0", "grad_norm/3"} <= training[0].keys()
-    assert [row["lr/1"] for row in training] == [1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4, 1.25e-4]
+    assert [row["lr/1"] for row in training] == [1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4]
     timing = [row for row in read_rows(tmp_path / "timing.jsonl") if "step_seconds" in row]
     assert [row["step"] for row in timing] == [2, 4, 6, 8, 10, 12]
     assert all(row["samples_per_second"] > 0 and row["items_per_second"] > 0 for row in timing)

@@ -98,6 +98,7 @@ class Optimization:
             self.guard.note_norm(norm)
         elif trainer.check_gradients:
             self.guard.check_norm(optimizer)
+        trainer.progress.rates[name] = [group["lr"] for group in optimizer.param_groups]
         if self.guard.allows(optimizer):
             self._advance(optimizer)
         optimizer.zero_grad()

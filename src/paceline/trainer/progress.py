@@ -29,6 +29,7 @@ class Progress:
         ended_by: why training is over, or None while it may go on.
         skips: global steps whose windows are passed over (after a rewind).
         metrics: the last validation's metrics.
+        rates: the learning rates of the last window, one a parameter group, by optimizer.
     """
 
     epoch: int = 0
@@ -41,10 +42,13 @@ class Progress:
     ended_by: str | None = None
     skips: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, list[Any]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Every counter, as plain numbers."""
-        return {**asdict(self), "samples": int(self.samples), "items": as_number(self.items)}
+        rates = {name: list(map(float, rates)) for name, rates in self.rates.items()}
+        counts = {"samples": int(self.samples), "items": as_number(self.items)}
+        return {**asdict(self), **counts, "rates": rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""

@@ -48,7 +48,7 @@ class Recorder:
         """The row of the steps since the last one, the same on every rank; starts a new one."""
         means = merge(self._trainer.world.all_gather_object(self.train.sums()))
         self.train.reset()
-        return {**self._counters(), **means}
+        return {**self._counters(), **self._rates(), **means}
 
     def add_timing(self, name: str, value: float) -> None:
         """Adds a measurement to the next timing row."""
@@ -121,17 +121,18 @@ class Recorder:
             for sink in self.sinks:
                 sink.close(status)
 
+    def _rates(self) -> dict[str, float]:
+        """The rate that the last step used, of each optimizer's first group."""
+        rates = self._trainer.progress.rates
+        if len(rates) == 1:
+            return {"lr": float(next(iter(rates.values()))[0])}
+        return {f"lr/{name}": float(groups[0]) for name, groups in rates.items()}
+
     def _counters(self) -> dict[str, Any]:
-        trainer, progress = self._trainer, self._trainer.progress
-        row: dict[str, Any] = {
+        progress = self._trainer.progress
+        return {
             "step": progress.global_step,
             "epoch": progress.epoch,
             "samples": progress.samples,
             "items": as_number(progress.items),
         }
-        rates = trainer.learning_rates
-        if len(rates) == 1:
-            row["lr"] = next(iter(rates.values()))
-        else:
-            row.update({f"lr/{name}": rate for name, rate in rates.items()})
-        return row

@@ -1,0 +1,452 @@
+"""AccelHydra at home: its acceptance rows on the Trainer, one test a row.
+
+Rows on recipes and the command line stand in `test_recipes.py`. Where Paceline differs on purpose
+the test says what it does instead: `global_step` counts optimizer steps, not micro-batches, and
+"best" and "latest" are hints that may name the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from builders import Noisy, Recorder, StopAt, bits, loader, make_model, rows
+from paceline import CheckpointPolicy, MetricMonitor, Resume, Trainer
+from paceline.checkpoint import load_tree
+from paceline.errors import ConfigError, MetricError, MismatchError, ResumeError
+
+
+class Example(Trainer):
+    """A subclass in AccelHydra's style: both steps its own, results of validation on itself."""
+
+    scores: tuple[float, ...] = ()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y, _ = batch
+        return ((self.model(x) - y) ** 2).mean()
+
+    def on_validation_start(self) -> None:
+        self.errors: list[float] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _ = batch
+        self.errors.append(float(((self.model(x) - y) ** 2).mean()))
+
+    def get_val_metrics(self) -> dict[str, float]:
+        if self.scores:
+            return {"score": self.scores[self.current_epoch]}
+        return {"score": -sum(self.errors) / len(self.errors)}
+
+
+def make(run_dir: Path | None = None, kind: type[Trainer] = Example, **settings: Any) -> Any:
+    model = settings.pop("model", None) or make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = settings.pop("scheduler", None)
+    defaults: dict[str, Any] = {
+        "train_dataloader": loader(Noisy()),
+        "val_dataloader": loader(Noisy(23), shuffle=False),
+        "epochs": 3,
+        "progress": False,
+    }
+    return kind(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler and scheduler(optimizer),
+        run_dir=run_dir,
+        **{**defaults, **settings},
+    )
+
+
+def steps_kept(run_dir: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step_*"))
+
+
+def test_AH_04_hook_order() -> None:
+    """One epoch of two steps: validation comes before the epoch counts as done, its hooks and
+    on_train_epoch_end see epoch 0 (AccelHydra's on_train_epoch_end saw 1)."""
+    seen: list[tuple[str, int]] = []
+
+    class Recording(Example):
+        def on_train_epoch_start(self) -> None:
+            seen.append(("on_train_epoch_start", self.current_epoch))
+
+        def on_validation_end(self) -> None:
+            seen.append(("on_validation_end", self.current_epoch))
+
+        def on_train_epoch_end(self) -> None:
+            seen.append(("on_train_epoch_end", self.current_epoch))
+
+    recorder = Recorder()
+    trainer = make(kind=Recording, epochs=1, callbacks=[recorder], epoch_length=2)
+    trainer.train()
+    assert seen == [
+        ("on_train_epoch_start", 0),
+        ("on_validation_end", 0),
+        ("on_train_epoch_end", 0),
+    ]
+    batch = ["on_train_batch_start", "on_before_backward", "on_after_backward"]
+    batch += ["on_train_batch_end", "on_before_optimizer_step", "on_step_end"]
+    validated = ["on_validation_batch_start", "on_validation_batch_end"] * 3
+    assert [event for event, _ in recorder.trace] == [
+        "on_setup",
+        "on_train_start",
+        "on_train_epoch_start",
+        *batch,
+        *batch,
+        "on_validation_start",
+        *validated,
+        "on_validation_end",
+        "on_metrics",
+        "on_train_epoch_end",
+        "on_train_end",
+        "on_teardown",
+    ]
+
+
+def test_AH_06_epoch_longer_than_the_loader() -> None:
+    """150 steps an epoch over 100 batches: each sample is seen exactly three times in 300 steps."""
+    counts = torch.zeros(200, dtype=torch.long)
+
+    class Counting(Example):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            counts[batch[2]] += 1
+            return super().training_step(batch, batch_idx)
+
+    data = loader(Noisy(200), batch_size=2)
+    trainer = make(kind=Counting, train_dataloader=data, epoch_length=150, epochs=2)
+    trainer.train()
+    assert trainer.global_step == 300
+    assert (counts == 3).all()
+
+
+def test_AH_07_one_cycle_horizon(tmp_path: Path) -> None:
+    """The schedule spans the run's optimizer steps: it peaks at max_lr and anneals to the end."""
+    trainer = make(
+        tmp_path,
+        scheduler=lambda optimizer: OneCycleLR(optimizer, 0.5, epochs=10, steps_per_epoch=10),
+        epochs=10,
+        log_every=1,
+    )
+    trainer.train()
+    rates = [row["lr"] for row in rows(tmp_path) if "train/loss" in row]
+    assert len(rates) == 100 == trainer.training_horizon
+    assert max(rates) == pytest.approx(0.5)
+    assert 25 <= rates.index(max(rates)) <= 35
+    assert rates[-1] == pytest.approx(0.5 / 25 / 1e4, rel=1e-3)
+
+
+def test_AH_10_best_does_not_push_out_the_newest(tmp_path: Path) -> None:
+    """keep_last=1, each epoch better: the newest is there, and best names it."""
+
+    class Improving(Example):
+        scores = (1.0, 2.0, 3.0)
+
+    make(tmp_path, Improving, metric_monitor=MetricMonitor("score", "max")).train()
+    assert steps_kept(tmp_path) == [30]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_00000030"
+    assert (tmp_path / "checkpoints" / "best").read_text().strip() == "step_00000030"
+
+
+def test_AH_10_the_best_outlives_newer_ones(tmp_path: Path) -> None:
+    class Peaking(Example):
+        scores = (1.0, 3.0, 2.0)
+
+    result = make(tmp_path, Peaking, metric_monitor=MetricMonitor("score", "max")).train()
+    assert steps_kept(tmp_path) == [20, 30]
+    assert (tmp_path / "checkpoints" / "best").read_text().strip() == "step_00000020"
+    assert result.best == 3.0
+
+
+def test_AH_11_the_newest_by_progress_are_kept(tmp_path: Path) -> None:
+    """Two of all triggers together, newest by training progress, beside best and permanent ones."""
+
+    class Peaking(Example):
+        scores = (3.0, 2.0, 1.0)
+
+    make(
+        tmp_path,
+        Peaking,
+        metric_monitor=MetricMonitor("score", "max"),
+        checkpoint=CheckpointPolicy(every_steps=4, keep_last=2, keep_every_steps=8),
+    ).train()
+    assert steps_kept(tmp_path) == [8, 10, 16, 24, 28, 30]
+
+
+def test_AH_14_resume_in_mid_epoch(tmp_path: Path) -> None:
+    """Killed after step 13: the resumed run sees exactly the samples that the epoch still lacks,
+    and ends with the uninterrupted run's weights."""
+    seen: list[int] = []
+
+    class Seeing(Example):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if self.current_epoch == 1:
+                seen.extend(batch[2].tolist())
+            return super().training_step(batch, batch_idx)
+
+    unbroken = make(tmp_path / "unbroken")
+    unbroken.train(seed=3)
+    make(tmp_path / "broken", Seeing, callbacks=[StopAt(13)]).train(seed=3)
+    resumed = make(tmp_path / "broken", Seeing)
+    resumed.train(seed=3)
+    assert sorted(seen) == list(range(97))
+    assert bits(resumed.model.state_dict()) == bits(unbroken.model.state_dict())
+
+
+def test_AH_18_an_override_at_resume_wins_or_is_named(tmp_path: Path) -> None:
+    """More epochs are trained; another batch size is refused by its key; nothing runs 0 steps."""
+    make(tmp_path, epochs=1).train()
+    longer = make(tmp_path, epochs=2)
+    longer.train()
+    assert longer.global_step == 20
+    with pytest.raises(ResumeError, match=r"data.global_batch_size: 10 then, 20 now"):
+        make(tmp_path, epochs=3, train_dataloader=loader(Noisy(), batch_size=20)).train()
+
+
+def test_AH_19_a_renamed_module_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, epochs=1).train()
+    renamed = nn.Sequential()
+    renamed.add_module("body", make_model())
+    with pytest.raises(MismatchError) as error:
+        make(tmp_path, model=renamed).train()
+    assert "body.0.weight" in str(error.value)
+    assert "0.weight" in str(error.value)
+
+
+class Frozen(nn.Module):
+    """A frozen body and a trainable head; saves only what is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.body(x)))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        whole = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in whole.items() if not name.startswith("body.")}
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state, strict=False, assign=assign)
+
+
+def test_AH_20_only_what_is_trained_is_saved(tmp_path: Path) -> None:
+    model = Frozen()
+    trainer = Example(
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01),
+        train_dataloader=loader(Noisy()),
+        epochs=1,
+        progress=False,
+        run_dir=tmp_path,
+    )
+    result = trainer.train()
+    stored = load_tree(result.checkpoint)["models"]["model"]
+    assert {name.split(".")[0] for name in stored} == {"norm", "head"}
+    assert bits(stored) == bits(model.state_dict())
+
+
+@pytest.mark.slow
+def test_AH_21_ranks_with_different_metrics_stop_together(ranks: Any) -> None:
+    assert ranks(stop_early, 2) == [(2, "early stop")] * 2
+
+
+def stop_early() -> tuple[int, str]:
+    """A run whose ranks see opposite metrics; their mean never improves."""
+
+    class Disagreeing(Example):
+        def get_val_metrics(self) -> dict[str, float]:
+            return {"score": self.current_epoch * (1.0 if self.world.rank else -1.0)}
+
+    even = loader(Noisy(20), shuffle=False)
+    monitor = MetricMonitor("score", "max")
+    trainer = make(
+        kind=Disagreeing, metric_monitor=monitor, early_stop=1, epochs=9, val_dataloader=even
+    )
+    result = trainer.train()
+    return result.epoch, result.stopped_by
+
+
+def test_AH_22_gradient_norm_at_every_row(tmp_path: Path) -> None:
+    """Accumulation 4, a row every 5 steps: each has the mean of the steps' unclipped norms."""
+    norms: list[float] = []
+
+    class Norms(Example):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            gradients = [p.grad.norm() for p in self.model.parameters()]
+            norms.append(float(torch.stack(gradients).norm()))
+
+    make(
+        tmp_path, Norms, gradient_accumulation_steps=4, log_every=5, max_grad_norm=1e-3, epochs=10
+    ).train()
+    logged = [row["grad_norm"] for row in rows(tmp_path) if "grad_norm" in row]
+    means = [sum(norms[i : i + 5]) / 5 for i in range(0, 30, 5)]
+    assert logged == pytest.approx(means, rel=1e-5)
+
+
+def test_AH_23_a_metric_that_never_comes_is_said_at_once() -> None:
+    trainer = make(metric_monitor=MetricMonitor("scroe", "max"))
+    with pytest.raises(MetricError, match="did you mean 'score'"):
+        trainer.train()
+    assert trainer.current_epoch == 0
+
+
+class Tally:
+    """A stateful object of the user's own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_AH_25_checkpoint_objects_come_back_by_name(tmp_path: Path) -> None:
+    class WithObjects(Example):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.fast, self.slow = Tally(), Tally()
+
+        @property
+        def checkpoint_objects(self) -> dict[str, Any]:
+            return {"fast": self.fast, "slow": self.slow}
+
+        def on_step_end(self, metrics: dict[str, Any]) -> None:
+            self.fast.count += 1
+            self.slow.count += self.global_step % 10 == 0
+
+    make(tmp_path, WithObjects, callbacks=[StopAt(15)]).train()
+    resumed = make(tmp_path, WithObjects)
+    resumed.train()
+    assert (resumed.fast.count, resumed.slow.count) == (30, 3)
+
+
+def test_AH_26_permanent_checkpoints_survive(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        checkpoint=CheckpointPolicy(
+            every_epochs=None, every_steps=5, keep_every_steps=10, keep_last=1
+        ),
+    ).train()
+    assert steps_kept(tmp_path) == [10, 20, 30]
+
+
+def test_AH_27_hooks_need_no_super() -> None:
+    class Overriding(Example):
+        def on_train_start(self) -> None:
+            self.began = True
+
+        def on_train_end(self) -> None:
+            self.ended = True
+
+    trainer = make(kind=Overriding, epochs=1)
+    trainer.train()
+    assert trainer.began
+    assert trainer.ended
+    assert trainer.global_step == 10
+
+
+# What AccelHydra got wrong
+
+
+def test_accumulation_goes_on_after_a_validation() -> None:
+    """epoch_length 20, accumulation 4: five updates in every epoch, and the scheduler with them."""
+    trainer = make(
+        gradient_accumulation_steps=4,
+        epoch_length=20,
+        scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
+    )
+    trainer.train()
+    assert trainer.global_step == 15
+    assert trainer.lr_scheduler.last_epoch == 15
+
+
+def test_the_monitor_is_saved_with_the_epoch_it_has_seen(tmp_path: Path) -> None:
+    class Worsening(Example):
+        scores = (3.0, 2.0, 1.0)
+
+    result = make(tmp_path, Worsening, metric_monitor=MetricMonitor("score", "max")).train()
+    assert load_tree(result.checkpoint)["monitor"] == {"best_value": 3.0, "worse_count": 2}
+
+
+def test_the_order_of_checkpoints_is_numeric(tmp_path: Path) -> None:
+    """Step 100 is newer than step 90, whatever their names would sort to."""
+    make(tmp_path, epochs=10, checkpoint=CheckpointPolicy(keep_last=2)).train()
+    assert steps_kept(tmp_path) == [90, 100]
+    assert make(tmp_path, epochs=10).train().checkpoint.name == "step_00000100"
+
+
+def test_early_stop_without_a_monitor_or_validation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="early_stop"):
+        make(early_stop=2, val_dataloader=None).train()
+
+
+def test_an_error_in_validation_leaves_gradients_and_modes_as_they_were() -> None:
+    class Failing(Example):
+        def on_validation_end(self) -> None:
+            raise RuntimeError("broken")
+
+    trainer = make(kind=Failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train()
+    assert torch.is_grad_enabled()
+    assert trainer.model.training
+
+
+def test_buffers_of_the_loss_function_are_saved_and_learnt_losses_learn(tmp_path: Path) -> None:
+    """A loss with a weight of its own is placed, trained and saved like any module."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return ((outputs - targets) ** 2).mean() / self.scale**2 + self.scale.log()
+
+    model, loss = nn.Linear(3, 1), Scaled()
+    x = torch.randn(32, 3)
+    trainer = Trainer(
+        model=model,
+        loss_fn=loss,
+        optimizer=torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1),
+        train_dataloader=DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 8),
+        epochs=1,
+        progress=False,
+        run_dir=tmp_path,
+    )
+    stored = load_tree(trainer.train().checkpoint)["models"]
+    assert stored["loss_fn"]["scale"].item() == loss.scale.item() != 2.0
+
+
+def test_a_schedule_can_follow_the_metric() -> None:
+    """ReduceLROnPlateau works; AccelHydra's wrapper raised a TypeError."""
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    trainer = make(
+        kind=Trainer,
+        scheduler=lambda optimizer: plateau(optimizer, patience=0),
+        lr_scheduler_interval="metric",
+        loss_fn=nn.MSELoss(),
+        train_dataloader=DataLoader(TensorDataset(torch.randn(8, 8), torch.randn(8, 1)), 4),
+        val_dataloader=DataLoader(TensorDataset(torch.randn(8, 8), torch.randn(8, 1)), 4),
+        epochs=6,
+    )
+    trainer.train()
+    assert trainer.lr_scheduler.last_epoch == 6
+
+
+def test_what_ran_is_written_down_without_being_asked(tmp_path: Path) -> None:
+    make(tmp_path, epochs=1, resume=Resume("auto")).train()
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "complete"
