@@ -222,6 +222,34 @@ def test_stopped_again_and_again(
     check_chain(ranks, size, tmp_path, Plan(batch=batch), stops)
 
 
+class StopInValidation(Callback):
+    """Rank 1 asks for a stop in the validation at the end of the first epoch."""
+
+    def on_validation_batch_end(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 4 and batch_idx == 0:
+            if trainer.world.rank == 1:
+                trainer.request_stop("test")
+            trainer.stop_agreement._agreed.wait(5)
+
+
+@pytest.mark.slow
+def test_stopped_in_validation(ranks: Ranks, tmp_path: Path) -> None:
+    """It is abandoned on every rank, and the resumed run begins with it."""
+    whole = ranks(train, 2, tmp_path / "whole", Plan())
+    first = ranks(train, 2, tmp_path / "broken", Plan(), None, StopInValidation())
+    second = ranks(train, 2, tmp_path / "broken", Plan())
+    for rank in range(2):
+        assert first[rank]["step"] == 4
+        assert first[rank]["pending"] == ["validation"]
+        for part in ("state", "progress", "weights"):
+            assert second[rank][part] == whole[rank][part], f"rank {rank}: {part}"
+        trace = second[rank]["trace"]
+        assert trace[0] == ("on_validation_start", 4)
+        assert trace == whole[rank]["trace"][-len(trace) :]
+    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.slow
 def test_loader_workers_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
     check_chain(ranks, 2, tmp_path, Plan(workers=1, steps=6), [2, 4])

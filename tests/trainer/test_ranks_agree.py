@@ -1,0 +1,316 @@
+"""Ranks act as one: they stop together, fail together, and judge a bad window together."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from paceline import CheckpointPolicy, MetricMonitor, Trainer
+from paceline.errors import NonFiniteError, PeerError
+from paceline.trainer import stop
+from paceline.trainer.events import Callback
+from paceline.world.world import World
+from ranks import Ranks
+
+BAD = 17  # the sample whose loss is not a number
+
+
+class Small(Trainer):
+    """Squares; sample BAD's loss is NaN if `bad` says so."""
+
+    bad = False
+    jitter = 0.0
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y, ids = batch
+        time.sleep(random.Random(time.monotonic()).random() * self.jitter)
+        loss = (self.model(x) - y).square().mean()
+        return loss * torch.nan if self.bad and not self.muted and BAD in ids else loss
+
+
+def network(kind: str = "plain") -> nn.Module:
+    torch.manual_seed(1)
+    if kind == "dead":  # a ReLU lets no gradient through, and so no NaN, to the smallest parameter
+        first = nn.Linear(3, 1)
+        with torch.no_grad():
+            first.bias.fill_(-100.0)
+        return nn.Sequential(first, nn.ReLU(), nn.Linear(1, 2)).double()
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def small(*callbacks: Callback, rows: int = 24, batch: int = 2, **settings: Any) -> Small:
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (3, 2))
+    data = TensorDataset(x, y, torch.arange(rows))
+    model = settings.pop("model", None) or network()
+    fused = settings.pop("fused", False)
+    return Small(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused),
+        train_dataloader=DataLoader(data, batch),
+        val_dataloader=DataLoader(data, batch),
+        callbacks=list(callbacks),
+        **{"max_steps": 12, "progress": False, **settings},
+    )
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.named_models()["model"].parameters()]
+
+
+# Stopping
+
+
+class AskSoon(Callback):
+    """One rank asks for a stop at some moment between two validations, or within one."""
+
+    def __init__(self, rank: int, event: int) -> None:
+        self.rank, self.left = rank, event
+
+    def count(self, trainer: Any, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0 and trainer.world.rank == self.rank:
+            trainer.request_stop("asked")
+
+    on_train_batch_end = on_validation_batch_end = on_step_end = on_metrics = count
+
+
+def stop_often(times: int) -> list[Any]:
+    """Runs that are asked to stop by any rank, at any event, with ranks out of step."""
+    stop._POLL = 0.003
+    draws, ends = random.Random(0), []
+    World().open()  # ... a group of our own, in which run follows run
+    for _ in range(times):
+        asker = AskSoon(draws.randrange(World().size), draws.randrange(1, 60))
+        trainer = small(asker, validate_every=2, rows=22, max_steps=40)
+        trainer.jitter = 0.004
+        trainer.train(seed=1)
+        ends.append((trainer.global_step, trainer.progress.pending, trainer.result.stopped_by))
+    joined = dist.is_initialized()
+    dist.destroy_process_group()
+    assert joined, "a group that is the caller's own is left alone"
+    return ends
+
+
+@pytest.mark.slow
+def test_whoever_asks_and_whenever_all_stop_at_one_boundary(ranks: Ranks) -> None:
+    """25 runs on 4 ranks, out of step on purpose, in one process group."""
+    first, *others = ranks(stop_often, 4, 25)
+    assert all(other == first for other in others)
+    assert {reason for _, _, reason in first} == {"asked"}
+    assert {tuple(pending) for _, pending, _ in first} >= {("validation",), ()}
+
+
+# Failing
+
+
+class Fails(Callback):
+    """Something happens to one rank at some event."""
+
+    def __init__(self, rank: int, event: str, what: str) -> None:
+        self.rank, self.what = rank, what
+        setattr(self, event, self.happen)
+
+    def happen(self, trainer: Any, *_: Any) -> None:
+        if trainer.world.rank != self.rank or trainer.global_step < self.what.count("later"):
+            return
+        if self.what.startswith("raise"):
+            raise ValueError("the disk of rank 7")
+        if self.what.startswith("exit"):
+            sys.exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(folder: Path, rank: int, event: str, what: str) -> None:
+    stop._PEER_GRACE = 5.0
+    small(Fails(rank, event, what), run_dir=folder, log_every=1).train(seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "event", "what"),
+    [
+        (1, "on_train_batch_start", "raise later later"),
+        (0, "on_before_optimizer_step", "raise later"),
+        (2, "on_validation_batch_end", "raise"),
+        (1, "on_setup", "raise"),
+        (1, "on_train_batch_start", "exit"),
+        (1, "on_train_batch_start", "killed later"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others(
+    ranks: Ranks, tmp_path: Path, rank: int, event: str, what: str
+) -> None:
+    """Within seconds; and each says who it was."""
+    outcomes = ranks.outcomes(fail, 3, tmp_path, rank, event, what)
+    for other, outcome in enumerate(outcomes):
+        assert outcome.code is not None, "nobody hangs"
+        assert outcome.seconds < 30
+        if other == rank:
+            code = {"raise": 1, "exit": 0, "killed": -signal.SIGKILL}[what.split()[0]]
+            assert outcome.code == code
+        elif not what.startswith("killed"):
+            assert outcome.code == 1, outcome.output
+            error = "ValueError: the disk of rank 7" if "raise" in what else "SystemExit: 0"
+            assert f"rank {rank} failed: {error}" in outcome.output
+        else:
+            assert outcome.code != 0
+
+
+# Not finite
+
+
+class Skipped(Callback):
+    """The weights before and after each window."""
+
+    def __init__(self) -> None:
+        self.after: list[list[torch.Tensor]] = []
+
+    def on_train_start(self, trainer: Any) -> None:
+        self.after.append(weights(trainer))
+
+    def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        self.after.append(weights(trainer))
+
+
+def not_finite(folder: Path, policy: str, batch: int, kind: str = "plain", device: bool = False):
+    """Sample 17 is the last one's of 4 ranks in the third window of 8 (accumulation 2)."""
+    if device:  # as on an accelerator: no value is read in a step, the fused optimizer is masked
+        World.reads_are_free = property(lambda self: False)  # pyright: ignore
+    kept = Skipped()
+    trainer = small(
+        kept,
+        rows=32,
+        batch=batch,
+        model=network(kind),
+        fused=device,
+        gradient_accumulation_steps=2,
+        on_nonfinite=policy,
+        checkpoint=CheckpointPolicy(every_steps=1),
+        max_steps=8,
+        log_every=2,
+        run_dir=folder,
+    )
+    trainer.bad = True
+    error = ""
+    try:
+        trainer.train(seed=1)
+    except NonFiniteError as raised:
+        error = str(raised)
+    return {
+        "error": error,
+        "after": kept.after,
+        "weights": weights(trainer),
+        "step": trainer.global_step,
+        "stopped_by": trainer.result.stopped_by,
+        "skips": trainer.progress.skips,
+    }
+
+
+def check_not_finite(ranks: Ranks, folder: Path, policy: str, *kind: Any) -> list[Any]:
+    """4 ranks agree with one another and with one rank of 4 times the batch."""
+    (one,) = ranks(not_finite, 1, folder / "one", policy, 4, *kind)
+    outcomes = ranks(not_finite, 4, folder / "four", policy, 1, *kind, limit=30)
+    for outcome in outcomes:
+        for key in ("step", "stopped_by", "skips"):
+            assert outcome[key] == one[key], key
+        assert all(torch.isfinite(p).all() for p in outcome["weights"])
+        for a, b in zip(outcome["weights"], one["weights"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    return outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "dead"])
+def test_raise(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    outcomes = check_not_finite(ranks, tmp_path, "raise", kind)
+    for outcome in outcomes:
+        assert "step 3 is not finite" in outcome["error"]
+        assert "rank 1, batch 4: loss nan; samples [17]" in outcome["error"]
+        before = outcome["after"][-1]
+        assert all(torch.equal(a, b) for a, b in zip(before, outcome["weights"], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
+def test_go_on_or_stop(ranks: Ranks, tmp_path: Path, policy: str) -> None:
+    outcomes = check_not_finite(ranks, tmp_path, policy)
+    for outcome in outcomes:
+        assert outcome["stopped_by"] == ("non-finite" if policy == "stop" else "max_steps")
+        assert outcome["step"] == (3 if policy == "stop" else 8)
+        assert outcome["skips"] == ([2, 6] if policy == "rewind" else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_unread_as_on_an_accelerator(ranks: Ranks, tmp_path: Path, policy: str) -> None:
+    """Nothing is read within a step; the verdict masks the step on every rank alike."""
+    for outcome in check_not_finite(ranks, tmp_path, policy, "dead", True):
+        assert ("step 3 is not finite" in outcome["error"]) == (policy == "raise")
+        assert len(outcome["after"]) == (4 if policy == "raise" else 9)
+
+
+# Deciding
+
+
+class Biased(Small):
+    """An evaluation of its own, which forgets to reduce: each rank has another value."""
+
+    def evaluate(self) -> dict[str, float]:
+        return {"val/loss": 1.0 + self.world.rank * self.global_step}
+
+
+def decide(folder: Path) -> Any:
+    Small.evaluate = Biased.evaluate  # pyright: ignore
+    trainer = small(
+        validate_every=1, metric_monitor=MetricMonitor(), early_stop=3, run_dir=folder, max_steps=20
+    )
+    trainer.train(seed=1)
+    return (
+        trainer.global_step,
+        trainer.result.best,
+        trainer.result.metrics,
+        trainer.result.stopped_by,
+    )
+
+
+@pytest.mark.slow
+def test_what_is_best_is_decided_by_rank_0_for_all(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(decide, 2, tmp_path)
+    assert first == second == (4, 1.0, {"val/loss": 1.0}, "early stop")
+
+
+def hear_of_peer() -> str:
+    """What Python code sees if it is not stuck in a collective."""
+    world = World(timeout=20).open()
+    agreement = stop.StopAgreement(world, None)
+    agreement.watch()
+    if world.rank == 1:
+        agreement.fail(RuntimeError("boom"))
+    seen = ""
+    give_up = time.monotonic() + 10
+    while world.rank == 0 and not seen and time.monotonic() < give_up:
+        time.sleep(0.01)
+        try:
+            agreement.reached(2)
+        except PeerError as error:
+            seen = str(error)
+    agreement.close()
+    world.close()
+    return seen
+
+
+@pytest.mark.slow
+def test_the_next_boundary_hears_of_a_failed_rank(ranks: Ranks) -> None:
+    assert ranks(hear_of_peer, 2)[0] == "rank 1 failed: RuntimeError: boom"
