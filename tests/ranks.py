@@ -56,21 +56,21 @@ class Ranks:
 
     Attributes:
         mutant: the name of a defect (`mutants.py`) to put into every rank, or None.
+        limit: seconds until ranks that hang are killed.
     """
 
     def __init__(self) -> None:
         self._helper: subprocess.Popen[bytes] | None = None
         self.mutant: str | None = None
+        self.limit = LIMIT
 
-    def __call__(
-        self, function: Callable[..., Any], size: int, *args: Any, limit: float = LIMIT
-    ) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         """Each rank's return value of `function(*args)`.
 
         Raises:
             RanksFailed: a rank did not leave with code 0.
         """
-        outcomes = self.outcomes(function, size, *args, limit=limit)
+        outcomes = self.outcomes(function, size, *args)
         failed = {rank: one for rank, one in enumerate(outcomes) if one.code != 0}
         if failed:
             parts = [
@@ -82,16 +82,14 @@ class Ranks:
             raise RanksFailed("\n".join(parts))
         return [one.value for one in outcomes]
 
-    def outcomes(
-        self, function: Callable[..., Any], size: int, *args: Any, limit: float = LIMIT
-    ) -> list[Outcome]:
+    def outcomes(self, function: Callable[..., Any], size: int, *args: Any) -> list[Outcome]:
         """How each rank ended, for tests in which some are meant to fail."""
         if self._helper is None:
             self._helper = _start_helper()
         assert self._helper.stdin is not None
         assert self._helper.stdout is not None
         name = (function.__module__, function.__qualname__)
-        request = (sys.path, name, pickle.dumps(args), size, limit, self.mutant)
+        request = (sys.path, name, pickle.dumps(args), size, self.limit, self.mutant)
         _send(self._helper.stdin, request)
         return _receive(self._helper.stdout)
 

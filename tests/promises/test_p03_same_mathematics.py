@@ -191,8 +191,12 @@ def test_micro_batches_equal_one_batch(tokens: bool) -> None:
 def test_ranks_equal_one_with_as_many_times_the_batch(ranks: Ranks, size: int) -> None:
     """Sizes that divide nothing, one sample, fewer samples than ranks, ragged tokens, accumulation:
     parameters, losses, gradient norms, metrics and counts are those of one rank."""
-    outcomes = ranks(fits, size, CASES)
-    for i, case in enumerate(CASES):
+    check_ranks(ranks, size, CASES)
+
+
+def check_ranks(ranks: Ranks, size: int, cases: list[Case]) -> None:
+    outcomes = ranks(fits, size, cases)
+    for i, case in enumerate(cases):
         expected = fit(replace(case, batch=case.batch * size))
         for rank in range(size):
             assert_same(outcomes[rank][i], expected, (case, f"rank {rank} of {size}"))

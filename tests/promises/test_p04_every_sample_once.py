@@ -322,10 +322,13 @@ CASES = [Case(n, batch) for n in (1, 2, 3, 7, 10, 97) for batch in (10, 2)] + [
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_training_and_validation_see_every_sample_once(ranks: Ranks, size: int) -> None:
-    outcomes = ranks(count, size, CASES)
-    for i, case in enumerate(CASES):
-        mine = [outcome[i] for outcome in outcomes]
-        check_counts(case, mine)
+    check_runs(ranks, size, CASES)
+
+
+def check_runs(ranks: Ranks, size: int, cases: list[Case]) -> None:
+    outcomes = ranks(count, size, cases)
+    for i, case in enumerate(cases):
+        check_counts(case, [outcome[i] for outcome in outcomes])
 
 
 def check_counts(case: Case, outcomes: list[Any]) -> None:

@@ -112,6 +112,42 @@ def test_whoever_asks_and_whenever_all_stop_at_one_boundary(ranks: Ranks) -> Non
     assert {tuple(pending) for _, pending, _ in first} >= {("validation",), ()}
 
 
+def agree(in_validation: bool) -> list[bool]:
+    """Rank 0 is a boundary ahead of rank 1, or in its validation, when the stop is asked for."""
+    stop._POLL = 0.005
+    world = World(timeout=20).open()
+    agreement = stop.StopAgreement(world, None)
+    agreement.watch()
+    agreement.open(1)
+    said = [agreement.reached(1)]  # the first window begins
+    if world.rank == 0:
+        said.append(agreement.reached(2))  # and is done: on to the second, or ...
+        if in_validation:
+            agreement.hold(3)
+    world.barrier()
+    if world.rank == 1:
+        agreement.request("test")
+    while not agreement._frozen:
+        time.sleep(0.001)
+    if world.rank == 1:
+        said.append(agreement.reached(2))
+        agreement.hold(3)
+    said.append(agreement.reached(3) if in_validation else agreement.reached(4))
+    said.append(agreement.abandons(3))
+    world.barrier()
+    agreement.close()
+    world.close()
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_validation", [False, True])
+def test_a_rank_that_is_behind_comes_to_where_the_other_is(
+    ranks: Ranks, in_validation: bool
+) -> None:
+    assert ranks(agree, 2, in_validation) == [[False, False, True, in_validation]] * 2
+
+
 # Failing
 
 
@@ -221,7 +257,7 @@ def not_finite(folder: Path, policy: str, batch: int, kind: str = "plain", devic
 def check_not_finite(ranks: Ranks, folder: Path, policy: str, *kind: Any) -> list[Any]:
     """4 ranks agree with one another and with one rank of 4 times the batch."""
     (one,) = ranks(not_finite, 1, folder / "one", policy, 4, *kind)
-    outcomes = ranks(not_finite, 4, folder / "four", policy, 1, *kind, limit=30)
+    outcomes = ranks(not_finite, 4, folder / "four", policy, 1, *kind)
     for outcome in outcomes:
         for key in ("step", "stopped_by", "skips"):
             assert outcome[key] == one[key], key

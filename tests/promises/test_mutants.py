@@ -1,0 +1,33 @@
+"""Every promise's test is seen to fail on a trainer broken on purpose (`mutants.py`)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS, Mutant
+
+from ranks import Ranks
+
+TESTS = Path(__file__).parents[1]
+LIMIT = 8.0  # seconds for ranks that hang; a healthy run of these tests takes one or two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_it_is_caught(
+    mutant: Mutant, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(TESTS / "trainer")])
+    module, name = mutant.test.split(":")
+    test = getattr(importlib.import_module(module), name)
+    fixtures = {"ranks": ranks, "tmp_path": tmp_path, "folder": tmp_path}
+    wanted = {k: v for k, v in fixtures.items() if k in inspect.signature(test).parameters}
+    monkeypatch.setattr(ranks, "mutant", mutant.name)
+    monkeypatch.setattr(ranks, "limit", LIMIT)
+    mutant.put_in(monkeypatch)
+    with pytest.raises(Exception):  # noqa: B017, PT011  whatever shows that something is wrong
+        test(**wanted, **mutant.arguments)
