@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import operator
 import random
 import signal
 from collections.abc import Callable, Sequence
@@ -70,10 +72,11 @@ class Fetcher(Dataset):
                 samples.extend(self._dataset.__getitems__(list(indices)))
             else:
                 for index in indices:
-                    _seed(mix(key, _number(index)))
+                    seed_sample(key, index)
                     samples.append(self._dataset[index])
             first = mix(key, _number(indices[0])) if first is None else first
-        seed_everything(mix(first or 0, 1))
+        if self._collate is not default_collate:  # which draws nothing
+            seed_everything(mix(first or 0, 1))
         return samples
 
     def collate(self, samples: list[Any]) -> Any:
@@ -106,15 +109,22 @@ class WorkerInit:
             self._then(worker_id)
 
 
-def _number(index: Any) -> int:
-    """An integer for a sample's index; keys of other types get one from their text."""
-    if isinstance(index, int):
-        return index
-    return int.from_bytes(str(index).encode()[-8:], "little")
+def seed_sample(key: int, index: Any) -> None:
+    """Starts a sample's random streams, in the generators that work on the CPU.
 
-
-def _seed(seed: int) -> None:
-    # The loop's hottest seeding: three direct calls, no device (samples are made on the CPU).
+    Args:
+        key: of the seed, the family of streams and the pass.
+        index: the sample's.
+    """
+    seed = mix(key, index if type(index) is int else _number(index))
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
+
+
+def _number(index: Any) -> int:
+    """An integer for a sample's index; keys of other types get one from their text."""
+    if hasattr(index, "__index__"):
+        return operator.index(index)
+    text = hashlib.blake2b(str(index).encode(), digest_size=8)
+    return int.from_bytes(text.digest(), "little")
