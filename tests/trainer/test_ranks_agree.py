@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,67 @@ def test_a_rank_that_is_behind_comes_to_where_the_other_is(
     ranks: Ranks, in_validation: bool
 ) -> None:
     assert ranks(agree, 2, in_validation) == [[False, False, True, in_validation]] * 2
+
+
+class Signalled(Callback):
+    """The scheduler's signal reaches one rank only."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.world.rank == 1 and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signalled(folder: Path) -> None:
+    small(Signalled(), run_dir=folder, max_steps=10**6, epochs=None).train(seed=1)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_with_code_75(ranks: Ranks, tmp_path: Path) -> None:
+    outcomes = ranks.outcomes(signalled, 3, tmp_path)
+    assert [outcome.code for outcome in outcomes] == [75] * 3, outcomes
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 1
+
+
+# Being alike
+
+
+class Looks(Callback):
+    """Looks at rows, on one rank only."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        self.rows += [metrics] if metrics else []
+
+
+class Taught(Small):
+    """A frozen model beside the trained one, made without a seed."""
+
+    def configure(self) -> None:
+        torch.manual_seed(self.world.rank)
+        self.teacher = nn.BatchNorm1d(3).requires_grad_(False).double()
+        nn.init.normal_(self.teacher.weight)
+        self.teacher.register_buffer("turns", torch.randn(2, 3, dtype=torch.complex64).t())
+
+
+def unlike() -> Any:
+    Small.configure = Taught.configure  # pyright: ignore
+    looks = Looks()
+    trainer = small(*([looks] if World().rank == 0 else []), log_every=2)
+    trainer.train(seed=1)
+    threads = [thread.name for thread in threading.enumerate()]
+    return trainer.teacher.weight.tolist(), trainer.teacher.turns.tolist(), len(looks.rows), threads
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_made_alike(ranks: Ranks) -> None:
+    """A callback on one rank holds up no other, frozen models are rank 0's, and no thread stays."""
+    first, *others = ranks(unlike, 3)
+    assert first[2] == 6
+    assert first[3] == ["MainThread"]
+    for other in others:
+        assert other[:2] == first[:2]
 
 
 # Failing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,6 +123,7 @@ def take_back(trainer: Trainer) -> None:
             for key, module in value.items():
                 if isinstance(module, Replica):
                     value[key] = module.module
+    trainer.replicas = []
 
 
 def _placed(trainer: Trainer, module: torch.nn.Module) -> torch.nn.Module:
@@ -133,7 +135,10 @@ def _placed(trainer: Trainer, module: torch.nn.Module) -> torch.nn.Module:
     module.to(trainer.device)
     if trainer.compile:
         module.compile()
-    if trainer.world.dp_size == 1 or not any(p.requires_grad for p in module.parameters()):
+    if trainer.world.dp_size == 1:
+        return module
+    if not any(p.requires_grad for p in module.parameters()):
+        _send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
         return module
     device_ids = None if trainer.on_cpu else [trainer.device]
     replica = Replica(module, device_ids=device_ids)
@@ -178,6 +183,15 @@ def share_buffers(trainer: Trainer) -> None:
     """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway."""
     if trainer.world.dp_size == 1:
         return
-    for model in trainer.named_models().values():
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+    _send(chain.from_iterable(model.buffers() for model in trainer.named_models().values()))
+
+
+@torch.no_grad()
+def _send(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives every rank rank 0's values."""
+    for tensor in tensors:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # gloo knows no other
+        whole = real.contiguous()
+        torch.distributed.broadcast(whole, src=0)
+        if whole is not real:
+            real.copy_(whole)
