@@ -17,9 +17,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Trainer
-from paceline.errors import LossError
+from paceline.errors import LossError, NonFiniteError
 from paceline.trainer.events import Callback
 from paceline.trainer.placement import Replica
+from paceline.world.world import World
 from ranks import Ranks
 
 TOLERANCE = 1e-10
@@ -220,6 +221,33 @@ def test_metrics_are_means_over_all_items() -> None:
     assert metrics["val/own"] == pytest.approx(y[mask].mean().item(), rel=1e-12)
     tokens = ((model(x) - y).square() * mask).sum() / mask.sum()
     assert metrics["val/tokens"] == pytest.approx(tokens.item(), rel=1e-12)
+
+
+class Clamped(FitTokens):
+    """A loss without items is zero."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y, mask, ids = batch
+        self.log("train/x", x.mean(), weight=len(ids))
+        self.log("train/y", (y * mask).sum() / mask.sum(), weight=mask.sum())
+        return ((self.model(x) - y).square() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def unread(batch: int) -> Any:
+    """As on an accelerator: counts stay where they are, and nothing waits for them."""
+    World.reads_are_free = property(lambda self: False)  # pyright: ignore
+    case = Case(batch=batch, accumulation=2, tokens=True, shuffle=False)
+    with pytest.raises(NonFiniteError):
+        fit(case)  # 0 / 0, which a weight of zero does not undo
+    return {**fit(case, kind=Clamped), "trainer": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_counts_that_nobody_reads(ranks: Ranks, size: int) -> None:
+    expected = fit(Case(batch=10, accumulation=2, tokens=True, shuffle=False))
+    for outcome in ranks(unread, size, 10 // size):
+        assert_same(outcome, expected)
 
 
 class Exchanges(Callback):

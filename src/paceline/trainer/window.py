@@ -137,7 +137,8 @@ class Window:
             samples = shared if self.samples < 0 else samples
         self.items, self.samples = items, samples
         if isinstance(items, torch.Tensor):
-            self._whole = torch.where(items == 0, torch.ones_like(items), items)
+            exact = torch.float32 if items.device.type == "mps" else torch.float64
+            self._whole = torch.where(items == 0, torch.ones_like(items), items).to(exact)
         else:
             self._whole = items or 1
 
