@@ -94,6 +94,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     replicas: list[Any]
     on_cpu: bool
     counts_items: bool
+    identity: dict[str, Any]
     result: Result
 
     def __init__(self) -> None:
@@ -236,7 +237,9 @@ class TrainerBase(Hooks, AbstractTrainer):
     def count_items(self, batch: Any) -> Any:
         """Items in a batch, the weight of its mean loss: a number, or a tensor on the device.
 
-        Override it where items are not samples, e.g. label tokens.
+        Override it where items are not samples, e.g. label tokens. A batch without items counts
+        for nothing. An accelerator is not asked whether a batch has any: there its loss has to be
+        finite, as a sum divided by `max(count, 1)` is.
         """
         return count_first_dimension(batch)
 

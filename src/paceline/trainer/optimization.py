@@ -96,7 +96,9 @@ class Optimization:
             norm = clip_grad_norm_(_parameters(optimizer), trainer.max_grad_norm)
             trainer.log("grad_norm", norm, weight=1)
             self.guard.note_norm(norm)
-        elif trainer.check_gradients:
+        elif trainer.check_gradients or isinstance(trainer.window.weight, torch.Tensor):
+            # A batch without items is weighed with zero; where counts are not read, nothing but its
+            # gradients tells whether that was enough (0 / 0 stays NaN).
             self.guard.check_norm(optimizer)
         trainer.progress.rates[name] = [group["lr"] for group in optimizer.param_groups]
         if self.guard.allows(optimizer):
@@ -154,6 +156,8 @@ class Optimization:
             self._trainer.log(f"train/loss/{name}", part)
             if not self._found_independent:
                 self._check_independent(name, part)
+        if not losses:
+            raise LossError("training_step returned no loss: the dictionary is empty.")
         self._found_independent = True
         return torch.stack([part.reshape(()) for part in losses.values()]).sum()
 
