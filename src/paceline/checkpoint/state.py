@@ -66,17 +66,8 @@ def load_optimizer_state(
     Raises:
         MismatchError: the groups hold other parameters.
     """
+    check_optimizer_state(optimizer, stored, names, what)
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    if groups != [group["params"] for group in stored["groups"]]:
-        theirs = [name for group in stored["groups"] for name in group["params"]]
-        raise MismatchError(
-            f"{what} does not fit the checkpoint's: {len(groups)} groups of "
-            f"{[len(g) for g in groups]} parameters against {len(stored['groups'])} of "
-            f"{[len(g['params']) for g in stored['groups']]}; only here: "
-            f"{sorted(set(order) - set(theirs)) or 'none'}; only in the checkpoint: "
-            f"{sorted(set(theirs) - set(order)) or 'none'}."
-        )
     index = {name: i for i, name in enumerate(order)}
     optimizer.load_state_dict(
         {
@@ -88,6 +79,30 @@ def load_optimizer_state(
         }
     )
     _undo_casts(optimizer, stored["state"], names)
+
+
+def check_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    stored: Mapping[str, Any],
+    names: Mapping[int, str],
+    what: str,
+) -> None:
+    """Compares the groups' parameters with those of a stored state; changes nothing.
+
+    Raises:
+        MismatchError: the groups hold other parameters.
+    """
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if groups != [group["params"] for group in stored["groups"]]:
+        theirs = [name for group in stored["groups"] for name in group["params"]]
+        raise MismatchError(
+            f"{what} does not fit the checkpoint's: {len(groups)} groups of "
+            f"{[len(g) for g in groups]} parameters against {len(stored['groups'])} of "
+            f"{[len(g['params']) for g in stored['groups']]}; only here: "
+            f"{sorted(set(order) - set(theirs)) or 'none'}; only in the checkpoint: "
+            f"{sorted(set(theirs) - set(order)) or 'none'}."
+        )
 
 
 def _undo_casts(

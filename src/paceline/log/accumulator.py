@@ -61,7 +61,12 @@ class Accumulator:
                 self._hold(name, value, weight)
                 return
             weight = weight.item()
-        self._add(name, float(value), float(weight))
+        try:
+            self._add(name, float(value), float(weight))
+        except (TypeError, ValueError) as error:
+            raise MetricError(
+                f"log({name!r}, ...) got the weight {weight!r}: no number."
+            ) from error
 
     def sums(self) -> dict[str, tuple[float, float]]:
         """(sum of value x weight, sum of weight) by name; this is where a device is waited for."""

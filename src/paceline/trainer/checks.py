@@ -18,6 +18,7 @@ from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, nearest
 from paceline.trainer.events import Callback, misspelt_hooks, overrides
 from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.schedules import takes_metric
 from paceline.trainer.settings import MODES
 from paceline.world.parallel import Parallel
 
@@ -279,11 +280,10 @@ def _wrong_steps(trainer: Trainer) -> list[str]:
 
 def _wrong_interval(name: str, scheduler: Any, trainer: Trainer) -> list[str]:
     interval, monitor = trainer.lr_scheduler_interval, trainer.metric_monitor
-    takes = inspect.signature(scheduler.step).parameters.get("metrics")
     kind = type(scheduler).__name__
-    if interval == "metric" and takes is None:
+    if interval == "metric" and "metrics" not in inspect.signature(scheduler.step).parameters:
         return [f"{name}: {kind} takes no metric: lr_scheduler_interval is 'step' or 'epoch'."]
-    if interval != "metric" and takes is not None and takes.default is inspect.Parameter.empty:
+    if interval != "metric" and takes_metric(scheduler):
         return [f"{name}: {kind} steps with a metric: set lr_scheduler_interval='metric'."]
     mode = getattr(scheduler, "mode", None)
     if interval == "metric" and isinstance(monitor, MetricMonitor) and mode != monitor.mode:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from paceline.checkpoint import Checkpoints
 from paceline.data.loader import WindowSize, open_training, open_validation
 from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.provenance import RunRecord
-from paceline.trainer import placement, resume
+from paceline.trainer import blame, placement, resume
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_settings
 from paceline.trainer.events import Events, overrides
@@ -40,9 +41,11 @@ def running(trainer: Trainer, seed: int | None) -> Iterator[None]:
     if trainer._open:
         yield
         return
-    trainer._open = True
+    check_settings(trainer)
+    _reset(trainer, trainer._asked_seed if seed is None else seed)
+    trainer._open, failure = True, None
     try:
-        start(trainer, trainer._asked_seed if seed is None else seed)
+        start(trainer)
         if trainer.is_over:
             pass
         elif trainer.stop_agreement.reached(_first_point(trainer)):
@@ -55,11 +58,13 @@ def running(trainer: Trainer, seed: int | None) -> Iterator[None]:
         finish(trainer)
         raise
     except BaseException as error:
-        fail(trainer, error)
-        raise
+        failure = fail(trainer, error)
+        if failure is error:
+            raise
+        raise failure from error
     finally:
         trainer._open = False
-        teardown(trainer)
+        teardown(trainer, failure)
     if trainer._stopped and trainer.stop_agreement.by_signal:
         raise Preempted(trainer.result)
 
@@ -69,14 +74,12 @@ def _first_point(trainer: Trainer) -> int:
     return 2 * trainer.global_step + (not trainer.progress.pending)
 
 
-def start(trainer: Trainer, seed: int | None) -> None:
+def start(trainer: Trainer) -> None:
     """From settings to the first window: checks, placement, loading, the printed plan.
 
     Raises:
         PacelineError: what stands in the way, before anything is trained.
     """
-    _reset(trainer, seed)
-    check_settings(trainer)
     trainer.world.open()
     trainer.stop_agreement.watch()
     _set_determinism(trainer)
@@ -88,12 +91,13 @@ def start(trainer: Trainer, seed: int | None) -> None:
     _open_data(trainer)
     trainer.setup()
     trainer.optimization = Optimization(trainer)
+    trainer.identity = resume.identity(trainer)
     trainer.events = Events(trainer, [*trainer.callbacks, *_default_callbacks(trainer)])
     _open_records(trainer)
     for hook in trainer.events.on_setup:
         hook()
     _load(trainer)
-    _open_sinks(trainer)
+    _on_disk(trainer, _open_sinks)
     _describe(trainer)
     trainer.stop_agreement.open(_first_point(trainer))
     trainer._trained = not trainer.is_over
@@ -200,16 +204,36 @@ def _open_records(trainer: Trainer) -> None:
     if trainer.run_dir is None:
         trainer.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
         return
-    if trainer.resume.mode == "fresh" and trainer.world.is_main:
-        _move_aside(trainer)
-    if trainer.world.is_main:
-        trainer.run_dir.mkdir(parents=True, exist_ok=True)
-        trainer.record = RunRecord(trainer.run_dir)
-    trainer.world.barrier()
+    _on_disk(trainer, _make_folder)
     if trainer.checkpoint_policy is not None:
         trainer.saver = Checkpoints(
             trainer.run_dir / "checkpoints", trainer.checkpoint_policy, trainer.world
         )
+
+
+def _on_disk(trainer: Trainer, work: Callable[[Trainer], None]) -> None:
+    """Does on rank 0 what needs the run's folder; every rank hears of an error.
+
+    Raises:
+        ConfigError: the folder cannot be used.
+    """
+    problem: str | None = None
+    if trainer.world.is_main:
+        try:
+            work(trainer)
+        except OSError as error:
+            problem = f"run_dir={str(trainer.run_dir)!r} cannot be written: {error}"
+    problem = trainer.world.broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(f"{problem}. Is it a folder, with space and with the right to write?")
+
+
+def _make_folder(trainer: Trainer) -> None:
+    assert trainer.run_dir is not None
+    if trainer.resume.mode == "fresh":
+        _move_aside(trainer)
+    trainer.run_dir.mkdir(parents=True, exist_ok=True)
+    trainer.record = RunRecord(trainer.run_dir)
 
 
 def _move_aside(trainer: Trainer) -> None:
@@ -255,12 +279,9 @@ def _extend(trainer: Trainer) -> None:
 
 
 def _open_sinks(trainer: Trainer) -> None:
-    if not trainer.world.is_main:
-        return
     state = trainer._sinks_state
-    config = resume.identity(trainer)
     for sink in trainer.recorder.sinks:
-        sink.open(trainer.run_dir, config, fresh=state is None)
+        sink.open(trainer.run_dir, trainer.identity, fresh=state is None)
     if state is not None:
         trainer.recorder.load_sinks(state)
 
@@ -286,13 +307,16 @@ def _describe(trainer: Trainer) -> None:
         plan.add("an unfused optimizer waits for the device each step", "optimizer(fused=True)")
     if trainer.saver is not None and not trainer.is_over:
         trainer.saver.check_space(trainer.state_dict())
-    if not trainer.world.is_main:
-        return
-    trainer.record.start(seed=trainer.seed, plan=plan.as_list(), world_size=trainer.world.size)
+    _on_disk(trainer, _start_record)
     if trainer.is_over:
         trainer.say(f"the run in {trainer.run_dir} is complete ({trainer.progress.ended_by}).")
-    elif trainer.show_progress:
+    elif trainer.show_progress and trainer.world.is_main:
         plan.show()
+
+
+def _start_record(trainer: Trainer) -> None:
+    plan = trainer.plan.as_list()
+    trainer.record.start(seed=trainer.seed, plan=plan, world_size=trainer.world.size)
 
 
 def write_open_row(trainer: Trainer) -> None:
@@ -401,35 +425,43 @@ def result(trainer: Trainer) -> Result:
     )
 
 
-def fail(trainer: Trainer, error: BaseException) -> None:
+def fail(trainer: Trainer, error: BaseException) -> BaseException:
     """The run ends with an error: everybody is told, and what is durable stays as it is.
 
-    Raises:
-        PeerError: in place of the error, if it only comes of another rank's.
+    Returns:
+        The error to raise: a PeerError if it only comes of another rank's, a DataError if the
+        first batch is what it comes of, or itself.
     """
-    peer = trainer.stop_agreement.fail(error)
-    shown = peer or error
-    for hook in trainer.events.on_exception:
-        hook(shown)
+    shown = trainer.stop_agreement.fail(error) or blame.in_training(trainer, error)
     trainer.record.finish("failed", stopped_by=f"{type(shown).__name__}: {shown}")
-    if peer is not None:
-        raise peer from error
+    _call_each([partial(hook, shown) for hook in trainer.events.on_exception], shown)
+    return shown
 
 
-def teardown(trainer: Trainer) -> None:
+def teardown(trainer: Trainer, failure: BaseException | None) -> None:
     """Leaves nothing behind, however the run ended."""
-    try:
-        for hook in trainer.events.on_teardown:
-            hook()
-        if trainer.saver is not None:
-            trainer.saver.close()
-        trainer.recorder.close(trainer.record.record.get("status", "failed"))
-    finally:
-        if hasattr(trainer, "source"):
-            trainer.source.close()
-        trainer.stop_agreement.close()
-        placement.take_back(trainer)
-        trainer.replicas = []
-        if trainer._restore_determinism is not None:
-            trainer._restore_determinism()
-        trainer.world.close()
+    steps: list[Callable[[], Any]] = [*trainer.events.on_teardown]
+    if trainer.saver is not None:
+        steps.append(trainer.saver.close)
+    steps.append(lambda: trainer.recorder.close(trainer.record.record.get("status", "failed")))
+    if hasattr(trainer, "source"):
+        steps.append(trainer.source.close)
+    steps += [trainer.stop_agreement.close, partial(placement.take_back, trainer)]
+    if trainer._restore_determinism is not None:
+        steps.append(trainer._restore_determinism)
+    _call_each([*steps, trainer.world.close], failure)
+
+
+def _call_each(steps: Iterable[Callable[[], Any]], failure: BaseException | None) -> None:
+    """Calls all of them, even if some fail; the first error counts, and tells of the others."""
+    first = failure
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001  the others must have their turn
+            if first is None:
+                first = error
+            else:
+                first.add_note(f"then, as the run ended: {type(error).__name__}: {error}")
+    if failure is None and first is not None:
+        raise first

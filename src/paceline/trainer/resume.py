@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.checkpoint import Checkpoint, load_tree, verify
+from paceline.checkpoint import Checkpoint, check_fits, load_tree, verify
 from paceline.checkpoint.state import (
+    check_optimizer_state,
     load_model_state,
     load_optimizer_state,
     optimizer_state,
@@ -16,6 +17,7 @@ from paceline.checkpoint.state import (
 )
 from paceline.errors import CheckpointError, ConfigError, ResumeError
 from paceline.trainer.events import named_callbacks
+from paceline.trainer.schedules import put, replayed, schedule_settings
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -36,16 +38,31 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         keys[f"data.{name}"] = value
     for name, optimizer in trainer.named_optimizers().items():
         keys[f"{name}.class"] = type(optimizer).__name__
-        for key, value in optimizer.defaults.items():
-            if isinstance(value, torch.Tensor):
-                value = value.item()
-            if isinstance(value, (bool, int, float, str, type(None))):
-                keys[f"{name}.{key}"] = value
-            elif isinstance(value, (tuple, list)):
-                keys[f"{name}.{key}"] = str(tuple(value))
+        keys |= {f"{name}.{key}": value for key, value in _plain(optimizer.defaults).items()}
+        for i, group in enumerate(optimizer.param_groups):
+            own = {k: v for k, v in group.items() if k in optimizer.defaults}
+            if "initial_lr" in group:
+                own["lr"] = group["initial_lr"]
+            for key, value in _plain(own).items():
+                if keys[f"{name}.{key}"] != value:
+                    keys[f"{name}.group{i}.{key}"] = value
     for name, scheduler in (trainer.named_schedulers() or {}).items():
         keys[f"{name}.class"] = type(scheduler).__name__
+        keys |= {f"{name}.{key}": value for key, value in schedule_settings(scheduler).items()}
     return keys
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of an optimizer's settings that can be compared."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, torch.Tensor):
+            value = value.item()
+        if isinstance(value, (bool, int, float, str, type(None))):
+            found[key] = value
+        elif isinstance(value, (tuple, list)):
+            found[key] = str(tuple(value))
+    return found
 
 
 def horizon(trainer: Trainer) -> dict[str, int | None]:
@@ -59,7 +76,7 @@ def check_identity(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
     Raises:
         ResumeError: listing every key that may not differ but does.
     """
-    now, then = identity(trainer), stored["identity"]
+    now, then = trainer.identity, stored["identity"]
     changed = {
         key: (then.get(key), now.get(key))
         for key in {**then, **now}
@@ -113,7 +130,7 @@ def gather_state(trainer: Trainer) -> dict[str, Any]:
         },
         "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
         "rank": {str(trainer.world.rank): rank},
-        "identity": identity(trainer),
+        "identity": trainer.identity,
         "horizon": horizon(trainer),
     }
 
@@ -125,22 +142,11 @@ def load_state(trainer: Trainer, tree: dict[str, Any]) -> None:
         MismatchError, ResumeError: it does not fit; nothing that could be checked was changed.
     """
     accepted = check_identity(trainer, tree)
+    _check_fits(trainer, tree)
     models = trainer.named_models()
-    names = parameter_names(models)
-    _check_names("models", models, tree["models"])
-    _check_names("optimizers", trainer.named_optimizers(), tree["optimizers"])
-    schedulers = trainer.named_schedulers() or {}
-    _check_names("schedulers", schedulers, tree["schedulers"])
     for name, model in models.items():
         load_model_state(model, tree["models"][name], f"model {name!r}")
-    optimizers = trainer.named_optimizers()
-    wanted = {name: _wanted(optimizer, name, accepted) for name, optimizer in optimizers.items()}
-    for name, optimizer in optimizers.items():
-        load_optimizer_state(optimizer, tree["optimizers"][name], names, f"optimizer {name!r}")
-    for name, scheduler in schedulers.items():
-        scheduler.load_state_dict(tree["schedulers"][name])
-    for name, optimizer in optimizers.items():
-        _apply(optimizer, wanted[name], schedulers)
+    _load_optimizers(trainer, tree, accepted, parameter_names(models))
     if trainer.optimization.scaler is not None and tree["scaler"] is not None:
         trainer.optimization.scaler.load_state_dict(tree["scaler"])
     trainer.progress.load_state_dict(tree["progress"])
@@ -152,8 +158,54 @@ def load_state(trainer: Trainer, tree: dict[str, Any]) -> None:
     trainer.recorder.load_state_dict(tree["rank"])
 
 
+def _check_fits(trainer: Trainer, tree: dict[str, Any]) -> None:
+    models, optimizers = trainer.named_models(), trainer.named_optimizers()
+    _check_names("models", models, tree["models"])
+    _check_names("optimizers", optimizers, tree["optimizers"])
+    _check_names("schedulers", trainer.named_schedulers() or {}, tree["schedulers"])
+    for name, model in models.items():
+        check_fits(model.state_dict(), tree["models"][name], f"model {name!r}")
+    names = parameter_names(models)
+    for name, optimizer in optimizers.items():
+        stored = tree["optimizers"][name]
+        check_optimizer_state(optimizer, stored, names, f"optimizer {name!r}")
+
+
+def _load_optimizers(
+    trainer: Trainer, tree: dict[str, Any], accepted: list[str], names: dict[int, str]
+) -> None:
+    """Optimizers and their schedulers, with the changes that were accepted."""
+    schedulers = trainer.named_schedulers() or {}
+    for name, optimizer in trainer.named_optimizers().items():
+        mine = {key: s for key, s in schedulers.items() if s.optimizer is optimizer}
+        stored = [tree["schedulers"][key] for key in mine]
+        wanted = _wanted(optimizer, name, accepted)
+        course = None
+        if mine and _schedule_changed(name, mine, accepted):
+            course = replayed(list(mine.values()), stored)
+        load_optimizer_state(optimizer, tree["optimizers"][name], names, f"optimizer {name!r}")
+        if course is not None:
+            put(optimizer, course)
+        else:
+            for scheduler, state in zip(mine.values(), stored, strict=True):
+                scheduler.load_state_dict(state)
+        _apply(optimizer, wanted, mine if course is None else None)
+
+
+def _schedule_changed(name: str, schedulers: dict[str, Any], accepted: list[str]) -> bool:
+    rates = [key for key in accepted if key.startswith(name + ".") and key.endswith(".lr")]
+    return bool(rates) or any(
+        key.startswith(scheduler + ".") for scheduler in schedulers for key in accepted
+    )
+
+
 def _load_data(trainer: Trainer, tree: dict[str, Any]) -> None:
     source, world = trainer.source, trainer.world
+    if (tree["data"] is None) != source.per_rank:
+        raise ResumeError(
+            "the checkpoint's place in the data is of another kind of loader (map-style against "
+            "streamed): go on with the loader it began with, or start from its weights (init_from)."
+        )
     if not source.per_rank:
         source.load_state_dict(tree["data"])
         trainer.progress.batch = source.batches_done()  # as this number of ranks counts them
@@ -197,24 +249,25 @@ def _wanted(
     return [
         {
             key: group.get("initial_lr", group[key]) if key == "lr" else group[key]
-            for key in keys
+            for key in {each.removeprefix(f"group{i}.") for each in keys}
             if key in group
         }
-        for group in optimizer.param_groups
+        for i, group in enumerate(optimizer.param_groups)
     ]
 
 
 def _apply(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]], schedulers: Any) -> None:
+    """Writes accepted settings; rates under schedulers keep their place, or were replayed."""
     for i, (group, values) in enumerate(zip(optimizer.param_groups, wanted, strict=True)):
         for key, value in values.items():
-            if key == "lr" and "initial_lr" in group:  # keep the schedule's place
+            if key != "lr" or "initial_lr" not in group:
+                group[key] = value
+            elif schedulers is not None:
                 group["lr"] = value * (group["lr"] / group["initial_lr"])
                 group["initial_lr"] = value
                 for scheduler in schedulers.values():
-                    if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):
+                    if hasattr(scheduler, "base_lrs"):
                         scheduler.base_lrs[i] = value
-            else:
-                group[key] = value
 
 
 def _kind(thing: Any) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.errors import ConfigError, DataError, MetricError
+from paceline.trainer.blame import in_validation
 from paceline.trainer.placement import share_buffers
 from paceline.trainer.progress import as_number
 from paceline.trainer.window import to_device
@@ -62,8 +63,14 @@ def _run_batches(trainer: Trainer) -> float | None:
         seed_everything(mix(key, batch_idx))
         for hook in events.on_validation_batch_start:
             hook(batch, batch_idx)
-        with trainer.autocast:
-            trainer.validation_step(batch, batch_idx)
+        try:
+            with trainer.autocast:
+                trainer.validation_step(batch, batch_idx)
+        except Exception as error:
+            shown = in_validation(trainer, error, batch, batch_idx)
+            if shown is not error:
+                raise shown from error
+            raise
         for hook in events.on_validation_batch_end:
             hook(batch, batch_idx)
     return as_number(samples)

@@ -1,0 +1,93 @@
+"""What an error in a user's code was about: the step, the rank, the samples, the batch itself.
+
+Nothing here runs before an error does, so the loop pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.errors import DataError, NonFiniteError, PacelineError
+from paceline.trainer.events import overrides
+from paceline.trainer.window import describe
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+# What a model raises that gets a batch it is not made for.
+_MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
+_SHOWN = 32  # sample indices in a message
+
+
+def in_training(trainer: Trainer, error: BaseException) -> BaseException:
+    """The error to raise instead: a DataError at the first batch, else itself with a note.
+
+    Args:
+        trainer: whose window may be at hand.
+        error: what its training raised.
+    """
+    if trainer.batch_items is None or not isinstance(error, Exception):
+        return error
+    if isinstance(error, NonFiniteError):
+        return error  # says all of this itself
+    from paceline.trainer.trainer import Trainer as Plain
+
+    window = trainer.window
+    where = (
+        f"step {trainer.global_step + 1}, batch {window.batch_idx} of epoch "
+        f"{trainer.current_epoch}, rank {trainer.world.rank}: {describe(window.batch)}; "
+        f"samples {_some(window.ids())}"
+    )
+    steps: list[Callable[..., Any]] = [trainer.training_step]
+    if overrides(trainer, "step", Plain):
+        steps.append(trainer.step)
+    if trainer.local_batches == 0 and _passed_through(error, steps):
+        return _misfit(error, "training_step", where)
+    error.add_note(f"in {where}")
+    return error
+
+
+def in_validation(trainer: Trainer, error: Exception, batch: Any, batch_idx: int) -> Exception:
+    """The same for a batch of a validation."""
+    where = (
+        f"the validation after step {trainer.global_step}, batch {batch_idx}, rank "
+        f"{trainer.world.rank}: {describe(batch)}"
+    )
+    first = batch_idx == 0 and trainer.progress.validated_at < 0
+    if first and _passed_through(error, [trainer.validation_step]):
+        return _misfit(error, "validation_step", where)
+    error.add_note(f"in {where}")
+    return error
+
+
+def _misfit(error: Exception, step: str, where: str) -> Exception:
+    if isinstance(error, (PacelineError, torch.OutOfMemoryError)) or not isinstance(
+        error, _MISFITS
+    ):
+        error.add_note(f"in {where}")
+        return error
+    return DataError(
+        f"{step} failed on its first batch with {type(error).__name__}: {error}\n  {where}\n"
+        "Do the shapes, the dtypes and the order of what the loader yields fit the model and the "
+        "loss?"
+    )
+
+
+def _passed_through(error: BaseException, functions: list[Callable[..., Any]]) -> bool:
+    """Whether the error was raised by one of the functions, or by what it called."""
+    codes = {getattr(each, "__code__", None) for f in functions for each in (f, inspect.unwrap(f))}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _some(ids: list[Any]) -> str:
+    rest = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return f"{ids[:_SHOWN]}{rest}" if ids else "unknown"

@@ -1,0 +1,570 @@
+"""What a Trainer is given by mistake: each a clear error that says what, where and what to do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import batches, checkpoints, fitted, line, points, same, settings, weights
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
+
+from builders import rows
+from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel, Resume, Trainer, Window
+from paceline.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LossError,
+    MetricError,
+    MismatchError,
+    NonFiniteError,
+    PacelineError,
+)
+from paceline.trainer import checks
+
+
+def message(kind: type[PacelineError], trainer: type[Trainer] = Trainer, **changes: Any) -> str:
+    """The text of the error with which a run ends."""
+    with pytest.raises(kind) as caught:
+        trainer(**settings(**changes)).fit()
+    return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file under a folder with a digest of what is in it."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# Keywords and settings
+
+
+@pytest.mark.parametrize(
+    ("keyword", "ours"),
+    [
+        ("criterion", "loss_fn"),
+        ("scheduler", "lr_scheduler"),
+        ("max_epochs", "epochs"),
+        ("device", "the device follows from the machine"),
+        ("save_last_k", "CheckpointPolicy(keep_last=...)"),
+        ("epoch", "did you mean 'epochs'"),
+        ("fnord", "no such setting"),
+    ],
+)
+def test_a_keyword_of_another_system_names_ours(keyword: str, ours: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Trainer(**settings(**{keyword: 1}))
+    assert f"{keyword}: " in str(caught.value)
+    assert ours in str(caught.value)
+
+
+def test_unknown_keywords_are_named_all_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"criterion: .*\n.*scheduler: "):
+        Trainer(criterion=1, scheduler=2)
+
+
+ANY = torch.optim.SGD(line().parameters(), lr=1.0)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"epochs": 0}, "epochs=0: expected at least 1"),
+    ({"epochs": 1.5}, "epochs=1.5: expected a whole number"),
+    ({"epochs": True}, "epochs=True: expected a whole number"),
+    ({"epochs": None}, "epochs: say where the run ends"),
+    ({"max_steps": -1}, "max_steps=-1: expected at least 1"),
+    ({"epoch_length": 0}, "epoch_length=0: expected at least 1"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: expected at least 1"),
+    ({"log_every": 0}, "log_every=0: expected at least 1"),
+    ({"log_every": "50"}, "log_every='50': expected a whole number"),
+    ({"validate_every": 0}, "validate_every=0: expected 'epoch' or"),
+    ({"validate_every": True}, "validate_every=True: expected 'epoch' or"),
+    ({"validate_every": "step"}, "validate_every='step': expected 'epoch' or"),
+    ({"max_grad_norm": 0}, "max_grad_norm=0: expected a positive norm"),
+    ({"max_grad_norm": float("nan")}, "max_grad_norm=nan: expected a positive norm"),
+    ({"max_grad_norm": "1"}, "max_grad_norm='1': expected a positive norm"),
+    ({"precision": "fp8"}, "precision='fp8': expected one of fp32, bf16, fp16"),
+    ({"precision": 16}, "precision=16: expected one of fp32, bf16, fp16"),
+    ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore': expected one of raise, stop, skip"),
+    (
+        {"lr_scheduler_interval": "steps"},
+        "expected one of step, epoch, metric; did you mean 'step'",
+    ),
+    ({"compile": "yes"}, "compile='yes': expected True or False"),
+    ({"progress": None}, "progress=None: expected True or False"),
+    ({"early_stop": 0}, "early_stop=0: expected at least 1"),
+    ({"early_stop": 3}, "early_stop: it counts validations"),
+    ({"metric_monitor": MetricMonitor()}, "metric_monitor: nothing is ever validated"),
+    ({"metric_monitor": "val/loss"}, "expected a MetricMonitor(metric_name=..., mode=...)"),
+    ({"global_batch_size": 8, "gradient_accumulation_steps": 2}, "give one of them"),
+    ({"on_nonfinite": "rewind"}, "it goes back to a checkpoint, and none is written"),
+    ({"checkpoint": True}, "checkpoint=True: expected a CheckpointPolicy(...)"),
+    ({"checkpoint": CheckpointPolicy}, "checkpoint=the class CheckpointPolicy: expected a"),
+    ({"parallel": 2}, "parallel=2: expected a Parallel(...)"),
+    ({"callbacks": [Callback]}, "the class Callback is no Callback; make one of it: Callback(...)"),
+    ({"callbacks": 3}, "callbacks: 3 is no Callback"),
+    ({"loggers": ["wandb"]}, "loggers: 'wandb' is no Sink"),
+    (
+        {"model": nn.Linear, "optimizer": torch.optim.SGD(line().parameters())},
+        "the class Linear is not a torch.nn.Module; make one of it",
+    ),
+    (
+        {"model": [line()], "optimizer": torch.optim.SGD(line().parameters())},
+        "is not a torch.nn.Module",
+    ),
+    ({"optimizer": torch.optim.SGD}, "the class SGD is not a torch optimizer; make one of it"),
+    ({"optimizer": None}, "there is no optimizer"),
+    ({"lr_scheduler": "cosine"}, "lr_scheduler: 'cosine' is not a torch LRScheduler"),
+    ({"loss_fn": "mse"}, "loss_fn: 'mse' cannot be called"),
+    ({"loss_fn": None}, "the default training_step computes loss_fn(model(inputs), targets)"),
+    ({"train_dataloader": None}, "train_dataloader: there is nothing to train on"),
+    ({"train_dataloader": points()}, "train_dataloader: "),
+    ({"train_dataloader": iter(batches())}, "which can be read only once"),
+    ({"val_dataloader": (b for b in batches())}, "which can be read only once"),
+    ({"val_dataloader": object()}, "cannot be iterated"),
+    ({"resume": "must"}, "resume='must': a run without run_dir has nothing to go on from"),
+    ({"resume": "lates"}, "resume='lates': there is no such checkpoint, and no such mode"),
+    ({"resume": Resume(init_from="/nowhere")}, "init_from='/nowhere': there is no such file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_setting_that_cannot_work(changes: dict[str, Any], text: str) -> None:
+    assert text in message(ConfigError, **changes)
+
+
+def test_all_mistakes_are_said_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    text = message(
+        ConfigError,
+        epochs=0,
+        precision="fp8",
+        early_stop=2,
+        loss_fn=None,
+        callbacks=[Callback],
+        optimizer=torch.optim.SGD(line().parameters(), lr=1.0),
+        run_dir=tmp_path / "run",
+    )
+    found = ("epochs=0", "precision=", "early_stop", "loss_fn", "callbacks", "in no optimizer")
+    assert [part for part in found if part not in text] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_are_checked_before_configure_and_what_it_makes_after() -> None:
+    made: list[str] = []
+
+    class Makes(Trainer):
+        def configure(self) -> None:
+            made.append("model")
+            self.model = line()
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            self.loss_fn = nn.MSELoss()
+            self.train_dataloader = self.loader
+
+    def run(loader: Any = None, **changes: Any) -> Any:
+        trainer = Makes(progress=False, **{"epochs": 1, **changes})
+        trainer.loader = loader
+        return trainer.fit()
+
+    with pytest.raises(ConfigError, match="epochs=0"):
+        run(epochs=0)
+    assert made == []
+    with pytest.raises(ConfigError, match="nothing to train on"):
+        run()
+    assert run(batches()).complete
+
+
+def test_a_seed_by_position_is_told_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"a seed is given by name, train\(seed=42\)"):
+        Trainer(**settings()).train(42)  # pyright: ignore[reportArgumentType]
+
+
+def test_every_count_of_the_constructor_is_checked() -> None:
+    """A new whole-number setting that nobody checks would fail late."""
+    import inspect
+
+    annotated = {
+        name
+        for name, parameter in inspect.signature(Trainer).parameters.items()
+        if str(parameter.annotation) in ("int", "int | None")
+    }
+    assert annotated == set(checks._COUNTS)
+
+
+def test_a_world_that_does_not_fit_the_layout() -> None:
+    assert "start 4 processes" in message(ConfigError, parallel=Parallel(dp_replicate=4))
+
+
+# Parameters
+
+
+def test_a_parameter_in_no_optimizer_is_named() -> None:
+    model = nn.Sequential(line(), nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    text = message(ConfigError, model=model, optimizer=optimizer)
+    assert "in no optimizer: model.1.weight, model.1.bias" in text
+    assert "requires_grad_(False)" in text
+    model[1].requires_grad_(False)
+    assert fitted(model=model, optimizer=optimizer).result.complete
+
+
+def test_a_parameter_in_two_optimizers_is_named() -> None:
+    model = line()
+    both = {name: torch.optim.SGD(model.parameters(), lr=0.1) for name in "ab"}
+    text = message(ConfigError, model=model, optimizer=both)
+    assert "in more than one optimizer or group: model.weight, model.bias" in text
+
+
+def test_a_parameter_of_no_model_is_counted() -> None:
+    model = line()
+    optimizer = torch.optim.SGD([*model.parameters(), *line().parameters()], lr=0.1)
+    assert "2 parameters in an optimizer belong to no model" in message(
+        ConfigError, model=model, optimizer=optimizer
+    )
+
+
+def test_two_components_of_one_name_are_refused() -> None:
+    trainer = Trainer(**settings())
+    trainer.others = {"model": line()}
+    with pytest.raises(ConfigError, match="two components are called 'model'"):
+        trainer.fit()
+
+
+def test_a_part_of_a_model_under_a_second_name_is_no_second_model(tmp_path: Path) -> None:
+    model = nn.Sequential(line(), nn.Linear(1, 1))
+    trainer = Trainer(**settings(model=model, run_dir=tmp_path))
+    trainer.head, trainer.again = model[1], model
+    trainer.fit()
+    assert list(trainer.named_models()) == ["model"]
+    assert trainer.head is model[1]
+
+
+# Data
+
+
+class Nothing(Dataset):
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError(index)
+
+
+class NoBatches:
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(Nothing()),
+        DataLoader(TensorDataset(torch.ones(0, 3), torch.ones(0, 1))),
+        DataLoader(points(), batch_sampler=BatchSampler([], 2, False)),
+        [],
+        NoBatches(),
+    ],
+    ids=["no rows", "no tensor rows", "empty batch sampler", "empty list", "empty iterable"],
+)
+def test_an_empty_loader(loader: Any) -> None:
+    text = message(DataError, train_dataloader=loader)
+    assert "no batch" in text or "empty" in text
+    assert "train" in text
+    assert "val" in message(DataError, val_dataloader=loader)
+
+
+def test_drop_last_that_drops_everything() -> None:
+    loader = batches(3, 4, drop_last=True)
+    text = message(DataError, train_dataloader=loader)
+    assert "drop_last drops everything: the data have 3 samples and batch_size is 4" in text
+
+
+def test_a_batch_without_a_tensor_cannot_be_counted() -> None:
+    class Words:
+        def __iter__(self) -> Iterator[Any]:
+            yield ["a", "b"]
+
+    text = message(DataError, train_dataloader=Words())
+    assert "cannot count the items of a batch of type list" in text
+    assert "override count_items" in text
+
+
+def wide(n: int = 8) -> DataLoader:
+    """Rows of 4 numbers, for a model that takes 3."""
+    return DataLoader(TensorDataset(torch.ones(n, 4), torch.ones(n, 1)), 4)
+
+
+def test_a_first_batch_that_the_model_cannot_take_is_described() -> None:
+    with pytest.raises(DataError) as caught:
+        fitted(train_dataloader=wide())
+    text = str(caught.value)
+    assert "training_step failed on its first batch with RuntimeError: mat1 and mat2" in text
+    assert "step 1, batch 0 of epoch 0, rank 0" in text
+    assert "list[(4, 4) float32, (4, 1) float32]; samples [0, 1, 2, 3]" in text
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError, IndexError, KeyError])
+@pytest.mark.parametrize("where", ["training_step", "validation_step", "loss", "step"])
+def test_what_counts_as_a_batch_that_does_not_fit(kind: type[Exception], where: str) -> None:
+    def fails(*_: Any) -> None:
+        raise kind("odd")
+
+    def step(self: Trainer, window: Window) -> None:
+        for batch, _ in window:
+            fails(batch)
+
+    body = step if where == "step" else fails
+    trainer = type("Mine", (Trainer,), {where: body})
+    text = message(DataError, trainer, val_dataloader=batches(8))
+    assert f"failed on its first batch with {kind.__name__}" in text
+    assert "(4, 3) float32" in text
+
+
+def test_a_later_batch_keeps_its_error_and_gets_a_note() -> None:
+    class Ragged(Dataset):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.ones(3 + (index >= 8)), torch.ones(1)
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        fitted(train_dataloader=DataLoader(Ragged(), 4))
+    assert not isinstance(caught.value, PacelineError)
+    assert caught.value.__notes__ == [
+        "in step 3, batch 2 of epoch 0, rank 0: list[(4, 4) float32, (4, 1) float32]; "
+        "samples [8, 9, 10, 11]"
+    ]
+
+
+def test_a_later_validation_batch_keeps_its_error_and_gets_a_note() -> None:
+    class Fails(Trainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if (self.global_step, batch_idx) in ((10, 0), (10, 1)):
+                raise ValueError("odd")
+
+    with pytest.raises(ValueError, match="odd") as caught:
+        fitted(Fails, val_dataloader=batches(8))
+    assert not isinstance(caught.value, PacelineError)
+    assert caught.value.__notes__[0].startswith("in the validation after step 10, batch 0, rank 0")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), torch.OutOfMemoryError("x")])
+def test_other_errors_in_the_first_batch_keep_their_type(error: Exception) -> None:
+    trainer = Trainer(**settings())
+
+    def fails(batch: Any, batch_idx: int) -> None:
+        raise error
+
+    trainer.training_step = fails
+    with pytest.raises(type(error)) as caught:
+        trainer.fit()
+    assert "samples [0, 1, 2, 3]" in caught.value.__notes__[0]
+
+
+def test_an_error_of_a_callback_is_no_data_error() -> None:
+    trainer = Trainer(**settings())
+    trainer.on_train_batch_start = lambda batch, batch_idx: {}["mine"]
+    with pytest.raises(KeyError, match="mine"):
+        trainer.fit()
+
+
+def test_an_error_between_windows_blames_no_batch() -> None:
+    trainer = Trainer(**settings())
+    trainer.on_step_end = lambda metrics: {}["mine"]
+    with pytest.raises(KeyError) as caught:
+        trainer.fit()
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_hooks_that_fail_at_the_end_keep_no_other_from_running() -> None:
+    heard: list[str] = []
+
+    class Fails(Callback):
+        def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+            raise OSError("in on_exception")
+
+        def on_teardown(self, trainer: Trainer) -> None:
+            raise OSError("in on_teardown")
+
+    class Hears(Callback):
+        def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+            heard.append(str(error))
+
+        def on_teardown(self, trainer: Trainer) -> None:
+            heard.append("teardown")
+
+    trainer = Trainer(**settings(callbacks=[Fails(), Hears()]))
+    trainer.on_after_backward = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError) as caught:
+        trainer.fit()
+    assert heard == ["division by zero", "teardown"]
+    assert caught.value.__notes__[1:] == [
+        "then, as the run ended: OSError: in on_exception",
+        "then, as the run ended: OSError: in on_teardown",
+    ]
+    with pytest.raises(OSError, match="in on_teardown"):
+        fitted(callbacks=[Fails(), Hears()])
+    assert heard[2:] == ["teardown"]
+
+
+# Losses and logged values
+
+
+class Returns(Trainer):
+    """Returns what is made of the true loss."""
+
+    make: Any
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return type(self).make(super().training_step(batch, batch_idx))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda loss: None, "returned None of type NoneType"),
+        (lambda loss: loss.item(), "of type float; it returns the mean loss"),
+        (lambda loss: (loss, 1), "of type tuple"),
+        (lambda loss: loss.detach(), "a loss without a gradient"),
+        (lambda loss: loss * torch.ones(3), "a tensor of shape (3,); the loss is one number"),
+        (lambda loss: {"optimizer": None}, "of type NoneType"),
+        (lambda loss: {"optimizer": loss.detach()}, "without a gradient for 'optimizer'"),
+        (lambda loss: {}, "no loss"),
+    ],
+)
+def test_a_loss_that_is_none(make: Any, text: str) -> None:
+    trainer = type("Mine", (Returns,), {"make": staticmethod(make)})
+    said = message(LossError, trainer)
+    assert text in said
+    assert "in step 1, batch 0" in said
+
+
+def test_a_loss_of_one_element_is_one_number() -> None:
+    trainer = type("Mine", (Returns,), {"make": staticmethod(lambda loss: loss.reshape(1, 1))})
+    assert same(weights(fitted(trainer)), weights(fitted()))
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    trainer = type("Mine", (Returns,), {"make": staticmethod(lambda loss: loss * torch.inf)})
+    text = message(NonFiniteError, trainer, run_dir=tmp_path)
+    assert "step 1 is not finite" in text
+    assert "samples [0, 1, 2, 3]" in text
+    assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "weight"),
+    [("high", None), (None, None), (torch.ones(2), None), (1j, None), (1.0, "many"), ([1.0], None)],
+)
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_a_logged_value_that_is_no_number(value: Any, weight: Any, where: str) -> None:
+    class Logs(Trainer):
+        pass
+
+    def step(self: Trainer, batch: Any, batch_idx: int) -> Any:
+        self.log("mine", value, weight=weight)
+
+    setattr(Logs, where, step)
+    assert "log('mine', ...)" in message(MetricError, Logs, val_dataloader=batches(8))
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "samples", "items"])
+def test_a_logged_name_that_every_row_has(name: str) -> None:
+    class Logs(Trainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log(name, 1.0)
+
+    assert "rename yours" in message(MetricError, Logs, val_dataloader=batches(8))
+
+
+# The disk: nothing that is there is lost
+
+
+@pytest.mark.parametrize("blocked", ["run", "run/checkpoints", "run/metrics.jsonl", "run/run.json"])
+def test_a_run_folder_that_cannot_be_written(blocked: str, tmp_path: Path) -> None:
+    """A file stands where a folder should be, or a folder where a file should."""
+    path = tmp_path / blocked
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    else:
+        path.write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(PacelineError) as caught:
+        fitted(run_dir=tmp_path / "run")
+    assert str(tmp_path / "run") in str(caught.value)
+    after = contents(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_a_run_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ConfigError, match=r"run_dir.*Permission denied"):
+        fitted(run_dir=tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_lists_names_and_shapes(tmp_path: Path) -> None:
+    fitted(run_dir=tmp_path)
+    before = contents(tmp_path)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    untouched = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MismatchError) as caught:
+        fitted(model=model, run_dir=tmp_path, epochs=3)
+    text = str(caught.value)
+    for part in ("missing from the checkpoint: 0.weight", "only in the checkpoint: weight"):
+        assert part in text
+    with pytest.raises(
+        MismatchError, match=r"weight: float32\[1, 3\] in the checkpoint, float32\[1, 4\]"
+    ):
+        fitted(model=line(4), train_dataloader=wide(20), run_dir=tmp_path, epochs=3)
+    assert same(model.state_dict(), untouched)
+    after = contents(tmp_path)
+    for name in before:
+        assert name in ("run.json",) or after[name] == before[name], name
+
+
+def test_a_checkpoint_whose_optimizer_does_not_fit_changes_no_weight(tmp_path: Path) -> None:
+    fitted(run_dir=tmp_path)
+    model = line()
+    groups = [{"params": [model.bias]}, {"params": [model.weight]}]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MismatchError, match="optimizer 'optimizer' does not fit"):
+        fitted(model=model, optimizer=optimizer, run_dir=tmp_path, epochs=3)
+    assert same(model.state_dict(), before)
+
+
+def test_a_run_that_fails_keeps_the_rows_and_checkpoints_it_has(tmp_path: Path) -> None:
+    class Fails(Trainer):
+        def on_step_end(self, metrics: dict[str, Any]) -> None:
+            if self.global_step == 8:
+                raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        fitted(Fails, run_dir=tmp_path, log_every=1)
+    assert checkpoints(tmp_path) == ["step_00000005"]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_no_space_for_a_checkpoint_is_said_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paceline.checkpoint.files import Disk
+
+    monkeypatch.setattr(Disk, "free_bytes", lambda self, path: 10)
+    steps: list[int] = []
+    trainer = Trainer(**settings(run_dir=tmp_path))
+    trainer.on_train_start = lambda: steps.append(1)
+    with pytest.raises(CheckpointError, match="are free"):
+        trainer.fit()
+    assert steps == []
