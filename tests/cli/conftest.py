@@ -73,7 +73,13 @@ class Paceline:
         process = subprocess.Popen(
             [sys.executable, "-m", "paceline", *words],
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **environment},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "NO_COLOR": "1",
+                "TMPDIR": str(self.folder),  # a killed launcher cannot tidy up
+                **environment,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
