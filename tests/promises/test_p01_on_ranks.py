@@ -268,5 +268,6 @@ def test_streams_of_uneven_shares(
 
 @pytest.mark.slow
 def test_a_stream_on_one_rank(ranks: Ranks, tmp_path: Path) -> None:
-    for data in ("stateful", "replayed"):
-        check_chain(ranks, 1, tmp_path / data, Plan(data, 7, 8, stopper=0), [1, 3, 4])
+    for data, length in (("stateful", None), ("replayed", None), ("stateful", 4)):
+        plan = Plan(data, 7, 8, length, stopper=0)
+        check_chain(ranks, 1, tmp_path / f"{data}{length}", plan, [1, 3, 4])

@@ -184,6 +184,14 @@ def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> St
             "a map-style dataset in a DataLoader resumes by position",
         )
     ]
+    if stateful and getattr(loader, "num_workers", 0):
+        plan.append(
+            (
+                "random numbers drawn in the training loader's workers are not restored at resume; "
+                "a generator in the dataset's own state_dict is",
+                "num_workers=0, or a map-style dataset",
+            )
+        )
     if world.dp_size > 1:
         plan.append(("each rank iterates its own loader, which must know its share", "the loader"))
     return StreamedSource(loader, accumulation, size.epoch_length, seed, world, plan)
