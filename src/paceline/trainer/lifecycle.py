@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline import registry
-from paceline.checkpoint import Checkpoints
+from paceline.checkpoint import CheckpointPolicy, Checkpoints
 from paceline.data.loader import WindowSize, open_training, open_validation
 from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.provenance import RunRecord
-from paceline.trainer import blame, placement, resume
+from paceline.trainer import blame, decisions, placement, resume
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_settings
 from paceline.trainer.events import Events, overrides
@@ -52,6 +52,8 @@ def running(trainer: Trainer, seed: int | None) -> Iterator[None]:
             trainer._leave(trainer.progress.pending)
         elif trainer.progress.pending:
             trainer._boundary()
+        elif trainer.on_nonfinite == "rewind" and trainer._sinks_state is None:
+            trainer._save(["start"])  # there has to be one to go back to
         yield
         finish(trainer)
     except GeneratorExit:  # a train() of the user's own has left its loop
@@ -205,10 +207,9 @@ def _open_records(trainer: Trainer) -> None:
         trainer.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
         return
     _on_disk(trainer, _make_folder)
-    if trainer.checkpoint_policy is not None:
-        trainer.saver = Checkpoints(
-            trainer.run_dir / "checkpoints", trainer.checkpoint_policy, trainer.world
-        )
+    # A run that saves nothing may still go on from a checkpoint that is there.
+    policy = trainer.checkpoint_policy or CheckpointPolicy(keep_last=None)
+    trainer.saver = Checkpoints(trainer.run_dir / "checkpoints", policy, trainer.world)
 
 
 def _on_disk(trainer: Trainer, work: Callable[[Trainer], None]) -> None:
@@ -259,6 +260,9 @@ def _load(trainer: Trainer) -> None:
     assert trainer.saver is not None
     tree = trainer.saver.load(found.path)
     trainer.load_state_dict(tree)
+    if trainer.resume.path is not None:
+        trainer.saver.abandon_after(found.save_id)
+        tell(trainer)
     _extend(trainer)
     trainer._sinks_state = tree["rank"]
     trainer.plan.add(f"goes on from {found.path.name}", "resume")
@@ -267,15 +271,22 @@ def _load(trainer: Trainer) -> None:
 
 
 def _extend(trainer: Trainer) -> None:
-    """A run that had reached its horizon may go on if the horizon has grown since."""
+    """Whether the run is over is a matter of the horizon and patience it has now."""
     progress = trainer.progress
-    if progress.ended_by not in ("epochs", "max_steps"):
-        return
-    over = (trainer.epochs is not None and progress.epoch >= trainer.epochs) or (
-        trainer.max_steps is not None and progress.global_step >= trainer.max_steps
+    reached = next(
+        (
+            name
+            for name, done in (("epochs", progress.epoch), ("max_steps", progress.global_step))
+            if (most := getattr(trainer, name)) is not None and done >= most
+        ),
+        None,
     )
-    if not over:
-        progress.ended_by = None
+    if (
+        (progress.ended_by is None and reached and not progress.pending)
+        or (progress.ended_by == "early stop" and not decisions.out_of_patience(trainer))
+        or progress.ended_by in ("epochs", "max_steps")
+    ):
+        progress.ended_by = reached
 
 
 def _open_sinks(trainer: Trainer) -> None:
@@ -299,13 +310,15 @@ def _describe(trainer: Trainer) -> None:
     plan.add(f"seed {trainer.seed}", "train(seed=...)")
     if trainer.val_dataloader is not None:
         plan.add(f"validates every {trainer.validate_every}", "validate_every")
-    if trainer.saver is not None:
+    if trainer.checkpoint_policy is None:
+        plan.add("saves no checkpoint: a run that is stopped starts anew", "checkpoint")
+    elif trainer.saver is not None:
         plan.add(f"saves by {trainer.checkpoint_policy}", "checkpoint")
     if not trainer.on_cpu and not all(
         getattr(o, "_step_supports_amp_scaling", False) for o in trainer.named_optimizers().values()
     ):
         plan.add("an unfused optimizer waits for the device each step", "optimizer(fused=True)")
-    if trainer.saver is not None and not trainer.is_over:
+    if trainer.saver is not None and trainer.checkpoint_policy is not None and not trainer.is_over:
         trainer.saver.check_space(trainer.state_dict())
     _on_disk(trainer, _start_record)
     if trainer.is_over:
@@ -382,6 +395,8 @@ def rewind(trainer: Trainer) -> None:
     trainer.recorder.load_sinks(tree["rank"])
     trainer.progress.skips = sorted(set(skips) | set(trainer.progress.skips))
     trainer._rewinding = False
+    if trainer.progress.pending:
+        trainer._boundary()
     trainer.say(f"went back to step {found.step}; step {step + 1} will be skipped.")
     for hook in trainer.events.on_load_checkpoint:
         hook(tree)

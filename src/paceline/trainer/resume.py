@@ -283,8 +283,7 @@ def load_weights(trainer: Trainer, path: Path) -> None:
     Raises:
         CheckpointError: nothing there, damaged, or no name fits.
     """
-    folder = _checkpoint_in(path)
-    verify(folder)
+    folder = _checkpoint_in(trainer, path)
     stored = load_tree(folder)["models"]
     loaded, missing, unexpected = 0, [], []
     for name, model in trainer.named_models().items():
@@ -302,14 +301,19 @@ def load_weights(trainer: Trainer, path: Path) -> None:
     )
 
 
-def _checkpoint_in(path: Path) -> Path:
-    """A checkpoint's folder, or the newest intact one of a run's folder."""
+def _checkpoint_in(trainer: Trainer, path: Path) -> Path:
+    """A checkpoint's folder, or the newest intact one of a run's folder; nothing is moved there."""
     if (path / "manifest.json").exists():
+        verify(path)
         return path
-    folders = sorted((path / "checkpoints").glob("step_*"), reverse=True)
-    if not folders:
-        raise CheckpointError(f"{path} is neither a checkpoint nor a run with one.")
-    return folders[0]
+    for folder in sorted((path / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            trainer.say(f"init_from: {error}; an older checkpoint is looked for.")
+        else:
+            return folder
+    raise CheckpointError(f"init_from={path} is neither a checkpoint nor a run with one.")
 
 
 def find(trainer: Trainer) -> Checkpoint | None:
@@ -331,7 +335,6 @@ def find(trainer: Trainer) -> Checkpoint | None:
                 f"{', '.join(c.path.name for c in saver.list()) or 'none'}. To start from another "
                 "run's weights, use init_from."
             )
-        saver.abandon_after(found.save_id)
         return found
     found = saver.newest()
     if found is None and mode == "must":
