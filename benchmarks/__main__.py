@@ -1,0 +1,14 @@
+"""All benchmarks, one after the other: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES = ("overhead", "streams", "import_time", "memory", "checkpoints", "ddp")
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    codes = [subprocess.call([sys.executable, here / f"{name}.py"]) for name in NAMES]
+    sys.exit(max(codes))

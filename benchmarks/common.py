@@ -1,0 +1,180 @@
+"""What the benchmarks share: contestants in processes of their own, statistics, results on disk."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PACKAGES = {
+    "torch": "torch",
+    "paceline": "paceline",
+    "lightning": "lightning",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "ignite": "pytorch-ignite",
+}
+
+
+class Worker:
+    """A process that answers requests, one at a time, over two pipes of its own.
+
+    The processes of all contestants live through the whole benchmark and are asked in turn, so that
+    imports are paid once and what else the machine does falls on all alike.
+
+    Args:
+        arguments: of the Python command line; the program calls `serve`.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
+
+    def ask(self, **request: Any) -> Any:
+        """The answer to one request.
+
+        Raises:
+            RuntimeError: the contestant failed; the message is its traceback.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "the process has ended"}
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        with suppress(OSError):
+            self._process.communicate(timeout=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+# One thread, and no contestant looks for a network or another's settings.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def serve(answer: Callable[..., Any]) -> None:
+    """Answers requests until there are no more; what is printed meanwhile goes nowhere."""
+    import traceback
+
+    replies = os.fdopen(os.dup(1), "w")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    if not os.environ.get("BENCHMARK_VERBOSE"):
+        os.dup2(nowhere, 2)
+    for line in sys.stdin:
+        try:
+            reply: dict[str, Any] = {"value": answer(**json.loads(line))}
+        except Exception:  # noqa: BLE001  whatever it was, the parent says which contestant failed
+            reply = {"error": traceback.format_exc()}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def versions() -> dict[str, str]:
+    """The versions of what is installed, by short name; a missing peer has no entry."""
+    found = {}
+    for name, distribution in PACKAGES.items():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(distribution)
+    return found
+
+
+def report_missing(wanted: Iterable[str | None]) -> set[str]:
+    """Says which peers are not installed; returns them."""
+    missing = {name for name in wanted if name} - set(versions())
+    for name in sorted(missing):
+        print(f"left out: {name} is not installed (pip install -r benchmarks/requirements.txt)")
+    return missing
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else [values[0]] * 3
+    )
+    return {"median": middle, "low": low, "high": high}
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """`median (lower to upper quartile)`."""
+    s = summary(values)
+    return f"{s['median']:.{digits}f} ({s['low']:.{digits}f} to {s['high']:.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> dict[str, Any]:
+    """Where the numbers come from."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load before": load,
+        "versions": versions(),
+    }
+
+
+def save(name: str, text: str, data: dict[str, Any], at: dict[str, Any]) -> None:
+    """Writes `results/<name>.json` and `.md`, and prints the latter."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": at, **data}, indent=1) + "\n")
+    found = ", ".join(f"{key} {value}" for key, value in at["versions"].items())
+    load = "" if at["load before"] is None else f", load {at['load before']:.1f} at the start"
+    foot = f"{at['processor']}, {at['cores']} cores{load}; Python {at['python']}, {found}."
+    (RESULTS / f"{name}.md").write_text(f"{text}\n\n{foot}\n")
+    print(f"\n{text}\n\n{foot}")
+
+
+def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=rounds, help="interleaved rounds")
+    return parser
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
