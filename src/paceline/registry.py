@@ -73,7 +73,8 @@ def lookup(kind: str, name: str) -> Any:
     if name not in _SHIPPED.get(kind, {}):
         known = names(kind)
         raise ConfigError(
-            f"no {kind} is registered as {name!r}{nearest(name, known) or '.'} Known: {', '.join(known)}"
+            f"no {kind} is registered as {name!r}{nearest(name, known) or '.'} "
+            f"Known: {', '.join(known)}"
         )
     module, _, attribute = _SHIPPED[kind][name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -223,9 +223,11 @@ class StreamedSource:
 class StreamedValidation:
     """Validation over an iterable (`Validation`); each rank iterates its own share."""
 
-    plan: list[tuple[str, str]] = []
-
     def __init__(self, loader: Iterable[Any], seed: int, world: World) -> None:
+        self.plan: list[tuple[str, str]] = []
+        if world.dp_size > 1:
+            own = "validation: each rank iterates its own loader, which must know its share"
+            self.plan.append((own, "val_dataloader"))
         self._loader = loader
         self._seed = seed
         self._world = world

@@ -279,7 +279,10 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.stop_agreement.request(reason)
 
     def request_rewind(self, step: int) -> None:
-        """Asks to go back to the newest checkpoint and skip the window of `step` from then on."""
+        """Asks to go back to the newest checkpoint and skip the window of `step` from then on.
+
+        On several ranks each of them has to ask, in the same window.
+        """
         self._rewinding, self._rewind_step = True, step
 
     def say(self, text: str) -> None:

@@ -210,7 +210,8 @@ def misspelt_hooks(listener: object) -> list[str]:
         if name.startswith("on_") and name not in EVENTS and callable(getattr(listener, name, None))
     ]
     return [
-        f"{type(listener).__name__} defines {name}, which is no event{nearest(name, EVENTS) or '.'} "
+        f"{type(listener).__name__} defines {name}, which is no event"
+        f"{nearest(name, EVENTS) or '.'} "
         + (f"Events: {', '.join(EVENTS)}" if strict else "If it is your own, rename it.")
         for name in names
         if strict or get_close_matches(name, EVENTS, n=1, cutoff=0.75)

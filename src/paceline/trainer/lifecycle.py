@@ -273,19 +273,13 @@ def _load(trainer: Trainer) -> None:
 def _extend(trainer: Trainer) -> None:
     """Whether the run is over is a matter of the horizon and patience it has now."""
     progress = trainer.progress
-    reached = next(
-        (
-            name
-            for name, done in (("epochs", progress.epoch), ("max_steps", progress.global_step))
-            if (most := getattr(trainer, name)) is not None and done >= most
-        ),
-        None,
-    )
-    if (
-        (progress.ended_by is None and reached and not progress.pending)
-        or (progress.ended_by == "early stop" and not decisions.out_of_patience(trainer))
-        or progress.ended_by in ("epochs", "max_steps")
-    ):
+    reached = None
+    if trainer.epochs is not None and progress.epoch >= trainer.epochs:
+        reached = "epochs"
+    elif trainer.max_steps is not None and progress.global_step >= trainer.max_steps:
+        reached = None if progress.pending else "max_steps"  # the boundary's to say
+    patient = progress.ended_by == "early stop" and not decisions.out_of_patience(trainer)
+    if patient or progress.ended_by in (None, "epochs", "max_steps"):
         progress.ended_by = reached
 
 

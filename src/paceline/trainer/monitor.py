@@ -77,8 +77,8 @@ def metric_of(metrics: dict[str, float], name: str) -> float:
     if name not in metrics:
         raise MetricError(
             f"the monitored metric {name!r} is not among the validation's metrics"
-            f"{nearest(name, metrics) or '.'} There is: {', '.join(sorted(metrics)) or 'none'}. Log it in "
-            "validation_step, return it from get_val_metrics, or change "
+            f"{nearest(name, metrics) or '.'} There is: {', '.join(sorted(metrics)) or 'none'}. "
+            "Log it in validation_step, return it from get_val_metrics, or change "
             "MetricMonitor(metric_name=...)."
         )
     return float(metrics[name])

@@ -17,7 +17,7 @@ from paceline.checkpoint.state import (
 )
 from paceline.errors import CheckpointError, ConfigError, ResumeError
 from paceline.trainer.events import named_callbacks
-from paceline.trainer.schedules import put, replayed, schedule_settings
+from paceline.trainer.schedules import load_schedule, put, replayed, schedule_settings
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -187,8 +187,9 @@ def _load_optimizers(
         if course is not None:
             put(optimizer, course)
         else:
-            for scheduler, state in zip(mine.values(), stored, strict=True):
-                scheduler.load_state_dict(state)
+            for (key, scheduler), state in zip(mine.items(), stored, strict=True):
+                changed = [k.removeprefix(key + ".") for k in accepted if k.startswith(key + ".")]
+                load_schedule(scheduler, state, changed)
         _apply(optimizer, wanted, mine if course is None else None)
 
 

@@ -75,6 +75,13 @@ def replayed(schedulers: list[Any], stored: list[dict[str, Any]]) -> list[dict[s
     return [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
 
 
+def load_schedule(scheduler: Any, stored: dict[str, Any], changed: list[str]) -> None:
+    """Loads a scheduler's state, but for the settings in `changed`, which stay as they are."""
+    kept = {name: vars(scheduler)[name] for name in changed if name in vars(scheduler)}
+    scheduler.load_state_dict(stored)
+    vars(scheduler).update(kept)
+
+
 def put(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]]) -> None:
     """Writes what `replayed` gave, after the optimizer's state was loaded."""
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
