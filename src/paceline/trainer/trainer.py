@@ -344,7 +344,8 @@ class Trainer(TrainerBase):
     def checkpoint(self, reasons: Sequence[str] = ("asked for",), *, best: bool = False) -> None:
         """Saves all state at this boundary; asked for within a window, at the one behind it.
 
-        On several ranks each of them has to ask, in the same window. What ends a run (the reasons "stop" and "end") is waited for.
+        On several ranks each of them has to ask, in the same window. What ends a run (the reasons
+        "stop" and "end") is waited for.
         """
         if self.saver is None or self.checkpoint_policy is None:
             return
