@@ -6,6 +6,7 @@ import builtins
 import json
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,7 @@ class _Job:
     forms: dict[str, str] = field(default_factory=dict)
     own: list[Any] = field(default_factory=list)  # on rank 0: every rank's own skeleton
     needed: int = 0
+    before: Callable[[], None] | None = None
     error: CheckpointError | None = None
 
 
@@ -88,6 +90,7 @@ class Checkpoints:
         best: bool = False,
         synchronous: bool = False,
         info: dict[str, Any] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         """Saves the state, after finishing the save in flight if there is one.
 
@@ -102,6 +105,8 @@ class Checkpoints:
             best: this is the best so far by the monitored metric.
             synchronous: be on the disk when this returns, or raise. For a run's last save.
             info: goes to the manifest: why it was saved, metrics, best value.
+            before: called on rank 0 before anything is written, in the background if the save is;
+                what it raises fails the save. For what the checkpoint counts on.
 
         Raises:
             StateError: something in the tree cannot be stored, or the ranks disagree about it.
@@ -110,6 +115,7 @@ class Checkpoints:
         self.wait()
         blocking = synchronous or not self.policy.asynchronous
         job = self._job = self._prepare(tree, step, best, dict(info or {}), copy=not blocking)
+        job.before = before
         if not blocking:
             self._thread = threading.Thread(target=self._write, args=(job,), name="checkpoint")
             self._thread.start()
@@ -319,6 +325,8 @@ class Checkpoints:
         job.tensors = {}
 
     def _begin(self, hidden: Path, job: _Job) -> None:
+        if job.before is not None:
+            job.before()
         self._disk.make_folders(self.folder)
         self._disk.remove(hidden)
         self._check_free(job.needed)

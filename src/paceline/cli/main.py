@@ -37,7 +37,8 @@ def paceline(
 ) -> None:
     """Train PyTorch models from recipes.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 75 stopped by a signal and saved.
+    Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 75 stopped by a signal, a time limit or a
+    stop file, and saved: the same command goes on.
     """
 
 

@@ -91,9 +91,12 @@ def _launch(nproc: int) -> int:
 
 def _train(recipe: Recipe, resume: Resume) -> None:
     from paceline.recipe.builder import build_trainer
+    from paceline.trainer.stop import TO_BE_RESUMED
 
     trainer = build_trainer(recipe, resume=resume)
     trainer.train(seed=recipe.seed)
+    if trainer.result.stopped_by in TO_BE_RESUMED:  # as after a signal: start the same again
+        raise SystemExit(75)
 
 
 def _print(recipe: Recipe) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from paceline.world.seeding import mix, seed_everything, stream
 
 # What one micro-batch asks for: runs of units (sample indices) with the pass they belong to.
 Request = Sequence[tuple[int, Sequence[Any]]]
-
-_SIGTERM_GRACE = 60  # seconds in which the main process closes its workers itself
 
 
 class Fetcher(Dataset):
@@ -88,25 +85,6 @@ class Fetcher(Dataset):
         runs = [np.asarray(run) for _, run in request]
         index = torch.from_numpy(runs[0] if len(runs) == 1 else np.concatenate(runs))
         return [tensor.index_select(0, index) for tensor in self._dataset.tensors]
-
-
-class WorkerInit:
-    """Runs first in each loader worker: signals are the main process's business.
-
-    A scheduler or a terminal signals every process of the group; a worker that died of it would
-    take the run down before it could be saved. A worker that is asked to end and stays behind
-    all the same ends by itself after a grace period.
-    """
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self._then = then
-
-    def __call__(self, worker_id: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE))
-        if self._then is not None:
-            self._then(worker_id)
 
 
 def seed_sample(key: int, index: Any) -> None:

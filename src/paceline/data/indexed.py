@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from paceline.data.fetch import Fetcher, Request, WorkerInit
+from paceline.data.fetch import Fetcher, Request
 from paceline.data.order import ORDER_VERSION, Order
 from paceline.data.source import Draw
+from paceline.data.workers import iterate
 from paceline.errors import DataError
 
 
@@ -142,7 +143,7 @@ class Reader:
         if self._loader.num_workers == 0:
             return self._read_here(requests)
         theirs = self._loader
-        return iter(
+        return iterate(
             DataLoader(
                 self._fetcher,
                 batch_sampler=requests,  # pyright: ignore[reportArgumentType]
@@ -150,7 +151,7 @@ class Reader:
                 num_workers=theirs.num_workers,
                 pin_memory=theirs.pin_memory,
                 timeout=theirs.timeout,
-                worker_init_fn=WorkerInit(theirs.worker_init_fn),
+                worker_init_fn=theirs.worker_init_fn,
                 multiprocessing_context=theirs.multiprocessing_context,
                 prefetch_factor=theirs.prefetch_factor,
                 # A generator of its own: making an iterator must not draw from the global one.

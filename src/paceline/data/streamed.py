@@ -18,6 +18,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from paceline.data.source import Draw
+from paceline.data.workers import iterate
 from paceline.errors import DataError
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
@@ -177,7 +178,7 @@ class StreamedSource:
                 set_epoch(self._pass)
         # Making an iterator draws from the global generators; so may the loader's shuffling.
         seed_everything(stream(self._seed, "loader", self._pass))
-        self._iterator, self._begun = iter(self._loader), True
+        self._iterator, self._begun = iterate(self._loader), True
 
     def _pull(self) -> Any:
         """The next batch of this pass, or of the next pass if epochs have a fixed length."""
@@ -235,7 +236,7 @@ class StreamedValidation:
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         seed_everything(stream(self._seed, "loader", -1))
-        for i, batch in enumerate(self._loader):
+        for i, batch in enumerate(iterate(self._loader)):
             yield batch, -1
             seed_everything(_batch_seed(self._seed, "val-sample", 0, i + 1, self._world))
 

@@ -52,6 +52,8 @@ class Sink:
     def sync(self) -> None:
         """Makes every row so far durable; called before a checkpoint is published.
 
+        A checkpoint written in the background calls it from its thread, while rows may come in.
+
         Raises:
             CheckpointError: it cannot; the checkpoint that counts on these rows must not appear.
         """

@@ -12,6 +12,7 @@ import torch
 
 from paceline.checkpoint import Checkpoints
 from paceline.data.source import Source, Validation
+from paceline.log.lock import FolderLock
 from paceline.log.plan import Plan
 from paceline.log.provenance import RunRecord
 from paceline.trainer.abstract import AbstractTrainer
@@ -89,6 +90,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     stop_agreement: StopAgreement
     saver: Checkpoints | None
     record: RunRecord
+    folder_lock: FolderLock
     window: Window
     model_key: int
     replicas: list[Any]

@@ -15,6 +15,7 @@ from paceline import registry
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
 from paceline.data.loader import WindowSize, open_training, open_validation
 from paceline.errors import ConfigError, DataError, Preempted
+from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord
 from paceline.trainer import blame, decisions, placement, resume
 from paceline.trainer.base import TrainerBase
@@ -67,7 +68,9 @@ def running(trainer: Trainer, seed: int | None) -> Iterator[None]:
     finally:
         trainer._open = False
         teardown(trainer, failure)
-    if trainer._stopped and trainer.stop_agreement.by_signal:
+    stop = trainer.stop_agreement
+    # A signal that came too late to stop the run asks the process to leave all the same.
+    if stop.signalled or (trainer._stopped and stop.by_signal):
         raise Preempted(trainer.result)
 
 
@@ -83,7 +86,11 @@ def start(trainer: Trainer) -> None:
         PacelineError: what stands in the way, before anything is trained.
     """
     trainer.world.open()
+    if trainer.stop_agreement.clear_file():
+        trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
     trainer.stop_agreement.watch()
+    if not trainer.stop_agreement.listen():
+        trainer.plan.add("signals are not heard outside of the main thread", "request_stop(...)")
     _set_determinism(trainer)
     seed_everything(trainer.seed)
     trainer.configure()
@@ -124,6 +131,7 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer.on_cpu = trainer.device.type == "cpu"
     trainer.events = Events(trainer, ())
     trainer.record = RunRecord(None)
+    trainer.folder_lock = FolderLock()
     trainer.recorder = Recorder(trainer, [])
     stop_file = None if trainer.run_dir is None else trainer.run_dir / "STOP"
     trainer.stop_agreement = StopAgreement(trainer.world, stop_file)
@@ -234,17 +242,21 @@ def _make_folder(trainer: Trainer) -> None:
     if trainer.resume.mode == "fresh":
         _move_aside(trainer)
     trainer.run_dir.mkdir(parents=True, exist_ok=True)
+    trainer.folder_lock.take(trainer.run_dir, trainer.say)
     trainer.record = RunRecord(trainer.run_dir)
 
 
 def _move_aside(trainer: Trainer) -> None:
-    assert trainer.run_dir is not None
-    if not trainer.run_dir.exists():
+    folder = trainer.run_dir
+    assert folder is not None
+    if not folder.exists():
         return
     count = 1
-    while (aside := trainer.run_dir.with_name(f"{trainer.run_dir.name}.{count}")).exists():
+    while (aside := folder.with_name(f"{folder.name}.{count}")).exists():
         count += 1
-    trainer.run_dir.rename(aside)
+    trainer.folder_lock.take(folder, trainer.say)
+    folder.rename(aside)
+    trainer.folder_lock.release()
     trainer.say(f"the earlier run was moved to {aside}.")
 
 
@@ -350,12 +362,11 @@ def save(trainer: Trainer, reasons: list[str], *, best: bool) -> None:
     tree = trainer.state_dict()
     for hook in trainer.events.on_save_checkpoint:
         hook(tree)
-    trainer.recorder.sync()
     info = {"reasons": reasons, "metrics": dict(trainer.progress.metrics)}
-    synchronous = (
-        last or trainer.checkpoint_policy is None or not trainer.checkpoint_policy.asynchronous
-    )
-    saver.save(tree, trainer.global_step, best=best, synchronous=synchronous, info=info)
+    # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
+    rows = trainer.recorder.sync
+    step = trainer.global_step
+    saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)
     trainer._saved_at = (trainer.global_step, list(trainer.progress.pending))
     tell(trainer)
 
@@ -455,7 +466,8 @@ def teardown(trainer: Trainer, failure: BaseException | None) -> None:
     steps.append(lambda: trainer.recorder.close(trainer.record.record.get("status", "failed")))
     if hasattr(trainer, "source"):
         steps.append(trainer.source.close)
-    steps += [trainer.stop_agreement.close, partial(placement.take_back, trainer)]
+    steps += [trainer.stop_agreement.close, trainer.folder_lock.release]
+    steps.append(partial(placement.take_back, trainer))
     if trainer._restore_determinism is not None:
         steps.append(trainer._restore_determinism)
     _call_each([*steps, trainer.world.close], failure)

@@ -6,7 +6,8 @@ and publishes it; the largest of all ranks is where all stop. A rank that passes
 a lock, and waits only once a request stands.
 
 Nothing is saved, sent or agreed inside a signal handler: it sets a flag. A second signal leaves at
-once.
+once (one that comes on the heels of the first is the same wish: launchers and schedulers pass a
+signal on that the process has got already).
 
 Why no rank is left behind. A run passes numbered points: 2s is "s windows are done", 2s + 1 is "and
 all parts of the boundary behind them". A rank passes a point only in `reached`, and is always
@@ -37,16 +38,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from paceline.errors import PeerError
+from paceline.errors import CheckpointError, PeerError
 from paceline.world.world import World
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
+STOP_FILE = "stop file"
+TO_BE_RESUMED = ("time limit", STOP_FILE)  # beside signals
 _POLL = 0.1  # seconds between a watcher's looks
 _PATIENCE = 120.0  # seconds to wait for the other ranks' word
 _PEER_GRACE = 15.0  # seconds a rank may stay in a collective that a failed peer has left
 _LINGER = 5.0  # seconds in which the others may read why rank 0, whose store it is, has failed
+_SAME = 2.0  # seconds within which a second SIGTERM or SIGUSR1 is the first one, passed on
 _runs = 0  # agreements opened in this process's life, equal on all ranks
 
 
@@ -55,7 +59,7 @@ class StopAgreement:
 
     Args:
         world: the ranks that have to agree.
-        stop_file: a path whose appearance asks for a stop, or None.
+        stop_file: a path whose appearance asks for a stop, or None. Rank 0 looks for it.
     """
 
     def __init__(self, world: World, stop_file: Path | None) -> None:
@@ -63,10 +67,10 @@ class StopAgreement:
         _runs += 1
         self._prefix = f"paceline/{_runs}/"
         self._world = world
-        self._stop_file = stop_file
+        self._stop_file = stop_file if world.is_main else None
         self._request: str | None = None
         self._everywhere = False  # every rank has made the request, in the same window
-        self._signalled = False
+        self._signalled_at: float | None = None
         self._frozen = False
         self._committed = -1  # the next point at which this rank could stop
         self._stop_at: int | None = None
@@ -75,6 +79,7 @@ class StopAgreement:
         self._closed = threading.Event()
         self._peer_error: str | None = None
         self._thread: threading.Thread | None = None
+        self._store: Any = None  # the main thread's connection, while others may be gone
         self._handlers: dict[int, Any] = {}
         self.reason: str | None = None
 
@@ -83,12 +88,41 @@ class StopAgreement:
         """Whether the run stops for a signal, to this rank or another."""
         return self.reason is not None and self.reason.startswith("signal ")
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal has come to this process, in time to stop the run or not."""
+        return self._signalled_at is not None
+
+    def clear_file(self) -> bool:
+        """Removes the stop file if there is one; it asked another run than the one to come."""
+        try:
+            if self._stop_file is not None:
+                self._stop_file.unlink()
+                return True
+        except OSError:  # mostly, there is none
+            pass
+        return False
+
+    def listen(self) -> bool:
+        """Listens for signals from now on; returns False beside the main thread, where nobody can.
+
+        A signal that the process ignores (as a shell's background jobs do Ctrl-C), or that is
+        handled outside of Python, is left alone.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        for number in SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        return True
+
     def watch(self) -> None:
         """Starts the watcher, if there is work: from now on another rank's failure ends this one.
 
         To be called as soon as the ranks have met. What is asked for before `open` is agreed on at
         the first point.
         """
+        self._store = self._world.store()
         if self._world.size > 1 or self._stop_file is not None:
             store = self._world.store()
             self._thread = threading.Thread(
@@ -97,13 +131,10 @@ class StopAgreement:
             self._thread.start()
 
     def open(self, point: int) -> None:
-        """Listens for signals (in the main thread); the loop begins at `point`."""
+        """The loop begins at `point`."""
         with self._lock:
             if not self._frozen:
                 self._committed = point
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._handlers[number] = signal.signal(number, self._on_signal)
 
     def unwatch(self) -> None:
         """Ends the watcher: from here on this rank needs no other."""
@@ -118,6 +149,9 @@ class StopAgreement:
             signal.signal(number, handler)
         self._handlers.clear()
         self.unwatch()
+        self._store = None
+        if self.reason == STOP_FILE:
+            self.clear_file()
 
     def request(self, reason: str, *, everywhere: bool = False) -> None:
         """Asks for a stop; the first reason counts.
@@ -171,14 +205,14 @@ class StopAgreement:
             return None
         try:
             first = self._tell(error)
-        except Exception:  # noqa: BLE001  no store (yet, or any more): the error itself matters
-            return None
+        except Exception:  # noqa: BLE001  no store (yet, or any more): rank 0 may have left with it
+            first = self._peer_error
         return PeerError(first) if first is not None and _is_lost_connection(error) else None
 
     def _tell(self, error: BaseException) -> str | None:
         """Publishes the error unless another rank has; returns that rank's."""
-        store = self._world.store()
-        if store is None:
+        store = self._store
+        if store is None:  # it failed before the ranks had met
             return None
         how = "lost its connections" if _is_lost_connection(error) else "failed"
         own = f"rank {self._world.rank} {how}: {type(error).__name__}: {error}"
@@ -186,7 +220,9 @@ class StopAgreement:
         store.set(f"{self._prefix}knows/{self._world.rank}", "1")
         if self._world.is_main:
             keys = [f"{self._prefix}knows/{rank}" for rank in range(self._world.size)]
-            deadline = time.monotonic() + _LINGER
+            # A dead rank never answers; others that merely lost it know as much as this one.
+            patience = _LINGER if how == "failed" else _LINGER / 5
+            deadline = time.monotonic() + patience
             while not store.check(keys) and time.monotonic() < deadline:
                 time.sleep(_POLL / 4)
         return None if first == own else first
@@ -209,17 +245,20 @@ class StopAgreement:
         self._agreed.set()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signalled:  # asked twice: leave at once, as if nobody had listened
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        now = time.monotonic()
+        if self._signalled_at is not None:
+            if number == signal.SIGINT or now - self._signalled_at > _SAME:
+                # Asked twice: leave at once, as if nobody had listened.
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
-        self._signalled = True
+        self._signalled_at = now
         self.request(f"signal {signal.Signals(number).name}")
 
     def _watch(self, store: Any) -> None:
         while not self._closed.wait(_POLL):
             if self._stop_file is not None and self._stop_file.exists():
-                self.request("stop file")
+                self.request(STOP_FILE)
             if store is None:
                 continue
             try:
@@ -263,6 +302,8 @@ def _is_lost_connection(error: BaseException) -> bool:
     """Whether an error is what a failed peer leads to, and no failure of this rank's own."""
     if isinstance(error, dist.DistError):
         return True
+    if isinstance(error, CheckpointError) and error.__cause__ is not None:  # met while saving
+        return _is_lost_connection(error.__cause__)
     return type(error) is RuntimeError and bool(
         re.search(r"gloo|NCCL|[Cc]onnection|[Pp]eer|process group", str(error))
     )

@@ -288,6 +288,7 @@ class Trainer(TrainerBase):
             hook(row)
         if row:
             self.recorder.write(row)
+            lifecycle.tell(self)
         if self._rewinding:
             return
         if self.stop_agreement.reached(2 * progress.global_step):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -22,6 +21,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+from paceline.world.orphans import signal_when_parent_dies
 
 PREEMPTED = 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -87,9 +88,7 @@ def follow_launcher() -> None:
     launcher = os.environ.get(LAUNCHER)
     if launcher is None or int(launcher) != os.getppid():
         return
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    signal_when_parent_dies(signal.SIGTERM)
     if os.environ["RANK"] != "0":
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)

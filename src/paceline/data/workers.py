@@ -1,0 +1,78 @@
+"""Loader workers: processes that leave signals to the one they work for, and die with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from paceline.world.orphans import signal_when_parent_dies
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGTERM_GRACE = 600  # seconds in which the main process closes its workers itself
+_SAME = 2.0  # seconds within which a second SIGTERM is the first one, sent twice
+
+
+class WorkerInit:
+    """Runs first in each loader worker: signals are the main process's business.
+
+    A scheduler or a terminal signals every process of the group; a worker that died of it would
+    take the run down before it could be saved. A second SIGTERM is the main process ending a worker
+    that does not come to its end; one that stays behind all the same ends by itself after a grace
+    period.
+
+    Args:
+        then: the loader's own `worker_init_fn`.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self._then = then
+        self._asked: float | None = None
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal_when_parent_dies(signal.SIGKILL)
+        if self._then is not None:
+            self._then(worker_id)
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            signal.alarm(_SIGTERM_GRACE)
+        elif now - self._asked > _SAME:
+            os._exit(0)
+
+
+def iterate(loader: Any) -> Iterator[Any]:
+    """`iter(loader)`; the workers that a DataLoader starts for it leave signals to this process."""
+    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
+        return iter(loader)
+    own = loader.worker_init_fn
+    loader.worker_init_fn = WorkerInit(own)
+    try:
+        with _signals_held():
+            return iter(loader)
+    finally:
+        loader.worker_init_fn = own
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait while workers start: each begins with them blocked, until its `WorkerInit`.
+
+    In between, torch's own handlers or Python's would end it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

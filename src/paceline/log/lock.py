@@ -1,0 +1,76 @@
+"""One process trains in a run folder at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from paceline.errors import ConfigError
+
+LOCK_FILE = ".lock"
+_PATIENCE = 60.0  # seconds; ranks that a killed launcher has left behind are gone by then
+
+
+class FolderLock:
+    """Keeps a second process out of a run folder while this one trains there.
+
+    Two of them would cut each other's rows and take each other's saves for remains. It matters when
+    a run is started again while ranks of the killed one still live. The kernel gives the lock back
+    when its process dies, and worker processes do not inherit it. On a file system that knows no
+    locks there is none.
+    """
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+
+    def take(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Takes the lock of `folder`, which exists, waiting a while for another process to go.
+
+        Raises:
+            ConfigError: another process goes on training there.
+        """
+        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        deadline = time.monotonic() + _PATIENCE
+        waiting = False
+        while not _locked(handle):
+            owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise ConfigError(
+                    f"another process ({owner}) is training in {folder}: wait for its end, stop "
+                    "it, or choose another run_dir."
+                )
+            if not waiting:
+                say(f"waiting for another process ({owner}) to leave {folder}.")
+            waiting = True
+            time.sleep(0.1)
+        with contextlib.suppress(OSError):  # a full disk: nobody will read who it was
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._handle = handle
+
+    def release(self) -> None:
+        """Gives the lock back. Safe to call twice."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _locked(handle: int) -> bool:
+    """Tries to take the lock; True also where there are no locks to be had."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        # A POSIX lock: it belongs to the process, so that forked workers do not keep it alive.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
