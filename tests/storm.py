@@ -1,0 +1,649 @@
+"""The kill storm: a run that is killed again and again ends as if it had never been killed.
+
+    python tests/storm.py                    # 100 kills and more, some minutes
+    python tests/storm.py --kills 12 --seed 5
+
+Each run trains a small network with dropout, shuffling, augmentation, accumulation, averaged
+weights and validation, and saves after every step or two: in the background or not, on one rank or
+two. It is killed, started again in the same folder, killed again, until it completes. Then weights,
+optimizer state, every other bit of state, the bytes of metrics.jsonl and the sample ids of every
+step must equal those of a run that nobody killed. After each kill the run must go on from the
+newest checkpoint that had been published, or a later one.
+
+What kills:
+- "any instant": SIGKILL to all ranks after a random time;
+- "file operation": SIGKILL to all ranks right after the n-th file operation of the second save;
+- "power cut": the same, and what was not synced is lost: such files are cut in half, renames are
+  taken back, rows end in the middle;
+- "one rank": SIGKILL to one of two ranks; the other has to leave by itself within 30 seconds.
+
+Ranks are forked from this process, which has done the imports: a start costs tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.device_mesh
+import torch.nn.parallel
+from builders import Noisy, Regression, loader, make_model
+from endings import ending, saved_steps
+
+from paceline import Callback, CheckpointPolicy, MetricMonitor
+from paceline.callbacks import AveragedWeights
+from paceline.checkpoint import manager, storage  # noqa: F401  slow to import
+from paceline.checkpoint.files import Disk
+from paceline.log import sinks
+
+STEPS = 24
+PAUSE = 0.005  # seconds a batch, so that not only saves are killed
+HANGS = 60.0  # seconds after which an attempt counts as hung
+ALONE = 30.0  # seconds in which a rank has to leave once the other was killed
+OPERATIONS = (
+    *("mkdir", "create", "write", "fsync", "close", "rename", "unlink", "rmdir"),
+    "fsync_folder",
+)
+PLACES = ("start-up", "training", "validation", "save", "end")
+
+
+class StormError(AssertionError):
+    """A promise is broken; the message says how."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A kind of run. Its numbers are the same whatever happens to it."""
+
+    ranks: int
+    asynchronous: bool
+    every: int  # steps between two saves
+
+    def __str__(self) -> str:
+        kind = "background" if self.asynchronous else "synchronous"
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {kind} saves"
+
+
+SCENARIOS = (
+    Scenario(1, False, 1),
+    Scenario(1, True, 2),
+    Scenario(2, False, 2),
+    Scenario(2, True, 1),
+)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill to come.
+
+    Attributes:
+        kind: one of the four above.
+        at: the fraction of a usual attempt's time, or the number of the file operation.
+        rank: whose operations are counted.
+    """
+
+    kind: str
+    at: float
+    rank: int = 0
+
+
+# What ranks tell the storm, in shared memory that survives them
+
+
+class Beacon:
+    """Where a rank is: written by the rank, read when it is dead."""
+
+    FORM = struct.Struct("iiiiiq")
+    FIELDS = ("place", "saving", "from_step", "saves", "operations", "rows")
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, self.FORM.size)
+        self.reset()
+
+    def reset(self) -> None:
+        self.place = self.saving = self.saves = self.operations = self.rows = 0
+        self.from_step = -1
+        self.send()
+
+    def send(self) -> None:
+        self.FORM.pack_into(self._memory, 0, *(getattr(self, name) for name in self.FIELDS))
+
+    def receive(self) -> None:
+        values = self.FORM.unpack_from(self._memory)
+        for name, value in zip(self.FIELDS, values, strict=True):
+            setattr(self, name, value)
+
+    @property
+    def where(self) -> str:
+        return "save" if self.saving else PLACES[self.place]
+
+
+class Reporter(Callback):
+    """Keeps a rank's beacon; has no state."""
+
+    def __init__(self, beacon: Beacon) -> None:
+        self.beacon = beacon
+
+    def _at(self, place: int) -> None:
+        self.beacon.place = place
+        self.beacon.send()
+
+    def on_train_start(self, trainer: Any) -> None:
+        self.beacon.from_step = trainer.global_step
+        self._at(1)
+
+    def on_validation_start(self, trainer: Any) -> None:
+        self._at(2)
+
+    def on_validation_end(self, trainer: Any) -> None:
+        self._at(1)
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._at(4)
+
+
+class StormDisk(Disk):
+    """A disk in memory that calls `after(n, name)` behind its n-th operation, and knows what a power cut
+    would take: notes of it stand in a file beside the run."""
+
+    def __init__(self, notes: Path | None, after: Callable[[int, str], None]) -> None:
+        self.count = 0
+        self._after = after
+        self._notes = notes
+        self._open: dict[int, str] = {}
+        self._renames: list[tuple[str, str]] = []
+
+    def done(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        if name == "create":
+            self._open[result] = str(args[0])
+        elif name == "fsync":
+            self._open.pop(args[0], None)
+        elif name == "rename":
+            self._renames.append((str(args[0]), str(args[1])))
+        elif name == "fsync_folder":
+            self._renames = [r for r in self._renames if str(Path(r[1]).parent) != str(args[0])]
+        self.count += 1
+        if self._notes is not None:
+            self._notes.write_text(json.dumps([list(self._open.values()), self._renames[::-1]]))
+        self._after(self.count, name)
+
+
+def _watched(name: str) -> Callable[..., Any]:
+    def operation(self: StormDisk, *args: Any) -> Any:
+        result = None if name.startswith("fsync") else getattr(Disk, name)(self, *args)
+        self.done(name, args, result)
+        return result
+
+    return operation
+
+
+for _name in OPERATIONS:
+    setattr(StormDisk, _name, _watched(_name))
+
+
+# In a rank
+
+
+class Noting(Regression):
+    """Writes the sample ids of every micro-batch down before it is used."""
+
+    ids_file: int
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if not self.muted:
+            line = json.dumps([self.global_step, batch_idx, batch[2].tolist()])
+            os.write(self.ids_file, line.encode() + b"\n")
+        time.sleep(PAUSE)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(PAUSE)
+        super().validation_step(batch, batch_idx)
+
+
+def build(scenario: Scenario, run_dir: Path, *callbacks: Any) -> Noting:
+    """10 micro-batches an epoch (97 samples), accumulation 3 on one rank, 2 on two."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return Noting(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS),
+        train_dataloader=loader(Noisy(), 10 if scenario.ranks == 1 else 8),
+        val_dataloader=loader(Noisy(23), 4, shuffle=False),
+        gradient_accumulation_steps=3 if scenario.ranks == 1 else 2,
+        max_grad_norm=1.0,
+        metric_monitor=MetricMonitor(),
+        validate_every=3,
+        callbacks=[AveragedWeights(decay=0.9), *callbacks],
+        checkpoint=CheckpointPolicy(
+            every_steps=scenario.every, keep_last=1, asynchronous=scenario.asynchronous
+        ),
+        max_steps=STEPS,
+        progress=False,
+        log_every=2,
+        run_dir=run_dir,
+    )
+
+
+def train(scenario: Scenario, run_dir: Path, rank: int, kill: Kill | None, beacon: Beacon) -> None:
+    """One rank of one attempt."""
+
+    def after(n: int, name: str) -> None:
+        beacon.operations = n
+        beacon.send()
+        if kill is None or kill.kind == "any instant" or rank != kill.rank:
+            return
+        if beacon.saves >= 2 or kill.kind == "power cut":
+            counted[0] += 1
+            if counted[0] == kill.at:
+                if kill.kind == "one rank":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                os.killpg(0, signal.SIGKILL)
+
+    counted = [0]
+    notes = run_dir / f"notes-{rank}.json" if kill is not None else None
+    disk = StormDisk(notes, after)
+    manager.Disk = lambda: disk  # type: ignore[misc, assignment]
+    _watch_saves(beacon)
+    trainer = build(scenario, run_dir / "run", Reporter(beacon))
+    number = len(list(run_dir.glob(f"ids-{rank}-*")))
+    trainer.ids_file = os.open(run_dir / f"ids-{rank}-{number}", os.O_CREAT | os.O_WRONLY)
+    trainer.train(seed=11)
+
+
+def _watch_saves(beacon: Beacon) -> None:
+    """Tells the beacon of saves, and of how far the rows were synced."""
+    write, sync = manager.Checkpoints._write, sinks.RowFile.sync
+
+    def watched_write(self: Any, job: Any) -> None:
+        beacon.saving, beacon.saves = 1, beacon.saves + 1
+        beacon.send()
+        write(self, job)
+        beacon.saving = 0
+        beacon.send()
+
+    def watched_sync(self: Any) -> None:
+        size = self.position()["bytes"]
+        sync(self)
+        if self.path.name == sinks.METRICS_FILE:
+            beacon.rows = size
+            beacon.send()
+
+    manager.Checkpoints._write = watched_write  # type: ignore[method-assign]
+    sinks.RowFile.sync = watched_sync  # type: ignore[method-assign]
+
+
+# In the storm
+
+
+@dataclass
+class Attempt:
+    """How one start of a run ended: exit codes by rank, None for a rank that hung."""
+
+    codes: list[int | None]
+    where: str
+    seconds: float
+    alone: float = 0.0
+
+    @property
+    def killed(self) -> bool:
+        return -signal.SIGKILL in self.codes
+
+    @property
+    def complete(self) -> bool:
+        return set(self.codes) == {0}
+
+
+def start(
+    scenario: Scenario, folder: Path, kill: Kill | None, beacons: list[Beacon], usual: float
+) -> Attempt:
+    """Forks the ranks of one attempt, kills them if they are to be killed from here, and waits."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    pids: list[int] = []
+    for rank in range(scenario.ranks):
+        beacons[rank].reset()
+        pid = os.fork()
+        if pid == 0:
+            _be_a_rank(scenario, folder, rank, pids[0] if pids else 0, kill, beacons[rank], port)
+        pids.append(pid)
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pids[0])
+    if kill is not None and kill.kind == "any instant":
+        time.sleep(kill.at * usual)
+        os.killpg(pids[0], signal.SIGKILL)
+    codes, alone = _wait(pids)
+    for beacon in beacons:
+        beacon.receive()
+    victim = beacons[kill.rank if kill is not None and kill.rank < scenario.ranks else 0]
+    return Attempt(codes, victim.where, time.monotonic() - began, alone)
+
+
+def _be_a_rank(
+    scenario: Scenario,
+    folder: Path,
+    rank: int,
+    group: int,
+    kill: Kill | None,
+    beacon: Beacon,
+    port: int,
+) -> None:
+    """Never returns: this is a fork of the storm."""
+    code = 1
+    try:
+        with contextlib.suppress(OSError):
+            os.setpgid(0, group)
+        output = os.open(folder / f"output-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if scenario.ranks > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(scenario.ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
+        train(scenario, folder, rank, kill, beacon)
+        code = 0
+    except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(pids: list[int]) -> tuple[list[int | None], float]:
+    """The exit codes, and how long the others lived on after the first was killed."""
+    began, first_kill, alone = time.monotonic(), None, 0.0
+    codes: dict[int, int | None] = {}
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(found[1])
+                now = time.monotonic()
+                if codes[pid] == -signal.SIGKILL and first_kill is None:
+                    first_kill = now
+                elif first_kill is not None:
+                    alone = now - first_kill
+        if time.monotonic() - began > HANGS:
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    codes[pid] = None
+        time.sleep(0.002)
+    return [codes[pid] for pid in pids], alone
+
+
+def cut_power(folder: Path, beacon: Beacon, chance: random.Random) -> None:
+    """Takes from the disk what had not been synced when the ranks died."""
+    for notes in folder.glob("notes-*.json"):
+        try:
+            unsynced, renames = json.loads(notes.read_text())
+        except ValueError:  # it was killed while it wrote this
+            continue
+        for source, target in renames:
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.rename(target, source)
+        for path in unsynced:
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(path, os.path.getsize(path) // 2)
+    metrics = folder / "run" / sinks.METRICS_FILE
+    if metrics.exists() and (size := metrics.stat().st_size) > beacon.rows:
+        os.truncate(metrics, chance.randint(beacon.rows, size))
+
+
+def outcome(scenario: Scenario, folder: Path) -> dict[str, Any]:
+    """All that must be equal at the end of a run: its ending, and the sample ids of each step.
+
+    Raises:
+        StormError: an attempt saw other samples than another in the same step.
+    """
+    ids: dict[tuple[int, int], list[list[int]]] = {}
+    for rank in range(scenario.ranks):
+        for number in range(len(list(folder.glob(f"ids-{rank}-*")))):
+            for key, seen in _read_ids(folder / f"ids-{rank}-{number}", rank).items():
+                longer, shorter = sorted((seen, ids.get(key, [])), key=len, reverse=True)
+                if longer[: len(shorter)] != shorter:
+                    raise StormError(f"step {key[1]} saw other samples in start {number + 1}")
+                ids[key] = longer
+    return {**ending(folder / "run"), "sample ids": ids}
+
+
+def _read_ids(path: Path, rank: int) -> dict[tuple[int, int], list[list[int]]]:
+    seen: dict[tuple[int, int], list[list[int]]] = {}
+    for line in path.read_text().splitlines():
+        step, _, batch = json.loads(line)
+        seen.setdefault((rank, step), []).append(batch)
+    return seen
+
+
+@dataclass
+class Storm:
+    """A storm over one scenario.
+
+    Attributes:
+        kills: so many by kind and place.
+        starts, runs: attempts made; runs that completed and were compared.
+        longest_alone: seconds that a rank outlived the one that was killed, at most.
+    """
+
+    scenario: Scenario
+    folder: Path
+    chance: random.Random
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    starts: int = 0
+    runs: int = 0
+    longest_alone: float = 0.0
+    operations: int = 0
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        self.beacons = [Beacon() for _ in range(self.scenario.ranks)]
+        self.folder.mkdir()
+
+    def unbroken(self) -> None:
+        """Trains the run that nobody kills, and learns how long one takes."""
+        attempt = start(self.scenario, self.folder / "unbroken", None, self.beacons, 0)
+        if not attempt.complete:
+            raise StormError(f"unbroken: {attempt.codes}{self._output('unbroken')}")
+        self.usual = attempt.seconds
+        self.expected = outcome(self.scenario, self.folder / "unbroken")
+        self.operations = self.beacons[0].operations // self.beacons[0].saves
+
+    def run(self, plan: list[Kill]) -> None:
+        """One run after the other until every planned kill has struck."""
+        while plan:
+            name = f"run-{self.runs}"
+            reached, restarts = -1, 0
+            while True:
+                kill = plan[-1] if plan else None
+                attempt = start(self.scenario, self.folder / name, kill, self.beacons, self.usual)
+                self.starts += 1
+                restarts += 1
+                if self.verbose:
+                    print(f"{name} {kill} {attempt}", flush=True)
+                self._check(attempt, kill, name, reached)
+                if attempt.complete:
+                    break
+                plan.pop()
+                assert kill is not None
+                self.kills[kill.kind, attempt.where] += 1
+                reached = max([reached, *saved_steps(self.folder / name / "run")])
+                if kill.kind == "power cut":
+                    cut_power(self.folder / name, self.beacons[0], self.chance)
+            self._end(name)
+            if restarts == 1 and plan:  # this kill does not strike before the end: another one
+                plan[-1] = Kill("any instant", self.chance.random() * 0.8)
+
+    def _check(self, attempt: Attempt, kill: Kill | None, name: str, reached: int) -> None:
+        began = self.beacons[0].from_step
+        if None in attempt.codes:
+            raise StormError(f"{name}: hung in {attempt.where} after {kill}{self._output(name)}")
+        if not (attempt.complete or attempt.killed):
+            raise StormError(f"{name}: left with {attempt.codes}{self._output(name)}")
+        if 0 <= began < reached:
+            raise StormError(f"{name}: went on from step {began}, but step {reached} was saved")
+        if attempt.killed and (left := [c for c in attempt.codes if c != -signal.SIGKILL]):
+            if kill is None or kill.kind != "one rank":
+                raise StormError(f"{name}: left with {left} under {kill}{self._output(name)}")
+            self.longest_alone = max(self.longest_alone, attempt.alone)
+            if attempt.alone > ALONE:
+                raise StormError(f"{name}: a rank outlived the other by {attempt.alone:.0f} s")
+
+    def _end(self, name: str) -> None:
+        folder = self.folder / name
+        try:
+            found = outcome(self.scenario, folder)
+            if wrong := [name for name in found if found[name] != self.expected[name]]:
+                raise StormError(f"{', '.join(wrong)}: not as in the run that nobody killed")
+            checkpoints = folder / "run" / "checkpoints"
+            aside = [p.name for p in checkpoints.iterdir() if p.name.startswith(".")]
+            if aside:
+                raise StormError(f"{', '.join(aside)} was left behind")
+        except StormError as error:
+            raise StormError(f"{name}: {error}{self._output(name)}") from None
+        self.runs += 1
+        shutil.rmtree(folder)
+
+    def _output(self, name: str) -> str:
+        parts = []
+        for path in sorted((self.folder / name).glob("output-*.txt")):
+            text = path.read_text(errors="replace")
+            parts.append(f"\n--- {path.name}, its end:\n{text[-3000:]}")
+        return "".join(parts)
+
+
+def plan_kills(storm: Storm, count: int) -> list[Kill]:
+    """`count` kills of all kinds, in random order; of the operations as many as possible."""
+    ranks = storm.scenario.ranks
+    kills = [Kill("any instant", storm.chance.random()) for _ in range(count // 2)]
+    if ranks > 1:
+        for _ in range(max(1, count // 10)):
+            rank = storm.chance.randrange(ranks)
+            kills.append(Kill("one rank", storm.chance.randint(1, 3 if rank else 12), rank))
+    each = [Kill("file operation", n) for n in range(1, storm.operations + 1)]
+    each += [Kill("file operation", n, rank) for rank in range(1, ranks) for n in range(1, 4)]
+    storm.chance.shuffle(each)
+    rest = count - len(kills)
+    cuts = max(1, rest // 4)
+    kills += each[: rest - cuts]
+    kills += [
+        Kill("power cut", storm.chance.randint(1, 3 * storm.operations))
+        for _ in range(count - len(kills))
+    ]
+    storm.chance.shuffle(kills)
+    return kills
+
+
+def report(storms: list[Storm], seconds: float) -> str:
+    """The table, for people."""
+    lines = [
+        f"{'':28}{'kills':>6}  " + "".join(f"{place:>11}" for place in PLACES) + "   starts  runs",
+    ]
+    for storm in storms:
+        places = Counter[str]()
+        for (_, where), number in storm.kills.items():
+            places[where] += number
+        lines.append(
+            f"{storm.scenario!s:28}{sum(places.values()):6}  "
+            + "".join(f"{places[place]:11}" for place in PLACES)
+            + f"{storm.starts:9}{storm.runs:6}"
+        )
+    kinds = Counter[str]()
+    for storm in storms:
+        for (kind, _), number in storm.kills.items():
+            kinds[kind] += number
+    lines.append("")
+    lines.append(
+        f"{kinds.total()} kills in {seconds:.0f} s: "
+        + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    )
+    alone = max((storm.longest_alone for storm in storms), default=0.0)
+    if kinds["one rank"]:
+        lines.append(f"a rank left alone had gone after {alone:.1f} s at most")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def working_folder() -> Iterator[Path]:
+    """A folder in memory if there is one: the storm loses what was not synced on purpose."""
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="storm-", dir=place))
+    before = os.getcwd()
+    os.chdir(folder)  # outside of any repository, which each start would look at
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+        shutil.rmtree(folder)
+
+
+def warm_up() -> None:
+    """What the first use of torch costs is paid once, before the forks."""
+    torch.set_num_threads(1)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    torch.optim.AdamW([parameter]).step()  # imports torch._dynamo
+    logging.disable(logging.INFO)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=112, help="over all kinds of runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--mutant", help="a defect of promises/mutants.py to put into every rank")
+    arguments = parser.parse_args(argv)
+    warm_up()
+    if arguments.mutant is not None:
+        import mutants
+
+        mutants.apply(arguments.mutant)
+    began, storms = time.monotonic(), []
+    with working_folder() as folder:
+        for i, scenario in enumerate(SCENARIOS):
+            share = arguments.kills // len(SCENARIOS) + (i < arguments.kills % len(SCENARIOS))
+            storm = Storm(scenario, folder / f"scenario-{i}", random.Random(arguments.seed + i))
+            storm.verbose = arguments.verbose
+            storms.append(storm)
+            try:
+                storm.unbroken()
+                storm.run(plan_kills(storm, share))
+            except StormError as error:
+                print(report(storms, time.monotonic() - began))
+                print(f"\nBROKEN ({scenario}, --seed {arguments.seed}): {error}")
+                return 1
+    print(report(storms, time.monotonic() - began))
+    print("every run ended bitwise equal to the one that nobody killed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
