@@ -46,9 +46,9 @@ from typing import Any
 import torch
 import torch.distributed.device_mesh
 import torch.nn.parallel
+
 from builders import Noisy, Regression, loader, make_model
 from endings import ending, saved_steps
-
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import manager, storage  # noqa: F401  slow to import
@@ -162,8 +162,10 @@ class Reporter(Callback):
 
 
 class StormDisk(Disk):
-    """A disk in memory that calls `after(n, name)` behind its n-th operation, and knows what a power cut
-    would take: notes of it stand in a file beside the run."""
+    """A disk that calls `after(n, name)` behind its n-th operation.
+
+    It knows what a power cut would take: notes of it stand in a file beside the run.
+    """
 
     def __init__(self, notes: Path | None, after: Callable[[int, str], None]) -> None:
         self.count = 0

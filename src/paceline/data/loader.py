@@ -7,7 +7,7 @@ Everything else keeps its own order and is iterated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -163,7 +163,7 @@ def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> St
             f"train_dataloader is a {type(loader).__name__}, which cannot be iterated: give a "
             "DataLoader or an iterable of batches."
         )
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise DataError(
             "train_dataloader is an iterator, which can be read only once: give an object whose "
             "__iter__ starts again, such as a DataLoader."
