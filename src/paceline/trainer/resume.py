@@ -209,7 +209,8 @@ def _load_data(trainer: Trainer, tree: dict[str, Any]) -> None:
         )
     if not source.per_rank:
         source.load_state_dict(tree["data"])
-        trainer.progress.batch = source.batches_done()  # as this number of ranks counts them
+        if trainer.progress.batch:  # else it was saved at an epoch's end, where the data still is
+            trainer.progress.batch = source.batches_done()  # as this number of ranks counts them
         return
     if len(tree["rank"]) != world.size:
         raise ResumeError(
