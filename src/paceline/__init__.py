@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paceline.checkpoint import CheckpointPolicy
-    from paceline.trainer.abstract import AbstractTrainer
+    from paceline.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
     from paceline.trainer.events import Callback
     from paceline.trainer.monitor import MetricMonitor
     from paceline.trainer.result import Result
     from paceline.trainer.settings import Resume
     from paceline.trainer.trainer import Trainer
     from paceline.trainer.window import Window
+    from paceline.world.device_parameters import DeviceParameters
     from paceline.world.parallel import Parallel
     from paceline.world.world import World
 
@@ -21,8 +22,10 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "AbstractTrainer": "paceline.trainer.abstract",
+    "AbstractTrainerConfig": "paceline.trainer.abstract",
     "Callback": "paceline.trainer.events",
     "CheckpointPolicy": "paceline.checkpoint",
+    "DeviceParameters": "paceline.world.device_parameters",
     "MetricMonitor": "paceline.trainer.monitor",
     "Parallel": "paceline.world.parallel",
     "Result": "paceline.trainer.result",
@@ -34,8 +37,10 @@ _WHERE = {
 
 __all__ = [
     "AbstractTrainer",
+    "AbstractTrainerConfig",
     "Callback",
     "CheckpointPolicy",
+    "DeviceParameters",
     "MetricMonitor",
     "Parallel",
     "Result",

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from paceline.world.device_parameters import DeviceParameters
 from paceline.world.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractTrainerConfig:
+    """What an `AbstractTrainer` may be configured with; extend it with fields of your own.
+
+    Args:
+        seed: of the run; 0 is a seed like any other.
+        project, group, experiment: names of the run.
+        device_parameters: layout, precision and compilation.
+    """
+
+    seed: int = 42
+    project: str = ""
+    group: str = ""
+    experiment: str = ""
+    device_parameters: DeviceParameters = field(default_factory=DeviceParameters)
 
 
 class AbstractTrainer(ABC):
@@ -18,7 +37,7 @@ class AbstractTrainer(ABC):
     Subclass it to write a trainer from nothing; subclass `Trainer` to get the loop as well.
 
     Args:
-        config: an `AbstractTrainerConfig`, or None.
+        config: an `AbstractTrainerConfig`, or None for its defaults.
 
     Attributes:
         config: as given.
@@ -36,7 +55,8 @@ class AbstractTrainer(ABC):
     @cached_property
     def world(self) -> World:
         """This process's place among the others, and its device."""
-        return World(getattr(self.config, "parallel", None))
+        config = self.config if self.config is not None else AbstractTrainerConfig()
+        return World(config.device_parameters.parallel)
 
     @abstractmethod
     def configure(self) -> None:

@@ -1,0 +1,81 @@
+"""How a run uses its devices, as one value with presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from paceline.errors import ConfigError
+from paceline.world.parallel import Parallel
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceParameters:
+    """Layout, precision and compilation of a run.
+
+    Args:
+        param_dtype: what models compute in: float32, or bfloat16 or float16 by autocast.
+        compile_model: compile the models in place.
+        dp_replicate, dp_shard, tensor_parallel, context_parallel, pipeline_parallel: sizes of the
+            layout; those that `Parallel` does not have yet are refused.
+
+    Raises:
+        ConfigError: a layout or dtype that does not exist.
+    """
+
+    param_dtype: torch.dtype = torch.float32
+    compile_model: bool = False
+    dp_replicate: int | Literal["auto"] = "auto"
+    dp_shard: int = 1
+    tensor_parallel: int = 1
+    context_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        if self.param_dtype not in _PRECISIONS:
+            names = ", ".join(str(dtype) for dtype in _PRECISIONS)
+            raise ConfigError(f"param_dtype={self.param_dtype}: expected one of {names}.")
+        self.parallel  # noqa: B018  refuses a layout that does not exist, before anything is built
+
+    @property
+    def parallel(self) -> Parallel:
+        """The layout."""
+        return Parallel(
+            dp_replicate=self.dp_replicate,
+            dp_shard=self.dp_shard,
+            tensor=self.tensor_parallel,
+            context=self.context_parallel,
+            pipeline=self.pipeline_parallel,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The same as keywords of `Trainer`."""
+        return {
+            "parallel": self.parallel,
+            "precision": _PRECISIONS[self.param_dtype],
+            "compile": self.compile_model,
+        }
+
+    @classmethod
+    def SINGLE_DEVICE(cls, **others: Any) -> DeviceParameters:
+        """One process."""
+        return cls(dp_replicate=1, **others)
+
+    @classmethod
+    def DDP(cls, **others: Any) -> DeviceParameters:
+        """A replica on each process."""
+        return cls(dp_replicate="auto", **others)
+
+    @classmethod
+    def FSDP(cls, dp_shard: int, **others: Any) -> DeviceParameters:
+        """State sharded over `dp_shard` processes."""
+        return cls(dp_replicate=1, dp_shard=dp_shard, **others)
+
+    @classmethod
+    def HSDP(cls, dp_shard: int, **others: Any) -> DeviceParameters:
+        """Replicas, each sharded over `dp_shard` processes."""
+        return cls(dp_replicate="auto", dp_shard=dp_shard, **others)
