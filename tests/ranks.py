@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import os
 import pickle
@@ -142,6 +143,8 @@ def _serve() -> None:
             return
         sys.path[:] = path
         importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # a rank's collections would otherwise touch, and so copy, all of this memory
         folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         pids = _fork(size)
         if isinstance(pids, int):  # a rank
