@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from builders import Noisy, Regression, bits, loader, make_model
-from paceline import AbstractTrainer, AbstractTrainerConfig, DeviceParameters
+from paceline import AbstractTrainer, AbstractTrainerConfig, DeviceParameters, Trainer
 from paceline.errors import ConfigError
 
 
@@ -99,6 +99,38 @@ def test_components_are_found_by_object_and_by_name() -> None:
     assert trainer.get_optimizers_by_model("main") == [trainer.optimizer]
     with pytest.raises(ValueError, match="no model of this trainer; there is: main"):
         trainer.get_name_by_model(nn.Linear(1, 1))
+    stranger = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="no optimizer of this trainer; there is: adam"):
+        trainer.get_name_by_optimizer(stranger)
+    with pytest.raises(ValueError, match="no scheduler of this trainer; there is: none"):
+        trainer.get_name_by_scheduler(torch.optim.lr_scheduler.LinearLR(stranger))
+    with pytest.raises(ValueError, match="no optimizer is called 'sgd'; there is: adam"):
+        trainer.get_model_by_optimizer("sgd")
+    with pytest.raises(ValueError, match="no model is called 'side'; there is: main"):
+        trainer.get_optimizers_by_model("side")
+
+
+def test_a_trainers_components_are_named_after_its_attributes() -> None:
+    class Pair(Trainer):
+        def configure(self) -> None:
+            self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(2, 2)
+            parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
+            self.adam = torch.optim.Adam(parameters)
+            self.warm = torch.optim.lr_scheduler.LinearLR(self.adam)
+
+    trainer = Pair()
+    trainer.configure()
+    assert list(trainer.named_models()) == ["encoder", "decoder"]
+    assert trainer.get_name_by_scheduler(trainer.warm) == "warm"
+    assert trainer.get_scheduler_from_optimizer(trainer.adam) is trainer.warm
+    assert trainer.get_model_by_optimizer("adam") is trainer.encoder
+    assert trainer.get_optimizers_by_model("decoder") == [trainer.adam]
+
+
+def test_counters_may_be_set() -> None:
+    for trainer in (MyTrainer(), Trainer()):
+        trainer.global_step, trainer.current_epoch, trainer.local_batches = 5, 2, 9
+        assert (trainer.global_step, trainer.current_epoch, trainer.local_batches) == (5, 2, 9)
 
 
 def test_a_trainers_modules_are_found_by_path() -> None:

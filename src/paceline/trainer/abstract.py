@@ -123,20 +123,27 @@ class AbstractTrainer(ABC):
 
     def get_model_by_optimizer(self, name: str) -> torch.nn.Module:
         """The model that the named optimizer trains; ValueError if there is none."""
-        held = {id(p) for g in self.named_optimizers()[name].param_groups for p in g["params"]}
+        optimizer = _named(name, self.named_optimizers(), "optimizer")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for model in self.named_models().values():
             if any(id(parameter) in held for parameter in model.parameters()):
                 return model
         raise ValueError(f"the optimizer {name!r} trains no parameter of this trainer's models")
 
     def get_optimizers_by_model(self, name: str) -> list[torch.optim.Optimizer]:
-        """The optimizers that train parameters of the named model."""
-        own = {id(parameter) for parameter in self.named_models()[name].parameters()}
+        """The optimizers that train parameters of the named model; ValueError if it is unknown."""
+        own = {id(p) for p in _named(name, self.named_models(), "model").parameters()}
         return [
             optimizer
             for optimizer in self.named_optimizers().values()
             if any(id(p) in own for group in optimizer.param_groups for p in group["params"])
         ]
+
+
+def _named(name: str, named: Mapping[str, Any], kind: str) -> Any:
+    if name not in named:
+        raise ValueError(f"no {kind} is called {name!r}; there is: {', '.join(named) or 'none'}")
+    return named[name]
 
 
 def _name_of(thing: Any, named: Mapping[str, Any], kind: str) -> str:
