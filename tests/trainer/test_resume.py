@@ -232,7 +232,7 @@ SCHEDULES: list[tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("then", "now", "key"), SCHEDULES, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("then", "now", "key"), SCHEDULES, ids=[key for *_, key in SCHEDULES])
 def test_a_changed_schedule_is_refused_and_if_accepted_takes_its_place_on_the_new_curve(
     then: Any, now: Any, key: str, tmp_path: Path
 ) -> None:
