@@ -191,6 +191,8 @@ class Checkpoints:
         self.wait()
         found, messages = self._ranks.main(self._find_newest)
         self._tell("damaged", messages)
+        if found is None and messages:
+            self._tell("warning", ["no intact checkpoint is left"])
         if found is not None:
             self._verified.add((found.path, found.save_id))
         return found
@@ -434,7 +436,9 @@ class Checkpoints:
             )
 
     def _tell(
-        self, kind: Literal["damaged", "abandoned", "recovered"], messages: builtins.list[str]
+        self,
+        kind: Literal["damaged", "abandoned", "recovered", "warning"],
+        messages: builtins.list[str],
     ) -> None:
         if self._ranks.is_main:
             self._events.extend(Event(kind, message) for message in messages)

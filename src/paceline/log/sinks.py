@@ -275,18 +275,21 @@ class JsonlSink(Sink):
         """Cuts both files back to where the checkpoint stood.
 
         Raises:
-            CheckpointError: a file holds less than that; neither file was touched.
+            CheckpointError: metrics.jsonl holds less than that; neither file was touched. Lost
+                speeds and durations are only worth a warning.
         """
         known = {name: file for name, file in self._files.items() if name in state}
-        problems = [text for name, file in known.items() if (text := file.check(state[name]))]
-        if problems and not self.accept_lost_rows:
+        problem = METRICS_FILE in known and known[METRICS_FILE].check(state[METRICS_FILE])
+        if problem and not self.accept_lost_rows:
             raise CheckpointError(
-                "; ".join(problems) + ". Put the files back, or go on without those rows with "
+                f"{problem}. Put the file back, or go on without those rows with "
                 "JsonlSink(accept_lost_rows=True)."
             )
         for name, file in known.items():
-            if file.check(state[name]) is None:
+            if (problem := file.check(state[name])) is None:
                 file.cut(state[name])
+            else:
+                _log.warning("%s. The run goes on without them.", problem)
 
     def close(self, status: str) -> None:
         """Writes what is left, derives metrics.csv and closes the files."""

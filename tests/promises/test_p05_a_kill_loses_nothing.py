@@ -1,0 +1,306 @@
+"""P5 A kill at any instant loses at most the work since the last checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import FaultyDisk, QuickDisk
+
+from builders import Noisy, Recorder, Regression, loader, make_model
+from endings import ending, saved_steps
+from paceline import Callback, CheckpointPolicy, MetricMonitor
+from paceline.callbacks import AveragedWeights
+from paceline.checkpoint import manager
+from paceline.errors import CheckpointError
+from paceline.log import sinks
+
+STEPS = 12
+STORM = Path(__file__).parents[1] / "storm.py"
+
+
+def build(run_dir: Path, *callbacks: Any, **policy: Any) -> Regression:
+    """7 micro-batches an epoch (97 samples), accumulation 2: 4 windows an epoch."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return Regression(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS),
+        train_dataloader=loader(Noisy(), 15),
+        val_dataloader=loader(Noisy(23), 10, shuffle=False),
+        gradient_accumulation_steps=2,
+        metric_monitor=MetricMonitor(),
+        validate_every=3,
+        callbacks=[AveragedWeights(decay=0.9), *callbacks],
+        checkpoint=CheckpointPolicy(
+            **{"every_epochs": None, "every_steps": 2, "save_best": False, **policy}
+        ),
+        max_steps=STEPS,
+        progress=False,
+        log_every=2,
+        run_dir=run_dir,
+    )
+
+
+def run(run_dir: Path, *callbacks: Any, **policy: Any) -> Regression:
+    trainer = build(run_dir, *callbacks, **policy)
+    trainer.train(seed=11)
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "Disk", QuickDisk)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A run that nobody kills, all of its checkpoints kept; how it ends, and its events."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    recorder = Recorder()
+    run(folder, recorder, every_epochs=1, every_steps=1, keep_last=None)
+    return folder, ending(folder), recorder.trace
+
+
+# Kills
+
+
+@pytest.mark.slow
+def test_a_storm_of_kills(tmp_path: Path) -> None:
+    """A dozen kills of `make storm`: any instant, file operations, power cuts, one rank of two."""
+    command = [sys.executable, str(STORM), "--kills", "14", "--seed", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every run ended bitwise equal" in result.stdout
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_after_any_save_the_run_goes_on_exactly(step: int, tmp_path: Path, unbroken: Any) -> None:
+    """Saves in mid-epoch, at a validation, at an epoch's end: the events, too, go on from there."""
+    folder, expected, trace = unbroken
+    killed_after(folder, tmp_path / "run", step)
+    recorder = Recorder()
+    run(tmp_path / "run", recorder, every_epochs=1, every_steps=1, keep_last=None)
+    assert ending(tmp_path / "run") == expected
+    begun = [event for event, _ in recorder.trace].index("on_train_start") + 1
+    assert recorder.trace[begun:] == trace[trace.index(("on_save_checkpoint", step)) + 1 :]
+
+
+def killed_after(unbroken: Path, folder: Path, step: int) -> None:
+    """Makes in `folder` what a run leaves that is killed just after its save of `step`."""
+    shutil.copytree(unbroken, folder)
+    for later in [s for s in saved_steps(folder) if s > step]:
+        shutil.rmtree(folder / "checkpoints" / f"step_{later:08d}")
+
+
+# A disk that fails
+
+
+class FailsInSave(FaultyDisk):
+    """Fails at the n-th operation of one save, or at every one from there on."""
+
+    def __init__(self, step: int, at: int, for_good: bool = False, code: int = errno.ENOSPC):
+        super().__init__(self._fail)
+        self.step, self.at, self.for_good, self.code = step, at, for_good, code
+        self.begun = self.met = self.failures = 0
+
+    def _fail(self, n: int, name: str, args: tuple[Any, ...]) -> None:
+        if name == "mkdir" and args[0].suffix == ".new" and not (self.begun and self.for_good):
+            self.begun = n if args[0].name == f".step_{self.step:08d}.new" else 0
+        at = n - self.begun + 1
+        hit = at >= self.at if self.for_good else at == self.at
+        self.met += bool(self.begun and hit)
+        if self.begun and hit and name != "close":  # a file that stays open would be the test's
+            self.failures += 1
+            raise OSError(self.code, os.strerror(self.code))
+
+
+class Watching(Callback):
+    """Notes which checkpoints are there after every step, once the save in flight has ended."""
+
+    def __init__(self) -> None:
+        self.saved: dict[int, list[int]] = {}
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        trainer.saver.wait()
+        self.saved[trainer.global_step] = saved_steps(trainer.run_dir)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_full_disk_at_any_operation_of_a_save_leaves_the_one_before_and_the_run_goes_on(
+    tmp_path: Path,
+    unbroken: Any,
+    asynchronous: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Given a disk that is full at one operation of the second save (keep_last=1), the run says
+    so, trains on, saves at its next trigger, and ends as ever."""
+    failed_saves = 0
+    for n in itertools.count(1):
+        folder, disk, watching = tmp_path / str(n), FailsInSave(4, n), Watching()
+        monkeypatch.setattr(manager, "Disk", lambda disk=disk: disk)
+        trainer = run(folder, watching, asynchronous=asynchronous, keep_last=1)
+        told = capsys.readouterr().err
+        assert trainer.result.complete
+        assert ending(folder) == unbroken[1]
+        assert watching.saved[5] in ([2], [4], [2, 4])
+        assert saved_steps(folder) == [STEPS]
+        if watching.saved[5] == [2]:
+            failed_saves += 1
+            assert "step 4: the checkpoint could not be written: No space left" in told
+            assert watching.saved[7] == [6]
+        elif disk.failures:
+            assert "could not be" in told
+        if not disk.met:  # the save has fewer operations
+            break
+    assert n > 20
+    assert failed_saves > 10
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_disk_that_fails_for_good_fails_the_run_at_its_last_save(
+    tmp_path: Path, unbroken: Any, asynchronous: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be saved cannot be called done; the checkpoint before is there to go on."""
+    for n in (1, 5, 9):
+        folder, disk = tmp_path / str(n), FailsInSave(6, n, for_good=True, code=code)
+        monkeypatch.setattr(manager, "Disk", lambda disk=disk: disk)
+        with pytest.raises(CheckpointError, match=f"step {STEPS}.*{os.strerror(code)}"):
+            run(folder, asynchronous=asynchronous)
+        monkeypatch.setattr(manager, "Disk", QuickDisk)
+        assert saved_steps(folder) == [4]
+        run(folder)
+        assert ending(folder) == unbroken[1]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_rows_that_the_disk_refuses_hold_back_the_checkpoint_that_counts_on_them(
+    tmp_path: Path,
+    unbroken: Any,
+    asynchronous: bool,
+    call: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class FullForRows:
+        """The `os` module of a disk that takes no rows from the end of step 5 to that of step 7."""
+
+        def __getattr__(self, name: str) -> Any:
+            def refuse(*_: Any) -> Any:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            full = name == call and max(watching.saved, default=0) in (5, 6)
+            return refuse if full else getattr(os, name)
+
+    monkeypatch.setattr(sinks, "os", FullForRows())
+    watching = Watching()
+    trainer = build(tmp_path / "run", watching, asynchronous=asynchronous)
+    trainer.train(seed=11)
+    assert watching.saved[7] == [4]
+    assert watching.saved[9] == [8]
+    assert "step 6: the checkpoint could not be written" in capsys.readouterr().err
+    assert ending(tmp_path / "run") == unbroken[1]
+
+
+# Damage
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0b100
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+NEWEST = Path("checkpoints/step_00000008")
+SHARD = NEWEST / "shard-00001-model-00001-of-00001.safetensors"
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    f"{name} {file.name[:8]}": lambda run, spoil=spoil, file=file: spoil(run / file)
+    for file in (NEWEST / "state.json", NEWEST / "manifest.json", SHARD)
+    for name, spoil in (("truncated", truncate), ("flipped", flip), ("missing", Path.unlink))
+} | {
+    "empty folder": lambda run: (shutil.rmtree(run / NEWEST), (run / NEWEST).mkdir()),
+}
+HARMLESS: dict[str, Callable[[Path], Any]] = {
+    "latest names another": lambda run: (run / "checkpoints/latest").write_text("step_00000002\n"),
+    "latest is garbage": lambda run: (run / "checkpoints/latest").write_bytes(b"\xff\0../../x"),
+    "best is missing": lambda run: (run / "checkpoints/best").unlink(missing_ok=True),
+    "best points nowhere": lambda run: (
+        (run / "checkpoints/best").unlink(),
+        (run / "checkpoints/best").symlink_to("/nowhere/at/all"),
+    ),
+    "a torn row": lambda run: (run / "metrics.jsonl").open("ab").write(b'{"step": 9, "epo'),
+    "rows beyond": lambda run: (run / "metrics.jsonl").open("ab").write(b'{"step": 9}\n' * 4),
+    "torn timing": lambda run: truncate(run / "timing.jsonl"),
+    "no timing": lambda run: (run / "timing.jsonl").unlink(),
+    "run.json is garbage": lambda run: (run / "run.json").write_bytes(b"\0\xff{{{"),
+    "run.json is a list": lambda run: (run / "run.json").write_text("[1, 2]"),
+    "no run.json": lambda run: (run / "run.json").unlink(),
+    "half a save": lambda run: shutil.copytree(
+        run / NEWEST,
+        run / "checkpoints/.step_00000010.new",
+        ignore=shutil.ignore_patterns("manifest.json"),
+    ),
+    "half a removal": lambda run: shutil.copytree(
+        run / NEWEST, run / "checkpoints/.step_00000002.gone"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(
+    tmp_path: Path, unbroken: Any, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_after(unbroken[0], tmp_path / "run", 8)
+    DAMAGE[kind](tmp_path / "run")
+    recorder = Recorder()
+    run(tmp_path / "run", recorder, keep_last=None)
+    assert ("on_load_checkpoint", 7) in recorder.trace
+    assert "damaged: " in (told := capsys.readouterr().err)
+    assert "step_00000008" in told
+    assert ".damaged" in told
+    assert (tmp_path / "run/checkpoints/.damaged/step_00000008").is_dir()
+    assert ending(tmp_path / "run") == unbroken[1]
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_whatever_else_is_damaged_the_newest_checkpoint_goes_on(
+    tmp_path: Path, unbroken: Any, kind: str
+) -> None:
+    killed_after(unbroken[0], tmp_path / "run", 8)
+    HARMLESS[kind](tmp_path / "run")
+    recorder = Recorder()
+    run(tmp_path / "run", recorder)
+    assert ("on_load_checkpoint", 8) in recorder.trace
+    assert ending(tmp_path / "run") == unbroken[1]
+    hidden = [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name[0] == "."]
+    assert hidden == []
+
+
+def test_with_every_checkpoint_damaged_the_run_says_so_and_starts_again(
+    tmp_path: Path, unbroken: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_after(unbroken[0], tmp_path / "run", 2)
+    for step in (1, 2):
+        flip(tmp_path / f"run/checkpoints/step_{step:08d}/state.json")
+    run(tmp_path / "run")
+    told = capsys.readouterr().err
+    assert told.count("damaged: ") == 2
+    assert "no intact checkpoint" in told
+    assert ending(tmp_path / "run") == unbroken[1]
