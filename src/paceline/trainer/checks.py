@@ -187,7 +187,7 @@ def _wrong_components(trainer: Trainer) -> list[str]:
         wrong.append("there is no model: give model=... or assign one in configure().")
     if not optimizers and not wrong:
         wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
-    wrong += _wrong_parameters(models, optimizers)
+    wrong += _wrong_parameters(models, optimizers) + _wrong_states(models)
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not _overrides(trainer, "step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
@@ -322,6 +322,22 @@ def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:
             f"{'s' * (strangers == 1)} to no model of this trainer, so no checkpoint would hold "
             "them. Was the optimizer made for another model, or before the model was replaced?"
         )
+    return wrong
+
+
+def _wrong_states(models: Any) -> list[str]:
+    """A model may save less than all of itself, but nothing that is trained."""
+    wrong: list[str] = []
+    for model_name, model in models.items():
+        if type(model).state_dict is torch.nn.Module.state_dict:
+            continue
+        saved = model.state_dict()
+        trained = (name for name, p in model.named_parameters() if p.requires_grad)
+        lost = [f"{model_name}.{name}" for name in trained if name not in saved]
+        if lost:
+            wrong.append(
+                f"{type(model).__name__}.state_dict() leaves out what is trained: {_some(lost)}."
+            )
     return wrong
 
 
