@@ -1,0 +1,65 @@
+"""The public surface is a golden file: changing a name, a signature or an event is deliberate.
+
+`python tests/test_public_surface.py` writes the file anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import paceline
+
+GOLDEN = Path(__file__).with_name("public_surface.json")
+MODULES = ("paceline", "paceline.callbacks", "paceline.errors")
+
+
+def surface() -> dict[str, Any]:
+    """Every public name with its signature, and the events in order."""
+    from paceline.trainer.events import EVENTS
+
+    found: dict[str, Any] = {"events": list(EVENTS)}
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        public = getattr(module, "__all__", [n for n in dir(module) if n[0].isupper()])
+        for name in sorted(public):
+            thing = getattr(module, name)
+            if getattr(thing, "__module__", "").startswith("paceline"):
+                found[f"{module_name}.{name}"] = describe(thing)
+    return found
+
+
+def describe(thing: Any) -> Any:
+    if not inspect.isclass(thing):
+        return str(inspect.signature(thing))
+    if issubclass(thing, BaseException):
+        return [base.__name__ for base in thing.__mro__[1:-1]]
+    members = {
+        name: signature(value)
+        for name, value in inspect.getmembers_static(thing)
+        if not name.startswith("_") and not hasattr(object, name)
+    }
+    return {"": str(inspect.signature(thing)), **members}
+
+
+def signature(value: Any) -> str:
+    function = value.fget if isinstance(value, property) else getattr(value, "func", value)
+    if isinstance(value, property):
+        return "property"
+    return str(inspect.signature(function)) if callable(function) else "attribute"
+
+
+def test_the_public_surface_is_the_golden_one() -> None:
+    assert json.loads(GOLDEN.read_text()) == surface()
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(paceline.__all__) <= set(dir(paceline))
+    assert all(getattr(paceline, name) is not None for name in paceline.__all__)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(surface(), indent=1) + "\n")
