@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from faults import FaultyDisk, QuickDisk
 
+import storm
 from builders import Noisy, Recorder, Regression, loader, make_model
 from endings import ending, saved_steps
 from paceline import Callback, CheckpointPolicy, MetricMonitor
@@ -23,9 +25,9 @@ from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import manager
 from paceline.errors import CheckpointError
 from paceline.log import sinks
+from ranks import Ranks
 
 STEPS = 12
-STORM = Path(__file__).parents[1] / "storm.py"
 
 
 def build(run_dir: Path, *callbacks: Any, **policy: Any) -> Regression:
@@ -63,37 +65,49 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "Disk", QuickDisk)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+class Unbroken(NamedTuple):
     """A run that nobody kills, all of its checkpoints kept; how it ends, and its events."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
+
+    folder: Path
+    ending: dict[str, Any]
+    trace: list[tuple[str, int]]
+
+
+def train_unbroken(folder: Path) -> Unbroken:
     recorder = Recorder()
     run(folder, recorder, every_epochs=1, every_steps=1, keep_last=None)
-    return folder, ending(folder), recorder.trace
+    return Unbroken(folder, ending(folder), recorder.trace)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    return train_unbroken(tmp_path_factory.mktemp("unbroken") / "run")
 
 
 # Kills
 
 
 @pytest.mark.slow
-def test_a_storm_of_kills(tmp_path: Path) -> None:
+def test_a_storm_of_kills() -> None:
     """A dozen kills of `make storm`: any instant, file operations, power cuts, one rank of two."""
-    command = [sys.executable, str(STORM), "--kills", "14", "--seed", "3"]
+    command = [sys.executable, storm.__file__, "--kills", "14", "--seed", "3"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every run ended bitwise equal" in result.stdout
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_after_any_save_the_run_goes_on_exactly(step: int, tmp_path: Path, unbroken: Any) -> None:
+def test_after_any_save_the_run_goes_on_exactly(
+    step: int, tmp_path: Path, unbroken: Unbroken
+) -> None:
     """Saves in mid-epoch, at a validation, at an epoch's end: the events, too, go on from there."""
-    folder, expected, trace = unbroken
-    killed_after(folder, tmp_path / "run", step)
+    killed_after(unbroken.folder, tmp_path / "run", step)
     recorder = Recorder()
     run(tmp_path / "run", recorder, every_epochs=1, every_steps=1, keep_last=None)
-    assert ending(tmp_path / "run") == expected
+    assert ending(tmp_path / "run") == unbroken.ending
     begun = [event for event, _ in recorder.trace].index("on_train_start") + 1
-    assert recorder.trace[begun:] == trace[trace.index(("on_save_checkpoint", step)) + 1 :]
+    saved = unbroken.trace.index(("on_save_checkpoint", step))
+    assert recorder.trace[begun:] == unbroken.trace[saved + 1 :]
 
 
 def killed_after(unbroken: Path, folder: Path, step: int) -> None:
@@ -101,6 +115,13 @@ def killed_after(unbroken: Path, folder: Path, step: int) -> None:
     shutil.copytree(unbroken, folder)
     for later in [s for s in saved_steps(folder) if s > step]:
         shutil.rmtree(folder / "checkpoints" / f"step_{later:08d}")
+
+
+def check_kills(folder: Path, kills: list[storm.Kill], scenario: int = 0) -> None:
+    """Some kills of the storm, in this process."""
+    strikes = storm.Storm(storm.SCENARIOS[scenario], folder / "storm", random.Random(0))
+    strikes.unbroken()
+    strikes.run(kills[::-1])
 
 
 # A disk that fails
@@ -136,10 +157,11 @@ class Watching(Callback):
         self.saved[trainer.global_step] = saved_steps(trainer.run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_a_full_disk_at_any_operation_of_a_save_leaves_the_one_before_and_the_run_goes_on(
     tmp_path: Path,
-    unbroken: Any,
+    unbroken: Unbroken,
     asynchronous: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -153,7 +175,7 @@ def test_a_full_disk_at_any_operation_of_a_save_leaves_the_one_before_and_the_ru
         trainer = run(folder, watching, asynchronous=asynchronous, keep_last=1)
         told = capsys.readouterr().err
         assert trainer.result.complete
-        assert ending(folder) == unbroken[1]
+        assert ending(folder) == unbroken.ending
         assert watching.saved[5] in ([2], [4], [2, 4])
         assert saved_steps(folder) == [STEPS]
         if watching.saved[5] == [2]:
@@ -171,7 +193,11 @@ def test_a_full_disk_at_any_operation_of_a_save_leaves_the_one_before_and_the_ru
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_a_disk_that_fails_for_good_fails_the_run_at_its_last_save(
-    tmp_path: Path, unbroken: Any, asynchronous: bool, code: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    unbroken: Unbroken,
+    asynchronous: bool,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What could not be saved cannot be called done; the checkpoint before is there to go on."""
     for n in (1, 5, 9):
@@ -182,14 +208,30 @@ def test_a_disk_that_fails_for_good_fails_the_run_at_its_last_save(
         monkeypatch.setattr(manager, "Disk", QuickDisk)
         assert saved_steps(folder) == [4]
         run(folder)
-        assert ending(folder) == unbroken[1]
+        assert ending(folder) == unbroken.ending
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_process_whose_last_save_fails_leaves_with_1(
+    ranks: Ranks, tmp_path: Path, size: int
+) -> None:
+    outcomes = ranks.outcomes(train_on_a_full_disk, size, tmp_path)
+    assert [outcome.code for outcome in outcomes] == [1] * size
+    assert all("CheckpointError" in outcome.output for outcome in outcomes)
+    assert saved_steps(tmp_path / "run") == [10]
+
+
+def train_on_a_full_disk(folder: Path) -> None:
+    manager.Disk = lambda: FailsInSave(STEPS, 4)  # type: ignore[misc, assignment]
+    run(folder / "run")
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_rows_that_the_disk_refuses_hold_back_the_checkpoint_that_counts_on_them(
     tmp_path: Path,
-    unbroken: Any,
+    unbroken: Unbroken,
     asynchronous: bool,
     call: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -212,7 +254,7 @@ def test_rows_that_the_disk_refuses_hold_back_the_checkpoint_that_counts_on_them
     assert watching.saved[7] == [4]
     assert watching.saved[9] == [8]
     assert "step 6: the checkpoint could not be written" in capsys.readouterr().err
-    assert ending(tmp_path / "run") == unbroken[1]
+    assert ending(tmp_path / "run") == unbroken.ending
 
 
 # Damage
@@ -265,42 +307,45 @@ HARMLESS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(
-    tmp_path: Path, unbroken: Any, kind: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, unbroken: Unbroken, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed_after(unbroken[0], tmp_path / "run", 8)
-    DAMAGE[kind](tmp_path / "run")
-    recorder = Recorder()
-    run(tmp_path / "run", recorder, keep_last=None)
-    assert ("on_load_checkpoint", 7) in recorder.trace
+    check_damage(tmp_path, DAMAGE[kind], 7, unbroken)
     assert "damaged: " in (told := capsys.readouterr().err)
     assert "step_00000008" in told
     assert ".damaged" in told
     assert (tmp_path / "run/checkpoints/.damaged/step_00000008").is_dir()
-    assert ending(tmp_path / "run") == unbroken[1]
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_whatever_else_is_damaged_the_newest_checkpoint_goes_on(
-    tmp_path: Path, unbroken: Any, kind: str
+    tmp_path: Path, unbroken: Unbroken, kind: str
 ) -> None:
-    killed_after(unbroken[0], tmp_path / "run", 8)
-    HARMLESS[kind](tmp_path / "run")
-    recorder = Recorder()
-    run(tmp_path / "run", recorder)
-    assert ("on_load_checkpoint", 8) in recorder.trace
-    assert ending(tmp_path / "run") == unbroken[1]
+    check_damage(tmp_path, HARMLESS[kind], 8, unbroken)
     hidden = [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name[0] == "."]
     assert hidden == []
 
 
-def test_with_every_checkpoint_damaged_the_run_says_so_and_starts_again(
-    tmp_path: Path, unbroken: Any, capsys: pytest.CaptureFixture[str]
+def check_damage(
+    folder: Path, damage: Callable[[Path], Any], goes_on_from: int, unbroken: Unbroken | None = None
 ) -> None:
-    killed_after(unbroken[0], tmp_path / "run", 2)
+    """Kills a run after step 8, damages it, and starts it again."""
+    unbroken = unbroken or train_unbroken(folder / "unbroken")
+    killed_after(unbroken.folder, folder / "run", 8)
+    damage(folder / "run")
+    recorder = Recorder()
+    run(folder / "run", recorder, keep_last=None)
+    assert ("on_load_checkpoint", goes_on_from) in recorder.trace
+    assert ending(folder / "run") == unbroken.ending
+
+
+def test_with_every_checkpoint_damaged_the_run_says_so_and_starts_again(
+    tmp_path: Path, unbroken: Unbroken, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_after(unbroken.folder, tmp_path / "run", 2)
     for step in (1, 2):
         flip(tmp_path / f"run/checkpoints/step_{step:08d}/state.json")
     run(tmp_path / "run")
     told = capsys.readouterr().err
     assert told.count("damaged: ") == 2
     assert "no intact checkpoint" in told
-    assert ending(tmp_path / "run") == unbroken[1]
+    assert ending(tmp_path / "run") == unbroken.ending
