@@ -22,12 +22,19 @@ test: .venv/.dev
 storm: .venv/.dev
 	$(BIN)/python tests/storm.py
 
-bench: .venv/.bench
-	$(BIN)/python -m benchmarks
+bench: benchmarks/.venv/.ready
+	benchmarks/.venv/bin/python -m benchmarks
+
+# Other trainers bring much along, so they live in an environment of their own.
+benchmarks/.venv/.ready: benchmarks/requirements.txt pyproject.toml
+	test -x benchmarks/.venv/bin/python || $(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/python -m pip install --quiet $$(grep ^torch== $<)
+	benchmarks/.venv/bin/python -m pip install --quiet -r $< --editable .
+	touch $@
 
 # The stamps say what is installed, so that a second `make` starts at once. torch comes first and
 # alone: its exact version names one build, where a range would fetch one for other hardware.
-.venv/.recipes .venv/.dev .venv/.bench: .venv/.%: .venv/.torch
+.venv/.recipes .venv/.dev: .venv/.%: .venv/.torch
 	$(PIP) --editable '.[$*]'
 	touch $@
 

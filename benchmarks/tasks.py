@@ -119,6 +119,6 @@ def _token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 TASKS = {
     "tiny": Task(_tiny, nn.functional.mse_loss, _numbers, 32, (300, 1300)),
-    "cnn": Task(_cnn, nn.functional.cross_entropy, _digits, 64, (40, 200)),
-    "gpt": Task(GPT, _token_loss, _text, 8, (2, 8)),
+    "cnn": Task(_cnn, nn.functional.cross_entropy, _digits, 64, (40, 340)),
+    "gpt": Task(GPT, _token_loss, _text, 8, (2, 12)),
 }
