@@ -94,7 +94,7 @@ def _train(recipe: Recipe, resume: Resume) -> None:
     from paceline.trainer.stop import TO_BE_RESUMED
 
     trainer = build_trainer(recipe, resume=resume)
-    trainer.train(seed=recipe.seed)
+    trainer.fit(seed=recipe.seed)  # a train() of the user's own may take no seed
     if trainer.result.stopped_by in TO_BE_RESUMED:  # as after a signal: start the same again
         raise SystemExit(75)
 
