@@ -100,13 +100,14 @@ def test_a_signal_before_the_first_window_stops_there(
     assert stopped_at == 0 if size == 1 else stopped_at <= 3
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("at", ["training", "validation", "save"])
+# In a save only rank 0 can be hit: rank 1 does too little of one.
+@pytest.mark.parametrize(
+    ("at", "rank"),
+    [("training", 0), ("training", 1), ("validation", 0), ("validation", 1), ("save", 0)],
+)
 def test_a_signal_to_one_of_two_ranks_stops_both_at_one_step(
     ranks: Ranks, unbroken: Any, tmp_path: Path, at: str, rank: int
 ) -> None:
-    if (at, rank) == ("save", 1):
-        pytest.skip("rank 1 does too little of a save")
     run = Run(pause=0.06)
     stopped_at = check_clean_stop(ranks, unbroken, tmp_path, Sent(at, rank=rank), run, 2)
     assert stopped_at <= {"training": 10, "validation": 6, "save": 12}[at]
