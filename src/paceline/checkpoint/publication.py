@@ -298,6 +298,7 @@ def discard(path: Path, disk: Disk) -> None:
     gone = hidden(path.parent, path.name, "gone")
     disk.remove(gone)
     disk.rename(path, gone)
+    disk.fsync_folder(path.parent)  # or a power cut could put half of it back under its own name
     disk.remove(gone)
 
 
