@@ -12,7 +12,7 @@ import pytest
 from signal_runs import STEPS, Run, Sent, train, trainer_of
 
 from endings import ending, saved_steps
-from paceline.checkpoint import manager
+from paceline.checkpoint import load_tree, manager
 from paceline.errors import Preempted
 from ranks import Outcome, Ranks
 
@@ -23,12 +23,15 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 @pytest.fixture(scope="module")
 def unbroken(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """How runs end that nobody signals, by the number of ranks."""
-    endings = {}
-    for size in (1, 2):
-        folder = tmp_path_factory.mktemp("unbroken")
-        ranks(train, size, folder, Run(), Sent())
-        endings[size] = ending(folder / "run")
-    return endings
+    folder = tmp_path_factory.mktemp("unbroken")
+    return train_unbroken(ranks, folder, 1) | train_unbroken(ranks, folder, 2)
+
+
+def train_unbroken(ranks: Ranks, folder: Path, size: int) -> dict[int, Any]:
+    folder = folder / f"unbroken-{size}"
+    folder.mkdir()
+    ranks(train, size, folder, Run(), Sent())
+    return {size: ending(folder / "run")}
 
 
 def codes(outcomes: list[Outcome]) -> list[int | None]:
@@ -40,13 +43,26 @@ def output(outcomes: list[Outcome]) -> str:
 
 
 def check_clean_stop(
-    ranks: Ranks, unbroken: Any, folder: Path, sent: Sent, run: Run | None = None, size: int = 1
+    ranks: Ranks,
+    unbroken: Any,
+    folder: Path,
+    sent: Sent,
+    run: Run | None = None,
+    size: int = 1,
+    left: list[str] | None = None,
 ) -> int:
-    """Stops a run by a signal and starts it again; returns the step at which it stopped."""
+    """Stops a run by a signal and starts it again.
+
+    Returns:
+        The step at which it stopped; in `left`, the parts of the boundary that were left to do.
+    """
     run = run or Run()
     first = ranks.outcomes(train, size, folder, run, sent)
     assert codes(first) == [75] * size, output(first)
     stopped_at = saved_steps(folder / "run")[-1]
+    if left is not None:
+        checkpoint = folder / "run" / "checkpoints" / f"step_{stopped_at:08d}"
+        left += load_tree(checkpoint)["progress"]["pending"]
     record = json.loads((folder / "run" / "run.json").read_text())
     assert record["status"] == "stopped"
     assert record["stopped_by"] == f"signal {signal.Signals(sent.numbers[0]).name}"
@@ -59,17 +75,29 @@ def check_clean_stop(
 
 
 @pytest.mark.parametrize("number", [TERM, INT, USR1], ids=lambda n: n.name)
-@pytest.mark.parametrize(
-    ("at", "step"), [("training", 6), ("validation", 6), ("data", None), ("save", 8)]
-)
+@pytest.mark.parametrize("at", ["training", "validation", "data", "save"])
 def test_wherever_a_signal_comes_the_run_stops_and_goes_on_exactly(
-    ranks: Ranks, unbroken: Any, tmp_path: Path, at: str, step: int | None, number: int
+    ranks: Ranks, unbroken: Any, tmp_path: Path, at: str, number: int
+) -> None:
+    check_where(ranks, tmp_path, at, number, unbroken)
+
+
+def check_where(
+    ranks: Ranks, folder: Path, at: str, number: int = TERM, unbroken: Any = None
 ) -> None:
     """In a window it stops behind it; in a validation, before it has ended; in a save, after it."""
+    step, left = {
+        "training": (6, ["boundary"]),
+        "validation": (6, ["validation"]),
+        "data": (None, ["boundary"]),
+        "save": (8, []),
+    }[at]
+    unbroken = unbroken or train_unbroken(ranks, folder, 1)
     run = Run(asynchronous=False)
-    stopped_at = check_clean_stop(ranks, unbroken, tmp_path, Sent(at, (number,)), run)
-    assert stopped_at == step or step is None
-    assert stopped_at < STEPS
+    pending: list[str] = []
+    stopped_at = check_clean_stop(ranks, unbroken, folder, Sent(at, (number,)), run, left=pending)
+    assert stopped_at == (step or stopped_at) < STEPS
+    assert pending == left
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -149,6 +149,38 @@ def test_a_rank_that_is_behind_comes_to_where_the_other_is(
     assert ranks(agree, 2, in_validation) == [[False, False, True, in_validation]] * 2
 
 
+class Exchanging(Small):
+    """Its validation steps exchange something, as metrics and models spread over ranks do."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        seen = torch.tensor(float(batch_idx))
+        self.world.all_reduce(seen)
+        assert seen == self.world.size * batch_idx
+        super().validation_step(batch, batch_idx)
+        time.sleep(random.Random(time.monotonic()).random() * 0.02)
+
+
+def exchange_and_stop(times: int) -> list[tuple[int, list[str]]]:
+    """Runs that are asked to stop somewhere in their one long validation."""
+    stop._POLL = 0.003
+    World().open()
+    ends = []
+    for i in range(times):
+        trainer = small(AskSoon(i % 2, 3 + 2 * i), rows=80, max_steps=2, validate_every=1)
+        trainer.__class__ = Exchanging
+        trainer.train(seed=1)
+        ends.append((trainer.global_step, trainer.progress.pending))
+    dist.destroy_process_group()
+    return ends
+
+
+@pytest.mark.slow
+def test_a_validation_that_exchanges_something_is_left_at_the_same_batch(ranks: Ranks) -> None:
+    first, second = ranks(exchange_and_stop, 2, 8)
+    assert first == second
+    assert (1, ["validation"]) in first
+
+
 class Signalled(Callback):
     """The scheduler's signal reaches one rank only."""
 

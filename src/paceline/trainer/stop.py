@@ -23,6 +23,8 @@ Passing 2s commits to 2s + 2, since most boundaries have no parts. When one has,
 commitment to 2s + 1, where the run can stop as well: nobody has seen the higher one, or it is
 frozen and stays. A validation under way is left when 2s + 1 is agreed on. That point has a number
 of its own because another rank may still stand at 2s, and has to come into the boundary first.
+The batch before which it is left is agreed on in the same way, the commitment being to a point and
+a batch: models that are spread over ranks, and metrics, exchange something in each.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ class StopAgreement:
         self._signalled_at: float | None = None
         self._frozen = False
         self._committed = -1  # the next point at which this rank could stop
+        self._batch = 0  # ... and the validation batch before which it could on the way there
         self._stop_at: int | None = None
+        self._stop_batch = 0
         self._lock = threading.Lock()
         self._agreed = threading.Event()
         self._closed = threading.Event()
@@ -179,21 +183,28 @@ class StopAgreement:
             raise PeerError(self._peer_error)
         with self._lock:
             if not self._frozen and not self._everywhere:
-                self._committed = point // 2 * 2 + 2
+                self._committed, self._batch = point // 2 * 2 + 2, 0
                 return False
         return point >= self._wait()
 
-    def abandons(self, point: int) -> bool:
-        """Whether what is under way before `point` should be left, since the run stops there."""
+    def abandons(self, point: int, batch: int = 0) -> bool:
+        """Whether to leave the validation on the way to `point` before its `batch`.
+
+        True on every rank at the same batch, if it has that many. To be called after `hold`.
+        """
         if self._world.size == 1:
             return self._request is not None
-        return self._agreed.is_set() and self._stop_at == point
+        with self._lock:
+            if not self._frozen:
+                self._batch = batch + 1
+                return False
+        return self._wait() == point and batch >= self._stop_batch
 
     def hold(self, point: int) -> None:
         """Commits to `point` in place of the later one that the last `reached` committed to."""
         with self._lock:
             if not self._frozen:
-                self._committed = point
+                self._committed, self._batch = point, 0
 
     def fail(self, error: BaseException) -> PeerError | None:
         """Tells the other ranks that this one has failed.
@@ -283,12 +294,13 @@ class StopAgreement:
         if not self._frozen and store.check([key + "request"]):
             with self._lock:
                 self._frozen = True
-            store.set(f"{key}at/{self._world.rank}", str(self._committed))
+            store.set(f"{key}at/{self._world.rank}", f"{self._committed} {self._batch}")
         if self._frozen and not self._agreed.is_set():
             keys = [f"{key}at/{rank}" for rank in range(self._world.size)]
             if store.check(keys):
-                points = [int(store.get(name)) for name in keys]
-                self._settle(max(points), store.get(key + "request").decode())
+                points = [tuple(map(int, store.get(name).split())) for name in keys]
+                point, self._stop_batch = max(points)
+                self._settle(point, store.get(key + "request").decode())
         return False
 
     def _leave(self, why: str) -> None:

@@ -52,7 +52,7 @@ def _run_batches(trainer: Trainer) -> float | None:
     key = stream(trainer.seed, "val", trainer.global_step, trainer.world.dp_rank)
     events, samples = trainer.events, 0
     for batch_idx, (batch, size) in enumerate(trainer.validation.batches()):
-        if trainer.stop_agreement.abandons(2 * trainer.global_step + 1):
+        if trainer.stop_agreement.abandons(2 * trainer.global_step + 1, batch_idx):
             return None
         if not trainer.on_cpu:
             batch = to_device(batch, trainer.device)
