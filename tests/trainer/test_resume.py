@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import batches, checkpoints, fitted, line, same, settings, weights
 from torch import nn
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import (
 from builders import StopAt, rows
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Resume, Trainer
 from paceline.errors import CheckpointError, ConfigError, ResumeError
+from small import batches, checkpoints, fitted, line, same, settings, weights
 
 KEEP = CheckpointPolicy(keep_last=None)
 
@@ -113,6 +114,16 @@ class OtherLoss(nn.MSELoss):
         ({}, {"train_dataloader": batches(drop_last=True)}, "data.drop_last: False then, True"),
         ({}, {"epoch_length": 3}, "data.units: 20 then, 12 now"),
         ({}, {"loss_fn": OtherLoss()}, "loss_fn: "),
+        (
+            {"loss_fn": nn.HuberLoss(delta=1.0)},
+            {"loss_fn": nn.HuberLoss(delta=2.0)},
+            "loss_fn.delta: 1.0 then, 2.0 now",
+        ),
+        (
+            {"loss_fn": partial(nn.functional.huber_loss, delta=1.0)},
+            {"loss_fn": partial(nn.functional.huber_loss, delta=2.0)},
+            "loss_fn.delta: 1.0 then, 2.0 now",
+        ),
         ({}, {"precision": "bf16"}, "precision: 'fp32' then, 'bf16' now"),
         ({}, {"max_grad_norm": 1.0}, "max_grad_norm: None then, 1.0 now"),
         ({}, optimizer(), "optimizer.momentum: 0.9 then, 0 now"),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from small import batches, checkpoints, fitted, line, points, same, settings, weights
 from torch import nn
 
 from builders import rows
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
 from paceline.errors import ConfigError, DataError, MetricError
+from small import batches, checkpoints, fitted, line, points, same, settings, weights
 
 
 class Scripted(Trainer):
@@ -301,6 +301,15 @@ def test_a_validation_without_data_is_an_error() -> None:
         fitted(val_dataloader=[])
     with pytest.raises(DataError, match="val_dataloader"):
         fitted(val_dataloader=batches(0))
+
+
+def test_a_validation_that_measures_nothing_says_so_once(capsys: Any) -> None:
+    class Returns(Trainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(batch)
+
+    assert fitted(Returns, val_dataloader=batches(8)).result.metrics == {}
+    assert capsys.readouterr().err.count("the validation measured nothing") == 1
 
 
 def test_validation_outside_a_run_is_refused() -> None:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 def judge(trainer: Trainer, metrics: dict[str, float]) -> bool:
     """Tells everybody who waits for a validation; returns whether it is the best so far."""
+    if not metrics and trainer.progress.validated_at < 0:
+        trainer.say(
+            "the validation measured nothing: call self.log in validation_step, or return metrics "
+            "from get_val_metrics."
+        )
     trainer.progress.validated_at = trainer.global_step
     trainer.progress.metrics = metrics
     trainer.recorder.write_validation(metrics)

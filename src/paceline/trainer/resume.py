@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
         "precision": trainer.precision,
         "loss_fn": _kind(trainer.loss_fn),
         "max_grad_norm": trainer.max_grad_norm,
+        **{f"loss_fn.{key}": value for key, value in _arguments(trainer.loss_fn).items()},
     }
     for name, value in trainer.source.identity.items():
         keys[f"data.{name}"] = value
@@ -275,8 +277,20 @@ def _apply(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]], sched
 def _kind(thing: Any) -> str | None:
     if thing is None:
         return None
+    if isinstance(thing, partial):
+        thing = thing.func
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _arguments(thing: Any) -> dict[str, Any]:
+    """The plain settings of a loss: attributes of a module, keywords of a partial function."""
+    if isinstance(thing, partial):
+        return _plain(thing.keywords)
+    if not isinstance(thing, torch.nn.Module):
+        return {}
+    own = {k: v for k, v in vars(thing).items() if not k.startswith("_") and k != "training"}
+    return _plain(own)
 
 
 def load_weights(trainer: Trainer, path: Path) -> None:
