@@ -141,8 +141,11 @@ def test_epoch_overridden() -> None:
                 for batch, batch_idx in window:
                     self.backward(self.training_step(batch, batch_idx))
                 self.optimizer_step()
+            self.epochs_seen = getattr(self, "epochs_seen", 0) + 1
 
-    assert same(weights(fitted(Mine)), expected())
+    trainer = fitted(Mine)
+    assert same(weights(trainer), expected())
+    assert trainer.epochs_seen == 2
 
 
 def test_an_epoch_that_takes_no_step_is_an_error_and_no_endless_loop() -> None:
@@ -160,8 +163,11 @@ def test_step_overridden() -> None:
             for batch, batch_idx in window:
                 self.backward(self.training_step(batch, batch_idx))
             self.optimizer_step()
+            self.steps_seen = getattr(self, "steps_seen", 0) + 1
 
-    assert same(weights(fitted(Mine)), expected())
+    trainer = fitted(Mine)
+    assert same(weights(trainer), expected())
+    assert trainer.steps_seen == 10
 
 
 def test_evaluate_overridden() -> None:
