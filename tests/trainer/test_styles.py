@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import batches, fitted, points, same, settings, weights
 from torch import nn
 
 from paceline import Callback, CheckpointPolicy, Trainer, Window
 from paceline.errors import ConfigError
+from small import batches, fitted, points, same, settings, weights
 
 
 def expected() -> dict[str, torch.Tensor]:
