@@ -87,6 +87,18 @@ def test_a_rank_that_leaves_later_than_the_others_is_left_the_time(paceline, wai
     assert process.returncode == 75, err
 
 
+def test_a_signal_stops_ranks_that_wait_for_one_that_has_not_come(paceline, wait_for, tmp_path):
+    with (tmp_path / "toy.py").open("a") as file:
+        file.write("if os.environ.get('RANK') == '1':\n")
+        file.write("    open('late', 'w').close()\n    time.sleep(100)\n")
+    process = paceline.start("train", "toy.yaml", "--nproc", "2")
+    wait_for("late")
+    time.sleep(5)  # rank 0 gets to where it waits
+    process.terminate()
+    _, err = process.communicate(timeout=45)
+    assert process.returncode == 75, err
+
+
 def test_an_override_reaches_the_workers_as_it_was_written(paceline, tmp_path: Path):
     folder = "runs/a$$b"
     code, _, err = paceline("train", "toy.yaml", "--nproc", "2", f"run.dir='{folder}'")

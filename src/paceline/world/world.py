@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from paceline.errors import ConfigError
@@ -156,7 +157,17 @@ def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
         _meetings[where].set_timeout(timeout)
     _joined += 1
     store = PrefixStore(f"paceline/{_joined}", _meetings[where])
+    _await_all(store, rank, size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _await_all(store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    """Waits for the other ranks here, where Python hears signals: torch's own waiting is deaf."""
+    store.set(f"here/{rank}", "")
+    keys = [f"here/{other}" for other in range(size)]
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _device(local_rank: int) -> torch.device:
