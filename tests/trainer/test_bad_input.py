@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from small import batches, checkpoints, fitted, line, points, same, settings, weights
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 
@@ -26,6 +25,7 @@ from paceline.errors import (
     PacelineError,
 )
 from paceline.trainer import checks
+from small import batches, checkpoints, fitted, line, points, same, settings, weights
 
 
 def message(kind: type[PacelineError], trainer: type[Trainer] = Trainer, **changes: Any) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small import batches, fitted, settings
 
 from builders import Recorder
 from paceline import Callback, MetricMonitor, Trainer
 from paceline.errors import ConfigError
+from small import batches, fitted, settings
 
 BATCH = ["on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end"]
 STEP = ["on_before_optimizer_step", "on_step_end"]

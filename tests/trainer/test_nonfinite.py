@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import batches, checkpoints, fitted, line, points, same, settings, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,6 +19,7 @@ from paceline import Callback, CheckpointPolicy, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.checkpoint import decode
 from paceline.errors import NonFiniteError
+from small import batches, checkpoints, fitted, line, points, same, settings, weights
 
 BAD = 9  # the row that is not finite: in the third window of 4 rows
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from small import batches, fitted, line, points, same, settings, weights
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from builders import rows
 from paceline import Callback, MetricMonitor, Trainer, Window
 from paceline.errors import ConfigError, MetricError
+from small import batches, fitted, line, points, same, settings, weights
 
 
 def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from small import batches, fitted, line, points, same, settings, weights
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.utils.data import DataLoader
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from builders import StopAt, bits
 from paceline import CheckpointPolicy, Trainer, Window
 from paceline.errors import ConfigError, DataError, LossError
+from small import batches, fitted, line, points, same, settings, weights
 
 
 def networks() -> dict[str, nn.Module]:
