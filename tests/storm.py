@@ -112,8 +112,8 @@ class Kill:
 class Beacon:
     """Where a rank is: written by the rank, read when it is dead."""
 
-    FORM = struct.Struct("iiiiiq")
-    FIELDS = ("place", "saving", "from_step", "saves", "operations", "rows")
+    FORM = struct.Struct("iiiiiiq")
+    FIELDS = ("place", "saving", "from_step", "saves", "published", "operations", "rows")
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, self.FORM.size)
@@ -121,7 +121,7 @@ class Beacon:
 
     def reset(self) -> None:
         self.place = self.saving = self.saves = self.operations = self.rows = 0
-        self.from_step = -1
+        self.from_step = self.published = -1
         self.send()
 
     def send(self) -> None:
@@ -282,6 +282,8 @@ def _watch_saves(beacon: Beacon) -> None:
         beacon.send()
         write(self, job)
         beacon.saving = 0
+        if job.error is None:
+            beacon.published = job.step
         beacon.send()
 
     def watched_sync(self: Any) -> None:
@@ -496,7 +498,8 @@ class Storm:
                 plan.pop()
                 assert kill is not None
                 self.kills[kill.kind, attempt.where] += 1
-                reached = max([reached, *saved_steps(self.folder / name / "run")])
+                published = self.beacons[0].published
+                reached = max([reached, published, *saved_steps(self.folder / name / "run")])
                 if kill.kind == "power cut":
                     cut_power(self.folder / name, self.beacons[0], self.chance)
             self._end(name)

@@ -1,32 +1,39 @@
 """Trainers broken on purpose, each with a test that has to notice.
 
-A defect is put in with pytest's monkeypatch, here and in every rank that the test starts.
+A defect is put in with pytest's monkeypatch, here and in every rank that the test starts. P7 keeps
+its mutants in its own file, since they are what a step does and not what a trainer is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
+import defects
 import pytest
-import torch
 from test_p01_on_ranks import Plan
 from test_p03_same_mathematics import Case as Sum
 from test_p04_every_sample_once import Case as Pass
+from test_p05_a_kill_loses_nothing import DAMAGE, HARMLESS
 
-from paceline.data import loader
+from paceline.callbacks import AveragedWeights
+from paceline.checkpoint import manager, publication, safetensors_file
+from paceline.data import fetch, loader
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
-from paceline.trainer import placement, recorder, validation, window
+from paceline.log import provenance
+from paceline.log.sinks import RowFile
+from paceline.trainer import events, placement, recorder, resume, validation, window
+from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.placement import Replica
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
+from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import Window
-from paceline.world.seeding import seed_everything
 from paceline.world.world import World
+from storm import Kill
 
 
 @dataclass(frozen=True)
@@ -57,105 +64,12 @@ def apply(name: str) -> None:
     next(mutant for mutant in MUTANTS if mutant.name == name).put_in(pytest.MonkeyPatch())
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    """In place of something that matters."""
-
-
-def same_weight(self: Any, loss: torch.Tensor, window: Window) -> torch.Tensor:
-    return loss / len(window)
-
-
-def one_rank_s_weight(self: Any, loss: torch.Tensor, window: Window) -> torch.Tensor:
-    return loss * window.weight / self._trainer.world.dp_size
-
-
-def mean_of_means(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    names = {name for part in parts for name in part}
-    means = {name: [p[name][0] / p[name][1] for p in parts if name in p] for name in names}
-    return {name: sum(values) / len(values) for name, values in sorted(means.items())}
-
-
-def unmuted(self: Any) -> None:
-    self._held = []
-
-
-def always_exchanged(self: Replica, *, exchange: bool) -> None:
-    vars(self).update(called=False, require_backward_grad_sync=True)
-
-
-def unreduced(self: World, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    return tensor
-
-
-def floored(self: Layout, start: int, stop: int) -> tuple[int, int]:
-    each = (stop - start) // self._ranks
-    return start + self._rank * each, start + (self._rank + 1) * each
-
-
-def padded(self: Layout, start: int, stop: int) -> tuple[int, int]:
-    each = -(-(stop - start) // self._ranks)
-    first = min(start + self._rank * each, stop - each)
-    return first, first + each
-
-
-def same_pass(self: Layout, epoch: int, start: int, stop: int) -> Any:
-    length = self.order.length(0)
-    return [
-        (epoch, self.order.slice(epoch, i % length, i % length + 1)) for i in range(start, stop)
-    ]
-
-
-_local = count()
-
-
-def by_local_count(seed: int) -> None:
-    seed_everything(next(_local))
-
-
-def with_stand_ins(self: IndexedValidation) -> Any:
-    for batch in self._reader.read(0, 0):
-        yield batch, -1
-
-
-def own_position(self: IndexedSource) -> dict[str, int]:
-    return {"epoch": self._epoch, "offset": self._offset // self._layout._ranks}
-
-
-def unshared(order: Any, name: str, world: World) -> Any:
-    return order
-
-
-def keeps_share(sampler: Any) -> bool | None:
-    return False if type(sampler) is loader.SequentialSampler else None
-
-
-def unleveled(self: StreamedSource, batches: list[Any]) -> int:
-    return len(batches)
-
-
-def from_the_start(self: StreamedSource, batches: int) -> None:
-    self._in_pass = batches
-
-
-def own_end(self: StopAgreement, point: int, reason: str) -> None:
-    self._stop_at, self.reason = self._committed, reason
-    self._agreed.set()
-
-
-def held_before(self: StopAgreement, point: int) -> None:
-    if not self._frozen:
-        self._committed = point - 1
-
-
-def scaled_only(self: NonFiniteGuard, weighted: torch.Tensor, poison: Any) -> torch.Tensor:
-    return weighted * (poison + 1)
-
-
-def own_value(self: World, value: Any) -> Any:
-    return value
-
-
 P1, P3, P4 = "test_p01_on_ranks", "test_p03_same_mathematics", "test_p04_every_sample_once"
+P2, P5 = "test_p02_nothing_observed_is_disturbed", "test_p05_a_kill_loses_nothing"
+P6, P8 = "test_p06_a_signal_is_a_clean_stop", "test_p08_cheap"
+P10, P11 = "test_p10_opening_a_run_executes_nothing", "test_p11_a_run_explains_itself"
+P12, P13 = "test_p12_resume_costs_the_same_anywhere", "test_p13_nothing_behind_your_back"
+ALONE, PROVENANCE = "test_p01_exact_resume", "test_provenance"
 AGREE = "test_ranks_agree"
 LONG = {"n": 7, "batch": 3, "ranks": 2, "accumulation": 2, "length": 3, "shuffle": True}
 SHORT = {"n": 11, "batch": 2, "ranks": 3, "accumulation": 2, "length": None, "shuffle": True}
@@ -169,7 +83,7 @@ MUTANTS = [
     Mutant(
         "every micro-batch of a window weighs the same",
         ((Optimization, "_weighted"),),
-        same_weight,
+        defects.same_weight,
         f"{P3}:test_micro_batches_equal_one_batch",
         {"tokens": False},
     ),
@@ -183,164 +97,301 @@ MUTANTS = [
     Mutant(
         "DDP's mean over ranks is taken for the mean over items",
         ((Optimization, "_weighted"),),
-        one_rank_s_weight,
+        defects.one_rank_s_weight,
         f"{P3}:check_ranks",
         {"size": 2, "cases": [Sum()]},
     ),
     Mutant(
         "each rank counts its own items only",
         ((World, "all_reduce"),),
-        unreduced,
+        defects.unreduced,
         f"{P3}:check_ranks",
         {"size": 2, "cases": [Sum(tokens=True)]},
     ),
     Mutant(
         "a metric is the mean of the ranks' means",
         ((recorder, "merge"),),
-        mean_of_means,
+        defects.mean_of_means,
         f"{P3}:check_ranks",
         {"size": 2, "cases": [Sum()]},
     ),
     Mutant(
         "stand-ins are logged",
         ((window._buffers_kept, "__enter__"),),
-        unmuted,
+        defects.unmuted,
         f"{P3}:check_ranks",
         {"size": 4, "cases": [Sum(3)]},
     ),
     Mutant(
         "stand-ins move running statistics",
         ((window._buffers_kept, "__exit__"),),
-        nothing,
+        defects.nothing,
         f"{P3}:test_stand_ins_leave_running_statistics_alone",
         {"size": 2},
     ),
     Mutant(
         "gradients are exchanged in every micro-batch",
         ((Replica, "begin"),),
-        always_exchanged,
+        defects.always_exchanged,
         f"{P3}:test_gradients_are_exchanged_once_a_window",
     ),
     Mutant(
         "gradients that are never exchanged go unnoticed",
         ((Replica, "check_exchanged"),),
-        nothing,
+        defects.nothing,
         f"{P3}:test_gradients_that_nobody_exchanged_are_refused",
     ),
     Mutant(
         "what ranks cannot share evenly is left out",
         ((Layout, "share"),),
-        floored,
+        defects.floored,
         "test_p04_arithmetic:check_passes",
         {"layout": SHORT},
     ),
     Mutant(
         "ranks are filled up to the same number with samples seen twice",
         ((Layout, "share"),),
-        padded,
+        defects.padded,
         "test_p04_arithmetic:check_passes",
         {"layout": SHORT},
     ),
     Mutant(
         "every epoch begins a pass, whatever its length",
         ((Layout, "request"),),
-        same_pass,
+        defects.same_pass,
         "test_p04_arithmetic:check_passes",
         {"layout": LONG},
     ),
     Mutant(
         "a checkpoint counts this rank's samples",
         ((IndexedSource, "state_dict"),),
-        own_position,
+        defects.own_position,
         "test_p04_arithmetic:check_elastic",
         {"n": 50, "batch": 2, "shuffle": True, "sizes": [2, 1], "steps": [1, 1]},
     ),
     Mutant(
         "validation sees stand-ins",
         ((IndexedValidation, "batches"),),
-        with_stand_ins,
+        defects.with_stand_ins,
         f"{P4}:check_runs",
         {"size": 2, "cases": [Pass(5, 2)]},
     ),
     Mutant(
         "a DistributedSampler's share is shared out again",
         ((loader, "_shuffles"),),
-        keeps_share,
+        defects.keeps_share,
         f"{P4}:check_runs",
         {"size": 2, "cases": [Pass(sampler="distributed")]},
     ),
     Mutant(
         "a sampler's own share is shared out again",
         ((loader, "_shared"),),
-        unshared,
+        defects.unshared,
         f"{P4}:test_a_sampler_that_shares_out_the_data_itself_is_refused",
     ),
     Mutant(
         "a rank whose stream has ended leaves the others waiting",
         ((StreamedSource, "_level"),),
-        unleveled,
+        defects.unleveled,
         f"{P4}:test_streams_of_any_lengths_end_together",
     ),
     Mutant(
         "DDP arranges its buckets anew in each process",
         ((placement, "_settle_buckets"),),
-        nothing,
+        defects.nothing,
         f"{P1}:check_chain",
         chain(4, 4, batch=3),
     ),
     Mutant(
         "each rank saves its own running statistics",
         ((placement, "share_buffers"), (validation, "share_buffers")),
-        nothing,
+        defects.nothing,
         f"{P1}:check_chain",
         chain(2, 3),
     ),
     Mutant(
         "the open row is forgotten",
         ((Recorder, "load_state_dict"),),
-        nothing,
+        defects.nothing,
         f"{P1}:check_chain",
         chain(2, 1),
     ),
     Mutant(
         "dropout depends on how many batches this process has seen",
         ((window, "seed_everything"),),
-        by_local_count,
+        defects.by_local_count,
         f"{P1}:check_chain",
         chain(2, 2),
     ),
     Mutant(
         "a replayed stream begins again",
         ((StreamedSource, "_replay"),),
-        from_the_start,
+        defects.from_the_start,
         f"{P1}:check_chain",
         chain(2, 1, data="replayed", steps=4),
     ),
     Mutant(
         "each rank stops where it stands",
         ((StopAgreement, "_settle"),),
-        own_end,
+        defects.own_end,
         f"{AGREE}:test_a_rank_that_is_behind_comes_to_where_the_other_is",
         {"in_validation": False},
     ),
     Mutant(
         "a rank in validation takes back that it has passed the boundary's begin",
         ((StopAgreement, "hold"),),
-        held_before,
+        defects.held_before,
         f"{AGREE}:test_a_rank_that_is_behind_comes_to_where_the_other_is",
         {"in_validation": True},
     ),
     Mutant(
         "a bad loss is told to the others through the model alone",
         ((NonFiniteGuard, "_poisoned"),),
-        scaled_only,
+        defects.scaled_only,
         f"{AGREE}:test_raise",
         {"kind": "dead"},
     ),
     Mutant(
         "each rank decides by its own metrics",
         ((World, "broadcast_object"),),
-        own_value,
+        defects.own_value,
         f"{AGREE}:test_what_is_best_is_decided_by_rank_0_for_all",
+    ),
+    Mutant(
+        "augmentation draws on from what this process has drawn",
+        ((fetch, "seed_sample"), (fetch, "seed_everything")),
+        defects.nothing,
+        f"{ALONE}:check_stopped",
+        {"step": 6},
+    ),
+    Mutant(
+        "averaged weights begin anew",
+        ((AveragedWeights, "load_state_dict"),),
+        defects.nothing,
+        f"{ALONE}:check_stopped",
+        {"step": 6},
+    ),
+    Mutant(
+        "schedules begin anew",
+        ((resume, "load_schedule"),),
+        defects.nothing,
+        f"{ALONE}:check_stopped",
+        {"step": 6},
+    ),
+    Mutant(
+        "what was best is forgotten",
+        ((MetricMonitor, "load_state_dict"),),
+        defects.nothing,
+        f"{ALONE}:check_stopped",
+        {"step": 22},
+    ),
+    Mutant(
+        "a validation that was left is not made",
+        ((Trainer, "_leave"),),
+        defects.forgets_what_is_left,
+        f"{ALONE}:check_stopped_in_validation",
+    ),
+    Mutant(
+        "dropout draws on from what a validation has drawn",
+        (
+            (window, "seed_everything"),
+            (fetch, "seed_sample"),
+            (fetch, "seed_everything"),
+        ),
+        defects.nothing,
+        f"{P2}:check_watched",
+        {"how": "validated each step"},
+    ),
+    Mutant(
+        "averaged weights stay after a validation",
+        ((AveragedWeights, "_put_back"),),
+        defects.nothing,
+        f"{P2}:check_watched",
+        {"how": "averaged, and validated with the average"},
+    ),
+    Mutant(
+        "the checkpoint before goes first",
+        ((manager.Checkpoints, "_begin"),),
+        defects.prunes_first,
+        f"{P5}:check_kills",
+        {"kills": [Kill("file operation", 9)]},
+    ),
+    Mutant(
+        "rows are not cut back to the checkpoint",
+        ((RowFile, "cut"),),
+        defects.nothing,
+        f"{P5}:check_damage",
+        {"damage": HARMLESS["rows beyond"], "goes_on_from": 8},
+    ),
+    Mutant(
+        "what a checkpoint holds is believed",
+        ((publication, "verify"),),
+        defects.nothing,
+        f"{P5}:check_damage",
+        {"damage": DAMAGE["flipped shard-00"], "goes_on_from": 7},
+    ),
+    Mutant(
+        "signals are not heard",
+        ((StopAgreement, "listen"),),
+        defects.always,
+        f"{P6}:check_where",
+        {"at": "training"},
+    ),
+    Mutant(
+        "a validation is never left",
+        ((StopAgreement, "abandons"),),
+        defects.never,
+        f"{P6}:check_where",
+        {"at": "validation"},
+    ),
+    Mutant(
+        "what the boundary had left to do is forgotten",
+        ((Trainer, "_leave"),),
+        defects.forgets_what_is_left,
+        f"{P6}:check_where",
+        {"at": "training"},
+    ),
+    Mutant(
+        "events that nobody hears are called",
+        ((events, "overrides"),),
+        defects.always,
+        f"{P8}:test_an_event_that_nobody_hears_calls_nothing",
+    ),
+    Mutant(
+        "a checkpoint may be a pickle",
+        ((safetensors_file, "_read_header"),),
+        defects.unpickled,
+        f"{P10}:check_pickles",
+    ),
+    Mutant(
+        "secrets are written down",
+        ((provenance, "mask_text"),),
+        defects.unchanged,
+        f"{PROVENANCE}:test_secrets_are_masked",
+        {"argument": "--token=SECRET"},
+    ),
+    Mutant(
+        "why a run stopped is not kept",
+        ((provenance.RunRecord, "finish"),),
+        defects.nothing,
+        f"{P11}:test_a_stopped_run_says_why_and_a_resumed_one_remembers",
+    ),
+    Mutant(
+        "a resumed run reads again what it had read",
+        ((IndexedSource, "load_state_dict"),),
+        defects.nothing,
+        f"{P12}:test_resume_reads_no_sample_that_the_stopped_run_had_seen",
+    ),
+    Mutant(
+        "a loader that keeps its order is shuffled",
+        ((loader, "_shuffles"),),
+        defects.always,
+        f"{P13}:test_a_loader_that_does_not_shuffle_is_not_shuffled",
+    ),
+    Mutant(
+        "what drop_last leaves out is not said",
+        ((loader, "_trimmed"),),
+        defects.unsaid,
+        f"{P13}:test_what_drop_last_leaves_out_is_counted",
     ),
 ]

@@ -21,11 +21,13 @@ LIMIT = 8.0  # seconds for ranks that hang; a healthy run of these tests takes o
 def test_it_is_caught(
     mutant: Mutant, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(TESTS / "trainer")])
+    rooms = [str(TESTS / room) for room in ("trainer", "log")]
+    monkeypatch.setattr(sys, "path", [*sys.path, *rooms])
     module, name = mutant.test.split(":")
     test = getattr(importlib.import_module(module), name)
     fixtures = {"ranks": ranks, "tmp_path": tmp_path, "folder": tmp_path}
     wanted = {k: v for k, v in fixtures.items() if k in inspect.signature(test).parameters}
+    inspect.signature(test).bind(**wanted, **mutant.arguments)  # or nothing would be tested
     monkeypatch.setattr(ranks, "mutant", mutant.name)
     monkeypatch.setattr(ranks, "limit", LIMIT)
     mutant.put_in(monkeypatch)

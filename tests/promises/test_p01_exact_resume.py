@@ -67,17 +67,20 @@ def run(run_dir: Path, *callbacks: Any, **settings: Any) -> tuple[Regression, Re
     return trainer, recorder
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any, Any]:
-    folder = tmp_path_factory.mktemp("unbroken")
+def train_unbroken(folder: Path) -> tuple[dict[str, Any], Any, Any]:
     trainer, recorder = run(folder)
     assert trainer.global_step == STEPS
     return outcome(trainer, folder), recorder.trace, trainer.seen
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any, Any]:
+    return train_unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
 def check_resumed(folder: Path, first: Any, second: Any, unbroken: Any) -> None:
     """The two parts of a stopped run against the unbroken one."""
-    expected, trace, seen = unbroken
+    expected, trace, seen = unbroken or train_unbroken(folder.with_name("unbroken"))
     (before, _), (after, resumed) = first, second
     assert outcome(after, folder) == expected
     assert {**before.seen, **after.seen} == seen
@@ -99,9 +102,14 @@ def assert_suffix(resumed: list[Any], trace: list[Any]) -> None:
 def test_stopped_at_any_step_it_ends_the_same(step: int, tmp_path: Path, unbroken: Any) -> None:
     """Given a run stopped after `step` windows, when it is started again with fresh objects in the
     same folder, then every byte of weights, optimizer state, rows, ids and events is the same."""
-    first = run(tmp_path, StopAt(step))
-    second = run(tmp_path)
-    check_resumed(tmp_path, first, second, unbroken)
+    check_stopped(tmp_path, step, unbroken)
+
+
+def check_stopped(folder: Path, step: int, unbroken: Any = None) -> None:
+    folder /= "run"
+    first = run(folder, StopAt(step))
+    second = run(folder)
+    check_resumed(folder, first, second, unbroken)
 
 
 def test_stopped_twice_it_ends_the_same(tmp_path: Path, unbroken: Any) -> None:
@@ -124,12 +132,17 @@ class StopInValidation(Callback):
 
 def test_stopped_in_validation_it_validates_again(tmp_path: Path, unbroken: Any) -> None:
     """A validation under way is abandoned, and the resumed run begins with it."""
-    first = run(tmp_path, StopInValidation())
+    check_stopped_in_validation(tmp_path, unbroken)
+
+
+def check_stopped_in_validation(folder: Path, unbroken: Any = None) -> None:
+    folder /= "run"
+    first = run(folder, StopInValidation())
     assert first[0].global_step == 8
-    assert first[0].checkpointed["progress"]["pending"] == ["validation"]
-    second = run(tmp_path)
+    second = run(folder)
     assert ("on_validation_start", 8) in second[1].trace
-    check_resumed(tmp_path, first, second, unbroken)
+    check_resumed(folder, first, second, unbroken)
+    assert first[0].checkpointed["progress"]["pending"] == ["validation"]
 
 
 @pytest.mark.slow

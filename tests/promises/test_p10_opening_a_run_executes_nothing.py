@@ -19,8 +19,7 @@ from paceline.errors import CheckpointError
 SOURCE = Path(paceline.__file__).parent
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def train(folder: Path) -> Path:
     model = make_model()
     Regression(
         model=model,
@@ -28,14 +27,14 @@ def run_dir(tmp_path: Path) -> Path:
         train_dataloader=loader(Noisy()),
         max_steps=3,
         progress=False,
-        run_dir=tmp_path,
+        run_dir=folder,
     ).train()
-    return tmp_path
+    [checkpoint] = (folder / "checkpoints").glob("step_*")
+    return checkpoint
 
 
-def test_every_file_of_a_checkpoint_is_safetensors_or_json(run_dir: Path) -> None:
-    [folder] = (run_dir / "checkpoints").glob("step_*")
-    for file in folder.iterdir():
+def test_every_file_of_a_checkpoint_is_safetensors_or_json(tmp_path: Path) -> None:
+    for file in train(tmp_path).iterdir():
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 assert opened.keys()
@@ -49,11 +48,15 @@ class Bomb:
 
 
 def test_a_pickle_in_a_checkpoint_is_refused(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given a pickle in place of any file, when the checkpoint is opened, then one clear error."""
-    monkeypatch.chdir(run_dir)
-    [folder] = (run_dir / "checkpoints").glob("step_*")
+    monkeypatch.chdir(tmp_path)
+    check_pickles(tmp_path)
+
+
+def check_pickles(tmp_path: Path) -> None:
+    folder = train(tmp_path)
     for name in [file.name for file in folder.iterdir()]:
         held = (folder / name).read_bytes()
         (folder / name).write_bytes(pickle.dumps(Bomb()))

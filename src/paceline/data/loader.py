@@ -224,17 +224,8 @@ def _order(
         return _trimmed(order, loader, plan), False, plan
     text = "a new permutation each pass, from (seed, pass)" if shuffle else "as stored"
     plan.append((f"order: {text} (the loader says shuffle={shuffle})", "shuffle"))
-    used = n
-    if loader.drop_last and loader.batch_size:
-        used = n - n % loader.batch_size
-        if used == 0:
-            raise DataError(
-                f"drop_last drops everything: the data have {n} samples and batch_size is "
-                f"{loader.batch_size}."
-            )
-        if used < n:
-            plan.append((f"drop_last leaves out {n - used} of {n} samples a pass", "drop_last"))
-    return Shuffled(n, seed, used=used) if shuffle else Sequential(used), False, plan
+    order = Shuffled(n, seed) if shuffle else Sequential(n)
+    return _trimmed(order, loader, plan), False, plan
 
 
 def _shuffles(sampler: Any) -> bool | None:
@@ -267,6 +258,11 @@ def _trimmed(order: Order, loader: DataLoader, plan: list[tuple[str, str]]) -> O
     if not (loader.drop_last and loader.batch_size):
         return order
     trimmed, units = _Trimmed(order, loader.batch_size), order.length(0)
+    if trimmed.length(0) == 0:
+        raise DataError(
+            f"drop_last drops everything: the data have {units} samples and batch_size is "
+            f"{loader.batch_size}."
+        )
     if (used := trimmed.length(0)) < units:
         plan.append((f"drop_last leaves out {units - used} of {units} samples a pass", "drop_last"))
     return trimmed

@@ -87,17 +87,16 @@ class Sequential:
 
 
 class Shuffled:
-    """A new permutation of all `n` samples in every pass, the first `length` of it used."""
+    """A new permutation of all `n` samples in every pass."""
 
-    def __init__(self, n: int, seed: int, *, used: int | None = None) -> None:
+    def __init__(self, n: int, seed: int) -> None:
         self.n = n
-        self._used = n if used is None else used
         self._seed = seed
         self._held: tuple[int, int] = (-1, -1)
         self._block: list[int] = []
 
     def length(self, pass_: int) -> int:
-        return self._used
+        return self.n
 
     def slice(self, pass_: int, start: int, stop: int) -> Sequence[int]:
         out: list[int] = []

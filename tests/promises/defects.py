@@ -1,0 +1,157 @@
+"""What the broken trainers of `mutants.py` do in place of what is right."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.checkpoint.publication import discard, scan
+from paceline.data import loader
+from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
+from paceline.data.streamed import StreamedSource
+from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.placement import Replica
+from paceline.trainer.stop import StopAgreement
+from paceline.trainer.window import Window
+from paceline.world.seeding import seed_everything
+from paceline.world.world import World
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In place of something that matters."""
+
+
+def same_weight(self: Any, loss: torch.Tensor, window: Window) -> torch.Tensor:
+    return loss / len(window)
+
+
+def one_rank_s_weight(self: Any, loss: torch.Tensor, window: Window) -> torch.Tensor:
+    return loss * window.weight / self._trainer.world.dp_size
+
+
+def mean_of_means(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    names = {name for part in parts for name in part}
+    means = {name: [p[name][0] / p[name][1] for p in parts if name in p] for name in names}
+    return {name: sum(values) / len(values) for name, values in sorted(means.items())}
+
+
+def unmuted(self: Any) -> None:
+    self._held = []
+
+
+def always_exchanged(self: Replica, *, exchange: bool) -> None:
+    vars(self).update(called=False, require_backward_grad_sync=True)
+
+
+def unreduced(self: World, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    return tensor
+
+
+def floored(self: Layout, start: int, stop: int) -> tuple[int, int]:
+    each = (stop - start) // self._ranks
+    return start + self._rank * each, start + (self._rank + 1) * each
+
+
+def padded(self: Layout, start: int, stop: int) -> tuple[int, int]:
+    each = -(-(stop - start) // self._ranks)
+    first = min(start + self._rank * each, stop - each)
+    return first, first + each
+
+
+def same_pass(self: Layout, epoch: int, start: int, stop: int) -> Any:
+    length = self.order.length(0)
+    return [
+        (epoch, self.order.slice(epoch, i % length, i % length + 1)) for i in range(start, stop)
+    ]
+
+
+_local = count()
+
+
+def by_local_count(seed: int) -> None:
+    seed_everything(next(_local))
+
+
+def with_stand_ins(self: IndexedValidation) -> Any:
+    for batch in self._reader.read(0, 0):
+        yield batch, -1
+
+
+def own_position(self: IndexedSource) -> dict[str, int]:
+    return {"epoch": self._epoch, "offset": self._offset // self._layout._ranks}
+
+
+def unshared(order: Any, name: str, world: World) -> Any:
+    return order
+
+
+def keeps_share(sampler: Any) -> bool | None:
+    return False if type(sampler) is loader.SequentialSampler else None
+
+
+def unleveled(self: StreamedSource, batches: list[Any]) -> int:
+    return len(batches)
+
+
+def from_the_start(self: StreamedSource, batches: int) -> None:
+    self._in_pass = batches
+
+
+def own_end(self: StopAgreement, point: int, reason: str) -> None:
+    self._stop_at, self.reason = self._committed, reason
+    self._agreed.set()
+
+
+def held_before(self: StopAgreement, point: int) -> None:
+    if not self._frozen:
+        self._committed = point - 1
+
+
+def scaled_only(self: NonFiniteGuard, weighted: torch.Tensor, poison: Any) -> torch.Tensor:
+    return weighted * (poison + 1)
+
+
+def own_value(self: World, value: Any) -> Any:
+    return value
+
+
+def forgets_what_is_left(self: Any, pending: list[str]) -> None:
+    self.progress.pending = []
+    self._save(["stop"])
+    self.source.close()
+    self._stopped = True
+
+
+def prunes_first(self: Any, hidden: Path, job: Any) -> None:
+    for checkpoint in scan(self.folder)[0]:
+        discard(checkpoint.path, self._disk)
+    self._disk.make_folders(self.folder)
+    self._disk.remove(hidden)
+    self._disk.mkdir(hidden)
+
+
+def unpickled(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())  # noqa: S301  which is the defect
+
+
+def always(*_: Any, **__: Any) -> bool:
+    return True
+
+
+def never(*_: Any, **__: Any) -> bool:
+    return False
+
+
+def unchanged(value: Any) -> Any:
+    return value
+
+
+def unsaid(order: Any, loader: Any, plan: list[tuple[str, str]]) -> Any:
+    return _trimmed(order, loader, [])
+
+
+_trimmed = loader._trimmed
