@@ -4,7 +4,7 @@ Two processes on gloo, one thread each, train the small GPT in both ways in turn
 process group, on the same samples. First both must end with equal weights. The time of a step is
 the slope between two run lengths, on rank 0.
 
-    python benchmarks/ddp.py [--rounds 9]
+    python benchmarks/ddp.py [--rounds 15]
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def rank_program(rounds: int) -> None:
 
 
 def main() -> None:
-    options = common.arguments(__doc__, rounds=9).parse_args()
+    options = common.arguments(__doc__, rounds=15).parse_args()
     at = common.machine()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
