@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from command import Paceline
 
 CODE = '''
 import os, sys, time
@@ -60,38 +59,6 @@ train_dataloader:
   dataset: {_target_: toy.Points}
   batch_size: 4
 """
-
-
-class Paceline:
-    """Starts `paceline` in a folder that holds `toy.yaml`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.started: list[subprocess.Popen] = []
-
-    def start(self, *words: str, **environment: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "paceline", *words],
-            cwd=self.folder,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "NO_COLOR": "1",
-                "TMPDIR": str(self.folder),  # a killed launcher cannot tidy up
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
-
-    def __call__(self, *words: str, **environment: str) -> tuple[int, str, str]:
-        """Runs a command to its end; returns its code, stdout and stderr."""
-        process = self.start(*words, **environment)
-        out, err = process.communicate(timeout=240)
-        return process.returncode, out, err
 
 
 @pytest.fixture

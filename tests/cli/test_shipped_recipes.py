@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+from command import Paceline
+from endings import ending
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 pytestmark = pytest.mark.slow
@@ -35,3 +39,33 @@ def test_the_digits_train_on_two_processes(paceline, tmp_path: Path):
     code, _, err = paceline("train", str(RECIPES / "digits.yaml"), *words)
     assert code == 0, err
     assert os.path.exists(tmp_path / "runs/digits/baseline/checkpoints")
+
+
+KILLED = ("trainer.epochs=3", "optimizer.lr=3e-4", "--nproc", "2")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("unbroken")
+    code, _, err = Paceline(folder)("train", str(RECIPES / "digits.yaml"), *KILLED)
+    assert code == 0, err
+    return ending(folder / "runs/digits/baseline")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_started_again_the_digits_end_as_ever(
+    paceline, wait_for, tmp_path: Path, unbroken: dict, number: int
+):
+    """Given a run on two processes that is killed once it has saved, the same command ends it with
+    the rows, weights and every other bit of one that nobody killed."""
+    words = ("train", str(RECIPES / "digits.yaml"), *KILLED)
+    process = paceline.start(*words)
+    wait_for("runs/digits/baseline/checkpoints/latest")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (75 if number == signal.SIGTERM else -number)
+    code, _, err = paceline(*words)
+    assert code == 0, err
+    record = json.loads((tmp_path / "runs/digits/baseline/run.json").read_text())
+    assert len(record["starts"]) == 1
+    assert ending(tmp_path / "runs/digits/baseline") == unbroken

@@ -21,9 +21,10 @@ def test_help_is_quick_because_torch_is_not_imported():
 
 
 def test_a_run_trains_and_started_again_says_that_it_is_complete(paceline):
-    code, out, _ = paceline("train", "toy.yaml")
+    code, out, err = paceline("train", "toy.yaml", "trainer.progress=true")
     assert code == 0
     assert "hello from rank 0" in out
+    assert "paceline: complete at step 32 (epochs) in runs/p/n." in err
     code, out, err = paceline("train", "runs/p/n/recipe.yaml")
     assert code == 0
     assert "hello" not in out
@@ -95,11 +96,13 @@ def test_a_failure_in_the_users_code_is_code_1_with_its_stack(paceline):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_with_75(paceline, wait_for, tmp_path: Path, number: int):
-    process = paceline.start("train", "toy.yaml", *SLOW)
+    process = paceline.start("train", "toy.yaml", "trainer.progress=true", *SLOW)
     wait_for("three0")
     process.send_signal(number)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75
+    assert f"({signal.Signals(number).name})" in err.replace("signal ", "")
+    assert "saved in runs/p/n: the same again goes on from there" in err
     record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
     assert record["status"] == "stopped"
     assert list((tmp_path / "runs/p/n/checkpoints").glob("step_*/manifest.json"))

@@ -53,6 +53,7 @@ class Progress(Callback):
         self._view: _View | None = None
         self._rows_only = True
         self._row: dict[str, Any] = {}
+        self._unshown = False  # there is a row that no line has shown
         self._due = math.inf
         self._interval = line_seconds
         self._began = 0.0
@@ -111,8 +112,8 @@ class Progress(Callback):
             self._view.line(f"validation at step {trainer.global_step}  {'  '.join(values)}")
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Shows the last state."""
-        if self._view is not None:
+        """Shows the last state, or as a line the last row if it has not been."""
+        if self._view is not None and (self._unshown or not self._rows_only):
             self._draw(trainer)
 
     def on_teardown(self, trainer: Trainer) -> None:
@@ -124,7 +125,7 @@ class Progress(Callback):
     def _take(self, row: dict[str, Any]) -> None:
         """Keeps a row. Samples are counted by rows, since elsewhere the count may be a tensor."""
         (then, before), self._counted = self._counted, (time.monotonic(), row["samples"])
-        self._row = row
+        self._row, self._unshown = row, True
         if (seconds := self._counted[0] - then) > 0:
             self._speed = f"{(self._counted[1] - before) / seconds:,.0f} samples/s"
 
@@ -144,6 +145,7 @@ class Progress(Callback):
         # Capped, since after the last epoch `current_epoch` is the number of epochs.
         label = f"epoch {min(epoch, epochs)}/{epochs}" if epochs else f"epoch {epoch}"
         self._view.training(label, step, total, notes)
+        self._unshown = False
 
     def _draw_validation(self, trainer: Trainer) -> None:
         pause = _SECONDS_IN_VALIDATION if self._rows_only else self._interval

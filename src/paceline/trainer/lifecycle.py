@@ -17,7 +17,7 @@ from paceline.data.loader import WindowSize, open_training, open_validation
 from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord
-from paceline.trainer import blame, decisions, placement, resume
+from paceline.trainer import blame, decisions, placement, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_settings
 from paceline.trainer.events import Events, overrides
@@ -263,7 +263,7 @@ def _move_aside(trainer: Trainer) -> None:
 def _load(trainer: Trainer) -> None:
     """Goes on from a checkpoint if there is one, else starts (from other weights, if asked)."""
     found = resume.find(trainer)
-    tell(trainer)
+    saving.tell(trainer)
     trainer._sinks_state = None
     if found is None:
         if trainer.resume.init_from is not None:
@@ -274,7 +274,7 @@ def _load(trainer: Trainer) -> None:
     trainer.load_state_dict(tree)
     if trainer.resume.path is not None:
         trainer.saver.abandon_after(found.save_id)
-        tell(trainer)
+        saving.tell(trainer)
     _extend(trainer)
     trainer._sinks_state = tree["rank"]
     trainer.plan.add(f"goes on from {found.path.name}", "resume")
@@ -346,67 +346,6 @@ def write_open_row(trainer: Trainer) -> None:
         recorder.write(recorder.row())
 
 
-def save(trainer: Trainer, reasons: list[str], *, best: bool) -> None:
-    """Hands the state tree to the saver; waits for the disk if this ends the run."""
-    saver = trainer.saver
-    assert saver is not None
-    trainer.optimization.guard.read()
-    if trainer._rewinding:
-        return  # a bad step has come to light: back to a checkpoint from before it
-    last = bool({"stop", "end"} & set(reasons))
-    if reasons == ["stop"] and trainer._saved_at == (trainer.global_step, trainer.progress.pending):
-        failed = saver.wait()
-        if failed is None:
-            return
-    placement.share_buffers(trainer)
-    tree = trainer.state_dict()
-    for hook in trainer.events.on_save_checkpoint:
-        hook(tree)
-    info = {"reasons": reasons, "metrics": dict(trainer.progress.metrics)}
-    # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
-    rows = trainer.recorder.sync
-    step = trainer.global_step
-    saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)
-    trainer._saved_at = (trainer.global_step, list(trainer.progress.pending))
-    tell(trainer)
-
-
-def tell(trainer: Trainer) -> None:
-    """Prints what the saver has to say, except that all is well."""
-    if trainer.saver is not None:
-        for event in trainer.saver.poll():
-            if event.kind != "saved":
-                trainer.say(event.message)
-
-
-def rewind(trainer: Trainer) -> None:
-    """Goes back to the newest checkpoint, with the bad window on the list of those to skip.
-
-    Raises:
-        ConfigError: there is no checkpoint yet.
-    """
-    saver, step = trainer.saver, trainer._rewind_step
-    assert saver is not None
-    saver.wait()
-    found = saver.newest()
-    if found is None:
-        raise ConfigError(
-            "on_nonfinite='rewind' has no checkpoint to go back to: save one earlier "
-            "(CheckpointPolicy(every_steps=...))."
-        )
-    tree = saver.load(found.path)
-    skips = [*trainer.progress.skips, step]
-    trainer.load_state_dict(tree)
-    trainer.recorder.load_sinks(tree["rank"])
-    trainer.progress.skips = sorted(set(skips) | set(trainer.progress.skips))
-    trainer._rewinding = False
-    if trainer.progress.pending:
-        trainer._boundary()
-    trainer.say(f"went back to step {found.step}; step {step + 1} will be skipped.")
-    for hook in trainer.events.on_load_checkpoint:
-        hook(tree)
-
-
 def finish(trainer: Trainer) -> None:
     """The loop has ended in order."""
     trainer.source.close()
@@ -415,7 +354,7 @@ def finish(trainer: Trainer) -> None:
             hook()
     if trainer.saver is not None:
         failed = trainer.saver.wait()
-        tell(trainer)
+        saving.tell(trainer)
         if failed is not None:
             raise failed
     trainer.result = result(trainer)
@@ -427,6 +366,18 @@ def finish(trainer: Trainer) -> None:
         best=trainer.result.best,
     )
     trainer.stop_agreement.unwatch()
+    if trainer.show_progress and (trainer._trained or trainer._stopped):
+        _say_how_it_ended(trainer)
+
+
+def _say_how_it_ended(trainer: Trainer) -> None:
+    result, where = trainer.result, "" if trainer.run_dir is None else f" in {trainer.run_dir}"
+    if not result.complete:
+        saved = f"; saved{where}: the same again goes on from there" if result.checkpoint else where
+        trainer.say(f"stopped at step {result.global_step} ({result.stopped_by}){saved}.")
+        return
+    measured = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
+    trainer.say(f"complete at step {result.global_step} ({result.stopped_by}{measured}){where}.")
 
 
 def result(trainer: Trainer) -> Result:

@@ -12,7 +12,7 @@ import torch
 from paceline.checkpoint import CheckpointPolicy
 from paceline.data.source import Draw
 from paceline.errors import ConfigError
-from paceline.trainer import decisions, lifecycle
+from paceline.trainer import decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.events import Callback
 from paceline.trainer.monitor import MetricMonitor
@@ -264,7 +264,7 @@ class Trainer(TrainerBase):
                 yield window
             self._close_window(window)
             if self._rewinding:
-                lifecycle.rewind(self)
+                saving.rewind(self)
                 return
 
     def _open_window(self, draw: Draw) -> Window:
@@ -288,7 +288,7 @@ class Trainer(TrainerBase):
             hook(row)
         if row:
             self.recorder.write(row)
-            lifecycle.tell(self)
+            saving.tell(self)
         if self._rewinding:
             return
         if self.stop_agreement.reached(2 * progress.global_step):
@@ -351,7 +351,7 @@ class Trainer(TrainerBase):
         if self.saver is None or self.checkpoint_policy is None:
             return
         if self._settled:
-            lifecycle.save(self, list(reasons), best=best)
+            saving.save(self, list(reasons), best=best)
         else:
             self._asked_saves += reasons
 

@@ -1,0 +1,116 @@
+"""Loader workers leave signals to the process they work for, and die with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from paceline import Trainer
+
+pytestmark = pytest.mark.slow
+
+
+class Signalled(Dataset):
+    """Its workers get every signal that asks for a stop; samples tell which worker read them."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        worker = get_worker_info()
+        if worker is not None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+        return torch.ones(1), torch.tensor([-1.0 if worker is None else worker.id])
+
+
+class Watched(Trainer):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.workers: list[float] = [*getattr(self, "workers", []), *batch[1].flatten().tolist()]
+        return super().training_step(batch, batch_idx)
+
+
+def train(loader: DataLoader[Any]) -> Watched:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = Watched(model, optimizer, None, nn.MSELoss(), loader, epochs=2, progress=False)
+    trainer.train()
+    return trainer
+
+
+def touch(worker_id: int) -> None:
+    """A `worker_init_fn`."""
+    Path(f"worker-{worker_id}").touch()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_signals_to_workers_change_nothing(
+    persistent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given two workers that are signalled at every sample, when a run trains, then it ends as
+    ever, with the loader's own worker_init_fn called in each and left in its place."""
+    monkeypatch.chdir(tmp_path)
+    loader = DataLoader(
+        Signalled(), 3, num_workers=2, worker_init_fn=touch, persistent_workers=persistent
+    )
+    trainer = train(loader)
+    assert trainer.result.stopped_by == "epochs"
+    assert sorted(trainer.workers) == [0.0] * 12 + [1.0] * 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["worker-0", "worker-1"]
+    assert loader.worker_init_fn is touch
+
+
+PROGRAM = """
+import os, time, torch
+from pathlib import Path
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from paceline import Trainer
+
+class Slow(Dataset):
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        Path(f"pid-{os.getpid()}").touch()
+        time.sleep(0.05)
+        return torch.ones(1), torch.ones(1)
+
+model = nn.Linear(1, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+loader = DataLoader(Slow(), 2, num_workers=2)
+Trainer(model, optimizer, None, nn.MSELoss(), loader, epochs=1, progress=False).train()
+"""
+
+
+def test_workers_die_with_their_process(tmp_path: Path) -> None:
+    """Given a run that is killed with SIGKILL, its workers are gone soon after."""
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tmp_path) as process:
+        wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+        process.kill()
+    pids = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie, which its new parent has yet to bury."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(happens: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
