@@ -21,10 +21,11 @@ _SHIPPED: dict[str, dict[str, str]] = {
     "callback": {
         "progress": "paceline.callbacks.progress:Progress",
         "averaged_weights": "paceline.callbacks.averaged_weights:AveragedWeights",
+        "early_stopping": "paceline.callbacks.early_stopping:EarlyStopping",
         "gradient_monitor": "paceline.callbacks.gradient_monitor:GradientMonitor",
-        "time_limit": "paceline.callbacks.time_limit:TimeLimit",
         "learning_rate": "paceline.callbacks.learning_rate:LearningRate",
         "throughput": "paceline.callbacks.throughput:Throughput",
+        "time_limit": "paceline.callbacks.time_limit:TimeLimit",
     },
     "lr_scheduler": {
         "warmup_cosine": "paceline.recipe.schedules:WarmupCosine",

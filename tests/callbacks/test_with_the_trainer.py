@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from real_runs import LeaveValidation, build, check_resumed, check_undisturbed
 
-from builders import Noisy, Regression, StopAt, bits, loader, make_model, rows
-from paceline import Callback, CheckpointPolicy
+from builders import Noisy, StopAt, bits, rows
+from paceline import Callback
 from paceline.callbacks import (
     AveragedWeights,
     GradientMonitor,
@@ -26,31 +27,6 @@ from paceline.log.provenance import read_run
 from paceline.log.sinks import read_rows
 
 
-def build(run_dir: Path | None, *callbacks: Callback, **settings: Any) -> Regression:
-    """97 samples in batches of 10, 2 a window: 5 windows an epoch, validated every 3."""
-    model = make_model()
-    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 1e-3}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    usual = {
-        "val_dataloader": loader(Noisy(23), shuffle=False),
-        "validate_every": 3,
-        "log_every": 2,
-        "progress": False,
-        "max_steps": 12,
-    }
-    return Regression(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5),
-        train_dataloader=loader(Noisy()),
-        gradient_accumulation_steps=2,
-        checkpoint=CheckpointPolicy(every_steps=4) if run_dir else None,
-        callbacks=callbacks,
-        run_dir=run_dir,
-        **{**usual, **settings},
-    )
-
-
 def everything(file: io.StringIO | None = None) -> list[Callback]:
     return [
         AveragedWeights(0.9, every=2),
@@ -62,36 +38,13 @@ def everything(file: io.StringIO | None = None) -> list[Callback]:
     ]
 
 
-class LeaveValidation(Callback):
-    """Asks for a stop within the validation at a step, which abandons it."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_validation_batch_end(self, trainer: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step and batch_idx == 0:
-            trainer.request_stop("test")
-
-
 def test_nothing_of_it_changes_a_bit_of_the_trained_weights() -> None:
-    plain, watched = build(None), build(None, *everything())
-    plain.train(seed=5)
-    watched.train(seed=5)
-    assert bits(watched.model.state_dict()) == bits(plain.model.state_dict())
+    check_undisturbed(everything)
 
 
 @pytest.mark.parametrize("stop", [StopAt(1), StopAt(5), StopAt(6), LeaveValidation(6)])
 def test_a_resumed_run_ends_as_if_it_had_never_stopped(tmp_path: Path, stop: Callback) -> None:
-    whole = build(tmp_path / "whole", *everything())
-    whole.train(seed=5)
-    first = build(tmp_path / "parts", *everything(), stop)
-    assert not first.train(seed=5).complete
-    second = build(tmp_path / "parts", *everything())
-    second.train(seed=5)
-    for mine, theirs in zip(second.callbacks, whole.callbacks, strict=True):
-        assert bits(mine.state_dict()) == bits(theirs.state_dict())
-    assert bits(second.model.state_dict()) == bits(whole.model.state_dict())
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    check_resumed(tmp_path, everything, stop)
 
 
 def test_a_validation_that_is_left_saves_the_trained_weights(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from paceline.errors import ConfigError, MetricError
 NAN, INF = math.nan, math.inf
 
 
-def verdicts(values: list[float], **settings: object) -> list[bool]:
-    monitor = MetricMonitor("m", **settings)  # pyright: ignore[reportArgumentType]
+def verdicts(values: list[float], *given: object, **settings: object) -> list[bool]:
+    monitor = MetricMonitor("m", *given, **settings)  # pyright: ignore[reportArgumentType]
     return [monitor({"m": value}) for value in values]
 
 
@@ -39,6 +39,28 @@ def test_nan_is_never_better_and_never_the_best() -> None:
 def test_an_infinite_value_can_be_beaten() -> None:
     assert verdicts([INF, 2, -INF]) == [True, True, True]
     assert verdicts([-INF, 2], mode="max") == [True, True]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_infinite_value_can_be_beaten_by_less_than_any_margin(relative: bool) -> None:
+    settings = {"min_delta": 0.1, "relative": relative}
+    assert verdicts([INF, 2], **settings) == [True, True]
+    assert verdicts([-INF, -2, -2], mode="max", **settings) == [True, True, False]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_relative_margin_is_a_fraction_of_the_best_whatever_its_sign(sign: int) -> None:
+    """Of 10 and -10 alike, a tenth is 1."""
+    better = verdicts([10 * sign, 10 * sign - 0.9, 10 * sign - 1.1], min_delta=0.1, relative=True)
+    assert better == [True, False, True]
+    better = verdicts([10 * sign, 10 * sign + 0.9, 10 * sign + 1.1], "max", 0.1, True)
+    assert better == [True, False, True]
+
+
+@pytest.mark.parametrize("level", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_what_stands_still_never_gets_better(level: float, mode: str) -> None:
+    assert sum(verdicts([level] * 10, mode=mode, min_delta=1e-4, relative=True)) == 1
 
 
 def test_it_counts_the_validations_since_the_best() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paceline.callbacks.averaged_weights import AveragedWeights
+    from paceline.callbacks.early_stopping import EarlyStopping
     from paceline.callbacks.gradient_monitor import GradientMonitor
     from paceline.callbacks.learning_rate import LearningRate
     from paceline.callbacks.progress import Progress
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AveragedWeights": "paceline.callbacks.averaged_weights",
     "Callback": "paceline.trainer.events",
+    "EarlyStopping": "paceline.callbacks.early_stopping",
     "GradientMonitor": "paceline.callbacks.gradient_monitor",
     "LearningRate": "paceline.callbacks.learning_rate",
     "Progress": "paceline.callbacks.progress",
@@ -30,6 +32,7 @@ _MODULES = {
 __all__ = [
     "AveragedWeights",
     "Callback",
+    "EarlyStopping",
     "GradientMonitor",
     "LearningRate",
     "Progress",

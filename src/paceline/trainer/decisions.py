@@ -23,9 +23,9 @@ def judge(trainer: Trainer, metrics: dict[str, float]) -> bool:
         )
     trainer.progress.validated_at = trainer.global_step
     trainer.progress.metrics = metrics
-    trainer.recorder.write_validation(metrics)
     for hook in trainer.events.on_metrics:
         hook(metrics)
+    trainer.recorder.write_validation(metrics)
     monitor = trainer.metric_monitor
     improved = monitor is not None and monitor(metrics)
     if trainer.lr_scheduler_interval == "metric":
@@ -35,9 +35,11 @@ def judge(trainer: Trainer, metrics: dict[str, float]) -> bool:
 
 
 def out_of_patience(trainer: Trainer) -> bool:
-    """Whether as many validations as `early_stop` says have brought nothing better."""
+    """Whether `early_stop` validations have brought nothing better, or a callback says so."""
     monitor, patience = trainer.metric_monitor, trainer.early_stop
-    return patience is not None and monitor is not None and monitor.worse_count >= patience
+    if patience is not None and monitor is not None and monitor.worse_count >= patience:
+        return True
+    return any(callback.out_of_patience for callback in trainer.callbacks)
 
 
 def ending(trainer: Trainer, *, epoch_ends: bool) -> str | None:

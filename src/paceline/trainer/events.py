@@ -85,7 +85,7 @@ class Hooks:
         """Every validation batch has been seen."""
 
     def on_metrics(self, metrics: dict[str, float]) -> None:
-        """The validation's metrics, reduced over all ranks."""
+        """The validation's metrics, reduced over all ranks; what you add is in its row too."""
 
     def on_train_epoch_end(self) -> None:
         """An epoch's last window and its validation are done; `current_epoch` not yet raised."""
@@ -117,10 +117,17 @@ class Callback:
     Attributes:
         priority: lower runs earlier.
         name: unique among a trainer's callbacks; the class's name unless set.
+        out_of_patience: while true, training is over at the next boundary with a validation, an
+            epoch's end or a checkpoint. It has to follow from values that are equal on every rank,
+            and from the callback's state alone: a run that is started again asks it once more.
     """
 
     priority: int = 100
     name: str = ""
+
+    @property
+    def out_of_patience(self) -> bool:
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: tensors, arrays, numbers, strings and containers of them."""

@@ -14,7 +14,9 @@ class MetricMonitor:
     Args:
         metric_name: the metric's key among the validation's metrics.
         mode: whether lower ("min") or higher ("max") is better.
-        min_delta: by how much, in the metric's own unit, a value must beat the best to count.
+        min_delta: by how much a value must beat the best to count, in the metric's own unit.
+        relative: `min_delta` is a fraction of the best's magnitude instead: the margin is
+            min_delta * |best|, which has the right sign for negative values, and is none at zero.
 
     Attributes:
         best_value: the best so far, None before the first.
@@ -26,6 +28,7 @@ class MetricMonitor:
         metric_name: str = "val/loss",
         mode: Literal["min", "max"] = "min",
         min_delta: float = 0.0,
+        relative: bool = False,
     ) -> None:
         if mode not in ("min", "max"):
             raise ConfigError(f"MetricMonitor(mode={mode!r}): mode is 'min' or 'max'.")
@@ -34,6 +37,7 @@ class MetricMonitor:
         self.metric_name = metric_name
         self.mode = mode
         self.min_delta = min_delta
+        self.relative = relative
         self.reset()
 
     def reset(self) -> None:
@@ -50,14 +54,19 @@ class MetricMonitor:
         value = metric_of(metrics, self.metric_name)
         improved = not math.isnan(value) and (
             self.best_value is None
-            or (self.mode == "min" and value < self.best_value - self.min_delta)
-            or (self.mode == "max" and value > self.best_value + self.min_delta)
+            or (self.mode == "min" and value < self.best_value - self._margin(self.best_value))
+            or (self.mode == "max" and value > self.best_value + self._margin(self.best_value))
         )
         if improved:
             self.best_value, self.worse_count = value, 0
         else:
             self.worse_count += 1
         return improved
+
+    def _margin(self, best: float) -> float:
+        if math.isinf(best):
+            return 0.0  # whatever is finite beats it
+        return self.min_delta * abs(best) if self.relative else self.min_delta
 
     def state_dict(self) -> dict[str, Any]:
         """The best value and the count since."""
@@ -78,7 +87,7 @@ def metric_of(metrics: dict[str, float], name: str) -> float:
         raise MetricError(
             f"the monitored metric {name!r} is not among the validation's metrics"
             f"{nearest(name, metrics) or '.'} There is: {', '.join(sorted(metrics)) or 'none'}. "
-            "Log it in validation_step, return it from get_val_metrics, or change "
-            "MetricMonitor(metric_name=...)."
+            "Log it in validation_step, return it from get_val_metrics, or monitor another "
+            "(MetricMonitor(metric_name=...), EarlyStopping(monitor=...))."
         )
     return float(metrics[name])

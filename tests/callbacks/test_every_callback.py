@@ -1,0 +1,111 @@
+"""What every callback that ships promises: exact resume, nothing disturbed, its name in recipes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from real_runs import STEPS, LeaveValidation, build, check_resumed, check_undisturbed
+
+from builders import StopAt
+from paceline import Callback
+from paceline.recipe import build_trainer, load_recipe
+from paceline.registry import lookup, names
+
+# Registered name -> the arguments it gets here.
+EVERY: dict[str, dict[str, Any]] = {
+    "averaged_weights": {"decay": 0.9, "every": 2},
+    "early_stopping": {"patience": 9, "min_delta": 0.01, "relative": True},
+    "gradient_monitor": {"per_layer": True},
+    "learning_rate": {},
+    "progress": {"line_seconds": 0.0},
+    "throughput": {},
+    "time_limit": {"hours": 1},
+}
+
+
+def make(name: str) -> list[Callback]:
+    return [lookup("callback", name)(**EVERY[name])]
+
+
+def test_none_is_left_out() -> None:
+    shipped = [n for n in names("callback") if lookup("callback", n).__module__.startswith("pacel")]
+    assert sorted(EVERY) == shipped
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_stopped_at_every_step_and_resumed_it_ends_the_same(name: str, tmp_path: Path) -> None:
+    check_resumed(tmp_path, lambda: make(name), *map(StopAt, range(STEPS)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_stopped_once_and_resumed_it_ends_the_same(name: str, tmp_path: Path) -> None:
+    check_resumed(tmp_path, lambda: make(name), StopAt(7))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_validation_that_is_left_is_made_again(name: str, tmp_path: Path) -> None:
+    check_resumed(tmp_path, lambda: make(name), LeaveValidation(6))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_trained_weights_are_those_without_it(name: str) -> None:
+    check_undisturbed(lambda: make(name))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_object_may_be_in_a_second_run(name: str, tmp_path: Path) -> None:
+    """Nothing of the first run is left in it: the second ends as the first."""
+    callbacks = make(name)
+    states = []
+    for folder in ("first", "second"):
+        trainer = build(tmp_path / folder, *callbacks)
+        trainer.train(seed=5)
+        states.append((tmp_path / folder / "metrics.jsonl").read_bytes())
+    assert states[0] == states[1]
+
+
+RECIPE = """
+trainer: {max_steps: 6, progress: false, log_every: 2, validate_every: 2}
+model: {_target_: torch.nn.Linear, in_features: 64, out_features: 10}
+loss_fn: {_target_: torch.nn.CrossEntropyLoss}
+optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+code: callback_data.py
+train_dataloader: &data
+  _target_: torch.utils.data.DataLoader
+  dataset: {_target_: callback_data.Data}
+  batch_size: 8
+val_dataloader: *data
+"""
+CODE = """
+import torch
+from torch.utils.data import TensorDataset
+
+class Data(TensorDataset):
+    def __init__(self) -> None:
+        super().__init__(torch.eye(64)[:24], torch.arange(24) % 10)
+"""
+
+
+@pytest.fixture
+def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The recipe's code neither stays imported nor on the path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    del sys.modules["callback_data"]
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("name", EVERY)
+def test_a_recipe_names_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(RECIPE) | {"callbacks": {"it": {"type": name, **EVERY[name]}}}
+    Path("run.yaml").write_text(yaml.safe_dump(recipe))
+    Path("callback_data.py").write_text(CODE)
+    trainer = build_trainer(load_recipe("run.yaml"))
+    assert type(trainer.callbacks[0]) is lookup("callback", name)
+    assert trainer.train(seed=1).global_step == 6
