@@ -117,3 +117,35 @@ def test_a_signal_before_training_leaves_with_75_too(paceline, wait_for, tmp_pat
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75
     assert err == ""
+
+
+SEEDS = ("train", "toy.yaml", "seeds=[1,2,3]")
+
+
+def test_seeds_with_a_signal_stop_as_one_and_go_on_with_the_same_command(paceline, wait_for):
+    process = paceline.start(*SEEDS, *SLOW[1:], "trainer.epochs=3")
+    wait_for("three0")
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "seed 2" not in err
+    code, out, err = paceline(*SEEDS, "trainer.epochs=3")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[-6:]] == [
+        "seed",
+        "1",
+        "2",
+        "3",
+        "mean",
+        "std",
+    ]
+
+
+def test_seeds_on_two_processes_print_once(paceline, tmp_path: Path):
+    code, out, err = paceline(*SEEDS[:2], "seeds=[1,2]", "--nproc", "2")
+    assert code == 0, err
+    assert out.count("mean") == 1
+    for seed in (1, 2):
+        record = json.loads((tmp_path / f"runs/p/n/seed_{seed}/run.json").read_text())
+        assert (record["status"], record["world_size"], record["seed"]) == ("complete", 2, seed)
+    assert paceline(*SEEDS[:2], "seeds=[1,2]", "--nproc", "2")[2].count("complete already") == 2

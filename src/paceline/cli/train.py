@@ -90,13 +90,12 @@ def _launch(nproc: int) -> int:
 
 
 def _train(recipe: Recipe, resume: Resume) -> None:
-    from paceline.recipe.builder import build_trainer
-    from paceline.trainer.stop import TO_BE_RESUMED
+    from paceline.recipe.seeds import train_recipe, train_seeds
 
-    trainer = build_trainer(recipe, resume=resume)
-    trainer.fit(seed=recipe.seed)  # a train() of the user's own may take no seed
-    if trainer.result.stopped_by in TO_BE_RESUMED:  # as after a signal: start the same again
-        raise SystemExit(75)
+    if recipe.seeds:
+        train_seeds(recipe, resume)
+    else:
+        train_recipe(recipe, resume)
 
 
 def _print(recipe: Recipe) -> None:

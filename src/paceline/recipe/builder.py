@@ -18,7 +18,7 @@ from paceline.errors import PacelineError, RecipeError
 from paceline.recipe.components import Component
 from paceline.recipe.mistakes import dotted
 from paceline.recipe.recipe import HORIZON, Recipe
-from paceline.recipe.record import CODE_FOLDER, RecordRecipe
+from paceline.recipe.record import RecordRecipe
 from paceline.world.parallel import Parallel
 from paceline.world.seeding import seed_everything
 from paceline.world.world import World
@@ -109,7 +109,7 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
         )
     for slot, components in recipe.lists.items():
         arguments[slot] = [builder.build(component) for component in components]
-    arguments["callbacks"] = [*arguments.get("callbacks", []), _record(recipe)]
+    arguments["callbacks"] = [*arguments.get("callbacks", []), *_records(recipe)]
     return builder.build(recipe.trainer, **arguments, run_dir=str(recipe.run_dir), resume=resume)
 
 
@@ -146,12 +146,10 @@ def _windows(recipe: Recipe, loader: Any) -> int | None:
     return count_windows(loader, size, epochs, max_steps, world.dp_size)
 
 
-def _record(recipe: Recipe) -> RecordRecipe:
-    """What writes the recipe into its run folder, so that it can be run again from there."""
-    changes: dict[str, Any] = {"run.project": recipe.project, "run.name": recipe.name}
-    if recipe.code is not None:
-        changes["code"] = f"{CODE_FOLDER}/{recipe.code.name}"
-    return RecordRecipe(recipe.run_dir, recipe.composed.text(changes), recipe.code, recipe.plan)
+def _records(recipe: Recipe) -> list[RecordRecipe]:
+    """What writes the recipe into its run folder, and that of several seeds into theirs."""
+    wholes = [] if recipe.whole is None else [recipe.whole]
+    return [RecordRecipe(one.run_dir, one.text, one.code, one.plan) for one in (*wholes, recipe)]
 
 
 def _origin(error: Exception) -> str:

@@ -8,8 +8,8 @@ so that any command may read a recipe that it does not trust.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from paceline.errors import RecipeError
 from paceline.recipe.mistakes import Mistakes, Path
@@ -45,16 +45,23 @@ class Composed:
     overrides: tuple[str, ...]
     config: DictConfig
 
-    def text(self, changes: dict[str, Any] | None = None) -> str:
-        """The recipe as YAML, interpolations unresolved, so that no secret is written.
+    def text(self) -> str:
+        """The recipe as YAML, interpolations unresolved, so that no secret is written."""
+        return OmegaConf.to_yaml(self.config, resolve=False)
+
+    def changed(self, changes: Mapping[str, Any], without: str = "") -> Composed:
+        """The same recipe with some values set and a key taken out.
 
         Args:
-            changes: values to set first, by dotted path.
+            changes: the values, by dotted path.
+            without: the top-level key to take out.
         """
         config = self.config.copy()
-        for name, value in (changes or {}).items():
+        with open_dict(config):
+            config.pop(without, None)
+        for name, value in changes.items():
             OmegaConf.update(config, name, value, force_add=True)
-        return OmegaConf.to_yaml(config, resolve=False)
+        return replace(self, config=config)
 
     def mistakes(self) -> Mistakes:
         """An empty collection of mistakes that knows where this recipe's values were written."""

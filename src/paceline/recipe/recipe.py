@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from omegaconf import ListConfig, OmegaConf
 
 from paceline.checkpoint.policy import CheckpointPolicy
 from paceline.errors import ConfigError, RecipeError
@@ -13,6 +15,7 @@ from paceline.recipe.code import find_code, load_code
 from paceline.recipe.components import Checker, Component, signature_of
 from paceline.recipe.compose import Composed, compose
 from paceline.recipe.mistakes import Mistakes
+from paceline.recipe.record import CODE_FOLDER
 from paceline.recipe.schema import Schema, parse
 from paceline.recipe.targets import KINDS, Roots
 from paceline.trainer.monitor import MetricMonitor
@@ -41,7 +44,8 @@ class Recipe:
 
     Attributes:
         composed: its text, for the run folder.
-        seed: the run's seed.
+        seed: the run's seed; of several, the first.
+        seeds: one run each, in folders of their own below `run_dir`; usually empty.
         project, name, run_dir: what the run is called and where it is written.
         code: the user's own module or package, or None.
         trainer: the Trainer class and its scalar settings.
@@ -49,10 +53,13 @@ class Recipe:
         lists: callbacks and loggers; a list that the recipe does not give is absent.
         settings: parallel and checkpoint, if the recipe gives them.
         plan: (decision, setting that changes it), for what was decided so far.
+        trust: the packages given with `--trust`.
+        whole: the recipe with `seeds` that this is one run of, or None.
     """
 
     composed: Composed
     seed: int
+    seeds: tuple[int, ...]
     project: str
     name: str
     run_dir: Path
@@ -62,6 +69,25 @@ class Recipe:
     lists: dict[str, list[Component]]
     settings: dict[str, Any]
     plan: list[tuple[str, str]] = field(default_factory=list)
+    trust: tuple[str, ...] = ()
+    whole: Recipe | None = None
+
+    @property
+    def text(self) -> str:
+        """The recipe as its run folder keeps it, so that it can be run again from there."""
+        changes: dict[str, Any] = {"run.project": self.project, "run.name": self.name}
+        if self.code is not None:
+            changes["code"] = f"{CODE_FOLDER}/{self.code.name}"
+        return self.composed.changed(changes).text()
+
+    def of_seed(self, seed: int) -> Recipe:
+        """The recipe of one of several runs: `seed` in the place of `seeds`, a folder of its own.
+
+        Raises:
+            RecipeError: a mistake that shows with this seed alone.
+        """
+        changes = {"seed": seed, "run.dir": str(self.run_dir / f"seed_{seed}")}
+        return replace(check(self.composed.changed(changes, "seeds"), self.trust), whole=self)
 
     def setting(self, name: str) -> Any:
         """A scalar setting of the trainer: the recipe's, or the Trainer's default."""
@@ -83,9 +109,13 @@ def load_recipe(
     Raises:
         RecipeError: all its mistakes, each with its place, what was expected and the nearest name.
     """
-    composed = compose(path, overrides)
+    return check(compose(path, overrides), trust)
+
+
+def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
+    """Checks all of a recipe that was read; see `load_recipe`."""
     mistakes = composed.mistakes()
-    schema = parse(composed.resolve(mistakes), mistakes)
+    schema = parse(_values(composed, mistakes), mistakes)
     code = _code(schema.code, composed, mistakes)
     unread = Path(schema.code).stem if schema.code is not None and code is None else None
     checker = Checker(Roots(code.stem if code else None, trust), mistakes, unread)
@@ -98,12 +128,22 @@ def load_recipe(
     project = schema.run.project or composed.path.stem
     run_dir = Path(schema.run.dir) if schema.run.dir else Path("runs", project, schema.run.name)
     recipe = Recipe(
-        composed, schema.seed, project, schema.run.name, run_dir, code, trainer, parts, lists,
-        settings,
+        composed, schema.seed, tuple(schema.seeds or ()), project, schema.run.name, run_dir, code,
+        trainer, parts, lists, settings, trust=tuple(trust),
     )  # fmt: skip
     if schema.run.dir is None:
         recipe.plan.append((f"the run is written to {run_dir}", "run.dir"))
     return recipe
+
+
+def _values(composed: Composed, mistakes: Mistakes) -> dict[str, Any]:
+    """The recipe's values. Where there are several seeds, `${seed}` is looked up as the first."""
+    seeds = OmegaConf.select(composed.config, "seeds", throw_on_resolution_failure=False)
+    if "seed" in composed.config or not isinstance(seeds, ListConfig) or len(seeds) == 0:
+        return composed.resolve(mistakes)
+    values = composed.changed({"seed": seeds[0]}).resolve(mistakes)
+    del values["seed"]
+    return values
 
 
 def _code(name: str | None, composed: Composed, mistakes: Mistakes) -> Path | None:

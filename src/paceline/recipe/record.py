@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paceline.log.provenance import replacing
 from paceline.trainer.events import Callback
 
 if TYPE_CHECKING:
@@ -52,9 +53,8 @@ class RecordRecipe(Callback):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.code is not None:
             copy_code(self.code, self.run_dir / CODE_FOLDER)
-        temporary = self.run_dir / f".{RECIPE_FILE}"
-        temporary.write_text(self.text, encoding="utf-8")
-        temporary.replace(self.run_dir / RECIPE_FILE)
+        with replacing(self.run_dir / RECIPE_FILE) as file:
+            file.write(self.text)
 
 
 def copy_code(code: Path, folder: Path) -> None:

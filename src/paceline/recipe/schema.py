@@ -18,6 +18,15 @@ def _folder_name(value: str) -> str:
     return value
 
 
+def _several(seeds: list[int]) -> list[int]:
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if not seeds or twice:
+        what = f"{', '.join(map(str, twice))} stand there twice" if twice else "the list is empty"
+        raise ValueError(f"expected the seeds of different runs; {what}.")
+    return seeds
+
+
+Seed = Annotated[int, pydantic.Field(ge=0)]
 FolderName = Annotated[str, pydantic.AfterValidator(_folder_name)]
 
 
@@ -42,7 +51,8 @@ class RunSection(_Section):
 class Schema(_Section):
     """A recipe's top level. Components are `Any` here: their callables' signatures say more."""
 
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: Seed = 0
+    seeds: Annotated[list[Seed], pydantic.AfterValidator(_several)] | None = None
     run: RunSection = RunSection()
     code: str | None = None
     trainer: dict[str, Any] = {}
@@ -69,8 +79,9 @@ def parse(values: Mapping[str, Any], mistakes: Mistakes) -> Schema:
         What is right of it, with defaults for the rest.
     """
     values = dict(values)
-    if values.pop("seeds", None) is not None:
-        mistakes.add(("seeds",), "several seeds in one recipe do not exist yet; give one `seed`.")
+    if values.get("seed") is not None and values.get("seeds") is not None:
+        text = f"there is `seed: {values['seed']}` too; give one of them (`~seed` takes it out)."
+        mistakes.add(("seeds",), text)
     while True:
         try:
             return Schema.model_validate(values)

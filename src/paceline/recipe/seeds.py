@@ -1,0 +1,160 @@
+"""Training what a recipe describes: one run, or one for each of its seeds."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paceline.errors import ConfigError
+from paceline.log.provenance import read_run, replacing
+from paceline.recipe.builder import build_trainer
+from paceline.recipe.recipe import Recipe
+from paceline.recipe.record import RECIPE_FILE
+from paceline.trainer.result import Result
+from paceline.trainer.settings import Resume
+from paceline.trainer.stop import TO_BE_RESUMED
+from paceline.world.world import World
+
+SEEDS_FILE = "seeds.json"
+# A resolver of Hydra's or the user's own may give something else each time.
+_LOOKED_UP = re.compile(r"\$\{[^}:]*:")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """What came of a recipe's seeds.
+
+    Attributes:
+        metric: the metric that is compared: the monitored one, else "val/loss".
+        metrics: each seed's final validation metrics, in the order of the recipe.
+    """
+
+    metric: str
+    metrics: dict[int, dict[str, float]]
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a metric over the seeds; None if one of them has not measured it."""
+        values = self._values(name)
+        return statistics.fmean(values) if values else None
+
+    def std(self, name: str) -> float | None:
+        """The standard deviation of a sample (divided by n - 1); None for fewer than two seeds."""
+        values = self._values(name)
+        # A value that is not finite makes stdev fail, and the mean says so already.
+        return (
+            statistics.stdev(values)
+            if len(values) > 1 and all(map(math.isfinite, values))
+            else None
+        )
+
+    def table(self) -> str:
+        """Every seed's metric, then mean and standard deviation, as lines of text."""
+        lines = [f"{'seed':<8}{self.metric}"]
+        for seed, metrics in self.metrics.items():
+            lines.append(f"{seed:<8}{_shown(metrics.get(self.metric))}")
+        lines += [
+            f"{'mean':<8}{_shown(self.mean(self.metric))}",
+            f"{'std':<8}{_shown(self.std(self.metric))}",
+        ]
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """Writes `seeds.json`: the metrics of every seed, their means and standard deviations."""
+        names = sorted({name for metrics in self.metrics.values() for name in metrics})
+        content = {
+            "metric": self.metric,
+            "seeds": {str(seed): metrics for seed, metrics in self.metrics.items()},
+            "mean": {name: self.mean(name) for name in names},
+            "std": {name: self.std(name) for name in names},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / SEEDS_FILE) as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+
+    def _values(self, name: str) -> list[float]:
+        values = [metrics[name] for metrics in self.metrics.values() if name in metrics]
+        return values if len(values) == len(self.metrics) else []
+
+
+def train_recipe(recipe: Recipe, resume: Resume) -> Result:
+    """Trains one run to its end.
+
+    Raises:
+        SystemExit: with code 75, if the run was stopped, saved, and wants to go on.
+    """
+    trainer = build_trainer(recipe, resume=resume)
+    trainer.fit(seed=recipe.seed)  # a train() of the user's own may take no seed
+    if trainer.result.stopped_by in TO_BE_RESUMED:  # as after a signal: start the same again
+        raise SystemExit(75)
+    return trainer.result
+
+
+def train_seeds(recipe: Recipe, resume: Resume) -> Seeds:
+    """Trains a run for each seed, one after the other, in `seed_<n>` below the recipe's folder.
+
+    A run that is complete is skipped, and one that was stopped goes on. When all are done, what
+    they came to is printed and written to `seeds.json`, of this recipe's seeds alone.
+
+    Args:
+        recipe: one with `seeds`.
+        resume: how each of the runs goes on.
+
+    Raises:
+        ConfigError: `resume` asks for one checkpoint, of which there is one a seed.
+        SystemExit: with code 75, if a run was stopped: the same call goes on.
+    """
+    if resume.path is not None or resume.mode == "must":
+        raise ConfigError(
+            f"--resume {resume.mode}: each seed has a run of its own. Leave it out to go on with "
+            "those that were stopped, or train one of them with `~seeds seed=...`."
+        )
+    runs = [recipe.of_seed(seed) for seed in recipe.seeds]
+    metrics: dict[int, dict[str, float]] = {}
+    for i, run in enumerate(runs):
+        found = None if resume.mode == "fresh" else finished(run)
+        done = "" if found is None else " is complete already"
+        _say(f"seed {run.seed}, {i + 1} of {len(runs)}, in {run.run_dir}{done}")
+        metrics[run.seed] = found if found is not None else train_recipe(run, resume).metrics
+        gc.collect()  # a run's tensors before the next one's
+    monitor = recipe.setting("metric_monitor")
+    seeds = Seeds("val/loss" if monitor is None else monitor.metric_name, metrics)
+    if World().is_main:
+        seeds.write(recipe.run_dir)
+        print(seeds.table(), flush=True)
+    return seeds
+
+
+def finished(recipe: Recipe) -> dict[str, Any] | None:
+    """The final metrics of a run that is complete and was trained by just this recipe.
+
+    Without building anything. Where the recipes differ, or look something up when they are
+    composed, the trainer has to say whether the run is complete: None.
+    """
+    try:
+        kept = (recipe.run_dir / RECIPE_FILE).read_text(encoding="utf-8")
+        record = read_run(recipe.run_dir)
+        # The order of keys is no change.
+        changed = yaml.safe_load(kept) != yaml.safe_load(recipe.text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if changed or _LOOKED_UP.search(kept) or record.get("status") != "complete":
+        return None
+    return dict(record.get("metrics") or {})
+
+
+def _say(text: str) -> None:
+    if World().is_main:
+        print(f"paceline: {text}", file=sys.stderr, flush=True)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
