@@ -72,7 +72,7 @@ def test_environment_lookups_stay_unresolved_in_the_text(tmp_path: Path, monkeyp
     path.write_text("token: ${oc.env:SECRET_TOKEN}\nrate: 1\nagain: ${rate}\n")
     composed = compose(path, ["rate=2"])
     assert resolved(path)["token"] == "hunter2"
-    text = composed.text({"run.name": "x"})
+    text = composed.changed({"run.name": "x"}).text()
     assert "hunter2" not in text
     assert "${oc.env:SECRET_TOKEN}" in text
     assert "rate: 2" in text
