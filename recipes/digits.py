@@ -57,6 +57,23 @@ class CNN(nn.Sequential):
         )  # fmt: skip
 
 
+class MLP(nn.Sequential):
+    """Two hidden layers, blind to which pixels are neighbours.
+
+    Args:
+        width: of the hidden layers.
+        dropout: share of each hidden layer dropped.
+    """
+
+    def __init__(self, width: int = 256, dropout: float = 0.2) -> None:
+        super().__init__(
+            nn.Flatten(),
+            nn.Linear(64, width), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout),
+            nn.Linear(width, 10),
+        )  # fmt: skip
+
+
 class DigitsTrainer(Trainer):
     """Adds the accuracy to the default steps."""
 

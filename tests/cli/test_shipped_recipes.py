@@ -69,3 +69,9 @@ def test_killed_and_started_again_the_digits_end_as_ever(
     record = json.loads((tmp_path / "runs/digits/baseline/run.json").read_text())
     assert len(record["starts"]) == 1
     assert ending(tmp_path / "runs/digits/baseline") == unbroken
+
+
+def test_the_generator_covers_the_ring(paceline, tmp_path: Path):
+    code, _, err = paceline("train", str(RECIPES / "gan.yaml"), "trainer.progress=false")
+    assert code == 0, err
+    assert metrics(tmp_path / "runs/gan/ring")["val/covered"] > 0.4  # one Gaussian alone has 0.125
