@@ -318,7 +318,13 @@ class Losses(Callback):
             trainer.stop_agreement.request("test", everywhere=True)
 
 
-def elastic(folder: Path, shuffle: bool, until: int | None, **settings: Any) -> Any:
+GIVEN = {"global_batch_size": 24}
+COUNTED = {"gradient_accumulation_steps": 4}  # which is 24 on the 2 ranks that begin the run
+
+
+def elastic(
+    folder: Path, shuffle: bool, until: int | None, size: dict[str, int], **settings: Any
+) -> Any:
     """24 samples a step, whoever computes them: from where the run stands to `until`."""
     losses = Losses(until)
     torch.manual_seed(5)
@@ -330,12 +336,12 @@ def elastic(folder: Path, shuffle: bool, until: int | None, **settings: Any) -> 
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
         train_dataloader=DataLoader(rows, 3, shuffle=shuffle),
         val_dataloader=DataLoader(rows, 7),
-        global_batch_size=24,
         epochs=3,
         callbacks=[losses],
         log_every=1,
         progress=False,
         run_dir=folder,
+        **size,
         **settings,
     )
     trainer.trained = [[]]  # resumed in mid-epoch
@@ -345,14 +351,16 @@ def elastic(folder: Path, shuffle: bool, until: int | None, **settings: Any) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_resumed_on_other_numbers_of_ranks(ranks: Ranks, shuffle: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shuffle", "size"), [(False, GIVEN), (True, GIVEN), (True, COUNTED)])
+def test_resumed_on_other_numbers_of_ranks(
+    ranks: Ranks, shuffle: bool, size: dict[str, int], tmp_path: Path
+) -> None:
     """2 ranks, then 1, then 4, changed in mid-epoch: each step has the samples and the loss, and
     the end has the weights and metrics, of a run on one rank that never stopped."""
-    (whole,) = ranks(elastic, 1, tmp_path / "whole", shuffle, None)
+    (whole,) = ranks(elastic, 1, tmp_path / "whole", shuffle, None, GIVEN)
     steps: dict[int, Counter[int]] = {}
-    for size, until in ((2, 3), (1, 7), (4, None)):
-        outcomes = ranks(elastic, size, tmp_path / "elastic", shuffle, until)
+    for number, until in ((2, 3), (1, 7), (4, None)):
+        outcomes = ranks(elastic, number, tmp_path / "elastic", shuffle, until, size)
         for step, loss in outcomes[0][1].items():
             steps[step] = Counter(flat(outcome[0].get(step, []) for outcome in outcomes))
             assert loss == pytest.approx(whole[1][step], rel=1e-9)
@@ -364,7 +372,7 @@ def test_resumed_on_other_numbers_of_ranks(ranks: Ranks, shuffle: bool, tmp_path
 
 def refused_epoch(folder: Path) -> str:
     with pytest.raises(ResumeError) as caught:
-        elastic(folder, True, None, epoch_length=8)
+        elastic(folder, True, None, GIVEN, epoch_length=8)
     return str(caught.value)
 
 
@@ -377,4 +385,4 @@ def test_an_epoch_of_other_samples_is_refused(ranks: Ranks, tmp_path: Path) -> N
 
 
 def stopped_early(folder: Path) -> None:
-    elastic(folder, True, 2, epoch_length=8)
+    elastic(folder, True, 2, GIVEN, epoch_length=8)

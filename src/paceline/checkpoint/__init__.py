@@ -4,7 +4,7 @@ from paceline.checkpoint.codec import decode, encode
 from paceline.checkpoint.fits import check_fits
 from paceline.checkpoint.manager import Checkpoints, Event, load_tree
 from paceline.checkpoint.policy import CheckpointPolicy, reasons_due, to_keep
-from paceline.checkpoint.publication import Checkpoint, Manifest, read_manifest, verify
+from paceline.checkpoint.publication import Checkpoint, Manifest, read_manifest, scan, verify
 
 __all__ = [
     "Checkpoint",
@@ -18,6 +18,7 @@ __all__ = [
     "load_tree",
     "read_manifest",
     "reasons_due",
+    "scan",
     "to_keep",
     "verify",
 ]

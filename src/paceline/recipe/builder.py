@@ -19,6 +19,8 @@ from paceline.recipe.components import Component
 from paceline.recipe.mistakes import dotted
 from paceline.recipe.recipe import HORIZON, Recipe
 from paceline.recipe.record import RecordRecipe
+from paceline.trainer.resume import kept_global_batch_size
+from paceline.trainer.settings import Resume
 from paceline.world.parallel import Parallel
 from paceline.world.seeding import seed_everything
 from paceline.world.world import World
@@ -102,8 +104,9 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     if (component := parts.get("optimizer")) is not None:
         model = arguments["model"]
         arguments["optimizer"] = builder.build(component, params=model.parameters(), model=model)
+    resume = resume if isinstance(resume, Resume) else Resume(str(resume))
     if (component := parts.get("lr_scheduler")) is not None:
-        counted = _horizon(recipe, component, arguments.get("train_dataloader"))
+        counted = _horizon(recipe, component, arguments.get("train_dataloader"), resume)
         arguments["lr_scheduler"] = builder.build(
             component, optimizer=arguments["optimizer"], **counted
         )
@@ -113,7 +116,7 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     return builder.build(recipe.trainer, **arguments, run_dir=str(recipe.run_dir), resume=resume)
 
 
-def _horizon(recipe: Recipe, component: Component, loader: Any) -> dict[str, int]:
+def _horizon(recipe: Recipe, component: Component, loader: Any, resume: Resume) -> dict[str, int]:
     """The length of the run, under the name by which the scheduler asks for it."""
     interval = recipe.setting("lr_scheduler_interval")
     name = next((name for name in HORIZON if name in component.parameters), None)
@@ -121,7 +124,7 @@ def _horizon(recipe: Recipe, component: Component, loader: Any) -> dict[str, int
     told = {name, "steps_per_epoch"} & set(component.kwargs)
     if name is None or told or interval == "metric":
         return {}
-    steps = recipe.setting("epochs") if interval == "epoch" else _windows(recipe, loader)
+    steps = recipe.setting("epochs") if interval == "epoch" else _windows(recipe, loader, resume)
     if steps is None:
         raise RecipeError(
             f"lr_scheduler: the run's length is not known beforehand; set lr_scheduler.{name}, "
@@ -132,13 +135,15 @@ def _horizon(recipe: Recipe, component: Component, loader: Any) -> dict[str, int
     return {name: steps}
 
 
-def _windows(recipe: Recipe, loader: Any) -> int | None:
+def _windows(recipe: Recipe, loader: Any, resume: Resume) -> int | None:
     """Optimizer steps in the whole run."""
     if loader is None:
         return recipe.setting("max_steps")
+    accumulation = recipe.setting("gradient_accumulation_steps")
     size = WindowSize(
-        gradient_accumulation_steps=recipe.setting("gradient_accumulation_steps"),
-        global_batch_size=recipe.setting("global_batch_size"),
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=recipe.setting("global_batch_size")
+        or kept_global_batch_size(recipe.run_dir, resume, loader, accumulation),
         epoch_length=recipe.setting("epoch_length"),
     )
     world = World(recipe.settings.get("parallel") or Parallel())

@@ -156,10 +156,15 @@ def _set_determinism(trainer: Trainer) -> None:
 
 
 def _open_data(trainer: Trainer) -> None:
-    size = WindowSize(
-        trainer.gradient_accumulation_steps, trainer.global_batch_size, trainer.epoch_length
-    )
-    seed, world = trainer.seed, trainer.world
+    seed, world, accumulation = trainer.seed, trainer.world, trainer.gradient_accumulation_steps
+    global_batch_size = trainer.global_batch_size
+    if global_batch_size is None:
+        global_batch_size = world.broadcast_object(
+            resume.kept_global_batch_size(
+                trainer.run_dir, trainer.resume, trainer.train_dataloader, accumulation
+            )
+        )
+    size = WindowSize(accumulation, global_batch_size, trainer.epoch_length)
     with _speaking_of("train_dataloader"):
         trainer.source = open_training(trainer.train_dataloader, size, seed, world)
     if trainer.val_dataloader is not None:

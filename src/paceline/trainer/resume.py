@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.checkpoint import Checkpoint, check_fits, load_tree, verify
+from paceline.checkpoint import Checkpoint, check_fits, load_tree, scan, verify
 from paceline.checkpoint.state import (
     check_optimizer_state,
     load_model_state,
@@ -21,7 +21,47 @@ from paceline.trainer.events import named_callbacks
 from paceline.trainer.schedules import load_schedule, put, replayed, schedule_settings
 
 if TYPE_CHECKING:
+    from paceline.trainer.settings import Resume
     from paceline.trainer.trainer import Trainer
+
+_GLOBAL_BATCH = "data.global_batch_size"
+
+
+def kept_global_batch_size(
+    run_dir: Path | None, resume: Resume, loader: Any, accumulation: int
+) -> int | None:
+    """Samples of all ranks in a step, where settings that say it for each rank are unchanged.
+
+    So a run that goes on with another number of ranks sees the same samples in each step.
+
+    Args:
+        run_dir: the run's folder.
+        resume: how it goes on.
+        loader: the training loader.
+        accumulation: the setting `gradient_accumulation_steps`.
+
+    Returns:
+        What the run's newest checkpoint says; None if the settings are to decide.
+    """
+    if run_dir is None or resume.mode == "fresh" or _accepted(_GLOBAL_BATCH, resume.accept):
+        return None
+    found, _ = scan(run_dir / "checkpoints")
+    window = found[-1].info.get("window") if found else None
+    if not isinstance(window, dict) or window.get("as set") != _as_set(loader, accumulation):
+        return None
+    size = window.get("global_batch_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def window_info(trainer: Trainer) -> dict[str, Any]:
+    """What `kept_global_batch_size` reads, for a checkpoint's manifest."""
+    size = trainer.source.identity.get("global_batch_size")
+    set_to = _as_set(trainer.train_dataloader, trainer.gradient_accumulation_steps)
+    return {"as set": set_to, "global_batch_size": size}
+
+
+def _as_set(loader: Any, accumulation: int) -> list[int]:
+    return [getattr(loader, "batch_size", None) or 1, accumulation]
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:

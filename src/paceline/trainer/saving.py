@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from paceline.errors import ConfigError
 from paceline.trainer import placement
+from paceline.trainer.resume import window_info
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -27,7 +28,8 @@ def save(trainer: Trainer, reasons: list[str], *, best: bool) -> None:
     tree = trainer.state_dict()
     for hook in trainer.events.on_save_checkpoint:
         hook(tree)
-    info = {"reasons": reasons, "metrics": dict(trainer.progress.metrics)}
+    metrics, window = dict(trainer.progress.metrics), window_info(trainer)
+    info = {"reasons": reasons, "metrics": metrics, "window": window}
     # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
     rows = trainer.recorder.sync
     step = trainer.global_step
