@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ import paceline
 from builders import Noisy, Regression, loader, make_model
 from paceline.checkpoint import load_tree, verify
 from paceline.errors import CheckpointError
+from paceline.report import find_runs
+from paceline.report.text import cell
 
 SOURCE = Path(paceline.__file__).parent
 
@@ -88,3 +93,107 @@ def test_the_source_holds_no_way_to_run_a_file() -> None:
                 if called in ("eval", "exec") or (called == "torch.load" and not safe):
                     offences.append((path.name, node.lineno))
     assert offences == []
+
+
+BELL = "\x1b]0;gone\x07\x1b[2J\u202e"
+RECIPE = f"""\
+code: hostile.py
+model: {{_target_: os.system, _args_: [touch exploded]}}
+trainer: {{_target_: hostile.Trainer, huge: {10**400}, odd: !!binary aGk=}}
+"{BELL.encode("unicode_escape").decode()}": "${{oc.env:HOME}}"
+"""
+HOSTILE_YAML = {
+    "python": "!!python/object/apply:os.system ['touch exploded']",
+    "laughs": "a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]",
+    "deep": "[" * 50_000,
+    "cycle": "&a [*a]",
+    "long number": "a: 0x" + "f" * 20_000,
+    "long key": "1" + "0" * 5000 + ": 1",
+    "bytes": "\x00\x01",
+}
+
+
+def hostile_run(folder: Path, recipe: str = RECIPE) -> Path:
+    """A run folder whose every file wishes its reader ill."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "hostile.py").write_text("open('exploded', 'w')")
+    (folder / "recipe.yaml").write_text(recipe)
+    record = {
+        "status": "complete" + BELL,
+        "step": 10**400,
+        "best": "1" * 10_000,
+        "metrics": {BELL: BELL, "../../etc/passwd": -(10**300), "nested": {"a": {"b": 1}}},
+        "started": BELL,
+        "ended": {"a": 1},
+        "starts": {"not": "a list"},
+        "_target_": "os.system",
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def paceline_command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "paceline", *words], capture_output=True, timeout=120
+    )
+
+
+def test_listing_hostile_runs_runs_nothing_and_sends_the_terminal_nothing_raw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given escape sequences in every name and value, when runs are listed, then they are shown
+    escaped, as text."""
+    monkeypatch.chdir(tmp_path)
+    hostile_run(tmp_path / "runs" / f"evil{BELL}")
+    (tmp_path / "runs" / f"broken{BELL}").mkdir()
+    (tmp_path / "runs" / f"broken{BELL}" / "run.json").write_text("{")
+    one = f"runs/evil{BELL}"
+    for words in (
+        ["runs"],
+        ["runs", "runs", "--json"],
+        ["runs", "--columns", f"name,trainer.huge,trainer.odd,{BELL},model._target_"],
+        ["runs", "--sort", BELL],
+        ["runs", "--diff", one, f"runs/broken{BELL}"],
+        ["runs", "nested.a.c=1"],  # its error names the nearest keys
+        ["runs", f"{BELL}=1"],
+    ):
+        done = paceline_command(*words)
+        assert b"Traceback" not in done.stderr, done.stderr
+        for sent in (done.stdout, done.stderr):
+            assert all(c.isprintable() or c == "\n" for c in sent.decode()), sent
+    assert b"evil" in paceline_command("runs").stdout
+    assert b"damaged" in paceline_command("runs").stdout
+    assert not list(tmp_path.rglob("exploded"))
+
+
+@pytest.mark.parametrize("recipe", HOSTILE_YAML.values(), ids=HOSTILE_YAML)
+def test_a_hostile_recipe_is_read_as_text_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hostile_run(tmp_path / "run", recipe)
+    [run] = find_runs(tmp_path)
+    assert len(run.recipe) <= 1
+    assert all(cell("", value).isprintable() for value in run.recipe.values())
+    assert not list(tmp_path.rglob("exploded"))
+
+
+def test_links_and_pipes_in_a_run_folder_are_not_followed(tmp_path: Path) -> None:
+    """Given a recipe and a record that are links to other files, then neither is shown."""
+    secret = tmp_path / "secret"
+    secret.write_text('{"status": "complete", "password": "xyzzy"}')
+    run = hostile_run(tmp_path / "runs/a")
+    (run / "recipe.yaml").unlink()
+    (run / "recipe.yaml").symlink_to(secret)
+    (tmp_path / "runs/b").mkdir()
+    (tmp_path / "runs/b/run.json").symlink_to(secret)
+    (tmp_path / "runs/c").mkdir()
+    os.mkfifo(tmp_path / "runs/c/run.json")
+    (tmp_path / "runs/loop").symlink_to(tmp_path / "runs")
+    found = {run.name: run for run in find_runs(tmp_path / "runs")}
+    assert {name: run.status for name, run in found.items() if name != "a"} == {
+        "b": "damaged",
+        "c": "damaged",
+    }
+    assert found["a"].recipe == {}
+    assert "xyzzy" not in str([run.values for run in found.values()])

@@ -36,9 +36,11 @@ def record(run_dir: Path) -> dict[str, Any]:
 
 
 def test_a_complete_run_says_what_it_was(tmp_path: Path) -> None:
-    trainer = train(tmp_path)
+    trainer = train(tmp_path, metric_monitor=paceline.MetricMonitor("val/loss"))
     run = record(tmp_path)
     assert run["status"] == "complete"
+    assert (run["step"], run["epoch"]) == (trainer.global_step, 1)
+    assert (run["monitor"], run["best"]) == ("val/loss", trainer.result.best)
     assert run["stopped_by"] == "epochs"
     assert run["seed"] == 4
     assert run["versions"]["torch"] == torch.__version__
@@ -76,6 +78,7 @@ def test_a_failed_run_says_what_failed(tmp_path: Path) -> None:
         trainer.train()
     assert record(tmp_path)["status"] == "failed"
     assert "out of coffee" in record(tmp_path)["stopped_by"]
+    assert record(tmp_path)["step"] == 1
 
 
 def test_no_secret_of_the_command_line_is_kept(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.runs import runs
 from paceline.cli.train import train
 from paceline.errors import ConfigError, PacelineError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(runs)
 
 
 def _show_version(wanted: bool) -> None:

@@ -60,6 +60,30 @@ class FolderLock:
             self._handle = None
 
 
+def is_free(folder: Path) -> bool:
+    """Whether certainly no other process of this machine trains in a run folder.
+
+    Never call it where this very process may be training: the system gives up a process's lock
+    when it closes any handle of the file.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
+    except (ImportError, OSError):
+        return False
+    try:
+        # Held for an instant: a process that wants to train asks again a moment later.
+        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # held by another, or there are no locks here
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
 def _locked(handle: int) -> bool:
     """Tries to take the lock; True also where there are no locks to be had."""
     try:

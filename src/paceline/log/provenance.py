@@ -7,12 +7,14 @@ of the environment only the variables in `RECORDED_ENVIRONMENT` are kept.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import platform
 import re
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ RUN_FILE = "run.json"
 FORMAT = 1
 STATUSES = ("running", "complete", "stopped", "failed")
 MASK = "***"
+_MAX_RECORD = 16 << 20
 
 # The ones that can change a result or explain a layout; none of them ever holds a secret.
 RECORDED_ENVIRONMENT = (
@@ -182,6 +185,7 @@ class RunRecord:
             "seed": seed,
             "world_size": world_size,
             "hostname": socket.gethostname(),
+            "pid": os.getpid(),
             "versions": versions(),
             "git": git_state(),
             "hardware": hardware(),
@@ -250,14 +254,37 @@ class RunRecord:
             file.write(text + "\n")
 
 
+def regular(path: str, flags: int) -> int:
+    """An `opener` of `open` for files of unknown origin: refuses links, and pipes that would block.
+
+    Raises:
+        OSError: it is no regular file.
+    """
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return handle
+
+
 def read_run(run_dir: Path | str) -> dict[str, Any]:
     """The record in a run folder's `run.json`; nothing is imported or executed.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is not JSON.
+        OSError: there is none, or it is no regular file.
+        ValueError: it is not a JSON object of a sensible size.
     """
-    return json.loads((Path(run_dir) / RUN_FILE).read_text(encoding="utf-8"))
+    with open(Path(run_dir) / RUN_FILE, "rb", opener=regular) as file:
+        text = file.read(_MAX_RECORD + 1)
+    if len(text) > _MAX_RECORD:
+        raise ValueError(f"it has more than {_MAX_RECORD} bytes")
+    try:
+        record = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    return record
 
 
 def versions() -> dict[str, str | None]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import CheckpointError, MetricError
-from paceline.log.provenance import replacing, sync_folder
+from paceline.log.provenance import regular, replacing, sync_folder
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -327,6 +327,29 @@ def last_row(path: Path) -> dict[str, Any] | None:
     """The last whole row of a file of JSON lines, or None."""
     last = deque(read_rows(path), maxlen=1)
     return last[0] if last else None
+
+
+def latest_values(path: Path, within: int = 1 << 16) -> dict[str, Any]:
+    """The newest value of each key in the last rows of a file of JSON lines.
+
+    A training row and a validation's row have different keys; together they say where a run is.
+
+    Args:
+        path: the file, of any length: only its end is read.
+        within: bytes to look at.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb", opener=regular) as file:
+        start = max(0, os.fstat(file.fileno()).st_size - within)
+        file.seek(start)
+        *lines, _ = file.read(within).split(b"\n")
+    values: dict[str, Any] = {}
+    for line in lines[1:] if start else lines:
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            values |= {key: _revived(value) for key, value in json.loads(line).items()}
+    return values
 
 
 def write_csv(run_dir: Path) -> Path:

@@ -366,9 +366,7 @@ def finish(trainer: Trainer) -> None:
     trainer.record.finish(
         "complete" if trainer.result.complete else "stopped",
         stopped_by=trainer.result.stopped_by,
-        step=trainer.global_step,
-        metrics=dict(trainer.progress.metrics),
-        best=trainer.result.best,
+        **_reached(trainer),
     )
     trainer.stop_agreement.unwatch()
     if trainer.show_progress and (trainer._trained or trainer._stopped):
@@ -409,9 +407,22 @@ def fail(trainer: Trainer, error: BaseException) -> BaseException:
         first batch is what it comes of, or itself.
     """
     shown = trainer.stop_agreement.fail(error) or blame.in_training(trainer, error)
-    trainer.record.finish("failed", stopped_by=f"{type(shown).__name__}: {shown}")
+    why = f"{type(shown).__name__}: {shown}"
+    trainer.record.finish("failed", stopped_by=why, **_reached(trainer))
     _call_each([partial(hook, shown) for hook in trainer.events.on_exception], shown)
     return shown
+
+
+def _reached(trainer: Trainer) -> dict[str, Any]:
+    """How far the run has come, for run.json."""
+    progress, monitor = trainer.progress, trainer.metric_monitor
+    return {
+        "step": progress.global_step,
+        "epoch": progress.epoch,
+        "metrics": dict(progress.metrics),
+        "monitor": None if monitor is None else monitor.metric_name,
+        "best": None if monitor is None else monitor.best_value,
+    }
 
 
 def teardown(trainer: Trainer, failure: BaseException | None) -> None:

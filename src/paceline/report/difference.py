@@ -1,0 +1,55 @@
+"""What two runs differ in: settings, versions, code, seed; and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from paceline.report.runs import Run, Value, flat
+
+_TOLD = ("seed", "world_size", "versions", "git", "hardware", "environment")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One line of a comparison.
+
+    Attributes:
+        part: "recipe", "run" (of run.json) or "result".
+        key: dotted, as in a filter.
+        left, right: the two values; None also where a run does not have the key.
+    """
+
+    part: str
+    key: str
+    left: Value
+    right: Value
+
+
+def differences(left: Run, right: Run) -> list[Difference]:
+    """The recipe's keys and the facts of `run.json` that differ, then all results of both.
+
+    Results are listed even where they are the same: that they are is worth knowing.
+    """
+    lines = list(_differing("recipe", left.recipe, right.recipe))
+    lines += _differing("run", _facts(left), _facts(right))
+    results = [{**_outcome(run), **run.metrics} for run in (left, right)]
+    for key in {**results[0], **results[1]}:
+        lines.append(Difference("result", key, results[0].get(key), results[1].get(key)))
+    return lines
+
+
+def _differing(part: str, left: dict[str, Value], right: dict[str, Value]) -> Iterator[Difference]:
+    for key in {**left, **right}:
+        one, other = left.get(key), right.get(key)
+        if one != other or (key in left) != (key in right):
+            yield Difference(part, key, one, other)
+
+
+def _facts(run: Run) -> dict[str, Value]:
+    return flat({key: run.record[key] for key in _TOLD if key in run.record})
+
+
+def _outcome(run: Run) -> dict[str, Value]:
+    named = ("status", "stopped_by", "step", "epoch", "monitor", "best", "duration")
+    return {key: run.values[key] for key in named if run.values.get(key) is not None}
