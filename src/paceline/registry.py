@@ -24,6 +24,8 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "early_stopping": "paceline.callbacks.early_stopping:EarlyStopping",
         "gradient_monitor": "paceline.callbacks.gradient_monitor:GradientMonitor",
         "learning_rate": "paceline.callbacks.learning_rate:LearningRate",
+        "schedule_free": "paceline.callbacks.schedule_free:ScheduleFree",
+        "swa": "paceline.callbacks.swa:SWA",
         "throughput": "paceline.callbacks.throughput:Throughput",
         "time_limit": "paceline.callbacks.time_limit:TimeLimit",
     },

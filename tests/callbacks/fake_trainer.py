@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paceline.log.plan import Plan
 from paceline.trainer.events import Callback, Events, Hooks
 
 
@@ -43,6 +44,8 @@ class FakeTrainer(Hooks):
         self.norms: list[torch.Tensor] = []
         self.stops: list[str] = []
         self.callbacks = callbacks
+        self.plan = Plan()
+        self.source = SimpleNamespace(windows_per_epoch=3)
         self.events = Events(self, callbacks)
         self.while_validating: Callable[[], None] = lambda: None
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import schedulefree
 import torch
 
 from builders import Noisy, Regression, bits, loader, make_model, rows
@@ -19,6 +20,12 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW with two groups of their own learning rates."""
     groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 1e-3}]  # pyright: ignore[reportIndexIssue]
     return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def schedule_free(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Schedule-free AdamW, the first layer's bias frozen."""
+    model[0].bias.requires_grad_(False)  # pyright: ignore[reportIndexIssue]
+    return schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2, warmup_steps=3)
 
 
 def build(run_dir: Path | None, *callbacks: Callback, **settings: Any) -> Regression:

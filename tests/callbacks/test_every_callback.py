@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from real_runs import STEPS, LeaveValidation, build, check_resumed, check_undisturbed
+from real_runs import STEPS, LeaveValidation, build, check_resumed, check_undisturbed, schedule_free
 
 from builders import StopAt
 from paceline import Callback
@@ -23,8 +23,17 @@ EVERY: dict[str, dict[str, Any]] = {
     "gradient_monitor": {"per_layer": True},
     "learning_rate": {},
     "progress": {"line_seconds": 0.0},
+    "schedule_free": {},
+    "swa": {"start": 4, "every": 3},
     "throughput": {},
     "time_limit": {"hours": 1},
+}
+
+
+# What a run with one of them needs besides.
+NEEDS: dict[str, dict[str, Any]] = {"schedule_free": {"optimizer": schedule_free}}
+RECIPE_NEEDS = {
+    "schedule_free": {"optimizer": {"_target_": "schedulefree.SGDScheduleFree", "lr": 0.1}}
 }
 
 
@@ -39,20 +48,20 @@ def test_none_is_left_out() -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_stopped_at_every_step_and_resumed_it_ends_the_same(name: str, tmp_path: Path) -> None:
-    check_resumed(tmp_path, lambda: make(name), *map(StopAt, range(STEPS)))
+    check_resumed(tmp_path, lambda: make(name), *map(StopAt, range(STEPS)), **NEEDS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_stopped_once_and_resumed_it_ends_the_same(name: str, tmp_path: Path) -> None:
-    check_resumed(tmp_path, lambda: make(name), StopAt(7))
+    check_resumed(tmp_path, lambda: make(name), StopAt(7), **NEEDS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_validation_that_is_left_is_made_again(name: str, tmp_path: Path) -> None:
-    check_resumed(tmp_path, lambda: make(name), LeaveValidation(6))
+    check_resumed(tmp_path, lambda: make(name), LeaveValidation(6), **NEEDS.get(name, {}))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "schedule_free"])
 def test_the_trained_weights_are_those_without_it(name: str) -> None:
     check_undisturbed(lambda: make(name))
 
@@ -63,7 +72,7 @@ def test_the_same_object_may_be_in_a_second_run(name: str, tmp_path: Path) -> No
     callbacks = make(name)
     states = []
     for folder in ("first", "second"):
-        trainer = build(tmp_path / folder, *callbacks)
+        trainer = build(tmp_path / folder, *callbacks, **NEEDS.get(name, {}))
         trainer.train(seed=5)
         states.append((tmp_path / folder / "metrics.jsonl").read_bytes())
     assert states[0] == states[1]
@@ -104,8 +113,9 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_recipe_names_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load(RECIPE) | {"callbacks": {"it": {"type": name, **EVERY[name]}}}
+    recipe |= RECIPE_NEEDS.get(name, {})
     Path("run.yaml").write_text(yaml.safe_dump(recipe))
     Path("callback_data.py").write_text(CODE)
-    trainer = build_trainer(load_recipe("run.yaml"))
+    trainer = build_trainer(load_recipe("run.yaml", trust=["schedulefree"]))
     assert type(trainer.callbacks[0]) is lookup("callback", name)
     assert trainer.train(seed=1).global_step == 6

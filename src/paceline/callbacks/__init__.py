@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from paceline.callbacks.gradient_monitor import GradientMonitor
     from paceline.callbacks.learning_rate import LearningRate
     from paceline.callbacks.progress import Progress
+    from paceline.callbacks.schedule_free import ScheduleFree
+    from paceline.callbacks.swa import SWA
     from paceline.callbacks.throughput import Throughput
     from paceline.callbacks.time_limit import TimeLimit
     from paceline.trainer.events import Callback
@@ -25,17 +27,21 @@ _MODULES = {
     "GradientMonitor": "paceline.callbacks.gradient_monitor",
     "LearningRate": "paceline.callbacks.learning_rate",
     "Progress": "paceline.callbacks.progress",
+    "SWA": "paceline.callbacks.swa",
+    "ScheduleFree": "paceline.callbacks.schedule_free",
     "Throughput": "paceline.callbacks.throughput",
     "TimeLimit": "paceline.callbacks.time_limit",
 }
 
 __all__ = [
+    "SWA",
     "AveragedWeights",
     "Callback",
     "EarlyStopping",
     "GradientMonitor",
     "LearningRate",
     "Progress",
+    "ScheduleFree",
     "Throughput",
     "TimeLimit",
 ]

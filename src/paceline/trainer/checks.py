@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline import registry
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, nearest
 from paceline.trainer.events import Callback, misspelt_hooks, overrides
@@ -191,6 +192,7 @@ def _wrong_components(trainer: Trainer) -> list[str]:
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not _overrides(trainer, "step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
+    wrong += _wrong_modes(trainer, optimizers)
     known = [id(optimizer) for optimizer in optimizers.values()]
     for name, scheduler in schedulers.items():
         if id(scheduler.optimizer) not in known:
@@ -292,6 +294,25 @@ def _wrong_interval(name: str, scheduler: Any, trainer: Trainer) -> list[str]:
             f"metric_monitor says mode={monitor.mode!r}."
         ]
     return []
+
+
+def has_modes(optimizer: Any) -> bool:
+    """Whether an optimizer trains other weights than it evaluates with, as schedule-free ones."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def _wrong_modes(trainer: Trainer, optimizers: Any) -> list[str]:
+    modal = [name for name, optimizer in optimizers.items() if has_modes(optimizer)]
+    if not modal:
+        return []
+    switch = registry.lookup("callback", "schedule_free")
+    if any(isinstance(callback, switch) for callback in trainer.callbacks):
+        return []
+    return [
+        f"{name}: {type(optimizers[name]).__name__} has to be told when to train() and when to "
+        "eval(): add the callback ScheduleFree() (in recipes `type: schedule_free`)."
+        for name in modal
+    ]
 
 
 def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,10 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     for name, optimizer in trainer.named_optimizers().items():
         keys[f"{name}.class"] = type(optimizer).__name__
         keys |= {f"{name}.{key}": value for key, value in _plain(optimizer.defaults).items()}
+        # Some optimizers count in their groups as well.
+        arguments = inspect.signature(type(optimizer)).parameters
         for i, group in enumerate(optimizer.param_groups):
-            own = {k: v for k, v in group.items() if k in optimizer.defaults}
+            own = {k: v for k, v in group.items() if k in optimizer.defaults and k in arguments}
             if "initial_lr" in group:
                 own["lr"] = group["initial_lr"]
             for key, value in _plain(own).items():
