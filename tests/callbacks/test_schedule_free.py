@@ -124,7 +124,7 @@ def test_trained_further_it_goes_on_from_the_point_of_training(
     optimizer: Any, kept: bool, tmp_path: Path
 ) -> None:
     """By the same objects, or by new ones in the same folder."""
-    whole, points = run(optimizer, tmp_path / "whole", max_steps=STEPS)
+    whole, _ = run(optimizer, tmp_path / "whole", max_steps=STEPS)
     first, _ = run(optimizer, tmp_path / "parts", max_steps=7)
     if kept:
         first.max_steps = STEPS

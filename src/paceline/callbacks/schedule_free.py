@@ -54,8 +54,8 @@ class ScheduleFree(ExchangedWeights):
         if not self._optimizers:
             kinds = ", ".join(f"{name} is {type(o).__name__}" for name, o in optimizers.items())
             raise ConfigError(
-                f"ScheduleFree: no optimizer has train() and eval() to call ({kinds}). Use one that "
-                "has, such as schedulefree.AdamWScheduleFree, or leave the callback out."
+                f"ScheduleFree: no optimizer has train() and eval() to call ({kinds}). Use one "
+                "that has, such as schedulefree.AdamWScheduleFree, or leave the callback out."
             )
         note_batch_norm(trainer, "the schedule-free average")
 
