@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.preflight import preflight
 from paceline.cli.runs import runs
 from paceline.cli.train import train
 from paceline.errors import ConfigError, PacelineError
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(runs)
+app.command()(preflight)
 
 
 def _show_version(wanted: bool) -> None:

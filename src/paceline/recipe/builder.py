@@ -58,7 +58,7 @@ class _Builder:
         except Exception as error:
             raise RecipeError(
                 f"{self._where(component)}: {component.target.__qualname__} could not be made: "
-                f"{type(error).__name__}: {error}{_origin(error)}"
+                f"{type(error).__name__}: {error}{origin(error)}"
             ) from error
         if not component.kind.accepts(made):
             raise RecipeError(
@@ -157,8 +157,8 @@ def _records(recipe: Recipe) -> list[RecordRecipe]:
     return [RecordRecipe(one.run_dir, one.text, one.code, one.plan) for one in (*wholes, recipe)]
 
 
-def _origin(error: Exception) -> str:
-    """The innermost line outside torch and Paceline that an error came from, if there is one."""
+def origin(error: BaseException) -> str:
+    """` (file:line)`, the innermost line outside torch and Paceline an error came from, or ``."""
     ours = (Path(torch.__file__).parent, Path(paceline.errors.__file__).parent)
     frames = [
         frame

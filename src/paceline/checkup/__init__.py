@@ -1,0 +1,10 @@
+"""Looking before training: a recipe rehearsed, shown, and the machine it would run on.
+
+`preflight(recipe)` takes a few real steps of everything, `preview(recipe)` shows what would be
+trained, `doctor()` looks at the machine and tests the promises on it.
+"""
+
+from paceline.checkup.preflight import preflight
+from paceline.checkup.report import Check, Report
+
+__all__ = ["Check", "Report", "preflight"]

@@ -1,0 +1,273 @@
+"""Preflight: the first steps of a recipe's run, taken for real and thrown away."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from paceline.callbacks.throughput import peak_memory
+from paceline.checkup import verdicts
+from paceline.checkup.costs import Length, length_of, most_checkpoints
+from paceline.checkup.rehearsal import LOOKED_INTO, STAGES, Rehearsal, Reload, Seen
+from paceline.checkup.report import Check, Report, readable_bytes, readable_seconds, some
+from paceline.checkup.semantics import wrong_lengths, wrong_settings
+from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError, PacelineError
+from paceline.recipe.builder import build_trainer, origin
+from paceline.recipe.recipe import Recipe
+from paceline.trainer.settings import Resume
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+_VERDICTS: dict[str, Callable[[Trainer, Seen], list[Check]]] = {
+    "components": verdicts.components,
+    "training data": verdicts.training_data,
+    "forward pass": verdicts.forward_pass,
+    "backward pass": verdicts.backward_pass,
+    "optimizer step": verdicts.optimizer_step,
+    "scheduler step": verdicts.scheduler_step,
+    "validation": verdicts.validation,
+}
+_NEARLY_FULL = 0.9  # of a device's memory
+
+
+def preflight(recipe: Recipe) -> Report:
+    """Builds what a recipe describes and takes its first steps, as training would.
+
+    The Trainer's own loop trains for a few optimizer steps, validates on a few batches, saves, and
+    loads the checkpoint back, in a scratch folder beside the run's that is removed again. The run's
+    own folder is neither read nor written, and its loggers are built but hear of nothing.
+
+    Args:
+        recipe: the checked recipe. Its components are built anew, in this process.
+
+    Raises:
+        ConfigError: this process is one of several: preflight is for one.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("preflight runs in one process: start it without a launcher.")
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+    report = Report([Check("recipe", "PASS", str(recipe.composed.path))])
+    report.checks += wrong_settings(recipe)
+    with _scratch_beside(recipe.run_dir) as scratch:
+        _Preflight(replace(recipe, run_dir=scratch / "run"), recipe.run_dir, report).run()
+    gc.collect()  # a trainer is full of cycles, and may hold all of the memory
+    return report
+
+
+class _Preflight:
+    """One preflight at work.
+
+    Args:
+        recipe: with a scratch folder as its run's.
+        run_dir: where the run itself would be written.
+        report: takes what is found.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, report: Report) -> None:
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.report = report
+        self.rehearsal = Rehearsal()
+        self.trainer: Trainer | None = None
+
+    def run(self) -> None:
+        """Rehearses, then says what was seen."""
+        try:
+            trainer = self._build()
+            trainer.fit(seed=self.recipe.seed)
+            self._verdicts(until=None)
+            self._checkpoint(trainer)
+        except Exception as error:  # noqa: BLE001 - whatever the user's code raises is a line
+            self._fail(error)
+        self._memory()
+        if self.trainer is not None and self.rehearsal.seen.seconds:
+            self._speed(self.trainer)
+
+    def _build(self) -> Trainer:
+        trainer = self.trainer = build_trainer(self.recipe, resume="never")
+        trainer.callbacks.append(self.rehearsal)
+        trainer.loggers = []
+        trainer.show_progress = False
+        trainer.log_every = 1  # with a row the device's verdict on the loss is read
+        trainer.check_gradients = True
+        trainer.on_nonfinite = "raise"
+        trainer.validate_every = 1  # once: the rehearsal sees to that
+        if trainer.checkpoint_policy is not None:
+            trainer.checkpoint_policy = replace(
+                trainer.checkpoint_policy, every_epochs=None, every_steps=None, save_best=False
+            )
+        return trainer
+
+    @property
+    def _length(self) -> Length:
+        assert self.trainer is not None
+        return length_of(self.trainer, self.recipe.setting("validate_every"))
+
+    def _verdicts(self, until: str | None) -> None:
+        """The lines of every stage before `until`."""
+        trainer, seen = self.trainer, self.rehearsal.seen
+        assert trainer is not None
+        for stage, verdict in _VERDICTS.items():
+            if stage == until:
+                return
+            self.report.checks += verdict(trainer, seen)
+            if stage == "components":
+                validations = self._length.validations
+                self.report.checks += wrong_lengths(trainer, self.recipe, validations)
+
+    def _fail(self, error: Exception) -> None:
+        """A line for the stage that failed, and one for each that was not reached."""
+        seen, report = self.rehearsal.seen, self.report
+        cause = cause_of(error)
+        if not isinstance(cause, PacelineError):
+            report.stack = "".join(traceback.format_exception(cause)).rstrip()
+        stage = _stage(error, seen)
+        if stage != STAGES[0] and all(check.name != STAGES[0] for check in report.checks):
+            self._verdicts(until=stage)
+        report.checks = [check for check in report.checks if check.name != stage]
+        report.checks.append(Check(stage, "FAIL", told(error)))
+        for later in STAGES[STAGES.index(stage) + 1 :]:
+            report.checks.append(Check(later, "SKIP", f"after the failure of: {stage}"))
+        _let_go(error)
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        """Loads what was saved, and weighs it."""
+        saved, seen = trainer.result.checkpoint, self.rehearsal.seen
+        if saved is None:
+            self.report.checks.append(Check("checkpoint", "SKIP", "the recipe saves none"))
+            return
+        seen.stage = "checkpoint"
+        policy = self.recipe.settings.get("checkpoint") or type(trainer.checkpoint_policy)()
+        monitored = trainer.metric_monitor is not None
+        size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+        reload = Reload()
+        trainer.callbacks[trainer.callbacks.index(self.rehearsal)] = reload
+        trainer.resume = Resume("must")
+        trainer.fit(seed=self.recipe.seed)
+        lost = reload.differences
+        if lost is None or lost:
+            detail = f"came back changed: {some(lost or ['everything'])}"
+            self.report.checks.append(Check("checkpoint", "FAIL", detail))
+        else:
+            detail = f"{readable_bytes(size)}, saved and loaded back, equal bit by bit"
+            self.report.checks.append(Check("checkpoint", "PASS", detail))
+        self._disk(size, most_checkpoints(policy, self._length, monitored=monitored))
+
+    def _disk(self, size: int, count: int | None) -> None:
+        free = shutil.disk_usage(_existing(self.run_dir)).free
+        if count is None:
+            text = f"{readable_bytes(size)} a checkpoint, an unknown number of them"
+            self.report.checks.append(Check("disk", "WARN", f"{text}; {readable_bytes(free)} free"))
+            return
+        needed = self.report.disk_bytes = size * count
+        text = f"at most {count} checkpoints at once take {readable_bytes(needed)}"
+        status = "FAIL" if needed > free else "PASS"
+        self.report.checks.append(Check("disk", status, f"{text}; {readable_bytes(free)} free"))
+
+    def _memory(self) -> None:
+        report, device = self.report, torch.device("cpu")
+        peak = peak_memory(device)
+        report.peak_memory_mb = peak / 1e6 if peak else None
+        text = f"peak {readable_bytes(peak)} of this process" if peak else "not known here"
+        status = "PASS"
+        if torch.accelerator.is_available() and self.trainer is not None:
+            device = self.trainer.device
+            used = peak_memory(device)
+            report.gpu_memory_mb = used / 1e6
+            total = torch.accelerator.get_memory_info(device)[1]
+            text = f"peak {readable_bytes(used)} of {readable_bytes(total)} on {device}; {text}"
+            if used > _NEARLY_FULL * total:
+                status, text = "WARN", f"{text}: nearly full"
+        report.checks.append(Check("memory", status, text))
+
+    def _speed(self, trainer: Trainer) -> None:
+        seen, report, length = self.rehearsal.seen, self.report, self._length
+        timed = [s for step, s in seen.seconds.items() if step > LOOKED_INTO]
+        seconds = median(timed) if timed else seen.seconds[max(seen.seconds)]
+        report.seconds_per_step = seconds
+        rate = f", {seen.window / seconds:,.0f} samples a second" if seen.window > 0 else ""
+        how = f"median of {len(timed)} steps after {LOOKED_INTO}" if timed else "of a first step"
+        detail = f"about {readable_seconds(seconds)} a step{rate} ({how}; an estimate)"
+        report.checks.append(Check("speed", "PASS", detail))
+        validating = None
+        if trainer.validation is not None and seen.validation_seconds is not None:
+            batches = trainer.validation.length
+            if batches is not None and length.validations is not None:
+                validating = seen.validation_seconds * batches * length.validations
+        if length.steps is not None:
+            report.seconds_for_the_run = seconds * length.steps + (validating or 0.0)
+        detail = verdicts.duration(seconds, length.steps, validating)
+        report.checks.append(Check("the whole run", "PASS", detail))
+
+
+def _stage(error: Exception, seen: Seen) -> str:
+    """The stage that an error belongs to."""
+    if isinstance(error, NonFiniteError):
+        return "backward pass" if seen.finite_loss else "forward pass"
+    if isinstance(error, MetricError) and seen.stage == "training data":
+        return "validation"  # found when its metrics were looked at
+    if isinstance(error, DataError) and seen.stage == STAGES[0]:
+        return "validation" if str(error).startswith("val_dataloader") else "training data"
+    return seen.stage
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error in the user's own code that an error of ours tells of, or itself."""
+    cause = error.__cause__
+    if isinstance(error, PacelineError) and cause is not None:
+        return cause_of(cause)
+    return error
+
+
+def _let_go(error: BaseException) -> None:
+    """Empties the frames of an error, which hold loader workers that are to end in order."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
+
+
+def told(error: BaseException) -> str:
+    """An error as a line: its own words, and the place in the user's code that it came from."""
+    cause = cause_of(error)
+    if isinstance(cause, PacelineError):
+        return str(cause)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    return f"{type(cause).__name__}: {last}{origin(cause)}"
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder at or above `path` that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+@contextmanager
+def _scratch_beside(run_dir: Path) -> Iterator[Path]:
+    """A folder on the disk that the run would be written to, where its space and rights count.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    place = _existing(run_dir.absolute().parent)
+    try:
+        folder = tempfile.TemporaryDirectory(
+            prefix=".preflight-", dir=place, ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise ConfigError(f"run.dir: nothing can be written in {place}: {error}") from error
+    with folder as name:
+        yield Path(name)

@@ -1,0 +1,363 @@
+"""A few real steps of a run, watched. The loop is the Trainer's own; this only looks on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.checkpoint.state import parameter_names
+from paceline.trainer.events import Callback
+from paceline.trainer.window import describe
+
+if TYPE_CHECKING:
+    from paceline.data.source import Validation
+    from paceline.trainer.trainer import Trainer
+
+# A schedule may begin at a rate of zero, a weight of zero may keep another's gradient at zero.
+LOOKED_INTO = 2
+TIMED = 3
+VALIDATED = 2
+ENOUGH_SECONDS = 60.0  # steps that take so long need not be timed three times
+
+# The parts of a step in their order, which is that of the report.
+STAGES = (
+    "components",
+    "training data",
+    "forward pass",
+    "backward pass",
+    "optimizer step",
+    "scheduler step",
+    "validation",
+    "checkpoint",
+)
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The first call of the loss function.
+
+    Attributes:
+        outputs, targets: shapes.
+        indices: the targets are whole numbers.
+        value: the loss, None if it is not one number.
+    """
+
+    outputs: tuple[int, ...]
+    targets: tuple[int, ...]
+    indices: bool
+    value: float | None
+
+
+@dataclass
+class Parameter:
+    """What reached one trainable parameter in the steps that were looked into."""
+
+    arrived: bool = False
+    nonzero: bool = False
+    finite: bool = True
+    moved: bool = False
+
+
+@dataclass
+class Seen:
+    """What the rehearsal saw; a field is empty until its part of a step has run.
+
+    Attributes:
+        stage: the part at hand, one of `STAGES`.
+        batch: the first batch, in words.
+        window: samples of the first optimizer step.
+        loss: the first step's loss, the mean over its items.
+        finite_loss: no loss was NaN or infinite.
+        call: the first call of the loss function.
+        parameters: by name, the trainable ones that an optimizer holds.
+        norm: of the first step's gradients, over all optimizers.
+        optimizers: names of those that took a step.
+        rates: the learning rate of each looked-into step, by optimizer.
+        seconds: of each step, by its number from 1.
+        validation_batches, validation_seconds: those rehearsed, and the time of one.
+        metrics: what they measured; None before the validation.
+        extra_schedule_step: schedulers of interval "epoch" were stepped once to try them.
+    """
+
+    stage: str = STAGES[0]
+    batch: str | None = None
+    window: int = 0
+    loss: float | None = None
+    finite_loss: bool = True
+    call: LossCall | None = None
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    norm: float | None = None
+    optimizers: set[str] = field(default_factory=set)
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    validation_batches: int = 0
+    validation_seconds: float | None = None
+    metrics: dict[str, float] | None = None
+    extra_schedule_step: bool = False
+
+
+class Rehearsal(Callback):
+    """Watches the first steps of a run, then asks it to stop.
+
+    It comes after every other callback, so that what those do is part of what is seen.
+
+    Attributes:
+        seen: what there was to see.
+    """
+
+    priority = 10**9
+    name = "preflight"
+
+    def __init__(self) -> None:
+        self.seen = Seen()
+        self._names: dict[int, str] = {}
+        self._before: list[tuple[Parameter, torch.Tensor, int, Any]] = []
+        self._squares = 0.0
+        self._began = self._stamp = 0.0
+        self._unwatch: Callable[[], None] | None = None
+
+    def on_setup(self, trainer: Trainer) -> None:
+        """Shortens the validation and listens to the loss function."""
+        if trainer.validation is not None:
+            trainer.validation = _FirstBatches(trainer.validation, VALIDATED)
+        self._unwatch = _watch_loss(trainer, self.seen)
+        self._names = parameter_names(trainer.named_models())
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Everything is built: the first batch is next."""
+        self.seen.stage = "training data"
+        self._began = self._stamp = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Notes the first batch."""
+        self.seen.stage = "forward pass"
+        if self.seen.batch is None:
+            self.seen.batch = describe(batch)
+
+    def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
+        """Notes whether the loss is a number: a policy may drop the window behind this."""
+        self.seen.stage = "backward pass"
+        self.seen.finite_loss &= bool(torch.isfinite(loss.detach()).all())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, batch: Any, batch_idx: int, loss: torch.Tensor
+    ) -> None:
+        """The next micro-batch follows, or the step."""
+        self.seen.stage = "optimizer step" if trainer.window.is_last else "training data"
+
+    def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at every gradient, and keeps one weight of each parameter to compare."""
+        self.seen.stage = "optimizer step"
+        if trainer.global_step >= LOOKED_INTO:
+            return
+        name = trainer.get_name_by_optimizer(optimizer)
+        self.seen.optimizers.add(name)
+        self.seen.rates.setdefault(name, []).append(trainer.learning_rates[name])
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                if tensor.requires_grad:
+                    self._look(tensor)
+
+    @torch.no_grad()
+    def _look(self, tensor: torch.Tensor) -> None:
+        parameter = self.seen.parameters.setdefault(self._names[id(tensor)], Parameter())
+        if tensor.grad is None:
+            return
+        gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
+        sizes = gradient.abs().reshape(-1)
+        parameter.arrived = True
+        self._squares += float(sizes.double().square().sum())
+        if not bool(torch.isfinite(sizes).all()):
+            parameter.finite = False
+        elif sizes.numel() and bool(sizes.any()):
+            parameter.nonzero = True
+            strongest = int(sizes.argmax())
+            value = tensor.detach().reshape(-1)[strongest].item()
+            self._before.append((parameter, tensor, strongest, value))
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Compares the weights, takes the time, and ends the rehearsal when it has seen enough."""
+        now, seen, step = time.perf_counter(), self.seen, trainer.global_step
+        seen.seconds[step] = now - self._stamp
+        for parameter, tensor, place, value in self._before:
+            parameter.moved |= tensor.detach().reshape(-1)[place].item() != value
+        self._before.clear()
+        if step == 1:
+            seen.loss, seen.window = metrics.get("train/loss"), int(trainer.window.samples)
+            seen.norm = self._squares**0.5
+        enough = step > LOOKED_INTO and now - self._began > ENOUGH_SECONDS
+        if enough or step >= LOOKED_INTO + TIMED:
+            self._try_schedules(trainer)
+            trainer.request_stop("preflight")
+        validates = trainer.validation is not None and seen.metrics is None
+        seen.stage = "validation" if validates else "training data"
+        self._stamp = time.perf_counter()
+
+    def _try_schedules(self, trainer: Trainer) -> None:
+        """No epoch may have ended yet, and its schedulers are to be tried all the same."""
+        if trainer.lr_scheduler_interval == "epoch" and trainer.current_epoch == 0:
+            self.seen.stage = "scheduler step"
+            self.seen.extra_schedule_step = True
+            trainer.optimization.step_schedulers("epoch")
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        """Starts the clock."""
+        self.seen.stage = "validation"
+        self._stamp = time.perf_counter()
+
+    def on_validation_batch_end(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        """Takes the time of the latest batch; the first one's includes starting workers."""
+        _wait_for(trainer.device)
+        now = time.perf_counter()
+        self.seen.validation_seconds = now - self._stamp
+        self.seen.validation_batches = batch_idx + 1
+        self._stamp = now
+
+    def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """One validation is enough."""
+        self.seen.metrics = metrics
+        self.seen.stage = "training data"
+        trainer.validate_every = "epoch"
+        self._stamp = time.perf_counter()
+
+    def on_save_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """The step is done; its state goes to the disk."""
+        self.seen.stage = "checkpoint"
+
+    def on_teardown(self, trainer: Trainer) -> None:
+        """Stops listening."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+
+
+class Reload(Callback):
+    """Wipes the state, lets the run load its checkpoint, and compares.
+
+    Attributes:
+        differences: paths in the state tree that did not come back bit by bit; None before.
+    """
+
+    priority = 10**9
+    name = Rehearsal.name  # it takes that callback's place
+
+    def __init__(self) -> None:
+        self.differences: list[str] | None = None
+
+    @torch.no_grad()
+    def on_setup(self, trainer: Trainer) -> None:
+        """Wipes what the checkpoint has to bring back."""
+        for model in trainer.named_models().values():
+            for value in model.state_dict().values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+        for optimizer in trainer.named_optimizers().values():
+            optimizer.state.clear()
+
+    def on_load_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Compares what is on the disk with what the trainer has now."""
+        now = trainer.state_dict()
+        # Where a loader stands may be written in another form before its first batch.
+        compared = set(state) - {"data", "rank", "horizon"}
+        self.differences = [
+            path for key in sorted(compared) for path in differing(state[key], now.get(key), key)
+        ]
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Nothing is to be trained, nor saved again."""
+        trainer.checkpoint_policy = None
+        trainer.request_stop("preflight")
+
+
+def differing(left: Any, right: Any, path: str) -> list[str]:
+    """The paths at which two state trees are not the same, tensors compared by their bytes."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        alike = (left.dtype, left.shape) == (right.dtype, right.shape)
+        return [] if alike and torch.equal(_bytes(left), _bytes(right)) else [path]
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = [*left, *(key for key in right if key not in left)]
+        return [
+            found
+            for key in keys
+            for found in (
+                differing(left[key], right[key], f"{path}/{key}")
+                if key in left and key in right
+                else [f"{path}/{key}"]
+            )
+        ]
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        if len(left) != len(right):
+            return [path]
+        pairs = enumerate(zip(left, right, strict=True))
+        return [found for i, (a, b) in pairs for found in differing(a, b, f"{path}/{i}")]
+    return [] if repr(left) == repr(right) else [path]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+class _FirstBatches:
+    """The first batches of a validation."""
+
+    def __init__(self, validation: Validation, most: int) -> None:
+        self._validation, self._most = validation, most
+        self.length, self.plan = validation.length, validation.plan
+
+    def batches(self) -> Iterator[tuple[Any, int]]:
+        batches: Any = self._validation.batches()
+        with closing(batches) if hasattr(batches, "close") else contextlib.nullcontext():
+            yield from islice(batches, self._most)
+
+    def close(self) -> None:
+        self._validation.close()
+
+
+def _watch_loss(trainer: Trainer, seen: Seen) -> Callable[[], None]:
+    """Notes the first call of `trainer.loss_fn`; returns what ends that."""
+    loss_fn = trainer.loss_fn
+    if loss_fn is None:
+        return lambda: None
+
+    def note(args: Any, kwargs: Any, value: Any) -> None:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        if seen.call is None and len(tensors) >= 2:
+            outputs, targets = tensors[:2]
+            single = isinstance(value, torch.Tensor) and value.numel() == 1
+            indices = not (targets.is_floating_point() or targets.is_complex())
+            seen.call = LossCall(
+                tuple(outputs.shape), tuple(targets.shape), indices,
+                value.item() if single else None,
+            )  # fmt: skip
+
+    if isinstance(loss_fn, torch.nn.Module):
+        hook = loss_fn.register_forward_hook(
+            lambda _, args, kwargs, value: note(args, kwargs, value), with_kwargs=True
+        )
+        return hook.remove
+
+    @functools.wraps(loss_fn)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        value = loss_fn(*args, **kwargs)
+        note(args, kwargs, value)
+        return value
+
+    trainer.loss_fn = watched
+
+    def unwatch() -> None:
+        trainer.loss_fn = loss_fn
+
+    return unwatch
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

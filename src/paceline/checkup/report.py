@@ -1,0 +1,94 @@
+"""What a checkup found: one line a check, and a few numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what it is.
+        status: "PASS"; "WARN", it works and is likely a mistake; "FAIL", it does not work; "SKIP",
+            it was not looked at, and `detail` says why.
+        detail: what was found, and for a "WARN" or "FAIL" what to do.
+    """
+
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass
+class Report:
+    """The outcome of a preflight.
+
+    Attributes:
+        checks: in the order of a run.
+        peak_memory_mb: the most memory of this process, in MB (10^6 bytes), Python and data
+            included; None if it is not known.
+        gpu_memory_mb: the most memory on the accelerator, None on a CPU.
+        seconds_per_step: of one optimizer step after the first ones; an estimate.
+        seconds_for_the_run: all steps and validations; an estimate.
+        disk_bytes: the most that the run's checkpoints take at once.
+        stack: of the error in the user's own code that ended the rehearsal; empty if none did.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    peak_memory_mb: float | None = None
+    gpu_memory_mb: float | None = None
+    seconds_per_step: float | None = None
+    seconds_for_the_run: float | None = None
+    disk_bytes: int | None = None
+    stack: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed; warnings do not count."""
+        return all(check.status != "FAIL" for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "checks": [asdict(check) for check in self.checks],
+            "passed": self.passed,
+            "peak_memory_mb": self.peak_memory_mb,
+            "gpu_memory_mb": self.gpu_memory_mb,
+            "seconds_per_step": self.seconds_per_step,
+            "seconds_for_the_run": self.seconds_for_the_run,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+def readable_bytes(count: float) -> str:
+    """`count` bytes with a unit, in powers of 1000 as disks are sold and `as_json` counts."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """A duration to read: `2.13 ms`, `1.5 s`, `12 min 30 s`, `3 h 05 min`, `2 d 07 h`."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def some(names: list[str], most: int = 8) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,212 @@
+"""From what a rehearsal saw to the lines of the report, one function a stage.
+
+Each gets a trainer that has run and what was seen of it, and assumes that its stage was reached.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from paceline.checkup.rehearsal import LOOKED_INTO, VALIDATED, LossCall, Parameter, Seen
+from paceline.checkup.report import Check, readable_seconds, some
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+_INDEX_LOSSES = ("CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss")
+
+
+def components(trainer: Trainer, seen: Seen) -> list[Check]:
+    """What was built, and how much of it is trained."""
+    parts = []
+    for name, model in trainer.named_models().items():
+        every = list(model.parameters())
+        trained = sum(p.numel() for p in every if p.requires_grad)
+        total = sum(p.numel() for p in every)
+        parts.append(
+            f"{name} {type(model).__name__}: {total:,} parameters, "
+            + (f"{trained:,} trainable" if trained != total else "all trainable")
+        )
+    parts += [f"{name} {type(o).__name__}" for name, o in trainer.named_optimizers().items()]
+    parts += [
+        f"{name} {type(s).__name__}" for name, s in (trainer.named_schedulers() or {}).items()
+    ]
+    parts.append(f"on {trainer.device} in {trainer.precision}")
+    return [Check("components", "PASS", "; ".join(parts))]
+
+
+def training_data(trainer: Trainer, seen: Seen) -> list[Check]:
+    """What the training loader gives."""
+    batches, windows = trainer.train_batches, trainer.source.windows_per_epoch
+    length = "of unknown length" if batches is None else f"{batches:,} batches an epoch"
+    if windows is not None and windows != batches:
+        length += f" in {windows:,} steps"
+    detail = f"{samples_in(trainer.train_dataloader)}, {length}; first batch {seen.batch}"
+    return [Check("training data", "PASS", detail)]
+
+
+def samples_in(loader: Any) -> str:
+    """How many samples a loader's dataset says it has."""
+    try:
+        return f"{len(loader.dataset):,} samples"
+    except (AttributeError, TypeError):
+        return "samples not counted beforehand"
+
+
+def forward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
+    """The loss, whether it is what a guess would have, and the shapes it is made of."""
+    loss = "" if seen.loss is None else f"loss {seen.loss:.4g}"
+    checks = [Check("forward pass", "PASS", loss or "the first step has a loss")]
+    if seen.call is None:
+        why = "loss_fn was not called with outputs and targets"
+        return [*checks, Check("output shape", "SKIP", why)]
+    checks.append(_shapes(seen.call))
+    return checks + _chance(trainer, seen.call)
+
+
+def _shapes(call: LossCall) -> Check:
+    shapes = f"outputs {call.outputs}, targets {call.targets}"
+    if call.outputs == call.targets:
+        return Check("output shape", "PASS", shapes)
+    if call.indices and len(call.outputs) == len(call.targets) + 1 and _classes(call) > 1:
+        return Check("output shape", "PASS", f"{shapes}: class scores and class indices")
+    detail = f"{shapes} differ: does loss_fn mean to broadcast one against the other?"
+    return Check("output shape", "WARN", detail)
+
+
+def _classes(call: LossCall) -> int:
+    """By torch's convention the second dimension, or the only one of an unbatched sample."""
+    return call.outputs[1 if len(call.outputs) > 1 else 0]
+
+
+def _chance(trainer: Trainer, call: LossCall) -> list[Check]:
+    """For classes given by index: is the first loss about that of a guess, ln(classes)?"""
+    function: Any = trainer.loss_fn
+    kind = getattr(function, "func", function)
+    name = getattr(kind, "__name__", type(kind).__name__)
+    options = getattr(function, "keywords", vars(function) if kind is function else {})
+    mean = options.get("reduction", "mean") == "mean"
+    if name not in _INDEX_LOSSES or not (call.indices and mean) or call.value is None:
+        return []
+    classes = _classes(call)
+    if classes < 2 or not math.isfinite(call.value):
+        return []
+    guess = math.log(classes)
+    margin = max(0.5, 0.2 * guess)
+    said = f"{call.value:.3g}, a guess among {classes} classes has ln({classes}) = {guess:.3g}"
+    if abs(call.value - guess) <= margin:
+        return [Check("loss at the start", "PASS", f"{said}, within {margin:.2g}")]
+    if call.value > guess:
+        why = "the model starts out sure and wrong: are inputs scaled, outputs raw scores (no "
+        why += "softmax), weights small?"
+    else:
+        why = "better than a guess: right for pretrained weights; else, do inputs hold the answer?"
+    return [Check("loss at the start", "WARN", f"{said}, more than {margin:.2g} off; {why}")]
+
+
+def backward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
+    """The gradients: that they are numbers, and that they arrive."""
+    found = seen.parameters
+    steps = f"in {min(LOOKED_INTO, max(1, trainer.global_step))} steps"
+    broken = [name for name, p in found.items() if not p.finite]
+    if broken and trainer.precision != "fp16":
+        return [Check("gradients", "FAIL", f"not finite: {some(broken)}")]
+    checks = []
+    if broken:
+        detail = f"beyond fp16's range in {some(broken)}: normal in the first steps, while the "
+        checks.append(Check("gradients", "WARN", detail + "loss scale is searched for"))
+    else:
+        norm = "" if seen.norm is None else f"norm {seen.norm:.4g}, "
+        checks.append(Check("gradients", "PASS", f"{norm}finite"))
+    never = [name for name, p in found.items() if not p.arrived]
+    if never:
+        every = len(never) == len(found)
+        checks.append(
+            Check(
+                "unused parameters",
+                "FAIL" if every else "WARN",
+                f"no gradient {steps}: {some(never)}. Is the loss computed from them? Several "
+                "processes (DDP) refuse such a model; freeze them with requires_grad_(False)",
+            )
+        )
+    zero = [name for name, p in found.items() if p.arrived and p.finite and not p.nonzero]
+    if zero:
+        detail = f"the gradient is exactly zero {steps}: {some(zero)}"
+        checks.append(Check("zero gradients", "WARN", detail))
+    return checks
+
+
+def optimizer_step(trainer: Trainer, seen: Seen) -> list[Check]:
+    """That steps move weights."""
+    missing = [name for name in trainer.named_optimizers() if name not in seen.optimizers]
+    checks = []
+    if missing:
+        detail = f"{', '.join(missing)}: took no step in the first {LOOKED_INTO} windows"
+        checks.append(Check("optimizer step", "WARN", detail))
+    pushed: dict[str, Parameter] = {n: p for n, p in seen.parameters.items() if p.nonzero}
+    still = [name for name, p in pushed.items() if not p.moved]
+    rates = "; ".join(
+        f"{name} lr {', '.join(f'{rate:.3g}' for rate in rates)}"
+        for name, rates in seen.rates.items()
+    )
+    if pushed and len(still) == len(pushed):
+        why = "no weight changed. Is the learning rate zero or far too small?"
+        checks.append(Check("optimizer step", "FAIL", f"{why} ({rates})"))
+    elif still:
+        detail = f"has a gradient and did not change: {some(still)} ({rates})"
+        checks.append(Check("optimizer step", "WARN", detail))
+    elif pushed:
+        text = f"{len(pushed)} of {len(seen.parameters)} parameter tensors changed; {rates}"
+        checks.append(Check("optimizer step", "PASS", text))
+    return checks
+
+
+def scheduler_step(trainer: Trainer, seen: Seen) -> list[Check]:
+    """That schedules follow."""
+    schedulers = trainer.named_schedulers() or {}
+    if not schedulers:
+        return [Check("scheduler step", "SKIP", "there is no lr_scheduler")]
+    interval = trainer.lr_scheduler_interval
+    steps = {name: int(getattr(s, "last_epoch", 0)) for name, s in schedulers.items()}
+    rates = ", ".join(f"{name} {rate:.4g}" for name, rate in trainer.learning_rates.items())
+    told = ", ".join(f"{name} stepped {n} times" for name, n in steps.items())
+    once = " (once to try it)" if seen.extra_schedule_step else ""
+    status = "PASS" if all(steps.values()) else "WARN"
+    detail = f"{told}{once}, each {interval}; learning rate now: {rates}"
+    return [Check("scheduler step", status, detail)]
+
+
+def validation(trainer: Trainer, seen: Seen) -> list[Check]:
+    """What a validation gives and measures."""
+    if trainer.validation is None:
+        return [Check("validation", "SKIP", "there is no val_dataloader")]
+    length = trainer.validation.length
+    batches = "of unknown length" if length is None else f"{length:,} batches"
+    data = f"{samples_in(trainer.val_dataloader)}, {batches}"
+    checks = [Check("validation data", "PASS", data)]
+    if not seen.metrics:
+        detail = "it measures nothing: call self.log in validation_step, or return metrics from "
+        return [*checks, Check("validation", "WARN", detail + "get_val_metrics")]
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in seen.metrics.items())
+    bad = [name for name, value in seen.metrics.items() if not math.isfinite(value)]
+    tried = f"{seen.validation_batches} batches (at most {VALIDATED} were tried)"
+    status = "WARN" if bad else "PASS"
+    return [*checks, Check("validation", status, f"{metrics} on {tried}")]
+
+
+def duration(seconds_per_step: float, horizon: int | None, validations: float | None) -> str:
+    """The line about the time of the whole run.
+
+    Args:
+        seconds_per_step: of an optimizer step.
+        horizon: optimizer steps in the run.
+        validations: seconds of all validations.
+    """
+    if horizon is None:
+        return "the run's length is not known beforehand"
+    steps = seconds_per_step * horizon
+    text = f"{horizon:,} steps take about {readable_seconds(steps)}"
+    if validations:
+        text += f", validations {readable_seconds(validations)}"
+    return text

@@ -1,0 +1,210 @@
+"""Preflight: the first steps of a run, taken for real, and what they tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paceline.checkup import Report, preflight
+from paceline.errors import ConfigError
+
+
+def found(report: Report, name: str) -> tuple[str, str]:
+    """(status, detail) of the one check of that name."""
+    (check,) = [check for check in report.checks if check.name == name]
+    return check.status, check.detail
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if "__pycache__" not in p.parts}
+
+
+def test_a_sound_recipe_passes_without_a_warning_and_leaves_no_file(recipe, tmp_path: Path):
+    checked = recipe()
+    before = files(tmp_path)
+    report = preflight(checked)
+    assert report.passed
+    assert [c for c in report.checks if c.status != "PASS"] == []
+    assert files(tmp_path) == before
+    assert found(report, "output shape")[0] == "PASS"  # class indices are no mistake
+    assert "ln(3) = 1.1" in found(report, "loss at the start")[1]
+    assert "40 samples, 5 batches an epoch" in found(report, "training data")[1]
+    assert "(8, 6) float32, (8,) int64" in found(report, "training data")[1]
+    assert "100 samples, 13 batches" in found(report, "validation data")[1]
+    assert "83 parameters, all trainable" in found(report, "components")[1]
+    assert "equal bit by bit" in found(report, "checkpoint")[1]
+
+
+def test_the_numbers_are_those_of_the_whole_run(recipe):
+    report = preflight(recipe())
+    assert report.seconds_per_step is not None
+    assert report.seconds_for_the_run is not None
+    assert report.seconds_for_the_run > 100 * report.seconds_per_step  # and 20 validations
+    assert report.peak_memory_mb is not None
+    assert report.peak_memory_mb > 50
+    one = preflight(recipe("+checkpoint.keep_last=1")).disk_bytes
+    three = preflight(recipe("+checkpoint.keep_last=3")).disk_bytes
+    assert one is not None
+    assert three == pytest.approx(2 * one, rel=0.01)  # one more is always being written
+
+
+def test_an_earlier_run_is_neither_read_nor_changed(recipe, tmp_path: Path):
+    from paceline.recipe import build_trainer
+
+    checked = recipe("trainer.epochs=1", "+trainer.progress=false", "lr_scheduler.warmup=1")
+    build_trainer(checked).train(seed=0)
+    run = tmp_path / checked.run_dir
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert preflight(checked).passed
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in run.parent.iterdir()) == [run.name]
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "status", "said"),
+    [
+        ("+model.unused=true", "unused parameters", "WARN", "model.spare.weight, model.spare.bias"),
+        ("+model.dead=true", "zero gradients", "WARN", "model.spare.weight, model.spare.bias"),
+        ("+model.scale=200.0", "loss at the start", "WARN", "sure and wrong"),
+        ("+model.frozen=true", "components", "PASS", "83 parameters, 27 trainable"),
+        ("optimizer.lr=1e-30", "optimizer step", "FAIL", "no weight changed"),
+        ("optimizer.lr=0.0", "settings", "FAIL", "above zero"),
+        ("+model.wrong=true", "forward pass", "FAIL", "RuntimeError: mat1 and mat2"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said(recipe, override, name, status, said):
+    report = preflight(recipe(override))
+    assert report.passed == (status != "FAIL")
+    assert found(report, name)[0] == status
+    assert said in found(report, name)[1]
+
+
+def test_a_loss_that_is_no_number_fails(recipe):
+    report = preflight(recipe(loss_fn={"_target_": "toy.undefined"}))
+    assert found(report, "forward pass")[0] == "FAIL"
+    assert "loss nan" in found(report, "forward pass")[1]
+    assert found(report, "checkpoint")[0] == "SKIP"
+
+
+def test_targets_that_broadcast_against_outputs_are_pointed_out(recipe):
+    report = preflight(recipe("+model.classes=1", loss_fn={"_target_": "torch.nn.MSELoss"}))
+    assert report.passed
+    status, detail = found(report, "output shape")
+    assert status == "WARN"
+    assert "outputs (8, 1), targets (8,)" in detail
+
+
+def test_a_failure_names_the_users_own_line_and_skips_the_rest(recipe, tmp_path: Path):
+    report = preflight(recipe("+model.wrong=true"))
+    line = 1 + next(
+        i for i, text in enumerate((tmp_path / "toy.py").read_text().splitlines()) if "@" in text
+    )
+    assert f"(toy.py:{line})" in found(report, "forward pass")[1].replace(f"{tmp_path}/", "")
+    assert "in forward" in report.stack
+    assert found(report, "training data")[0] == "PASS"
+    for stage in ("backward pass", "optimizer step", "validation", "checkpoint"):
+        assert found(report, stage) == ("SKIP", "after the failure of: forward pass")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_cannot_be_read_fail_with_their_own_words(recipe, workers):
+    report = preflight(
+        recipe("+train_dataloader.dataset.fails_at=0", f"+train_dataloader.num_workers={workers}")
+    )
+    status, detail = found(report, "training data")
+    assert status == "FAIL"
+    assert "OSError: the disk of sample" in detail
+    assert found(report, "forward pass")[0] == "SKIP"
+
+
+def test_a_constructor_that_fails_is_the_components_failure(recipe):
+    report = preflight(recipe("optimizer.lr=-1.0"))
+    assert found(report, "settings")[0] == "FAIL"
+    status, detail = found(report, "components")
+    assert status == "FAIL"
+    assert "Invalid learning rate" in detail
+    assert not any(check.status == "PASS" for check in report.checks[1:-1])
+
+
+def test_a_checkpoint_that_does_not_come_back_as_it_was_fails(recipe):
+    report = preflight(recipe("trainer._target_=toy.Forgetful"))
+    assert found(report, "checkpoint") == ("FAIL", "came back changed: models/model/last.bias")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys", "name", "said"),
+    [
+        (["trainer._target_=toy.Pair"], {"model": None, "optimizer": None, "lr_scheduler": None},
+         "optimizer step", "4 of 4 parameter tensors changed; one lr 0.1, 0.1; two lr"),
+        (["~val_dataloader"], {}, "validation", "there is no val_dataloader"),
+        (["~trainer.epochs", "+trainer.max_steps=50"], {}, "the whole run", "50 steps"),
+        (["+trainer.max_steps=1", "~lr_scheduler"], {}, "speed", "of a first step"),
+        (["checkpoint=null"], {}, "checkpoint", "the recipe saves none"),
+        (["train_dataloader.dataset._target_=toy.Stream", "~train_dataloader.shuffle",
+          "+trainer.max_steps=30"], {}, "training data", "samples not counted beforehand"),
+        (["+trainer.gradient_accumulation_steps=2"], {}, "training data", "in 3 steps"),
+        (["+trainer.lr_scheduler_interval=epoch", "lr_scheduler.warmup=2"], {},
+         "scheduler step", "stepped 1 times"),
+        (["+trainer.precision=bf16"], {}, "components", "on cpu in bf16"),
+        (["+trainer.precision=fp16"], {}, "optimizer step", "4 of 4 parameter tensors changed"),
+        (["+trainer.on_nonfinite=rewind"], {}, "checkpoint", "equal bit by bit"),
+    ],
+)  # fmt: skip
+def test_every_kind_of_run_is_rehearsed(recipe, overrides, keys, name, said):
+    report = preflight(recipe(*overrides, **keys))
+    assert report.passed, report.checks
+    assert said in found(report, name)[1]
+
+
+TORCH = "torch.optim.lr_scheduler."
+
+
+@pytest.mark.parametrize(
+    ("overrides", "schedule", "said"),
+    [
+        (["+trainer.early_stop=20", "+trainer.metric_monitor.metric_name=val/loss"], {},
+         "early_stop is 20 and the run has 20 validations"),
+        ([], {"_target_": TORCH + "CosineAnnealingLR", "T_max": 7},
+         "lr_scheduler.T_max is 7 and the run has 100 optimizer steps"),
+        ([], {"type": "warmup_cosine", "warmup": 100},
+         "100 steps of warm-up take all of the run's 100"),
+        ([], {"_target_": TORCH + "MultiStepLR", "milestones": [300]},
+         "no milestone lies within the run's 100 optimizer steps"),
+        (["+trainer.lr_scheduler_interval=epoch"],
+         {"_target_": TORCH + "CosineAnnealingLR", "T_max": 100},
+         "lr_scheduler.T_max is 100 and the run has 20 epochs"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_listed(recipe, overrides, schedule, said):
+    report = preflight(recipe(*overrides, **({"lr_scheduler": schedule} if schedule else {})))
+    assert report.passed
+    assert found(report, "settings")[0] == "WARN"
+    assert said in found(report, "settings")[1]
+
+
+def test_a_monitored_metric_that_nobody_measures_fails(recipe):
+    report = preflight(recipe("+trainer.metric_monitor.metric_name=val/acuracy"))
+    status, detail = found(report, "validation")
+    assert status == "FAIL"
+    assert "val/accuracy" in detail
+
+
+def test_one_of_several_processes_is_refused(recipe, monkeypatch):
+    checked = recipe()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        preflight(checked)
+
+
+def test_the_report_is_plain_json(recipe):
+    report = preflight(recipe("+model.wrong=true"))
+    data = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert data["passed"] is False
+    assert data["gpu_memory_mb"] is None
+    assert data["checks"][0]["name"] == "recipe"
+    assert {*data} == {
+        "checks", "passed", "peak_memory_mb", "gpu_memory_mb", "seconds_per_step",
+        "seconds_for_the_run", "disk_bytes",
+    }  # fmt: skip
