@@ -50,6 +50,14 @@ def test_the_numbers_are_those_of_the_whole_run(recipe):
     assert three == pytest.approx(2 * one, rel=0.01)  # one more is always being written
 
 
+def test_of_several_seeds_one_is_rehearsed_and_all_are_counted(recipe, tmp_path: Path):
+    one, two = preflight(recipe("+seed=3")), preflight(recipe("+seeds=[3,4]"))
+    assert two.passed
+    assert two.disk_bytes == pytest.approx(2 * (one.disk_bytes or 0), rel=0.01)
+    assert "2 seeds, a run each" in found(two, "the whole run")[1]
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_earlier_run_is_neither_read_nor_changed(recipe, tmp_path: Path):
     from paceline.recipe import build_trainer
 
@@ -189,6 +197,11 @@ def test_a_monitored_metric_that_nobody_measures_fails(recipe):
     status, detail = found(report, "validation")
     assert status == "FAIL"
     assert "val/accuracy" in detail
+
+
+def test_seeds_that_stand_twice_are_a_mistake_of_the_recipe(recipe):
+    with pytest.raises(ConfigError, match="3 stand there twice"):
+        recipe("+seeds=[3,4,3]")
 
 
 def test_one_of_several_processes_is_refused(recipe, monkeypatch):

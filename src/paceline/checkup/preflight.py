@@ -47,7 +47,8 @@ def preflight(recipe: Recipe) -> Report:
 
     The Trainer's own loop trains for a few optimizer steps, validates on a few batches, saves, and
     loads the checkpoint back, in a scratch folder beside the run's that is removed again. The run's
-    own folder is neither read nor written, and its loggers are built but hear of nothing.
+    own folder is neither read nor written, and its loggers are built but hear of nothing. Of
+    several seeds the first is rehearsed; the time and the disk are those of all their runs.
 
     Args:
         recipe: the checked recipe. Its components are built anew, in this process.
@@ -61,8 +62,11 @@ def preflight(recipe: Recipe) -> Report:
         torch.accelerator.reset_peak_memory_stats()
     report = Report([Check("recipe", "PASS", str(recipe.composed.path))])
     report.checks += wrong_settings(recipe)
+    one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
     with _scratch_beside(recipe.run_dir) as scratch:
-        _Preflight(replace(recipe, run_dir=scratch / "run"), recipe.run_dir, report).run()
+        # Nothing is recorded for the whole of several seeds: its folder is the run's own.
+        one = replace(one, run_dir=scratch / "run", whole=None)
+        _Preflight(one, recipe.run_dir, len(recipe.seeds) or 1, report).run()
     gc.collect()  # a trainer is full of cycles, and may hold all of the memory
     return report
 
@@ -73,12 +77,14 @@ class _Preflight:
     Args:
         recipe: with a scratch folder as its run's.
         run_dir: where the run itself would be written.
+        runs: how many runs there are to be.
         report: takes what is found.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: Path, report: Report) -> None:
+    def __init__(self, recipe: Recipe, run_dir: Path, runs: int, report: Report) -> None:
         self.recipe = recipe
         self.run_dir = run_dir
+        self.runs = runs
         self.report = report
         self.rehearsal = Rehearsal()
         self.trainer: Trainer | None = None
@@ -172,6 +178,7 @@ class _Preflight:
             text = f"{readable_bytes(size)} a checkpoint, an unknown number of them"
             self.report.checks.append(Check("disk", "WARN", f"{text}; {readable_bytes(free)} free"))
             return
+        count *= self.runs
         needed = self.report.disk_bytes = size * count
         text = f"at most {count} checkpoints at once take {readable_bytes(needed)}"
         status = "FAIL" if needed > free else "PASS"
@@ -208,8 +215,10 @@ class _Preflight:
             if batches is not None and length.validations is not None:
                 validating = seen.validation_seconds * batches * length.validations
         if length.steps is not None:
-            report.seconds_for_the_run = seconds * length.steps + (validating or 0.0)
+            one = seconds * length.steps + (validating or 0.0)
+            report.seconds_for_the_run = one * self.runs
         detail = verdicts.duration(seconds, length.steps, validating)
+        detail += f"; {self.runs} seeds, a run each" if self.runs > 1 else ""
         report.checks.append(Check("the whole run", "PASS", detail))
 
 

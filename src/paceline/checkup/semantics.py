@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkup.report import Check
@@ -23,11 +22,6 @@ def wrong_settings(recipe: Recipe) -> list[Check]:
     if isinstance(rate, int | float) and rate <= 0:
         text = f"optimizer.lr is {rate}: nothing is learned unless it is above zero"
         checks.append(Check(_NAME, "FAIL", text))
-    seeds = recipe.composed.config.get("seeds") or []
-    twice = [str(seed) for seed, count in Counter(seeds).items() if count > 1]
-    if twice:
-        text = f"seeds has {', '.join(twice)} more than once: it would be trained once"
-        checks.append(Check(_NAME, "WARN", text))
     return checks
 
 
