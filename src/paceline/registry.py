@@ -34,6 +34,7 @@ _SHIPPED: dict[str, dict[str, str]] = {
     },
     "logger": {
         "jsonl": "paceline.log.sinks:JsonlSink",
+        "tensorboard": "paceline.log.tensorboard:TensorBoard",
     },
 }
 _registered: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,178 @@
+"""TensorBoard: a run's rows as scalars that TensorBoard shows, each exactly once."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paceline.errors import MissingExtraError
+from paceline.log.sinks import Sink
+
+FOLDER = "tensorboard"
+_COUNTERS = ("step", "epoch", "samples", "items")  # a validation's row repeats them
+
+_log = logging.getLogger(__name__)
+
+
+class TensorBoard(Sink):
+    """Writes the numbers of each row, by their names, at the row's step.
+
+    The files stand in `tensorboard/` in the run folder: `tensorboard --logdir runs` finds them.
+    Each start of the run writes a file of its own. A checkpoint notes how long the files are; a
+    resumed run cuts them back to that, so that every scalar is there once for each step, with the
+    value that a run never stopped would have written (rounded to float32, as TensorBoard has it).
+
+    Counters (epoch, samples, items) and timing rows are left to the run folder's own files. Those
+    are the truth about a run and this is a copy: when the disk refuses it, a warning is given and
+    the run goes on. Give both, `loggers=[JsonlSink(), TensorBoard()]`, or there is but the copy.
+
+    Raises:
+        MissingExtraError: the package `tensorboard` is not installed.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise MissingExtraError(
+                "the TensorBoard sink needs the package tensorboard: "
+                'pip install "paceline[tensorboard]".'
+            )
+        self._folder: Path | None = None
+        self._file: Path | None = None  # of this start, once it has a row
+        self._step = -1  # of the last row
+        self._resumed_at: int | None = None
+        self._warned = False
+
+    def open(self, run_dir: Path | None, config: Mapping[str, Any], *, fresh: bool = False) -> None:
+        """See `Sink.open`."""
+        del config
+        self._folder = None if run_dir is None else Path(run_dir) / FOLDER
+        self._file, self._step, self._resumed_at, self._warned = None, -1, None, False
+        if self._folder is None:
+            return
+        self._folder.mkdir(exist_ok=True)
+        if fresh:
+            for path in _event_files(self._folder):
+                path.unlink()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """See `Sink.write`. Entries that are no numbers are left out."""
+        if self._folder is None:
+            return
+        scalars = {
+            name: float(value)
+            for name, value in row.items()
+            if name not in _COUNTERS and isinstance(value, int | float)
+        }
+        self._step = row["step"]
+        if not scalars:
+            return
+        records = b"" if self._file is not None else self._beginning()
+        records += _record(_event(step=self._step, scalars=scalars))
+        try:
+            self._append(records)
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                _log.warning("%s cannot be written (%s); its rows are lost.", self._folder, error)
+            self._warned = True
+
+    def sync(self) -> None:
+        """See `Sink.sync`; no checkpoint depends on a copy, so that a failure is only reported."""
+        if self._file is None:
+            return
+        try:
+            handle = os.open(self._file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            _log.warning("%s could not be synced: %s", self._file, error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last row's step, and the length in bytes of each file."""
+        files = [] if self._folder is None else _event_files(self._folder)
+        return {"step": self._step, "files": {path.name: path.stat().st_size for path in files}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cuts the files back to where the checkpoint stood, and removes later ones."""
+        if self._folder is None:
+            return
+        self._step = self._resumed_at = state["step"]
+        self._file = None
+        for path in _event_files(self._folder):
+            wanted, length = state["files"].get(path.name, 0), path.stat().st_size
+            if wanted == 0:
+                path.unlink()
+            elif length < wanted:
+                _log.warning("%s is shorter than the checkpoint says: its rows are lost.", path)
+            else:
+                os.truncate(path, wanted)
+
+    def _beginning(self) -> bytes:
+        """What a file begins with, for a file of this start's own."""
+        assert self._folder is not None
+        seconds, count = int(time.time()), len(_event_files(self._folder))
+        # TensorBoard reads a folder's files in the order of their names.
+        name = f"events.out.tfevents.{seconds:010d}.{count:05d}.{socket.gethostname()}"
+        self._file = self._folder / name
+        records = _record(_event(version=True))
+        if self._resumed_at is not None:
+            # One that has been reading forgets what was cut off.
+            records += _record(_event(step=self._resumed_at + 1, start=True))
+        return records
+
+    def _append(self, records: bytes) -> None:
+        """Writes all of it or nothing."""
+        assert self._file is not None
+        with open(self._file, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(records) != len(records):
+                    raise OSError("the disk is full")
+            except OSError:
+                file.truncate(before)
+                if before == 0:
+                    self._file = None
+                raise
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def _event(
+    *,
+    step: int = 0,
+    scalars: Mapping[str, float] | None = None,
+    version: bool = False,
+    start: bool = False,
+) -> bytes:
+    """An event as TensorBoard's protocol buffers have it."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    event = Event(wall_time=time.time(), step=step)
+    if version:
+        event.file_version = "brain.Event:2"
+    if start:
+        event.session_log.CopyFrom(SessionLog(status=SessionLog.START))
+    for tag, value in (scalars or {}).items():
+        event.summary.value.append(Summary.Value(tag=tag, simple_value=value))
+    return event.SerializeToString()
+
+
+def _record(data: bytes) -> bytes:
+    """A record of the file: its length and its bytes, each with a checksum."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(data)
+    return buffer.getvalue()
