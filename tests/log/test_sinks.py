@@ -9,16 +9,19 @@ import math
 import resource
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paceline import Trainer
 from paceline.errors import CheckpointError, MetricError
-from paceline.log.sinks import JsonlSink, RowFile, last_row, read_rows, write_csv
+from paceline.log.sinks import JsonlSink, RowFile, Sink, last_row, read_rows, write_csv
+from small import settings
 
 
 def opened(run_dir: Path, *, fresh: bool = False, **settings: bool) -> JsonlSink:
@@ -293,3 +296,24 @@ def test_the_same_sink_can_be_opened_again(tmp_path: Path) -> None:
     sink.write({"step": 1})
     sink.close("complete")
     assert steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("status", ["complete", "stopped", "failed"])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_sink_is_told_how_the_run_ended(status: str, written: bool, tmp_path: Path) -> None:
+    class Told(Sink):
+        def close(self, status: str) -> None:
+            told.append(status)
+
+    def act(_: Any) -> None:
+        if status == "stopped":
+            trainer.request_stop("test")
+        if status == "failed":
+            raise ValueError("on purpose")
+
+    told: list[str] = []
+    trainer = Trainer(**settings(loggers=[Told()], run_dir=tmp_path if written else None))
+    trainer.on_step_end = act
+    with pytest.raises(ValueError, match="on purpose") if status == "failed" else nullcontext():
+        trainer.fit(seed=1)
+    assert told == [status]

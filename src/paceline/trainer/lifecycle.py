@@ -364,13 +364,17 @@ def finish(trainer: Trainer) -> None:
             raise failed
     trainer.result = result(trainer)
     trainer.record.finish(
-        "complete" if trainer.result.complete else "stopped",
+        _status(trainer.result),
         stopped_by=trainer.result.stopped_by,
         **_reached(trainer),
     )
     trainer.stop_agreement.unwatch()
     if trainer.show_progress and (trainer._trained or trainer._stopped):
         _say_how_it_ended(trainer)
+
+
+def _status(result: Result) -> str:
+    return "complete" if result.complete else "stopped"
 
 
 def _say_how_it_ended(trainer: Trainer) -> None:
@@ -430,7 +434,8 @@ def teardown(trainer: Trainer, failure: BaseException | None) -> None:
     steps: list[Callable[[], Any]] = [*trainer.events.on_teardown]
     if trainer.saver is not None:
         steps.append(trainer.saver.close)
-    steps.append(lambda: trainer.recorder.close(trainer.record.record.get("status", "failed")))
+    status = "failed" if failure is not None else _status(trainer.result)
+    steps.append(partial(trainer.recorder.close, status))
     if hasattr(trainer, "source"):
         steps.append(trainer.source.close)
     steps += [trainer.stop_agreement.close, trainer.folder_lock.release]
