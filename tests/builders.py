@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +118,14 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 def loader(dataset: Dataset, batch_size: int = 10, **options: Any) -> DataLoader:
     """A shuffling DataLoader unless told otherwise."""
     return DataLoader(dataset, batch_size, **{"shuffle": True, **options})
+
+
+@contextmanager
+def code_forgotten() -> Iterator[None]:
+    """Afterwards, code that recipes have loaded is neither imported nor on the path."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if hasattr(sys.modules[name], "__paceline_code__"):
+            del sys.modules[name]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+
+from builders import code_forgotten
 
 CODE = """
 import torch
@@ -95,12 +96,8 @@ train_dataloader:
 @pytest.fixture(autouse=True)
 def _forget_code(monkeypatch: pytest.MonkeyPatch):
     """Code that recipes load neither stays imported nor on the path; runs go to tmp_path."""
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if hasattr(sys.modules[name], "__paceline_code__"):
-            del sys.modules[name]
+    with code_forgotten():
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import paceline.errors
 from paceline.data.loader import WindowSize, count_windows
 from paceline.errors import PacelineError, RecipeError
 from paceline.recipe.components import Component
+from paceline.recipe.mistakes import Path as Place
 from paceline.recipe.mistakes import dotted
 from paceline.recipe.recipe import HORIZON, Recipe
 from paceline.recipe.record import RecordRecipe
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Builder:
-    """Builds Components and names the one that fails."""
+class Builder:
+    """Builds Components and names the one that fails.
 
-    recipe: Recipe
+    Args:
+        locate: turns a component's place into the file and line that describe it.
+    """
+
+    locate: Callable[[Place], str]
 
     def build(self, component: Component, **given: Any) -> Any:
         """The object that a component describes.
@@ -77,8 +82,7 @@ class _Builder:
         return value
 
     def _where(self, component: Component) -> str:
-        locate = self.recipe.composed.mistakes().locate
-        return f"{locate(component.path)}: {dotted(component.path)}"
+        return f"{self.locate(component.path)}: {dotted(component.path)}"
 
 
 def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
@@ -93,7 +97,7 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     Raises:
         RecipeError: a constructor failed; the message gives its place and error.
     """
-    builder = _Builder(recipe)
+    builder = Builder(recipe.composed.mistakes().locate)
     parts = recipe.parts
     arguments: dict[str, Any] = dict(recipe.settings)
     # Before anything draws a random number: the weights are a function of the seed.

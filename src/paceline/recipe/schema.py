@@ -12,13 +12,15 @@ from paceline.errors import nearest
 from paceline.recipe.mistakes import Mistakes, Path
 
 
-def _folder_name(value: str) -> str:
+def folder_name(value: str) -> str:
+    """`value`, if it can be the name of one folder; else a ValueError."""
     if not re.fullmatch(r"[\w.+=,@-]+", value) or set(value) == {"."}:
         raise ValueError(f"expected the name of one folder, got {value!r}")
     return value
 
 
-def _several(seeds: list[int]) -> list[int]:
+def different_seeds(seeds: list[int]) -> list[int]:
+    """`seeds`, if there are any and no two are equal; else a ValueError."""
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if not seeds or twice:
         what = f"{', '.join(map(str, twice))} stand there twice" if twice else "the list is empty"
@@ -27,7 +29,7 @@ def _several(seeds: list[int]) -> list[int]:
 
 
 Seed = Annotated[int, pydantic.Field(ge=0)]
-FolderName = Annotated[str, pydantic.AfterValidator(_folder_name)]
+FolderName = Annotated[str, pydantic.AfterValidator(folder_name)]
 
 
 class _Section(pydantic.BaseModel):
@@ -52,7 +54,7 @@ class Schema(_Section):
     """A recipe's top level. Components are `Any` here: their callables' signatures say more."""
 
     seed: Seed = 0
-    seeds: Annotated[list[Seed], pydantic.AfterValidator(_several)] | None = None
+    seeds: Annotated[list[Seed], pydantic.AfterValidator(different_seeds)] | None = None
     run: RunSection = RunSection()
     code: str | None = None
     trainer: dict[str, Any] = {}

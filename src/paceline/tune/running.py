@@ -1,0 +1,118 @@
+"""`run`: trains what a RunConfig describes, one run for each seed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from paceline.callbacks import EarlyStopping
+from paceline.checkpoint import CheckpointPolicy
+from paceline.errors import ConfigError, Preempted
+from paceline.recipe.seeds import Seeds
+from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.schedules import takes_metric
+from paceline.trainer.settings import Resume
+from paceline.trainer.trainer import Trainer
+from paceline.tune.run_config import RunConfig
+from paceline.world.seeding import seed_everything
+from paceline.world.world import World
+
+CONFIG_FILE = "config.yaml"
+
+
+def run(
+    config: RunConfig,
+    dl_train: Any = None,
+    dl_val: Any = None,
+    *,
+    trainer: Callable[..., Trainer] = Trainer,
+    resume: str | Resume = "auto",
+    **settings: Any,
+) -> float:
+    """Trains one run for each seed, in `runs/<project>/<group>/seed_<n>`.
+
+    A run that is complete trains no more, one that was stopped goes on; other settings have other
+    folders. What the seeds came to is written to `seeds.json` there.
+
+    Args:
+        config: the settings.
+        dl_train, dl_val: the loaders, unless `config.data` is to give them.
+        trainer: a subclass of Trainer, or a function with its keywords.
+        resume: the Trainer's `resume`.
+        **settings: further keywords of the Trainer, such as `callbacks` or `progress`.
+
+    Returns:
+        The mean over the seeds of each last validation's loss.
+
+    Raises:
+        ConfigError: of the loaders only one is given, or no loss was measured.
+        Preempted: a run was stopped, and saved: the same call goes on.
+    """
+    config.validate_for_execution()
+    if (dl_train is None) != (dl_val is None):
+        raise ConfigError("run(config, dl_train, dl_val): give both loaders or neither.")
+    if dl_train is None:
+        dl_train, dl_val = config.create_dataloaders()
+    main = World().is_main
+    if main:
+        for warning in config.validate_semantics():
+            print(f"paceline: warning: {warning}", file=sys.stderr, flush=True)
+        config.folder.mkdir(parents=True, exist_ok=True)
+        config.to_yaml(config.folder / CONFIG_FILE)
+    metrics: dict[int, dict[str, float]] = {}
+    for seed in config.seeds:
+        one = _trainer_of(config, seed, trainer, {**settings, "resume": resume})
+        result = one.train(dl_train, dl_val, seed=seed)
+        if not result.complete:
+            raise Preempted(result)
+        metrics[seed] = result.metrics
+    seeds = Seeds("val/loss", metrics)
+    mean = seeds.mean("val/loss")
+    if mean is None:
+        raise ConfigError('run(...) returns a mean of "val/loss", which no validation has logged.')
+    if main:
+        seeds.write(config.folder)
+    return mean
+
+
+def _trainer_of(
+    config: RunConfig, seed: int, make: Callable[..., Trainer], settings: dict[str, Any]
+) -> Trainer:
+    """The trainer of one seed."""
+    seed_everything(seed)  # the weights are a function of the seed alone
+    model = config.create_model()
+    optimizer = config.create_optimizer(model)
+    scheduler = config.create_scheduler(optimizer)
+    stopping, saving = config.early_stopping_config, config.checkpoint_config
+    callbacks = list(settings.pop("callbacks", ()))
+    if stopping.enabled:
+        watched = _metric(config.monitor), stopping.mode, stopping.patience, stopping.min_delta
+        callbacks.append(EarlyStopping(*watched, relative=True))
+    policy, monitor = CheckpointPolicy(save_best=False), None
+    if saving.enabled:
+        policy = CheckpointPolicy(
+            every_epochs=saving.save_every_n_epochs or None,
+            keep_last=saving.keep_last_k,
+            save_best=saving.save_best,
+        )
+        monitor = MetricMonitor(_metric(saving.monitor), saving.mode)
+    own = {
+        "lr_scheduler_interval": "metric" if takes_metric(scheduler) else "epoch",
+        "metric_monitor": monitor,
+        "checkpoint": policy,
+    }
+    return make(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        loss_fn=config.create_criterion(),
+        epochs=config.epochs,
+        callbacks=callbacks,
+        run_dir=config.folder / f"seed_{seed}",
+        **{**own, **settings},
+    )
+
+
+def _metric(name: str) -> str:
+    return "val/loss" if name == "val_loss" else name

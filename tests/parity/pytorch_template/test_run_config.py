@@ -1,0 +1,401 @@
+"""pytorch_template at home: its acceptance rows on RunConfig and `run`, one test a row.
+
+Where Paceline differs on purpose the test says what it does instead; `docs/migration` tells users.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from builders import StopAt, rows
+from paceline import Trainer
+from paceline.errors import ConfigError, MetricError, NonFiniteError, Preempted, RecipeError
+from paceline.log.provenance import read_run
+from paceline.log.sinks import read_rows
+from paceline.tune import RunConfig, run
+
+Change = dict[str, Any]
+
+
+def config(**changes: Any) -> RunConfig:
+    return RunConfig.from_yaml("run.yaml").with_overrides(**changes)
+
+
+def trained(conf: RunConfig, **settings: Any) -> float:
+    return run(conf, **{"progress": False, **settings})
+
+
+def epochs_of(conf: RunConfig, seed: int) -> list[int]:
+    """The epoch of each validation's row, as the run's metrics.jsonl has them."""
+    found = rows(conf.folder / f"seed_{seed}")
+    return [row["epoch"] for row in found if "val/loss" in row]
+
+
+def test_PT_01_a_template_configuration_trains(project: Path) -> None:
+    """All its keys; the same contracts of model and data; one folder a seed."""
+    conf = config()
+    assert 0 < trained(conf) < 2
+    assert conf.folder.parent == Path("runs/Parity")
+    assert sorted(p.name for p in conf.folder.iterdir()) == [
+        "config.yaml", "seed_1", "seed_2", "seeds.json",
+    ]  # fmt: skip
+    assert yaml.safe_load((conf.folder / "config.yaml").read_text()) == conf.to_dict()
+
+
+def test_PT_01_the_loaders_may_be_given() -> None:
+    x = torch.linspace(-1, 1, 12).view(-1, 1)
+    data = TensorDataset(x, x)
+    conf = config(seeds=[1])
+    mean = trained(conf, dl_train=DataLoader(data, 4), dl_val=DataLoader(data, 4))
+    assert read_run(conf.folder / "seed_1")["metrics"]["val/loss"] == mean
+    with pytest.raises(ConfigError, match="both loaders or neither"):
+        run(conf, DataLoader(data, 4))
+
+
+def test_PT_01_what_is_built_is_what_the_configuration_says() -> None:
+    conf = config()
+    model = conf.create_model()
+    optimizer = conf.create_optimizer(model)
+    scheduler = conf.create_scheduler(optimizer)
+    assert model.net[0].out_features == 8
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["lr"] == 0.01
+    assert (scheduler.T_max, scheduler.eta_min) == (3, 1e-5)
+    assert isinstance(conf.create_criterion(), nn.MSELoss)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epochs: 4\n", "duplicate key"),
+        ("epocs: 4\n", "epocs: there is no such key; did you mean 'epochs'"),
+    ],
+)
+def test_PT_02_a_wrong_file_is_refused_at_load(text: str, said: str, project: Path) -> None:
+    file = project / "run.yaml"
+    file.write_text(file.read_text() + text)
+    with pytest.raises(RecipeError, match=r"run\.yaml") as error:
+        RunConfig.from_yaml(file)
+    assert said in str(error.value)
+
+
+def test_PT_02_all_mistakes_are_told_at_once_with_their_lines(project: Path) -> None:
+    text = (project / "run.yaml").read_text()
+    for right, wrong in (
+        ("epochs: 3", "epochs: 0"),
+        ("seeds: [1, 2]", "seeds: []"),
+        ("net: model.MLP", "net: MLP"),
+        ("batch_size: 8", "batch_size: eight"),
+        ("  patience: 10", "  patiense: 10"),
+    ):
+        text = text.replace(right, wrong)
+    (project / "run.yaml").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        RunConfig.from_yaml("run.yaml")
+    lines = {line.split(": ")[1] for line in str(error.value).splitlines()[1:]}
+    assert lines == {
+        "epochs", "seeds", "net", "batch_size", "early_stopping_config.patiense",
+    }  # fmt: skip
+    assert "run.yaml:10: epochs: expected greater than or equal to 1, got 0" in str(error.value)
+
+
+def test_PT_02_floats_and_merge_keys_are_read(project: Path) -> None:
+    text = (project / "run.yaml").read_text()
+    text = text.replace("  lr: 1e-2", "  <<: &base {lr: 1e-3}\n  eps: 1e-7")
+    (project / "run.yaml").write_text(text)
+    assert dict(config().optimizer_config) == {"lr": 0.001, "eps": 1e-7}
+
+
+def test_PT_02_a_misspelt_name_is_found_before_anything_is_built() -> None:
+    with pytest.raises(RecipeError) as error:
+        config(
+            net="model.MPL", optimizer_config={"lrr": 1}, criterion="torch.nn.MSEloss",
+            data="util.data", device="tpu",
+        ).validate_for_execution()  # fmt: skip
+    for said in (
+        "net: 'model' has no 'MPL'; did you mean 'MLP'",
+        "did you mean 'lr'",
+        "did you mean 'MSELoss'",
+        "data: 'util' has no 'data'",
+        "'tpu' is no device",
+    ):
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("net", "os.system"),
+        ("net", "torch.optim.SGD"),
+        ("criterion", "torch.hub.load"),
+        ("data", "subprocess.run"),
+        ("optimizer", "torch.os.system"),
+        ("scheduler", "torch.nn.Linear"),
+    ],
+)
+def test_what_may_not_be_named_is_not_called(key: str, path: str) -> None:
+    """The gates of recipes: packages, identity, kind."""
+    with pytest.raises(RecipeError, match=f"{key}: {path!r}|{key}: '"):
+        run(config(**{key: path}))
+    assert not Path("runs").exists()
+
+
+def test_a_module_elsewhere_needs_trust(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration in a folder of its own, beside nothing: `trust` says what it may name."""
+    (project / "configs").mkdir()
+    (project / "run.yaml").rename(project / "configs/run.yaml")
+    monkeypatch.syspath_prepend(project)
+    with pytest.raises(RecipeError, match="model"):
+        RunConfig.from_yaml("configs/run.yaml").validate_for_execution()
+    RunConfig.from_yaml("configs/run.yaml", trust=["model", "util"]).validate_for_execution()
+    import sys
+
+    for name in ("model", "util"):
+        sys.modules.pop(name, None)
+
+
+def test_PT_03_a_configuration_is_frozen_through_and_through() -> None:
+    conf = config(net_config={"sizes": [1, {"deep": 2}]})
+    with pytest.raises(AttributeError):
+        conf.epochs = 5  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AttributeError):
+        conf.early_stopping_config.patience = -1  # pyright: ignore[reportAttributeAccessIssue]
+    for mapping in (conf.net_config, conf.net_config["sizes"][1]):
+        with pytest.raises(TypeError):
+            mapping["nodes"] = 999  # pyright: ignore[reportIndexIssue]
+    assert isinstance(conf.net_config["sizes"], tuple)
+
+
+def test_PT_03_overrides_merge_and_leave_the_original_alone() -> None:
+    before = config(net_config={"inner": {"a": 1, "b": 2}})
+    after = before.with_overrides(
+        epochs=9, net_config={"inner": {"b": 3}}, checkpoint_config={"keep_last_k": 7}
+    )
+    assert (before.epochs, before.to_dict()["net_config"]["inner"]) == (3, {"a": 1, "b": 2})
+    assert after.to_dict()["net_config"] == {"nodes": 8, "layers": 2, "inner": {"a": 1, "b": 3}}
+    assert (after.epochs, after.checkpoint_config.keep_last_k) == (9, 7)
+    assert after.checkpoint_config.save_every_n_epochs == 10
+    with pytest.raises(RecipeError, match="epochs"):
+        before.with_overrides(epochs=0)
+
+
+def test_31_another_scheduler_does_not_keep_the_old_ones_arguments() -> None:
+    step = config(scheduler="torch.optim.lr_scheduler.StepLR", scheduler_config={"step_size": 2})
+    assert dict(step.scheduler_config) == {"step_size": 2}
+    step.validate_for_execution()
+
+
+def test_PT_03_written_and_read_again_it_is_the_same(tmp_path: Path) -> None:
+    conf = config()
+    conf.to_yaml(tmp_path / "again.yaml")
+    assert RunConfig.from_yaml(tmp_path / "again.yaml") == conf
+    assert list(yaml.safe_load((tmp_path / "again.yaml").read_text()))[:3] == [
+        "project", "device", "seeds",
+    ]  # fmt: skip
+
+
+def test_PT_04_what_is_hardly_meant_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = config(
+        epochs=2,
+        seeds=[1],
+        optimizer_config={"lr": 0},
+        early_stopping_config={"enabled": True, "patience": 5},
+    )
+    keys = [line.split(":")[0] for line in odd.validate_semantics()]
+    assert keys == [
+        "optimizer_config.lr", "scheduler_config.T_max", "early_stopping_config.patience",
+    ]  # fmt: skip
+    assert config().validate_semantics() == []
+    trained(odd)
+    assert capsys.readouterr().err.count("paceline: warning:") == 3
+
+
+def test_PT_04_the_same_seed_twice_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"seeds: .*1 stand there twice"):
+        config(seeds=[1, 2, 1])
+
+
+def test_PT_09_no_epoch_is_lost_or_doubled_at_a_resume() -> None:
+    """Stopped in its third epoch and started again: epochs 0 to 5, once each, and the csv too."""
+    conf = config(epochs=6, seeds=[1], scheduler_config={"T_max": 6})
+    with pytest.raises(Preempted):
+        trained(conf, callbacks=[StopAt(8)])
+    trained(conf)
+    assert epochs_of(conf, 1) == list(range(6))
+    table = (conf.folder / "seed_1/metrics.csv").read_text().splitlines()
+    assert len(table) == 1 + len(rows(conf.folder / "seed_1"))
+
+
+def test_1_a_resumed_schedule_is_not_a_step_behind() -> None:
+    whole = config(epochs=6, seeds=[1], scheduler_config={"T_max": 6})
+    broken = whole.with_overrides(project="Broken")
+    trained(whole, log_every=1)
+    with pytest.raises(Preempted):
+        trained(broken, log_every=1, callbacks=[StopAt(9)])
+    trained(broken, log_every=1)
+    assert rows(broken.folder / "seed_1") == rows(whole.folder / "seed_1")
+
+
+def test_PT_11_more_epochs_go_on_where_the_run_stood() -> None:
+    """Trained for 2 epochs, then asked for 5: three more; and device or tracker are no matter."""
+    schedule = {"scheduler": "torch.optim.lr_scheduler.ExponentialLR"}
+    conf = config(seeds=[1], epochs=2, scheduler_config={"gamma": 0.9}, **schedule)
+    trained(conf)
+    trained(conf.with_overrides(epochs=5))
+    record = read_run(conf.folder / "seed_1")
+    assert (record["step"], len(record["starts"])) == (15, 1)
+    assert epochs_of(conf, 1) == list(range(5))
+    fewer = conf.with_overrides(epochs=4)
+    with pytest.raises(ConfigError, match="epochs: 5 then, 4 now"):
+        trained(fewer)
+
+
+def test_PT_12_only_new_seeds_are_trained_and_only_those_asked_for_count() -> None:
+    began: list[int] = []
+
+    class Telling(Trainer):
+        def on_train_start(self) -> None:
+            began.append(self.seed)
+
+    conf = config()
+    trained(conf, trainer=Telling)
+    mean = trained(config(seeds=[1, 2, 3]), trainer=Telling)
+    assert began == [1, 2, 3]
+    losses = [read_run(conf.folder / f"seed_{s}")["metrics"]["val/loss"] for s in (1, 2, 3)]
+    assert mean == pytest.approx(sum(losses) / 3)
+    assert trained(config(seeds=[2])) == losses[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 4},
+        {"criterion": "torch.nn.L1Loss"},
+        {"optimizer": "torch.optim.Adagrad", "optimizer_config": {"lr": 1e-2}},
+        {"net_config": {"nodes": 4}},
+        {"scheduler_config": {"eta_min": 0.0}},
+        {"data": "util.other_data"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_PT_13_other_settings_are_another_run(change: Change, project: Path) -> None:
+    with (project / "util.py").open("a") as file:
+        file.write("\ndef other_data():\n    return load_data()\n")
+    first = config(seeds=[1], epochs=1)
+    trained(first)
+    kept = (first.folder / "config.yaml").read_text()
+    second = first.with_overrides(**change)
+    trained(second)
+    assert second.folder != first.folder
+    assert read_run(second.folder / "seed_1")["status"] == "complete"
+    assert (first.folder / "config.yaml").read_text() == kept
+
+
+def test_PT_13_what_cannot_change_a_result_shares_the_run() -> None:
+    assert config(seeds=[7], wandb=False, monitor="val/acc", epochs=9).group == config().group
+
+
+class Classifier(Trainer):
+    """Says how often the sign is right; better at every validation but the last."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("acc", float(self.current_epoch % 3))
+
+
+def test_PT_17_the_best_follows_the_metric_that_is_monitored() -> None:
+    saving = {"enabled": True, "monitor": "acc", "mode": "max", "keep_last_k": 1}
+    conf = config(seeds=[1], epochs=4, checkpoint_config=saving)
+    trained(conf, trainer=Classifier)
+    best = (conf.folder / "seed_1/checkpoints/best").read_text().strip()
+    assert best == "step_00000009"  # three steps an epoch; "acc" is 0, 1, 2, 0
+
+
+def test_PT_17_an_unknown_metric_is_said_at_the_first_validation() -> None:
+    conf = config(seeds=[1], checkpoint_config={"enabled": True, "monitor": "val_los"})
+    with pytest.raises(MetricError, match="val/loss"):
+        trained(conf)
+    assert epochs_of(conf, 1) == [0]
+
+
+def test_PT_18_metrics_of_ones_own_are_in_every_epochs_row() -> None:
+    """There is no `metrics:` key; a subclass logs what it measures, averaged over all samples."""
+    conf = config(seeds=[1])
+    trained(conf, trainer=Classifier)
+    table = (conf.folder / "seed_1/metrics.csv").read_text().splitlines()
+    assert "acc" in table[0].split(",")
+    found = [row["acc"] for row in read_rows(conf.folder / "seed_1/metrics.jsonl") if "acc" in row]
+    assert found == [0.0, 1.0, 2.0]
+    with pytest.raises(RecipeError, match="metrics: there is no such key"):
+        RunConfig.from_yaml("run.yaml", ["+metrics=[mse]"])
+
+
+def test_PT_20_an_error_keeps_its_type() -> None:
+    class Broken(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 2:
+                raise KeyError("a bug")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(KeyError, match="a bug"):
+        trained(config(), trainer=Broken)
+
+
+def test_PT_26_a_crashed_run_has_said_what_it_was() -> None:
+    class Broken(Trainer):
+        def on_step_end(self, metrics: Any) -> None:
+            raise RuntimeError("down")
+
+    conf = config(seeds=[1])
+    with pytest.raises(RuntimeError):
+        trained(conf, trainer=Broken)
+    record = json.loads((conf.folder / "seed_1/run.json").read_text())
+    assert record["status"] == "failed"
+    assert {"command", "versions", "git", "hardware", "seed"} <= set(record)
+    assert yaml.safe_load((conf.folder / "config.yaml").read_text()) == conf.to_dict()
+
+
+def test_14_a_seed_that_diverged_is_not_complete() -> None:
+    """The template marked it done, with an infinite loss, for ever."""
+    conf = config(optimizer="torch.optim.SGD", optimizer_config={"lr": 1e38})
+    with pytest.raises(NonFiniteError):
+        trained(conf)
+    assert read_run(conf.folder / "seed_1")["status"] == "failed"
+    assert not (conf.folder / "seeds.json").exists()
+
+
+def test_33_early_stopping_is_relative_and_ends_a_seed_as_complete() -> None:
+    """A flat metric below zero improves nothing; the template's never stopped there (11)."""
+
+    class Flat(Trainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", -1.0)
+
+    stopping = {"enabled": True, "patience": 2}
+    conf = config(seeds=[1], epochs=9, early_stopping_config=stopping)
+    trained(conf, trainer=Flat)
+    record = read_run(conf.folder / "seed_1")
+    assert (record["status"], record["stopped_by"], record["step"]) == ("complete", "early stop", 9)
+
+
+def test_6_the_oldest_checkpoints_go_first() -> None:
+    """Step 30 comes after step 9, whatever the names sort to."""
+    saving = {"enabled": True, "save_every_n_epochs": 1, "keep_last_k": 2, "save_best": False}
+    conf = config(seeds=[1], epochs=11, checkpoint_config=saving)
+    trained(conf)
+    kept = sorted(p.name for p in (conf.folder / "seed_1/checkpoints").glob("step_*"))
+    assert kept == ["step_00000030", "step_00000033"]
+
+
+def test_a_schedule_of_the_metric_follows_the_loss() -> None:
+    plateau = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+    conf = config(seeds=[1], scheduler=plateau, scheduler_config={"patience": 0})
+    assert trained(conf) > 0
