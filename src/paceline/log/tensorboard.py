@@ -156,16 +156,16 @@ def _event(
     start: bool = False,
 ) -> bytes:
     """An event as TensorBoard's protocol buffers have it."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto import event_pb2
 
-    event = Event(wall_time=time.time(), step=step)
+    messages: Any = event_pb2  # which names it has is known when it runs only
+    event = messages.Event(wall_time=time.time(), step=step)
     if version:
         event.file_version = "brain.Event:2"
     if start:
-        event.session_log.CopyFrom(SessionLog(status=SessionLog.START))
+        event.session_log.CopyFrom(messages.SessionLog(status=messages.SessionLog.START))
     for tag, value in (scalars or {}).items():
-        event.summary.value.append(Summary.Value(tag=tag, simple_value=value))
+        event.summary.value.add(tag=tag, simple_value=value)
     return event.SerializeToString()
 
 
