@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 import paceline
 from builders import Noisy, Regression, loader, make_model
-from paceline.checkpoint import load_tree, verify
+from paceline.checkpoint import CheckpointPolicy, Checkpoints, load_tree, verify
 from paceline.errors import CheckpointError
 from paceline.report import find_runs
 from paceline.report.text import cell
+from paceline.world.world import World
 
 SOURCE = Path(paceline.__file__).parent
 
@@ -197,3 +198,30 @@ def test_links_and_pipes_in_a_run_folder_are_not_followed(tmp_path: Path) -> Non
     }
     assert found["a"].recipe == {}
     assert "xyzzy" not in str([run.values for run in found.values()])
+
+
+def hostile_checkpoint(run: Path, models: dict) -> None:
+    saver = Checkpoints(run / "checkpoints", CheckpointPolicy(), World())
+    saver.save({"models": models}, 1, synchronous=True, info={"metrics": {BELL: 1.0}})
+    saver.close()
+
+
+def test_an_export_stays_in_its_folder_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a model called `../../../evil`, or a linked exports folder, then no file appears."""
+    monkeypatch.chdir(tmp_path)
+    hostile_checkpoint(hostile_run(tmp_path / "runs/a"), {"../../../evil": {"w": torch.ones(2)}})
+    hostile_checkpoint(hostile_run(tmp_path / "runs/b"), {"model": {BELL: torch.ones(2)}})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs/b/exports").symlink_to(tmp_path / "elsewhere")
+    hostile_checkpoint(hostile_run(tmp_path / "runs/c"), {"model": {BELL: BELL}})
+    for run in "abc":
+        done = paceline_command("export", f"runs/{run}")
+        assert done.returncode in (1, 2)
+        assert b"Traceback" not in done.stderr, done.stderr
+        assert all(c.isprintable() or c == "\n" for c in done.stderr.decode())
+    assert paceline_command("export", "runs/b", "--to", "mine").returncode == 0
+    assert sorted(p.name for p in tmp_path.rglob("*_step_*")) == ["model_step_00000001.safetensors"]
+    assert not list(tmp_path.rglob("exploded"))
+    assert not list(tmp_path.rglob("*evil*"))

@@ -89,6 +89,19 @@ def decode(tensors: dict[str, torch.Tensor], skeleton: Any) -> Any:
     return _Decoder(tensors).node(skeleton, 0)
 
 
+def names_in(skeleton: Any) -> set[str]:
+    """The tensors that a skeleton, or a part of one, asks for."""
+    names, waiting = set(), [skeleton]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            names |= {v for k, v in node.items() if k in ("$tensor", "$array") and type(v) is str}
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+    return names
+
+
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether a tensor is spread over processes, found out without importing torch's DTensor.
 

@@ -6,7 +6,7 @@ import builtins
 import json
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from paceline.checkpoint import agreement, publication
-from paceline.checkpoint.codec import decode, encode, is_dtensor
+from paceline.checkpoint.codec import decode, encode, is_dtensor, names_in
 from paceline.checkpoint.files import Disk
 from paceline.checkpoint.policy import CheckpointPolicy, to_keep
 from paceline.checkpoint.publication import Checkpoint, Manifest
@@ -444,12 +444,17 @@ class Checkpoints:
             self._events.extend(Event(kind, message) for message in messages)
 
 
-def load_tree(path: Path | str, into: dict[str, Any] | None = None) -> dict[str, Any]:
+def load_tree(
+    path: Path | str,
+    into: dict[str, Any] | None = None,
+    parts: Collection[str] | None = None,
+) -> dict[str, Any]:
     """Reads a checkpoint that is known to be intact, in this process alone.
 
     Args:
         path: its folder.
         into: see `Checkpoints.load`.
+        parts: the keys of the tree to read, e.g. ("models",); None for all. Others cost nothing.
 
     Raises:
         MismatchError, CheckpointError: see `Checkpoints.load`.
@@ -462,7 +467,10 @@ def load_tree(path: Path | str, into: dict[str, Any] | None = None) -> dict[str,
         raise CheckpointError(f"{path / publication.STATE}: not the state of a run")
     targets = encode(into)[0] if into else {}
     shards = {name: tensor for name, tensor in targets.items() if is_dtensor(tensor)}
-    tensors = read_tensors(path, shards)
+    if parts is not None and isinstance(state["tree"], dict):
+        state["tree"] = {key: part for key, part in state["tree"].items() if key in parts}
+        state["rank"] = state["rank"] if "rank" in parts else None
+    tensors = read_tensors(path, shards, None if parts is None else names_in(list(state.values())))
     try:
         tree, rank = decode(tensors, [state["tree"], state["rank"]])
     except CheckpointError as error:

@@ -82,15 +82,21 @@ class Checksum:
         return f"{self._value:08x}"
 
 
-def header_of(parts: list[Part]) -> bytes:
-    """The header of a file with these tensors, in this order, as torch's own writer makes it."""
-    header: dict[str, Any] = {
-        "__metadata__": {
+def header_of(parts: list[Part], metadata: dict[str, str] | None = None) -> bytes:
+    """The header of a file with these tensors, in this order.
+
+    Args:
+        parts: the tensors, or this rank's pieces of them.
+        metadata: what the file tells of itself; by default where the pieces belong, as torch's own
+            checkpoint writer puts it.
+    """
+    if metadata is None:
+        metadata = {
             _SHARDING: json.dumps({p.name: {"saved_offsets": list(p.offsets)} for p in parts}),
             "DCP_VERSION": "1.0",
             "format": "pt",
         }
-    }
+    header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for part in parts:
         header[part.name] = {
@@ -167,6 +173,19 @@ def checksum_of(path: Path) -> str:
         while read := file.readinto(buffer):
             value = zlib.crc32(buffer[:read], value)
     return f"{value:08x}"
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file tells of itself.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    read_header(path)
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get("__metadata__", {})
+    return {str(key): str(value) for key, value in metadata.items()}
 
 
 def read_header(path: Path) -> dict[str, Entry]:

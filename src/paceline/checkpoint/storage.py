@@ -12,7 +12,7 @@ the ranks must agree on more than what it knows about.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,24 +212,27 @@ def _read_whole(file: Any, entries: dict[str, Entry], item: ReadItem, planner: L
 
 
 def read_tensors(
-    folder: Path, into: dict[str, torch.Tensor] | None = None
+    folder: Path,
+    into: dict[str, torch.Tensor] | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads every tensor of a checkpoint. Needs no other rank.
+    """Reads the tensors of a checkpoint. Needs no other rank.
 
     Args:
         folder: a verified checkpoint.
         into: tensors to fill instead of new ones, by name; a DTensor gets its own shard. Names that
             the checkpoint lacks are left alone.
+        only: the names to read; None for all.
 
     Returns:
-        All tensors by name, new ones in host memory.
+        The tensors by name, new ones in host memory.
 
     Raises:
         MismatchError: a tensor of `into` has another dtype or shape.
         CheckpointError: the files cannot be read.
     """
     try:
-        return _read_tensors(folder, into or {})
+        return _read_tensors(folder, into or {}, only)
     except CheckpointError:
         raise
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
@@ -238,7 +241,9 @@ def read_tensors(
         raise CheckpointError(f"{folder}: {describe(error)}") from error
 
 
-def _read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _read_tensors(
+    folder: Path, into: dict[str, torch.Tensor], only: Collection[str] | None
+) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         read_header(path)  # refuses what would make torch's reader ask for absurd memory
     reader = StreamingReader(folder)
@@ -247,6 +252,8 @@ def _read_tensors(folder: Path, into: dict[str, torch.Tensor]) -> dict[str, torc
     targets: dict[str, Any] = {}
     mismatches = []
     for name, known in stored.items():
+        if only is not None and name not in only:
+            continue
         target = into.get(name)
         if target is None:
             targets[name] = torch.empty(known.size, dtype=known.properties.dtype)

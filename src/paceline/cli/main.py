@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.export import export
 from paceline.cli.preflight import preflight
 from paceline.cli.runs import runs
 from paceline.cli.train import train
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(runs)
 app.command()(preflight)
+app.command()(export)
 
 
 def _show_version(wanted: bool) -> None:
@@ -65,6 +67,8 @@ def _show(error: PacelineError) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from paceline.report.text import printable
+
     console = Console(stderr=True, soft_wrap=True)
     cause = error.__cause__
     if cause is not None and not isinstance(error, ConfigError):
@@ -73,7 +77,8 @@ def _show(error: PacelineError) -> None:
     where = f"{_rank()}: " if _rank() else ""
     # A recipe's mistakes need no name for their class; what befalls a run does.
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    console.print(Text.assemble((f"{where}error: ", "bold red"), f"{name}{error}"))
+    told = "\n".join(map(printable, f"{name}{error}".split("\n")))
+    console.print(Text.assemble((f"{where}error: ", "bold red"), told))
 
 
 def _rank() -> str | None:

@@ -41,7 +41,7 @@ def train(
         list[str] | None, typer.Option(metavar="KEY", help="Resume although KEY has changed.")
     ] = None,
     init_from: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Take the first weights from a checkpoint.")
+        str | None, typer.Option(metavar="PATH", help="First weights from a run or an export.")
     ] = None,
     trust: Annotated[
         list[str] | None,

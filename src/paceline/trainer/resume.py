@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 
 from paceline.checkpoint import Checkpoint, check_fits, load_tree, scan, verify
+from paceline.checkpoint.safetensors_file import read_metadata
 from paceline.checkpoint.state import (
     check_optimizer_state,
     load_model_state,
@@ -342,22 +344,33 @@ def load_weights(trainer: Trainer, path: Path) -> None:
     Raises:
         CheckpointError: nothing there, damaged, or no name fits.
     """
-    folder = _checkpoint_in(trainer, path)
-    stored = load_tree(folder)["models"]
+    source, stored = _weights_at(trainer, path)
     loaded, missing, unexpected = 0, [], []
     for name, model in trainer.named_models().items():
-        here, there = model.state_dict(), stored.get(name, {})
+        here, there = model.state_dict(keep_vars=True), stored.get(name, {})
         fits = {k: v for k, v in there.items() if k in here and v.shape == here[k].shape}
         loaded += len(fits)
-        missing += [f"{name}.{k}" for k in here if k not in fits]
+        tied = {id(here[k]) for k in fits}  # an exported file has tied weights under one name
+        missing += [f"{name}.{k}" for k in here if k not in fits and id(here[k]) not in tied]
         unexpected += [f"{name}.{k}" for k in there if k not in fits]
         model.load_state_dict(fits, strict=False)
     if not loaded:
         raise CheckpointError(f"init_from={path}: no tensor there fits this trainer's models.")
     trainer.say(
-        f"weights from {folder}: {loaded} tensors loaded; missing: {', '.join(missing) or 'none'}; "
+        f"weights from {source}: {loaded} tensors loaded; missing: {', '.join(missing) or 'none'}; "
         f"unexpected: {', '.join(unexpected) or 'none'}."
     )
+
+
+def _weights_at(trainer: Trainer, path: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the weights are found, and the models' states by name."""
+    if path.is_file():
+        named = read_metadata(path).get("model")
+        models = trainer.named_models()
+        name = named if named in models else next(iter(models))
+        return path, {name: load_file(path)}
+    folder = _checkpoint_in(trainer, path)
+    return folder, load_tree(folder, parts=("models",))["models"]
 
 
 def _checkpoint_in(trainer: Trainer, path: Path) -> Path:
@@ -372,7 +385,9 @@ def _checkpoint_in(trainer: Trainer, path: Path) -> Path:
             trainer.say(f"init_from: {error}; an older checkpoint is looked for.")
         else:
             return folder
-    raise CheckpointError(f"init_from={path} is neither a checkpoint nor a run with one.")
+    raise CheckpointError(
+        f"init_from={path} is neither a checkpoint nor a run with one nor a safetensors file."
+    )
 
 
 def find(trainer: Trainer) -> Checkpoint | None:

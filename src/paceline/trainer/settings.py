@@ -47,7 +47,8 @@ class Resume:
             "must" fails if there is none; "never" fails if there is one; "fresh" moves an earlier
             run aside; any other text is the path of a checkpoint.
         accept: identity keys that may differ from the checkpoint's, e.g. ("optimizer.lr",).
-        init_from: a checkpoint or run folder whose model weights a new run starts from.
+        init_from: a checkpoint, a run folder or an exported safetensors file, whose model weights
+            a new run starts from.
     """
 
     mode: str = "auto"

@@ -1,0 +1,62 @@
+"""`paceline export`: weights from a checkpoint as plain safetensors files."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Weights(StrEnum):
+    """Which of a checkpoint's weights."""
+
+    live = "live"
+    averaged = "averaged"
+
+
+class Dtype(StrEnum):
+    """What floating-point tensors are converted to."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False),
+    ],
+    weights: Annotated[
+        Weights, typer.Option(help="The trained ones, or those AveragedWeights kept.")
+    ] = Weights.live,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="latest|best|step_00000120", help="Which of the run's.")
+    ] = "latest",
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A .safetensors file or a folder.  [default: exports]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of several models.  [default: all]")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Convert the weights.  [default: as they are]")
+    ] = None,
+) -> None:
+    """Writes the weights of a run as safetensors, under the model's own names.
+
+    model.load_state_dict(safetensors.torch.load_file(path)) takes them back.
+    """
+    from paceline.checkpoint.export import export as write
+    from paceline.report.text import printable
+
+    written = write(
+        run, to=to, weights=weights.value, checkpoint=checkpoint, model=model,
+        dtype=None if dtype is None else dtype.value,
+    )  # fmt: skip
+    for file in written:
+        told = f"{file.path}: {file.tensors} {weights.value} tensors of {file.model!r}"
+        typer.echo(printable(f"{told}, {file.bytes:,} bytes, from {file.checkpoint.path.name}"))
