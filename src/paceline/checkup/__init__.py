@@ -5,6 +5,7 @@ trained, `doctor()` looks at the machine and tests the promises on it.
 """
 
 from paceline.checkup.preflight import preflight
+from paceline.checkup.preview import Preview, preview
 from paceline.checkup.report import Check, Report
 
-__all__ = ["Check", "Report", "preflight"]
+__all__ = ["Check", "Preview", "Report", "preflight", "preview"]

@@ -56,8 +56,7 @@ def preflight(recipe: Recipe) -> Report:
     Raises:
         ConfigError: this process is one of several: preflight is for one.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("preflight runs in one process: start it without a launcher.")
+    alone("preflight")
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
     report = Report([Check("recipe", "PASS", str(recipe.composed.path))])
@@ -65,10 +64,20 @@ def preflight(recipe: Recipe) -> Report:
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
     with _scratch_beside(recipe.run_dir) as scratch:
         # Nothing is recorded for the whole of several seeds: its folder is the run's own.
-        one = replace(one, run_dir=scratch / "run", whole=None)
+        one = replace(one, run_dir=scratch / "run", whole=None, plan=[*one.plan])
         _Preflight(one, recipe.run_dir, len(recipe.seeds) or 1, report).run()
     gc.collect()  # a trainer is full of cycles, and may hold all of the memory
     return report
+
+
+def alone(command: str) -> None:
+    """Refuses to look at a recipe as one of several processes.
+
+    Raises:
+        ConfigError: this process is one of several.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"{command} runs in one process: start it without a launcher.")
 
 
 class _Preflight:

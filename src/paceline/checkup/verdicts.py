@@ -42,16 +42,21 @@ def training_data(trainer: Trainer, seen: Seen) -> list[Check]:
     length = "of unknown length" if batches is None else f"{batches:,} batches an epoch"
     if windows is not None and windows != batches:
         length += f" in {windows:,} steps"
-    detail = f"{samples_in(trainer.train_dataloader)}, {length}; first batch {seen.batch}"
+    detail = f"{_samples(trainer.train_dataloader)}, {length}; first batch {seen.batch}"
     return [Check("training data", "PASS", detail)]
 
 
-def samples_in(loader: Any) -> str:
-    """How many samples a loader's dataset says it has."""
+def samples_in(loader: Any) -> int | None:
+    """How many samples a loader's dataset says it has, None if it does not."""
     try:
-        return f"{len(loader.dataset):,} samples"
+        return len(loader.dataset)
     except (AttributeError, TypeError):
-        return "samples not counted beforehand"
+        return None
+
+
+def _samples(loader: Any) -> str:
+    count = samples_in(loader)
+    return "samples not counted beforehand" if count is None else f"{count:,} samples"
 
 
 def forward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
@@ -183,7 +188,7 @@ def validation(trainer: Trainer, seen: Seen) -> list[Check]:
         return [Check("validation", "SKIP", "there is no val_dataloader")]
     length = trainer.validation.length
     batches = "of unknown length" if length is None else f"{length:,} batches"
-    data = f"{samples_in(trainer.val_dataloader)}, {batches}"
+    data = f"{_samples(trainer.val_dataloader)}, {batches}"
     checks = [Check("validation data", "PASS", data)]
     if not seen.metrics:
         detail = "it measures nothing: call self.log in validation_step, or return metrics from "

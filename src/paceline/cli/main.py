@@ -12,6 +12,7 @@ import typer
 
 from paceline.cli.export import export
 from paceline.cli.preflight import preflight
+from paceline.cli.preview import preview
 from paceline.cli.runs import runs
 from paceline.cli.train import train
 from paceline.errors import ConfigError, PacelineError
@@ -26,6 +27,7 @@ app.command()(train)
 app.command()(runs)
 app.command()(preflight)
 app.command()(export)
+app.command()(preview)
 
 
 def _show_version(wanted: bool) -> None:

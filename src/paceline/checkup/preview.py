@@ -1,0 +1,193 @@
+"""Preview: what a recipe says, what it builds, and how its run would go. Nothing is trained."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from paceline.checkup.layers import Layer, layers_of, outputs_noted
+from paceline.checkup.preflight import alone, told
+from paceline.checkup.schedule import Schedule, schedules_of
+from paceline.checkup.settings import Setting, settings_of
+from paceline.checkup.verdicts import samples_in
+from paceline.recipe.builder import build_trainer
+from paceline.recipe.recipe import Recipe
+from paceline.trainer.events import overrides
+from paceline.trainer.trainer import Trainer
+from paceline.trainer.window import describe
+
+if TYPE_CHECKING:
+    from paceline.trainer.window import Window
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What would be trained.
+
+    Attributes:
+        settings: of the recipe, with their places.
+        layers: every module of every model.
+        flops: floating-point operations of one batch's forward pass (a multiplication and an
+            addition are two); None if it failed.
+        flops_of: what `flops` counts, in words.
+        problem: why the forward pass failed; empty if it did not.
+        components: optimizers, schedulers and the like, by what they are.
+        training, validation: what is known of the data, by what it is.
+        plan: (decision, setting that changes it), for what the recipe left open.
+        schedules: learning rates, one an optimizer.
+    """
+
+    settings: list[Setting]
+    layers: list[Layer]
+    flops: int | None
+    flops_of: str
+    problem: str
+    components: dict[str, str]
+    training: dict[str, str]
+    validation: dict[str, str]
+    plan: list[tuple[str, str]]
+    schedules: list[Schedule] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Parameters of all models, and those that are trained."""
+        models = [layer for layer in self.layers if layer.depth == 0]
+        return sum(m.parameters for m in models), sum(m.trainable for m in models)
+
+    def as_json(self) -> dict[str, Any]:
+        """The preview as plain data."""
+        parameters, trainable = self.parameters
+        return {**asdict(self), "parameters": parameters, "trainable": trainable}
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Builds what a recipe describes and sends one batch through it.
+
+    The run is started as training would start it, without its callbacks and loggers and without a
+    folder: nothing is written. An overridden `step()` takes its one step on what is then thrown
+    away.
+
+    Args:
+        recipe: the checked recipe; of several seeds the first is built.
+
+    Raises:
+        PacelineError: it cannot be built, or its run cannot start.
+    """
+    alone("preview")
+    settings = settings_of(recipe.composed)
+    one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
+    recipe = replace(one, whole=None, plan=[*one.plan])  # building adds to the plan
+    trainer = build_trainer(recipe, resume="never")
+    trainer.callbacks, trainer.loggers, trainer.checkpoint_policy = [], [], None
+    trainer.run_dir, trainer.show_progress, trainer.compile = None, False, False
+    trainer.on_nonfinite = "raise"
+    with trainer.running(recipe.seed):
+        schedules = schedules_of(trainer)
+        forward = _Forward(trainer)
+        forward.run()
+        training, validation = _training(trainer, forward.batch), _validation(trainer)
+    shown = Preview(
+        settings=settings,
+        layers=layers_of(trainer.named_models(), forward.outputs),
+        flops=forward.flops,
+        flops_of=forward.what,
+        problem=forward.problem,
+        components=_components(trainer),
+        training=training,
+        validation=validation,
+        plan=[*recipe.plan, *trainer.source.plan, *getattr(trainer.validation, "plan", ())],
+        schedules=schedules,
+    )
+    del trainer, forward
+    gc.collect()  # a trainer is full of cycles, and may hold all of the memory
+    return shown
+
+
+class _Forward:
+    """One batch through the models of a run that has been started."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.outputs: Any = {}
+        self.flops: int | None = None
+        self.what = "forward pass of one batch"
+        self.problem = ""
+        self.batch: dict[str, str] = {}
+        self._trainer = trainer
+
+    def run(self) -> None:
+        """Counts and notes; a failure is kept as `problem`."""
+        trainer = self._trainer
+        counter = FlopCounterMode(display=False)
+        try:
+            window = next(iter(trainer.epoch_windows()))
+            if window.samples >= 0:
+                self.batch["samples a step"] = f"{int(window.samples):,}"
+            with outputs_noted(trainer.named_models()) as self.outputs, counter:
+                if overrides(trainer, "step", Trainer):
+                    self.what = "a whole step of the trainer's own, backward passes included"
+                    trainer.step(window)
+                else:
+                    self._first_step(window)
+            self.batch["batch"] = describe(window.batch)
+            self.flops = counter.get_total_flops()
+        except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+            self.problem = told(error)
+
+    def _first_step(self, window: Window) -> None:
+        for batch, batch_idx in window:
+            self.batch["batch"] = describe(batch)
+            with self._trainer.autocast:
+                self._trainer.training_step(batch, batch_idx)
+            return
+
+
+def _components(trainer: Trainer) -> dict[str, str]:
+    found = {}
+    for name, optimizer in trainer.named_optimizers().items():
+        groups = optimizer.param_groups
+        held = sum(p.numel() for group in groups for p in group["params"])
+        options = ", ".join(
+            f"{key}={value}" for key, value in optimizer.defaults.items() if value is not None
+        )
+        count = f", in {len(groups)} groups" if len(groups) > 1 else ""
+        found[name] = f"{type(optimizer).__name__}({options}) of {held:,} parameters{count}"
+    for name, scheduler in (trainer.named_schedulers() or {}).items():
+        found[name] = f"{type(scheduler).__name__}, each {trainer.lr_scheduler_interval}"
+    function = trainer.loss_fn
+    if function is not None:
+        found["loss_fn"] = getattr(function, "__name__", None) or repr(function)
+    found["device"] = f"{trainer.device}, {trainer.precision}"
+    return found
+
+
+def _training(trainer: Trainer, batch: dict[str, str]) -> dict[str, str]:
+    loader = trainer.train_dataloader
+    return {
+        "samples": _number(samples_in(loader)),
+        **batch,
+        "batches an epoch": _number(trainer.train_batches),
+        "steps an epoch": _number(trainer.source.windows_per_epoch),
+        "steps in the run": _number(trainer.training_horizon),
+        "workers": str(getattr(loader, "num_workers", 0)),
+    }
+
+
+def _validation(trainer: Trainer) -> dict[str, str]:
+    if trainer.validation is None:
+        return {}
+    loader = trainer.val_dataloader
+    batch, _ = next(iter(trainer.validation.batches()), (None, 0))
+    return {
+        "samples": _number(samples_in(loader)),
+        "batch": "none" if batch is None else describe(batch),
+        "batches": _number(trainer.validation.length),
+        "validates every": str(trainer.validate_every),
+        "workers": str(getattr(loader, "num_workers", 0)),
+    }
+
+
+def _number(count: int | None) -> str:
+    return "not known beforehand" if count is None else f"{count:,}"
