@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from paceline.cli.export import export
+from paceline.cli.new import new
 from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
 from paceline.cli.runs import runs
@@ -28,6 +29,7 @@ app.command()(runs)
 app.command()(preflight)
 app.command()(export)
 app.command()(preview)
+app.command()(new)
 
 
 def _show_version(wanted: bool) -> None:

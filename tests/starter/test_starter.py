@@ -1,0 +1,114 @@
+"""`paceline new`: the project works as it was written, and nothing that exists is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paceline.errors import ConfigError
+from paceline.starter import new_project
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """A Python module as a command in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_project_has_a_recipe_a_module_a_test_and_a_readme(tmp_path: Path) -> None:
+    files = new_project("spirals", tmp_path / "made/for/it")
+    assert [str(p.relative_to(tmp_path / "made/for/it")) for p in files] == [
+        "spirals/recipe.yaml",
+        "spirals/spirals.py",
+        "spirals/test_spirals.py",
+        "spirals/README.md",
+    ]
+    assert not [p for p in files if "__NAME__" in p.read_text()]
+    assert len(files[-1].read_text().splitlines()) <= 16
+
+
+@pytest.mark.slow
+def test_its_test_passes_as_generated(tmp_path: Path) -> None:
+    new_project("spirals", tmp_path)
+    done = run(tmp_path / "spirals", "pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path) -> None:
+    """Given a model with a counter that no checkpoint has, then the generated test tells."""
+    new_project("spirals", tmp_path)
+    with (tmp_path / "spirals/spirals.py").open("a") as file:
+        file.write(
+            "\n\ndef forward(self, x):\n"
+            "    self.calls = getattr(self, 'calls', 0) + 1\n"
+            "    return nn.Sequential.forward(self, x) * self.calls\n\n\n"
+            "Net.forward = forward\n"
+        )
+    done = run(tmp_path / "spirals", "pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 1
+    assert "1 failed" in done.stdout
+
+
+@pytest.mark.slow
+def test_its_readme_shows_only_what_works(tmp_path: Path) -> None:
+    *_, readme = new_project("spirals", tmp_path)
+    commands = readme.read_text().split("```sh\n")[1].split("```")[0].splitlines()
+    here = str(Path(sys.executable).parent)
+    for command in (commands[0].replace(" #", " --dry-run #"), *commands):
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path / "spirals", capture_output=True, text=True,
+            timeout=240, env={**os.environ, "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    runs = tmp_path / "spirals/runs/spirals"
+    assert json.loads((runs / "baseline/run.json").read_text())["best"] > 0.95  # a guess is 1/3
+    assert list((runs / "baseline/exports").glob("*.safetensors"))
+
+
+def test_it_is_clean_code(tmp_path: Path) -> None:
+    new_project("spirals", tmp_path)
+    for words in (("check", "--select=E,F,W,I,B,UP,SIM,RUF"), ("format", "--check")):
+        done = run(tmp_path, "ruff", *words, "--isolated", "--no-cache", "spirals")
+        assert done.returncode == 0, done.stdout
+
+
+def test_what_exists_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "spirals").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        new_project("spirals", tmp_path)
+    assert list((tmp_path / "spirals").iterdir()) == []
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ConfigError, match="exists already"):
+        new_project("taken", tmp_path)
+    with pytest.raises(ConfigError, match="cannot be made"):
+        new_project("spirals", tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("my-net", "'my_net'"),
+        ("3d Net", "'project_3d_net'"),
+        ("_hidden", "'hidden'"),
+        ("größe", "'gr_e'"),
+        ("../up", "'up'"),
+        ("", "a letter first."),
+        ("class", "'class_project'"),
+        ("json", "'json_project'"),
+        ("torch", "'torch_project'"),
+        ("paceline", "'paceline_project'"),
+    ],
+)
+def test_a_name_that_would_not_work_gets_a_suggestion(tmp_path: Path, name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        new_project(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
