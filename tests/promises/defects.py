@@ -13,6 +13,8 @@ from paceline.checkpoint.publication import discard, scan
 from paceline.data import loader
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
+from paceline.recipe.components import Checker
+from paceline.recipe.mistakes import Mistake, Mistakes
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.placement import Replica
 from paceline.trainer.stop import StopAgreement
@@ -148,6 +150,29 @@ def never(*_: Any, **__: Any) -> bool:
 
 def unchanged(value: Any) -> Any:
     return value
+
+
+def first_only(self: Mistakes, path: Any, text: str, *_: Any, **__: Any) -> None:
+    if not self.found:
+        self.found.append(Mistake(path, text))
+
+
+def no_marks(composed: Any) -> dict[Any, str]:
+    return {}
+
+
+def as_it_is(value: Any, hint: Any) -> Any:
+    return value
+
+
+def built_at_once(self: Checker, *args: Any, **kwargs: Any) -> Any:
+    component = _call(self, *args, **kwargs)
+    if component is not None and component.kind.name == "dataset":
+        component.target(**component.kwargs)
+    return component
+
+
+_call = Checker.call
 
 
 def unsaid(order: Any, loader: Any, plan: list[tuple[str, str]]) -> Any:

@@ -23,6 +23,8 @@ from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
 from paceline.log import provenance
 from paceline.log.sinks import RowFile
+from paceline.recipe import components, compose, recipe
+from paceline.recipe.mistakes import Mistakes
 from paceline.trainer import events, placement, recorder, resume, validation, window
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
@@ -67,6 +69,7 @@ def apply(name: str) -> None:
 P1, P3, P4 = "test_p01_on_ranks", "test_p03_same_mathematics", "test_p04_every_sample_once"
 P2, P5 = "test_p02_nothing_observed_is_disturbed", "test_p05_a_kill_loses_nothing"
 P6, P8 = "test_p06_a_signal_is_a_clean_stop", "test_p08_cheap"
+P9 = "test_p09_wrong_before_expensive"
 P10, P11 = "test_p10_opening_a_run_executes_nothing", "test_p11_a_run_explains_itself"
 P12, P13 = "test_p12_resume_costs_the_same_anywhere", "test_p13_nothing_behind_your_back"
 ALONE, PROVENANCE = "test_p01_exact_resume", "test_provenance"
@@ -356,6 +359,46 @@ MUTANTS = [
         ((events, "overrides"),),
         defects.always,
         f"{P8}:test_an_event_that_nobody_hears_calls_nothing",
+    ),
+    Mutant(
+        "the first mistake is the only one told",
+        ((Mistakes, "add"),),
+        defects.first_only,
+        f"{P9}:check_in",
+    ),
+    Mutant(
+        "nobody knows where a recipe's values stand",
+        ((compose, "_marks"),),
+        defects.no_marks,
+        f"{P9}:check_in",
+    ),
+    Mutant(
+        "types are not looked at",
+        ((components, "fit"),),
+        defects.as_it_is,
+        f"{P9}:check_in",
+        {"kind": "a wrong type deep inside"},
+    ),
+    Mutant(
+        "arguments that nobody takes are left to the constructor",
+        ((components.Checker, "_names"),),
+        defects.nothing,
+        f"{P9}:check_in",
+        {"kind": "a misspelt argument"},
+    ),
+    Mutant(
+        "what cannot be combined is left to the trainer",
+        ((recipe, "check_combinations"),),
+        defects.nothing,
+        f"{P9}:check_in",
+        {"kind": "an epoch too few"},
+    ),
+    Mutant(
+        "components are built to see whether they can be",
+        ((components.Checker, "call"),),
+        defects.built_at_once,
+        f"{P9}:check_in",
+        {"kind": "a misspelt setting"},
     ),
     Mutant(
         "a checkpoint may be a pickle",

@@ -33,7 +33,7 @@ def test_weights_are_a_function_of_the_seed(recipe: Write):
 
 def test_every_part_reaches_the_trainer(recipe: Write):
     trainer = build(
-        recipe(),
+        recipe(val_dataloader={"_target_": "toy.Batches"}),
         "trainer.max_grad_norm=1",
         "trainer.metric_monitor={metric_name: val/loss, mode: min}",
         "+checkpoint.every_steps=3",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkup.report import Check
-from paceline.recipe.recipe import HORIZON, Recipe
+from paceline.recipe.components import HORIZON
+from paceline.recipe.mistakes import dotted
+from paceline.recipe.parts import each
+from paceline.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -17,11 +20,12 @@ _WARMUPS = ("num_warmup_steps", "warmup_steps", "warmup")
 def wrong_settings(recipe: Recipe) -> list[Check]:
     """What the recipe alone tells: nothing is built."""
     checks: list[Check] = []
-    optimizer = recipe.parts.get("optimizer")
-    rate = None if optimizer is None else optimizer.kwargs.get("lr")
-    if isinstance(rate, int | float) and rate <= 0:
-        text = f"optimizer.lr is {rate}: nothing is learned unless it is above zero"
-        checks.append(Check(_NAME, "FAIL", text))
+    for _, optimizer in each(recipe.parts.get("optimizer")):
+        rate = optimizer.kwargs.get("lr")
+        if isinstance(rate, int | float) and rate <= 0:
+            name = dotted((*optimizer.path, "lr"))
+            text = f"{name} is {rate}: nothing is learned unless it is above zero"
+            checks.append(Check(_NAME, "FAIL", text))
     return checks
 
 
@@ -49,10 +53,9 @@ def wrong_lengths(trainer: Trainer, recipe: Recipe, validations: int | None) -> 
     if length is None or interval == "metric":
         return [Check(_NAME, "WARN", text) for text in told]
     unit = "epochs" if interval == "epoch" else "optimizer steps"
-    arguments = recipe.parts.get("lr_scheduler")
-    written = {} if arguments is None else arguments.kwargs
+    written = {dotted(s.path): s.kwargs for _, s in each(recipe.parts.get("lr_scheduler"))}
     for name, scheduler in (trainer.named_schedulers() or {}).items():
-        told += _wrong_schedule(name, scheduler, written, length, unit)
+        told += _wrong_schedule(name, scheduler, written.get(name, {}), length, unit)
     return [Check(_NAME, "WARN", text) for text in told]
 
 

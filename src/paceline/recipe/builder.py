@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import paceline.errors
-from paceline.data.loader import WindowSize, count_windows
 from paceline.errors import PacelineError, RecipeError
 from paceline.recipe.components import Component
+from paceline.recipe.groups import grouped
+from paceline.recipe.horizon import Horizon
 from paceline.recipe.mistakes import Path as Place
 from paceline.recipe.mistakes import dotted
-from paceline.recipe.recipe import HORIZON, Recipe
+from paceline.recipe.parts import Part, each
+from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
-from paceline.trainer.resume import kept_global_batch_size
 from paceline.trainer.settings import Resume
-from paceline.world.parallel import Parallel
 from paceline.world.seeding import seed_everything
-from paceline.world.world import World
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -103,56 +102,59 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     # Before anything draws a random number: the weights are a function of the seed.
     seed_everything(recipe.seed)
     for slot in ("model", "train_dataloader", "val_dataloader", "loss_fn"):
-        if (component := parts.get(slot)) is not None:
-            arguments[slot] = builder.build(component)
-    if (component := parts.get("optimizer")) is not None:
-        model = arguments["model"]
-        arguments["optimizer"] = builder.build(component, params=model.parameters(), model=model)
+        if (part := parts.get(slot)) is not None:
+            arguments[slot] = _alike(part, {name: builder.build(c) for name, c in each(part)})
+    if parts.get("optimizer") is not None:
+        arguments["optimizer"] = _optimizers(builder, recipe, arguments["model"])
     resume = resume if isinstance(resume, Resume) else Resume(str(resume))
-    if (component := parts.get("lr_scheduler")) is not None:
-        counted = _horizon(recipe, component, arguments.get("train_dataloader"), resume)
-        arguments["lr_scheduler"] = builder.build(
-            component, optimizer=arguments["optimizer"], **counted
-        )
+    if parts.get("lr_scheduler") is not None:
+        length = Horizon(recipe, arguments.get("train_dataloader"), resume)
+        arguments["lr_scheduler"] = _schedulers(builder, length, arguments["optimizer"])
     for slot, components in recipe.lists.items():
         arguments[slot] = [builder.build(component) for component in components]
     arguments["callbacks"] = [*arguments.get("callbacks", []), *_records(recipe)]
     return builder.build(recipe.trainer, **arguments, run_dir=str(recipe.run_dir), resume=resume)
 
 
-def _horizon(recipe: Recipe, component: Component, loader: Any, resume: Resume) -> dict[str, int]:
-    """The length of the run, under the name by which the scheduler asks for it."""
-    interval = recipe.setting("lr_scheduler_interval")
-    name = next((name for name in HORIZON if name in component.parameters), None)
-    # OneCycleLR may be told its length as epochs times steps_per_epoch instead.
-    told = {name, "steps_per_epoch"} & set(component.kwargs)
-    if name is None or told or interval == "metric":
-        return {}
-    steps = recipe.setting("epochs") if interval == "epoch" else _windows(recipe, loader, resume)
-    if steps is None:
-        raise RecipeError(
-            f"lr_scheduler: the run's length is not known beforehand; set lr_scheduler.{name}, "
-            "trainer.max_steps or trainer.epoch_length."
-        )
-    unit = "epochs" if interval == "epoch" else "optimizer steps"
-    recipe.plan.append((f"the schedule's {name} is {steps} {unit}", f"lr_scheduler.{name}"))
-    return {name: steps}
+def _optimizers(builder: Builder, recipe: Recipe, model: Any) -> Any:
+    """The optimizers, each with the parameters of the model of its name (a single one, all)."""
+    part, made = recipe.parts["optimizer"], {}
+    models = model if isinstance(model, Mapping) else {"": model}
+    for name, component in each(part):
+        mine = {name: models[name]} if name else models
+        named = [
+            (f"{prefix}.{n}" if len(mine) > 1 else n, parameter)
+            for prefix, one in mine.items()
+            for n, parameter in one.named_parameters()
+        ]
+        params = grouped(named, recipe.groups.get(name, []))
+        given = mine[name] if name else model
+        made[name] = builder.build(component, params=params, model=given)
+    return _alike(part, made)
 
 
-def _windows(recipe: Recipe, loader: Any, resume: Resume) -> int | None:
-    """Optimizer steps in the whole run."""
-    if loader is None:
-        return recipe.setting("max_steps")
-    accumulation = recipe.setting("gradient_accumulation_steps")
-    size = WindowSize(
-        gradient_accumulation_steps=accumulation,
-        global_batch_size=recipe.setting("global_batch_size")
-        or kept_global_batch_size(recipe.run_dir, resume, loader, accumulation),
-        epoch_length=recipe.setting("epoch_length"),
-    )
-    world = World(recipe.settings.get("parallel") or Parallel())
-    epochs, max_steps = recipe.setting("epochs"), recipe.setting("max_steps")
-    return count_windows(loader, size, epochs, max_steps, world.dp_size)
+def _schedulers(builder: Builder, length: Horizon, optimizer: Any) -> Any:
+    """The schedulers, each with the optimizer of its name, told the length of the run."""
+    part = length.recipe.parts["lr_scheduler"]
+    made = {
+        name: _scheduler(builder, length.fill(component), optimizer[name] if name else optimizer)
+        for name, component in each(part)
+    }
+    return _alike(part, made)
+
+
+def _scheduler(builder: Builder, component: Component, optimizer: Any) -> Any:
+    """A scheduler, after those that it is made of."""
+    kwargs = dict(component.kwargs)
+    inner = kwargs.get("schedulers")
+    if isinstance(inner, list):
+        kwargs["schedulers"] = [_scheduler(builder, one, optimizer) for one in inner]
+    return builder.build(replace(component, kwargs=kwargs), optimizer=optimizer)
+
+
+def _alike(part: Part, made: dict[str, Any]) -> Any:
+    """What was made of a part: one object, or several by name as in the recipe."""
+    return made[""] if isinstance(part, Component) else made
 
 
 def _records(recipe: Recipe) -> list[RecordRecipe]:

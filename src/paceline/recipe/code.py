@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from paceline.errors import RecipeError
+from paceline.errors import RecipeError, nearest
 
 # In a module's namespace: another recipe's code of the same name may take its place.
 _MARK = "__paceline_code__"
@@ -35,7 +35,8 @@ def find_code(code: str, folder: Path) -> Path:
         raise RecipeError(f"{code!r} lies outside the recipe's folder; put it next to the recipe.")
     start = path / "__init__.py" if path.is_dir() else path
     if not start.is_file():
-        raise RecipeError(f"there is no file {str(start)!r}.")
+        there = [other.name for other in folder.glob("*.py")]
+        raise RecipeError(f"there is no file {str(start)!r}{nearest(code, there) or '.'}")
     if start.suffix != ".py":
         raise RecipeError(f"{code!r} is neither a .py file nor a package.")
     name = path.stem

@@ -12,6 +12,7 @@ import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -20,7 +21,7 @@ import torch
 
 from paceline import registry
 from paceline.errors import ConfigError, nearest
-from paceline.recipe.mistakes import Mistakes, Path
+from paceline.recipe.mistakes import Mistakes, Path, suggestion
 from paceline.recipe.targets import KINDS, Kind, Roots, check_kind, find_target
 
 # Arguments that are components of a kind of their own, wherever they occur.
@@ -30,7 +31,12 @@ _SLOTS = {
     "batch_sampler": "sampler",
     "collate_fn": "collate_fn",
     "worker_init_fn": "collate_fn",
+    "schedulers": "lr_scheduler",
 }
+# Arguments of such components that mean "optimizer steps in the whole run": they can be counted.
+HORIZON = ("num_training_steps", "total_steps", "T_max")
+_NESTED = {"lr_scheduler": {"given": ("optimizer",), "filled": HORIZON}}
+_TAKES_FUNCTIONS = ("LambdaLR", "MultiplicativeLR")
 _FORBIDDEN = "Hydra only composes recipes, so its options for instantiation do not exist here"
 
 
@@ -55,6 +61,11 @@ class Component:
     parameters: frozenset[str] = frozenset()
 
 
+def is_component(node: Any) -> bool:
+    """Whether a node of a recipe says that it is one object to build."""
+    return isinstance(node, Mapping) and ("_target_" in node or "type" in node)
+
+
 @dataclass(frozen=True)
 class Checker:
     """Turns nodes of a recipe into Components, noting every mistake on the way.
@@ -62,13 +73,13 @@ class Checker:
     Args:
         roots: the packages that targets may come from.
         mistakes: takes what is wrong.
-        unread: the name of the recipe's own module if it could not be imported. That has been
-            told; that its classes are unknown is no mistake of its own.
+        unread: the recipe's own module could not be imported. That has been told; that its
+            classes are unknown is no mistake of its own.
     """
 
     roots: Roots
     mistakes: Mistakes
-    unread: str | None = None
+    unread: bool = False
 
     def component(
         self,
@@ -91,7 +102,7 @@ class Checker:
         Returns:
             The component, or None if it has mistakes.
         """
-        if not isinstance(node, Mapping) or not ("_target_" in node or "type" in node):
+        if not is_component(node):
             known = registry.names(kind.name)
             named = f" or `type:` ({', '.join(known)})" if known else ""
             self.mistakes.add(path, f"expected a mapping with `_target_:`{named}, got {node!r}")
@@ -141,6 +152,14 @@ class Checker:
         if not isinstance(text, str):
             self.mistakes.add(where, f"expected a name, got {text!r}")
             return None
+        if kind.name == "lr_scheduler" and text.split(".")[-1] in _TAKES_FUNCTIONS:
+            self.mistakes.add(
+                where,
+                f"{text!r} takes Python functions, which a recipe cannot hold: use "
+                "`type: warmup_cosine`, torch's SequentialLR of simple schedulers, or a scheduler "
+                "class of your own in `code:`.",
+            )
+            return None
         try:
             if key == "_target_":
                 return find_target(text, kind, self.roots)
@@ -148,7 +167,7 @@ class Checker:
             check_kind(text, target, kind, own=True)
             return target
         except (ConfigError, ImportError) as error:
-            if self.unread is None or (key == "_target_" and text.split(".")[0] != self.unread):
+            if not self.unread or (key == "_target_" and self.roots.allows(text.split(".")[0])):
                 self.mistakes.add(where, str(error))
             return None
 
@@ -173,7 +192,7 @@ class Checker:
             elif name not in signature.named and not signature.takes_any:
                 known = [n for n in signature.named if n not in given]
                 self.mistakes.add(
-                    where, f"{signature.name} has no such argument{nearest(name, known)}"
+                    where, f"{signature.name} has no such argument{suggestion(name, known)}"
                 )
 
     def _missing(
@@ -190,12 +209,16 @@ class Checker:
         """An argument's value with the components in it; its type is checked if it has none."""
         before = len(self.mistakes.found)
         is_slot = name in _SLOTS
+        if name == "milestones":
+            hint = list[int | float]  # shares of the run are as good; see horizon.py
         if isinstance(value, Mapping) and ("_target_" in value or (is_slot and "type" in value)):
-            return self.component(value, KINDS[_SLOTS.get(name, "part")], path)
+            kind = _SLOTS.get(name, "part")
+            return self.component(value, KINDS[kind], path, **_NESTED.get(kind, {}))
         if isinstance(value, Mapping):
             inner = {k: self._argument("", v, None, (*path, str(k))) for k, v in value.items()}
         elif isinstance(value, list):
-            inner = [self._argument("", v, None, (*path, str(i))) for i, v in enumerate(value)]
+            slot = name if is_slot else ""
+            inner = [self._argument(slot, v, None, (*path, str(i))) for i, v in enumerate(value)]
         else:
             inner = value
         if hint is None or _holds_component(inner) or len(self.mistakes.found) > before:
@@ -319,7 +342,7 @@ def fit(value: Any, hint: Any) -> Any:
     A list does for a tuple and an integer for a float; "1" does not do for 1.
 
     Returns:
-        The value, as a tuple where the annotation says so.
+        The value, as a tuple or a path where the annotation says so.
 
     Raises:
         ValueError: it does not fit; the message says what was expected and found.
@@ -334,7 +357,7 @@ def fit(value: Any, hint: Any) -> Any:
         fitted = adapter.validate_json(text)
     except pydantic.ValidationError as error:
         raise ValueError(f"expected {_expected(error, value, hint)}, got {value!r}") from error
-    return fitted if isinstance(fitted, tuple) else value
+    return fitted if isinstance(fitted, tuple | PurePath) else value
 
 
 def _expected(error: pydantic.ValidationError, value: Any, hint: Any) -> str:
@@ -342,7 +365,9 @@ def _expected(error: pydantic.ValidationError, value: Any, hint: Any) -> str:
     texts: list[str] = []
     for part in error.errors():
         text = part["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-        if part["type"] == "needs_python_object":
+        if part["type"] in ("missing", "too_long"):  # of a tuple's items
+            text = inspect.formatannotation(hint)
+        elif part["type"] == "needs_python_object":
             text = str(part["loc"][-1] if part["loc"] else getattr(hint, "__name__", hint))
             text = text.removeprefix("is-instance[").removesuffix("]")
         if part["type"] == "literal_error" and isinstance(value, str):

@@ -3,13 +3,18 @@
 Hydra composes: defaults lists, config groups in the recipe's folder, `${...}` interpolation and
 `key=value` overrides work as its users know them. Nothing is imported and nothing is built here,
 so that any command may read a recipe that it does not trust.
+
+Hydra gives up at the first thing it cannot use. Here what is wrong is noted and left out, so that
+the rest can be composed and checked too.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,14 +26,37 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import MissingConfigException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from paceline.errors import RecipeError
+from paceline.errors import RecipeError, nearest
+from paceline.recipe.marks import MAX_DEPTH, drop_duplicates, mark, read_node, shared_keys
 from paceline.recipe.mistakes import Mistakes, Path
+from paceline.recipe.resolvers import register_resolvers
 
-# Deeper than any recipe; an interpolation that contains itself would go on for ever.
-_MAX_DEPTH = 60
+# `${name`, `${.name` or `${oc.select:name`: what an interpolation refers to.
+_REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An override that could be read.
+
+    Attributes:
+        text: as the user wrote it.
+        override: what Hydra reads in it.
+        lenient: as Hydra is given it: with `++`, so that a misspelt key is found by the check.
+    """
+
+    text: str
+    override: Override
+    lenient: str
+
+    @property
+    def path(self) -> Path:
+        return tuple(self.override.key_or_group.replace("/", ".").split("."))
 
 
 @dataclass(frozen=True)
@@ -37,13 +65,15 @@ class Composed:
 
     Attributes:
         path: the recipe file.
-        overrides: the overrides as the user wrote them.
+        overrides: those that were applied.
         config: the tree, with interpolations still unresolved.
+        noted: the mistakes that were met on the way.
     """
 
     path: FilePath
-    overrides: tuple[str, ...]
+    overrides: tuple[Taken, ...]
     config: DictConfig
+    noted: Mistakes
 
     def text(self) -> str:
         """The recipe as YAML, interpolations unresolved, so that no secret is written."""
@@ -64,7 +94,7 @@ class Composed:
         return replace(self, config=config)
 
     def mistakes(self) -> Mistakes:
-        """An empty collection of mistakes that knows where this recipe's values were written."""
+        """The mistakes so far, in a collection that knows where this recipe's values stand."""
         marks: dict[Path, str] = {}
 
         def locate(path: Path) -> str:
@@ -74,11 +104,19 @@ class Composed:
                 path = path[:-1]
             return marks.get(path, str(self.path))
 
-        return Mistakes(locate)
+        return Mistakes(locate, list(self.noted.found), set(self.noted.unknown))
 
     def resolve(self, mistakes: Mistakes) -> dict[str, Any]:
         """The tree as plain values; what cannot be resolved is noted and left as None."""
         return _resolve_mapping(self.config, (), mistakes)
+
+    def own_keys(self) -> set[str]:
+        """Top-level keys that other keys refer to, by `${key}` or by a YAML anchor."""
+        own = shared_keys(read_node(self.path))
+        raw: Any = OmegaConf.to_container(self.config, resolve=False)
+        for name, value in raw.items():
+            own |= set(_REFERENCE.findall(str(value))) - {name}
+        return own
 
 
 def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
@@ -88,42 +126,210 @@ def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
         path: the recipe's YAML file.
         overrides: `key=value`, `+key=value`, `~key`, or `group=option`.
 
+    Returns:
+        What could be composed, and the mistakes met in doing so.
+
     Raises:
-        RecipeError: no such file, not YAML, or Hydra cannot compose it.
+        RecipeError: no such file, not YAML, or nothing that Hydra can compose.
     """
+    register_resolvers()
     file = FilePath(path)
+    noted = Mistakes(lambda _: str(file))
+    taken = _read_overrides(overrides, file.resolve().parent, noted)
+    _check_file(file, noted)
+    config, taken = _compose(file, taken, noted)
+    return Composed(file, tuple(taken), config, noted)
+
+
+def _read_overrides(texts: Sequence[str], folder: FilePath, noted: Mistakes) -> list[Taken]:
+    parser = OverridesParser.create()
+    taken: list[Taken] = []
+    for text in texts:
+        try:
+            override: Override = parser.parse_override(text)
+        except Exception as error:  # noqa: BLE001 - the grammar's errors have no common base
+            noted.add((), f"{text!r} is not key=value: {told(error)}", "override")
+            continue
+        key, wrong = override.key_or_group, None
+        if not key.strip("."):
+            wrong = "is not key=value: the key is missing."
+        elif key.split(".")[0].split("/")[0] == "hydra":
+            wrong = "is Hydra's: it only composes recipes, and has no settings here."
+        elif override.is_sweep_override():
+            wrong = "gives several values: a recipe takes one for each key, not a sweep."
+        if wrong is not None:
+            noted.add((), f"{text!r} {wrong}", "override")
+        elif override.type is OverrideType.CHANGE and not (folder / key).is_dir():
+            taken.append(Taken(text, override, f"++{text}"))
+        else:
+            taken.append(Taken(text, override, text))
+    return taken
+
+
+def _check_file(file: FilePath, noted: Mistakes) -> None:
+    """Notes what is wrong with the recipe file by itself.
+
+    Raises:
+        RecipeError: it cannot be read at all; the mistakes so far are told too.
+    """
+    node = None
     if not file.is_file():
-        raise RecipeError(f"there is no recipe file {str(file)!r}.")
-    _refuse_hydra_settings(file)
-    lenient = _lenient(overrides, file.resolve().parent)
-    with _config_loader(file), _as_recipe_error(file):
-        config = hydra_compose(file.name, lenient)
-    return Composed(file, tuple(overrides), config)
+        known = [str(other) for other in file.parent.glob("*.yaml")]
+        noted.add((), f"there is no recipe file {str(file)!r}{nearest(str(file), known)}")
+    else:
+        try:
+            node = read_node(file)
+        except Exception as error:  # noqa: BLE001 - PyYAML's, and the decoder's
+            noted.add((), told(error), _place(error, file))
+        else:
+            if node is not None and not isinstance(node, yaml.MappingNode):
+                noted.add((), "a recipe is a mapping of keys to values.", f"{file}:1")
+                node = None
+            elif node is None:
+                return
+    if node is None:
+        noted.raise_any(file)
+        return
+    for key, _ in node.value:
+        if key.value == "hydra":
+            # It configures an application that is not running here, and can import packages.
+            noted.add(
+                ("hydra",),
+                "Hydra only composes recipes, so its own settings have no effect. Remove them; "
+                "run.dir says where a run is written.",
+                f"{file}:{key.start_mark.line + 1}",
+            )
+            noted.raise_any(file)
+
+
+def _compose(file: FilePath, taken: list[Taken], noted: Mistakes) -> tuple[DictConfig, list[Taken]]:
+    """Composes with what can be used.
+
+    Raises:
+        RecipeError: nothing can be composed, whatever is left out.
+    """
+    try:
+        return _hydra(file, taken, noted), taken
+    except MissingConfigException as error:
+        left = _without_missing(error, file, taken, noted)
+    except Exception:  # noqa: BLE001 - Hydra's, OmegaConf's and PyYAML's
+        left = _without_culprits(file, taken, noted)
+    return _compose(file, left, noted)
+
+
+def _hydra(file: FilePath, taken: Sequence[Taken], noted: Mistakes) -> DictConfig:
+    with _config_loader(file, noted):
+        return hydra_compose(file.name, [each.lenient for each in taken])
+
+
+def _without_missing(
+    error: MissingConfigException, file: FilePath, taken: list[Taken], noted: Mistakes
+) -> list[Taken]:
+    """Notes that an option of a config group does not exist; goes on without the group."""
+    name = (error.missing_cfg_file or "").removesuffix(".yaml")
+    group, _, option = name.rpartition("/")
+    path = tuple(group.split("/")) if group else ()
+    text = f"there is no {name}.yaml beside the recipe{nearest(option, error.options or ())}"
+    culprits = [each for each in taken if each.lenient.lstrip("+") == f"{group}={option}"]
+    if culprits:
+        noted.add(path, text, f"override {culprits[0].text!r}", known=False)
+        return [each for each in taken if each not in culprits]
+    noted.add(path, text, _place_of_default(file, option), known=False)
+    if not group or any(each.lenient == f"~{group}" for each in taken):
+        noted.raise_any(file)
+    override = OverridesParser.create().parse_override(f"~{group}")
+    return [*taken, Taken(f"~{group}", override, f"~{group}")]
+
+
+def _place_of_default(file: FilePath, option: str) -> str | None:
+    """The line of the recipe's defaults list on which an option stands."""
+    root = read_node(file)
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value != "defaults" or not isinstance(value, yaml.SequenceNode):
+            continue
+        for item in value.value:
+            values = [v for _, v in item.value] if isinstance(item, yaml.MappingNode) else [item]
+            if any(str(v.value).removesuffix(".yaml") == option for v in values):
+                return f"{file}:{item.start_mark.line + 1}"
+    return None
+
+
+def _without_culprits(file: FilePath, taken: list[Taken], noted: Mistakes) -> list[Taken]:
+    """Finds the overrides that cannot be applied, and notes them.
+
+    Raises:
+        RecipeError: it is not the overrides; the mistakes so far are told too.
+    """
+    try:
+        _hydra(file, [], noted)
+    except MissingConfigException:
+        pass  # an override may have been chosen in its place
+    except Exception as error:  # noqa: BLE001 - Hydra's, OmegaConf's and PyYAML's
+        noted.add((), told(error), _place(error, file))
+        noted.raise_any(file)
+    left: list[Taken] = []
+    for each in taken:
+        try:
+            _hydra(file, [*left, each], noted)
+        except MissingConfigException:
+            left.append(each)
+        except Exception as error:  # noqa: BLE001
+            noted.add((), told(error), f"override {each.text!r}")
+        else:
+            left.append(each)
+    if len(left) == len(taken):
+        noted.add((), "its overrides cannot be applied together.")
+        noted.raise_any(file)
+    return left
 
 
 @contextlib.contextmanager
-def _config_loader(file: FilePath) -> Iterator[ConfigLoader]:
+def _config_loader(file: FilePath, noted: Mistakes) -> Iterator[ConfigLoader]:
     """Hydra, set up on the recipe's folder and cleared again whatever happens."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(file.resolve().parent), version_base="1.3"):
-            yield GlobalHydra.instance().config_loader()
+            loader = GlobalHydra.instance().config_loader()
+            for source in loader.get_sources():
+                if source.provider == "main":
+                    source.load_config = _tolerant(source, file, noted)  # pyright: ignore
+            yield loader
     finally:
         # A program of the user's that runs under Hydra finds its own Hydra again.
         GlobalHydra.instance().hydra = before
 
 
-@contextlib.contextmanager
-def _as_recipe_error(file: FilePath) -> Iterator[None]:
-    """Turns whatever Hydra, OmegaConf and PyYAML raise into a RecipeError."""
-    try:
-        yield
-    except Exception as error:
-        raise RecipeError(f"{file}: {_told(error)}") from error
+def _tolerant(
+    source: ConfigSource, recipe: FilePath, noted: Mistakes
+) -> Callable[[str], ConfigResult]:
+    """Hydra's own loading of a file, but a key that stands there twice is noted and used once."""
+    load = source.load_config
+
+    # A plain function: Hydra copies its sources, and with a partial the notes would be copied too.
+    def load_config(config_path: str) -> ConfigResult:
+        try:
+            return load(config_path)
+        except yaml.constructor.ConstructorError as error:
+            if "duplicate" not in str(error.problem):
+                raise
+        file = recipe.parent / f"{config_path.removesuffix('.yaml')}.yaml"
+        root = read_node(file)
+        assert root is not None
+        drop_duplicates(
+            root,
+            lambda path, line, first: noted.add(
+                path, f"this key stands in line {first} already.", f"{file}:{line}"
+            ),
+        )
+        config: Any = OmegaConf.load(StringIO(yaml.serialize(root, allow_unicode=True)))
+        header = ConfigSource._get_header_dict(file.read_text(encoding="utf-8")[:512])
+        return ConfigResult(source.provider, f"file://{source.path}", config, header)
+
+    return load_config
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """An error's message in one line, without the frames that Hydra and PyYAML add to it."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
@@ -134,46 +340,10 @@ def _told(error: BaseException) -> str:
     return " ".join(lines) or type(error).__name__
 
 
-def _refuse_hydra_settings(file: FilePath) -> None:
-    """`hydra:` configures an application that is not running here, and can import packages."""
-    with _as_recipe_error(file):
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    if node is None:
-        return
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values.")
-    for key, _ in node.value:
-        if key.value == "hydra":
-            raise RecipeError(
-                f"{file}:{key.start_mark.line + 1}: hydra: Hydra only composes recipes, so its own "
-                "settings have no effect. Remove them; run.dir says where a run is written."
-            )
-
-
-def _lenient(overrides: Sequence[str], folder: FilePath) -> list[str]:
-    """The overrides with `++`, so that a misspelt key is found by the check, not one at a time."""
-    mistakes = Mistakes(lambda _: "override")
-    parser = OverridesParser.create()
-    lenient = []
-    for text in overrides:
-        try:
-            override: Override = parser.parse_override(text)
-        except Exception as error:  # noqa: BLE001 - the grammar's errors have no common base
-            mistakes.add((), f"{text!r} is not key=value: {_told(error)}")
-            continue
-        key = override.key_or_group
-        if not key.strip("."):
-            mistakes.add((), f"{text!r} is not key=value: the key is missing.")
-        elif key.split(".")[0].split("/")[0] == "hydra":
-            mistakes.add((), f"{text!r}: Hydra only composes recipes, it has no settings here.")
-        elif override.is_sweep_override():
-            mistakes.add((), f"{text!r}: a recipe takes one value for each key, not a sweep.")
-        elif override.type is OverrideType.CHANGE and not (folder / key).is_dir():
-            lenient.append(f"++{text}")
-        else:
-            lenient.append(text)
-    mistakes.raise_any("the overrides")
-    return lenient
+def _place(error: Exception, file: FilePath) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}:{error.problem_mark.line + 1}"
+    return str(file)
 
 
 def _resolve_mapping(node: DictConfig, path: Path, mistakes: Mistakes) -> dict[str, Any]:
@@ -181,16 +351,16 @@ def _resolve_mapping(node: DictConfig, path: Path, mistakes: Mistakes) -> dict[s
 
 
 def _resolve(parent: DictConfig | ListConfig, key: Any, path: Path, mistakes: Mistakes) -> Any:
-    if len(path) > _MAX_DEPTH:
-        mistakes.add(path[:1], "it contains itself through an interpolation.")
+    if len(path) > MAX_DEPTH:
+        mistakes.add(path[:1], "it contains itself through an interpolation.", known=False)
         return None
     if OmegaConf.is_missing(parent, key):
-        mistakes.add(path, "'???' stands for a value that must be given.")
+        mistakes.add(path, "'???' stands for a value that must be given.", known=False)
         return None
     try:
         value = parent[key]
     except Exception as error:  # noqa: BLE001 - a resolver may raise anything
-        mistakes.add(path, f"cannot be resolved: {_told(error)}")
+        mistakes.add(path, f"cannot be resolved: {told(error)}", known=False)
         return None
     if isinstance(value, DictConfig):
         return _resolve_mapping(value, path, mistakes)
@@ -202,16 +372,19 @@ def _resolve(parent: DictConfig | ListConfig, key: Any, path: Path, mistakes: Mi
 def _marks(composed: Composed) -> dict[Path, str]:
     """Where each value was written: `file:line`, or the override. Later ones win, as in Hydra."""
     marks: dict[Path, str] = {}
-    lenient = _lenient(composed.overrides, composed.path.resolve().parent)
-    with _config_loader(composed.path) as loader, _as_recipe_error(composed.path):
-        parts = loader.compute_defaults_list(composed.path.name, lenient, RunMode.RUN).defaults
+    lenient = [each.lenient for each in composed.overrides]
+    try:
+        with _config_loader(composed.path, Mistakes(str)) as loader:
+            parts = loader.compute_defaults_list(composed.path.name, lenient, RunMode.RUN).defaults
+    except Exception as error:
+        raise RecipeError(f"{composed.path}: {told(error)}") from error
     for part in parts:
         _mark_file(part, composed.path, marks)
-    parser = OverridesParser.create()
-    for text in composed.overrides:
-        override = parser.parse_override(text)
-        key = override.key_or_group.replace("/", ".")
-        marks[tuple(key.split("."))] = f"override {text!r}"
+    for each in composed.overrides:
+        place = f"override {each.text!r}"
+        marks[each.path] = place
+        for i in range(1, len(each.path)):  # what the override itself has made
+            marks.setdefault(each.path[:i], place)
     return marks
 
 
@@ -223,22 +396,6 @@ def _mark_file(part: ResultDefault, recipe: FilePath, marks: dict[Path, str]) ->
     file = recipe if part.primary else recipe.parent / f"{name.removesuffix('.yaml')}.yaml"
     if not file.is_file():
         return
-    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    node = read_node(file)
     if node is not None:
-        _mark_node(node, package, file, marks)
-
-
-def _mark_node(node: yaml.Node, path: Path, file: FilePath, marks: dict[Path, str]) -> None:
-    if len(path) > _MAX_DEPTH:
-        return
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            merged = key.tag == "tag:yaml.org,2002:merge"  # `<<: *anchor`
-            below = path if merged else (*path, str(key.value))
-            marks[below] = f"{file}:{key.start_mark.line + 1}"
-            _mark_node(value, below, file, marks)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            below = (*path, str(i))
-            marks[below] = f"{file}:{value.start_mark.line + 1}"
-            _mark_node(value, below, file, marks)
+        mark(node, package, file, marks)

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
 
-from paceline.checkpoint.policy import CheckpointPolicy
-from paceline.errors import ConfigError, RecipeError
+from paceline.errors import RecipeError
 from paceline.recipe.code import find_code, load_code
+from paceline.recipe.combinations import check_combinations
 from paceline.recipe.components import Checker, Component, signature_of
 from paceline.recipe.compose import Composed, compose
+from paceline.recipe.groups import Group
 from paceline.recipe.mistakes import Mistakes
+from paceline.recipe.parts import Part, check_lists, check_parts, check_settings, check_trainer
 from paceline.recipe.record import CODE_FOLDER
-from paceline.recipe.schema import Schema, parse
-from paceline.recipe.targets import KINDS, Roots
-from paceline.trainer.monitor import MetricMonitor
-from paceline.world.parallel import Parallel
-
-# Arguments that mean "optimizer steps in the whole run", which the builder can count.
-HORIZON = ("num_training_steps", "total_steps", "T_max")
-
-# Slot -> its kind, and the arguments that the builder gives.
-_PARTS = {
-    "model": ("model", ()),
-    "train_dataloader": ("dataloader", ()),
-    "val_dataloader": ("dataloader", ()),
-    "loss_fn": ("loss_fn", ()),
-    "optimizer": ("optimizer", ("params", "model")),
-    "lr_scheduler": ("lr_scheduler", ("optimizer",)),
-}
-_LISTS = {"callbacks": "callback", "loggers": "logger"}
-# The Trainer's arguments that are keys of their own in a recipe, or belong to the command.
-_NOT_UNDER_TRAINER = (*_PARTS, *_LISTS, "parallel", "checkpoint", "run_dir", "resume")
+from paceline.recipe.schema import parse
+from paceline.recipe.targets import Roots
 
 
 @dataclass(frozen=True)
@@ -49,10 +33,12 @@ class Recipe:
         project, name, run_dir: what the run is called and where it is written.
         code: the user's own module or package, or None.
         trainer: the Trainer class and its scalar settings.
-        parts: the components by the Trainer's argument; None where the recipe says null.
+        parts: the components by the Trainer's argument: one, several by name, or None where the
+            recipe says null.
         lists: callbacks and loggers; a list that the recipe does not give is absent.
         settings: parallel and checkpoint, if the recipe gives them.
         plan: (decision, setting that changes it), for what was decided so far.
+        groups: the parameter groups of optimizers, by the optimizer's name ("" of a single one).
         trust: the packages given with `--trust`.
         whole: the recipe with `seeds` that this is one run of, or None.
     """
@@ -65,10 +51,11 @@ class Recipe:
     run_dir: Path
     code: Path | None
     trainer: Component
-    parts: dict[str, Component | None]
+    parts: dict[str, Part]
     lists: dict[str, list[Component]]
     settings: dict[str, Any]
     plan: list[tuple[str, str]] = field(default_factory=list)
+    groups: dict[str, list[Group]] = field(default_factory=dict)
     trust: tuple[str, ...] = ()
     whole: Recipe | None = None
 
@@ -115,21 +102,22 @@ def load_recipe(
 def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
     """Checks all of a recipe that was read; see `load_recipe`."""
     mistakes = composed.mistakes()
-    schema = parse(_values(composed, mistakes), mistakes)
+    schema = parse(_values(composed, mistakes), composed.own_keys(), mistakes)
     code = _code(schema.code, composed, mistakes)
-    unread = Path(schema.code).stem if schema.code is not None and code is None else None
+    unread = schema.code is not None and code is None
     checker = Checker(Roots(code.stem if code else None, trust), mistakes, unread)
-    trainer = _trainer(schema.trainer, checker)
-    parts = _parts(schema, trainer, checker)
-    lists = _lists(schema, checker)
-    settings = _settings(schema, checker)
+    trainer = check_trainer(schema.trainer, checker)
+    parts, groups = check_parts(schema, checker)
+    lists = check_lists(schema, checker)
+    settings = check_settings(schema, checker)
+    check_combinations(schema, trainer, parts, mistakes)
     mistakes.raise_any(composed.path)
     assert trainer is not None
     project = schema.run.project or composed.path.stem
     run_dir = Path(schema.run.dir) if schema.run.dir else Path("runs", project, schema.run.name)
     recipe = Recipe(
         composed, schema.seed, tuple(schema.seeds or ()), project, schema.run.name, run_dir, code,
-        trainer, parts, lists, settings, trust=tuple(trust),
+        trainer, parts, lists, settings, groups=groups, trust=tuple(trust),
     )  # fmt: skip
     if schema.run.dir is None:
         recipe.plan.append((f"the run is written to {run_dir}", "run.dir"))
@@ -156,84 +144,3 @@ def _code(name: str | None, composed: Composed, mistakes: Mistakes) -> Path | No
         mistakes.add(("code",), str(error))
         return None
     return path
-
-
-def _trainer(node: Mapping[str, Any], checker: Checker) -> Component | None:
-    """The Trainer class and its settings."""
-    node = dict(node)
-    path = ("trainer",)
-    for name in [n for n in _NOT_UNDER_TRAINER if n in node]:
-        place = f"is a key of the recipe's top level: `{name}:`"
-        place = {"run_dir": "is `run.dir`", "resume": "is `--resume`"}.get(name, place)
-        checker.mistakes.add((*path, name), f"{place}; it does not belong under `trainer:`.")
-        del node[name]
-    if isinstance(node.get("metric_monitor"), Mapping):
-        where = (*path, "metric_monitor")
-        node["metric_monitor"] = settings(MetricMonitor, node["metric_monitor"], where, checker)
-    if "_target_" not in node and "type" not in node:
-        node["type"] = "trainer"
-    return checker.component(node, KINDS["trainer"], path, filled=_NOT_UNDER_TRAINER)
-
-
-def _parts(
-    schema: Schema, trainer: Component | None, checker: Checker
-) -> dict[str, Component | None]:
-    parts: dict[str, Component | None] = {}
-    interval = trainer.kwargs.get("lr_scheduler_interval", "step") if trainer else "step"
-    for slot, (kind, given) in _PARTS.items():
-        node = getattr(schema, slot)
-        if node is None:
-            continue
-        counted = HORIZON if slot == "lr_scheduler" and interval != "metric" else ()
-        parts[slot] = checker.component(node, KINDS[kind], (slot,), given=given, filled=counted)
-    for slot, needs in (("optimizer", "model"), ("lr_scheduler", "optimizer")):
-        if getattr(schema, slot) is not None and getattr(schema, needs) is None:
-            checker.mistakes.add((slot,), f"needs a `{needs}:`.")
-    return parts
-
-
-def _lists(schema: Schema, checker: Checker) -> dict[str, list[Component]]:
-    """Callbacks and loggers, from a list or from a mapping of names (null takes one out)."""
-    lists: dict[str, list[Component]] = {}
-    for slot, kind in _LISTS.items():
-        node = getattr(schema, slot)
-        if node is None:
-            continue
-        if isinstance(node, Mapping) and not ("_target_" in node or "type" in node):
-            items = [(name, item) for name, item in node.items() if item is not None]
-        elif isinstance(node, list):
-            items = [(str(i), item) for i, item in enumerate(node)]
-        else:
-            checker.mistakes.add((slot,), f"expected a list or a mapping of names, got {node!r}")
-            continue
-        found = [checker.component(item, KINDS[kind], (slot, name)) for name, item in items]
-        lists[slot] = [component for component in found if component is not None]
-    return lists
-
-
-def _settings(schema: Schema, checker: Checker) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if schema.parallel:
-        found["parallel"] = settings(Parallel, schema.parallel, ("parallel",), checker)
-    if schema.checkpoint is None or schema.checkpoint is False:
-        found["checkpoint"] = None
-    elif not isinstance(schema.checkpoint, Mapping):
-        text = f"expected a mapping, or null for no checkpoints, got {schema.checkpoint!r}"
-        checker.mistakes.add(("checkpoint",), text)
-    elif schema.checkpoint:
-        found["checkpoint"] = settings(
-            CheckpointPolicy, schema.checkpoint, ("checkpoint",), checker
-        )
-    return found
-
-
-def settings(cls: type, node: Mapping[str, Any], path: tuple[str, ...], checker: Checker) -> Any:
-    """An object that holds nothing but settings; made at once, since only it knows its limits."""
-    component = checker.call(cls, node, path, KINDS["part"])
-    if component is None:
-        return None
-    try:
-        return cls(**component.kwargs)
-    except ConfigError as error:
-        checker.mistakes.add(path, str(error))
-        return None

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import pydantic
 
-from paceline.errors import nearest
-from paceline.recipe.mistakes import Mistakes, Path
+from paceline.recipe.mistakes import Mistakes, Path, suggestion
+from paceline.trainer.trainer import Trainer
+
+_ELSEWHERE = {
+    "resume": "the command's `--resume`",
+    "init_from": "the command's `--init-from`",
+    "run_dir": "`run.dir`",
+    "name": "`run.name`",
+    "project": "`run.project`",
+}
 
 
 def folder_name(value: str) -> str:
@@ -70,17 +79,19 @@ class Schema(_Section):
     checkpoint: Any = {}
 
 
-def parse(values: Mapping[str, Any], mistakes: Mistakes) -> Schema:
+def parse(values: Mapping[str, Any], own: Collection[str], mistakes: Mistakes) -> Schema:
     """The recipe's top level, checked.
 
     Args:
         values: the resolved recipe.
+        own: keys of the recipe's own, which others refer to and which may hold anything.
         mistakes: takes every mistake.
 
     Returns:
         What is right of it, with defaults for the rest.
     """
-    values = dict(values)
+    known = Schema.model_fields
+    values = {name: value for name, value in values.items() if name in known or name not in own}
     if values.get("seed") is not None and values.get("seeds") is not None:
         text = f"there is `seed: {values['seed']}` too; give one of them (`~seed` takes it out)."
         mistakes.add(("seeds",), text)
@@ -97,8 +108,13 @@ def parse(values: Mapping[str, Any], mistakes: Mistakes) -> Schema:
 def _told(path: Path, kind: str, message: str, value: Any) -> str:
     if kind == "extra_forbidden":
         *_, name = path
-        section = RunSection if len(path) > 1 else Schema
-        return f"there is no such key{nearest(name, section.model_fields)}"
+        if len(path) > 1:
+            return f"there is no such key{suggestion(name, RunSection.model_fields)}"
+        if name in _ELSEWHERE:
+            return f"there is no such key; it is {_ELSEWHERE[name]}."
+        if name in inspect.signature(Trainer).parameters:
+            return "there is no such key here; it belongs under `trainer:`."
+        return f"there is no such key{suggestion(name, Schema.model_fields)}"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     return f"{message.replace('Input should be', 'expected')}, got {value!r}"

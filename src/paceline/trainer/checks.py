@@ -48,7 +48,7 @@ def check_settings(trainer: Trainer) -> None:
     Raises:
         ConfigError: with one line a mistake.
     """
-    wrong = _wrong_choices(trainer) + _wrong_numbers(trainer) + _wrong_combinations(trainer)
+    wrong = wrong_settings(trainer)
     wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer)
     if not _overrides(trainer, "configure"):
         wrong += _wrong_components(trainer)
@@ -77,6 +77,11 @@ def _overrides(trainer: Trainer, *names: str) -> bool:
 
 
 # Settings
+
+
+def wrong_settings(trainer: Trainer) -> list[str]:
+    """What is wrong with the settings by themselves, `name=value: why` or `name: why`."""
+    return _wrong_choices(trainer) + _wrong_numbers(trainer) + _wrong_combinations(trainer)
 
 
 def _wrong_choices(trainer: Trainer) -> list[str]:
@@ -178,7 +183,7 @@ def _wrong_resume(trainer: Trainer) -> list[str]:
 
 
 def _wrong_components(trainer: Trainer) -> list[str]:
-    wrong = _wrong_kinds(trainer) + _wrong_data(trainer) + _wrong_steps(trainer)
+    wrong = _wrong_kinds(trainer) + _wrong_data(trainer) + wrong_steps(trainer)
     try:
         models, optimizers = trainer.named_models(), trainer.named_optimizers()
         schedulers = trainer.named_schedulers() or {}
@@ -241,6 +246,12 @@ def _wrong_data(trainer: Trainer) -> list[str]:
                 f"{name}: {_say(loader)} is an iterator, which can be read only once: give an "
                 "object whose __iter__ starts again, such as a DataLoader."
             )
+    return wrong + wrong_validation(trainer)
+
+
+def wrong_validation(trainer: Trainer) -> list[str]:
+    """Settings that count on a validation or a metric that there is not."""
+    wrong: list[str] = []
     if trainer.early_stop is not None and trainer.metric_monitor is None:
         wrong.append(
             "early_stop: it counts validations without a better metric, so it needs "
@@ -256,7 +267,7 @@ def _wrong_data(trainer: Trainer) -> list[str]:
     return wrong
 
 
-def _wrong_steps(trainer: Trainer) -> list[str]:
+def wrong_steps(trainer: Trainer) -> list[str]:
     """Default steps need a loss_fn and one model."""
     if _overrides(trainer, "loss"):
         return []

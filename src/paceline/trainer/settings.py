@@ -10,7 +10,7 @@ from typing import Any
 from paceline.errors import ConfigError, nearest
 
 MODES = ("auto", "never", "must", "fresh")
-_ELSEWHERE = {
+ELSEWHERE = {
     "criterion": "loss_fn",
     "loss": "loss_fn",
     "scheduler": "lr_scheduler",
@@ -67,8 +67,8 @@ def unknown_keyword(names: dict[str, Any], trainer: type) -> ConfigError:
     lines = [
         f"{name}: "
         + (
-            f"here it is {_ELSEWHERE[name]}."
-            if name in _ELSEWHERE
+            f"here it is {ELSEWHERE[name]}."
+            if name in ELSEWHERE
             else f"no such setting{nearest(name, known)}"
         )
         for name in names

@@ -1,0 +1,132 @@
+"""Parameter groups of an optimizer in a recipe: who gets another learning rate or weight decay.
+
+```yaml
+optimizer:
+  _target_: torch.optim.AdamW
+  lr: 1e-3
+  weight_decay: 0.1
+  groups:
+    - {params: vectors, weight_decay: 0}          # biases, norms: everything below two dimensions
+    - {params: ["encoder.*", "embed*"], lr: 1e-4}  # by name, in the shell's patterns
+```
+
+A parameter belongs to the first group that takes it; what none takes keeps the optimizer's own
+settings. A group that takes nothing is a mistake, found when the model is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch.nn import Parameter
+
+from paceline.errors import RecipeError
+from paceline.recipe.components import Component, fit, signature_of
+from paceline.recipe.mistakes import Mistakes, Path, dotted, suggestion
+
+VECTORS = "vectors"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with settings of their own.
+
+    Attributes:
+        path: where the group stands in the recipe.
+        patterns: of the parameters' names, or `("vectors",)`.
+        settings: the optimizer's arguments that differ for them.
+    """
+
+    path: Path
+    patterns: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def takes(self, name: str, parameter: Parameter) -> bool:
+        """Whether a parameter belongs to this group."""
+        if self.patterns == (VECTORS,):
+            return parameter.dim() < 2
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+def check_groups(
+    node: Any, path: Path, optimizer: Component | None, mistakes: Mistakes
+) -> list[Group]:
+    """The groups that a recipe's `groups:` describes; what is wrong is noted.
+
+    Args:
+        node: the recipe's list.
+        path: where it stands.
+        optimizer: whose arguments the settings are; None if that is not known.
+        mistakes: takes what is wrong.
+    """
+    if not isinstance(node, list):
+        mistakes.add(path, f"expected a list of groups, got {node!r}")
+        return []
+    groups = []
+    for i, one in enumerate(node):
+        where = (*path, str(i))
+        patterns: Any = one.get("params") if isinstance(one, Mapping) else None
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        right = isinstance(patterns, list) and patterns and all(type(p) is str for p in patterns)
+        if not right or len(one) < 2:
+            wanted = f"{{params: {VECTORS} or patterns of names, and what differs}}"
+            mistakes.add(where, f"expected {wanted}, got {one!r}")
+            continue
+        differing = {key: value for key, value in one.items() if key != "params"}
+        if optimizer is not None:
+            _check_settings(differing, where, optimizer, mistakes)
+        groups.append(Group(where, tuple(patterns), differing))
+    return groups
+
+
+def _check_settings(
+    differing: Mapping[str, Any], path: Path, optimizer: Component, mistakes: Mistakes
+) -> None:
+    signature = signature_of(optimizer.target)
+    known = [name for name in signature.named if name != "params"]
+    for name, value in differing.items():
+        if name not in known:
+            text = f"{signature.name} has no such setting{suggestion(name, known)}"
+            mistakes.add((*path, name), text)
+        elif name in signature.hints:
+            try:
+                fit(value, signature.hints[name])
+            except ValueError as error:
+                mistakes.add((*path, name), str(error))
+
+
+def grouped(
+    named: Iterable[tuple[str, Parameter]], groups: list[Group]
+) -> list[Parameter] | list[dict[str, Any]]:
+    """What an optimizer gets as `params`.
+
+    Args:
+        named: the model's parameters by name.
+        groups: none, for one group with the optimizer's own settings.
+
+    Raises:
+        RecipeError: a group takes no parameter.
+    """
+    named = list(named)
+    if not groups:
+        return [parameter for _, parameter in named]
+    rest: list[Parameter] = []
+    taken: list[list[Parameter]] = [[] for _ in groups]
+    for name, parameter in named:
+        index = next((i for i, g in enumerate(groups) if g.takes(name, parameter)), None)
+        (rest if index is None else taken[index]).append(parameter)
+    for group, parameters in zip(groups, taken, strict=True):
+        if not parameters:
+            names = ", ".join(name for name, _ in named[:8])
+            raise RecipeError(
+                f"{dotted(group.path)}: no parameter is left for {', '.join(group.patterns)}. "
+                f"There is: {names}{', ...' if len(named) > 8 else ''}"
+            )
+    found = [{"params": rest}] if rest else []
+    return found + [
+        {"params": parameters, **group.settings}
+        for group, parameters in zip(groups, taken, strict=True)
+    ]

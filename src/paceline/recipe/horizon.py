@@ -1,0 +1,117 @@
+"""The length of a run, for schedulers: in optimizer steps, or in epochs if they step each epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from paceline.data.loader import WindowSize, count_windows
+from paceline.errors import RecipeError
+from paceline.recipe.components import HORIZON, Component
+from paceline.recipe.mistakes import dotted
+from paceline.recipe.recipe import Recipe
+from paceline.trainer.resume import kept_global_batch_size
+from paceline.trainer.settings import Resume
+from paceline.world.parallel import Parallel
+from paceline.world.world import World
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Fills in what schedulers want to know about the run.
+
+    Args:
+        recipe: the checked recipe; its plan gets a line for each number that is filled in.
+        loader: the training loader, None if the recipe has none.
+        resume: how the run goes on: it keeps the samples per step that it has had.
+    """
+
+    recipe: Recipe
+    loader: Any
+    resume: Resume
+
+    def fill(self, component: Component, steps: int | None = None) -> Component:
+        """A scheduler with its length, and with those of the schedulers that it is made of.
+
+        Those of a `SequentialLR` get the stretch between its milestones; those of any other get
+        the whole. Milestones may be given as shares of the run (0.5, but not 1).
+
+        Args:
+            component: the scheduler.
+            steps: of its stretch; None for the whole run.
+
+        Raises:
+            RecipeError: the length is not known beforehand, and the recipe does not give it.
+        """
+        if self.recipe.setting("lr_scheduler_interval") == "metric":
+            return component
+        kwargs = dict(component.kwargs)
+        milestones = kwargs.get("milestones", ())
+        if any(isinstance(at, float) for at in milestones):
+            total = self._known(component, "milestones") if steps is None else steps
+            shares = (round(at * total) if isinstance(at, float) else at for at in milestones)
+            kwargs["milestones"] = list(shares)
+        inner = kwargs.get("schedulers")
+        if isinstance(inner, list) and all(isinstance(one, Component) for one in inner):
+            stretches: list[int | None] = [steps] * len(inner)
+            if "milestones" in kwargs:
+                total = self._known(component, "milestones") if steps is None else steps
+                stretches = self._stretches(component, kwargs["milestones"], total, len(inner))
+            kwargs["schedulers"] = [
+                self.fill(one, length) for one, length in zip(inner, stretches, strict=True)
+            ]
+        name = next((name for name in HORIZON if name in component.parameters), None)
+        # OneCycleLR may be told its length as epochs times steps_per_epoch instead.
+        if name is not None and not {name, "steps_per_epoch"} & set(kwargs):
+            kwargs[name] = self._known(component, name) if steps is None else steps
+            setting = f"{dotted(component.path)}.{name}"
+            text = f"the schedule's {name} is {kwargs[name]} {self._unit}"
+            self.recipe.plan.append((text, setting))
+        return replace(component, kwargs=kwargs)
+
+    def _stretches(
+        self, component: Component, milestones: list[int], total: int, count: int
+    ) -> list[int | None]:
+        """The steps of each of `count` schedulers that follow each other."""
+        lengths = [after - before for before, after in pairwise((0, *milestones, total))]
+        if len(lengths) != count or min(lengths) < 1:
+            raise RecipeError(
+                f"{dotted(component.path)}: milestones {milestones} do not split {total} "
+                f"{self._unit} into {count} stretches: {count} schedulers need {count - 1} rising "
+                "milestones within the run."
+            )
+        return list(lengths)
+
+    @property
+    def _unit(self) -> str:
+        by_epoch = self.recipe.setting("lr_scheduler_interval") == "epoch"
+        return "epochs" if by_epoch else "optimizer steps"
+
+    def _known(self, component: Component, name: str) -> int:
+        by_epoch = self._unit == "epochs"
+        steps = self.recipe.setting("epochs") if by_epoch else self._windows()
+        if steps is None:
+            more = "trainer.epochs" if by_epoch else "trainer.max_steps or trainer.epoch_length"
+            raise RecipeError(
+                f"{dotted(component.path)}: the run's length is not known beforehand; set "
+                f"{dotted(component.path)}.{name}, {more}."
+            )
+        return steps
+
+    def _windows(self) -> int | None:
+        """Optimizer steps in the whole run."""
+        setting = self.recipe.setting
+        if self.loader is None:
+            return setting("max_steps")
+        accumulation = setting("gradient_accumulation_steps")
+        size = WindowSize(
+            gradient_accumulation_steps=accumulation,
+            global_batch_size=setting("global_batch_size")
+            or kept_global_batch_size(self.recipe.run_dir, self.resume, self.loader, accumulation),
+            epoch_length=setting("epoch_length"),
+        )
+        world = World(self.recipe.settings.get("parallel") or Parallel())
+        return count_windows(
+            self.loader, size, setting("epochs"), setting("max_steps"), world.dp_size
+        )

@@ -1,0 +1,107 @@
+"""The text of a YAML file: where each value stands, what is given twice, what is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+
+import yaml
+
+from paceline.recipe.mistakes import Path
+
+# Deeper than any recipe; an alias that contains itself would go on for ever.
+MAX_DEPTH = 60
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
+
+
+def read_node(file: FilePath) -> yaml.Node | None:
+    """A file's YAML as nodes that know their lines; None if it is empty.
+
+    Raises:
+        yaml.YAMLError, UnicodeDecodeError: it is none.
+    """
+    with file.open(encoding="utf-8") as text:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+
+
+def mark(node: yaml.Node, path: Path, file: FilePath, marks: dict[Path, str]) -> None:
+    """Notes `file:line` for every value below `path`."""
+    if len(path) > MAX_DEPTH:
+        return
+    if isinstance(node, yaml.MappingNode):
+        # What a merge brings gives way to a key of the mapping's own.
+        here: set[str] = set()
+        for key, value in sorted(node.value, key=lambda pair: pair[0].tag != _MERGE):
+            name = str(key.value)
+            if key.tag == _MERGE:
+                mark(value, path, file, marks)
+            elif name not in here:  # of a key that stands there twice the first counts
+                here.add(name)
+                marks[(*path, name)] = f"{file}:{key.start_mark.line + 1}"
+                mark(value, (*path, name), file, marks)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            below = (*path, str(i))
+            marks[below] = f"{file}:{value.start_mark.line + 1}"
+            mark(value, below, file, marks)
+
+
+def drop_duplicates(node: yaml.Node, note: Callable[[Path, int, int], None]) -> None:
+    """Takes out keys that stand twice in one mapping; the first stays.
+
+    Args:
+        node: the file's root, which is changed.
+        note: called with the key's path, its line and the line of the first.
+    """
+    seen: set[int] = set()
+
+    def visit(node: yaml.Node, path: Path) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            kept = []
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines and key.tag != _MERGE:
+                    note((*path, name), line, lines[name])
+                    continue
+                lines[name] = line
+                kept.append((key, value))
+                visit(value, (*path, name))
+            node.value = kept
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                visit(value, (*path, str(i)))
+
+    visit(node, ())
+
+
+def shared_keys(root: yaml.Node | None) -> set[str]:
+    """Top-level keys that hold an anchor which stands in another one as well (`<<: *base`)."""
+    first: dict[int, str] = {}
+    shared: set[str] = set()
+    if not isinstance(root, yaml.MappingNode):
+        return shared
+    for key, value in root.value:
+        name = str(key.value)
+        for node in _nodes(value):
+            if first.setdefault(id(node), name) != name:
+                shared.add(first[id(node)])
+    return shared
+
+
+def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
+    seen: set[int] = set()
+    left = [root]
+    while left:
+        node = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            left += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
