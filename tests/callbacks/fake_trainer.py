@@ -94,6 +94,7 @@ class FakeTrainer(Hooks):
             self.progress.items += 16
             due = self.global_step % self.log_every == 0
             counters = {"step": self.global_step, "epoch": 0, "samples": self.progress.samples}
+            counters["items"] = self.progress.items
             self.row = {**counters, "train/loss": loss.item()} if due else {}
             self.fire("on_step_end", self.row)
         return self

@@ -80,9 +80,9 @@ def check_resumed(folder: Path, make: Make, *stops: Callback, **settings: Any) -
     assert rows(folder / "parts") == rows(folder / "whole")
 
 
-def check_undisturbed(make: Make, **settings: Any) -> None:
+def check_undisturbed(folder: Path, make: Make, **settings: Any) -> None:
     """The trained weights are the same bits with and without the callbacks."""
-    plain, watched = build(None, **settings), build(None, *make(), **settings)
+    plain, watched = build(None, **settings), build(folder, *make(), **settings)
     plain.train(seed=5)
     watched.train(seed=5)
     assert watched.global_step == plain.global_step == STEPS

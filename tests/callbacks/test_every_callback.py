@@ -20,18 +20,26 @@ from paceline.registry import lookup, names
 EVERY: dict[str, dict[str, Any]] = {
     "averaged_weights": {"decay": 0.9, "every": 2},
     "early_stopping": {"patience": 9, "min_delta": 0.01, "relative": True},
+    "gradient_explosion": {"factor": 1.01, "window": 5, "warmup": 2},
     "gradient_monitor": {"per_layer": True},
     "learning_rate": {},
+    "loss_prediction": {"min_points": 6, "max_points": 12},
+    "overfit_detection": {"window": 3, "warmup": 0},
+    "profiler": {"first": 5, "steps": 3},
     "progress": {"line_seconds": 0.0},
     "schedule_free": {},
     "swa": {"start": 4, "every": 3},
     "throughput": {},
     "time_limit": {"hours": 1},
+    "update_ratio": {"every": 4},
 }
 
 
 # What a run with one of them needs besides.
-NEEDS: dict[str, dict[str, Any]] = {"schedule_free": {"optimizer": schedule_free}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "loss_prediction": {"log_every": 1},
+    "schedule_free": {"optimizer": schedule_free},
+}
 RECIPE_NEEDS = {
     "schedule_free": {"optimizer": {"_target_": "schedulefree.SGDScheduleFree", "lr": 0.1}}
 }
@@ -62,8 +70,8 @@ def test_a_validation_that_is_left_is_made_again(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "schedule_free"])
-def test_the_trained_weights_are_those_without_it(name: str) -> None:
-    check_undisturbed(lambda: make(name))
+def test_the_trained_weights_are_those_without_it(name: str, tmp_path: Path) -> None:
+    check_undisturbed(tmp_path, lambda: make(name), **NEEDS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -38,8 +38,8 @@ def everything(file: io.StringIO | None = None) -> list[Callback]:
     ]
 
 
-def test_nothing_of_it_changes_a_bit_of_the_trained_weights() -> None:
-    check_undisturbed(everything)
+def test_nothing_of_it_changes_a_bit_of_the_trained_weights(tmp_path: Path) -> None:
+    check_undisturbed(tmp_path, everything)
 
 
 @pytest.mark.parametrize("stop", [StopAt(1), StopAt(5), StopAt(6), LeaveValidation(6)])

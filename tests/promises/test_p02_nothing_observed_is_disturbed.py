@@ -10,7 +10,21 @@ import torch
 
 from builders import Noisy, Recorder, Regression, bits, loader, make_model
 from paceline import CheckpointPolicy
-from paceline.callbacks import AveragedWeights, GradientMonitor, LearningRate, Throughput
+from paceline.callbacks import (
+    SWA,
+    AveragedWeights,
+    EarlyStopping,
+    GradientExplosion,
+    GradientMonitor,
+    LearningRate,
+    LossPrediction,
+    OverfitDetection,
+    Profiler,
+    Throughput,
+    UpdateRatio,
+)
+from paceline.log.sinks import JsonlSink
+from paceline.log.tensorboard import TensorBoard
 
 STEPS = 9
 
@@ -70,6 +84,21 @@ WATCHED: dict[str, dict[str, Any]] = {
         "log_every": 1,
         "loggers": None,
     },
+    "judged by its losses, gradients and updates": {
+        "callbacks": [
+            EarlyStopping(patience=99),
+            OverfitDetection(window=3, warmup=0),
+            LossPrediction(min_points=6),
+            GradientExplosion(1.01, window=4, warmup=2),
+            UpdateRatio(),
+        ],
+        "validate_every": 1,
+        "log_every": 1,
+        "loggers": None,
+    },
+    "averaged equally": {"callbacks": [SWA(2, 2)], "validate_every": 1},
+    "profiled": {"callbacks": [Profiler(3, 4, memory=True, shapes=True)]},
+    "shown by TensorBoard": {"loggers": [JsonlSink(), TensorBoard()], "log_every": 1},
     "all of it": {
         "callbacks": [Recorder(), AveragedWeights(), GradientMonitor(), Throughput()],
         "validate_every": 2,

@@ -18,7 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Callback, CheckpointPolicy, Trainer, World
-from paceline.callbacks import AveragedWeights, GradientMonitor, LearningRate, Throughput
+from paceline.callbacks import (
+    SWA,
+    AveragedWeights,
+    EarlyStopping,
+    GradientExplosion,
+    GradientMonitor,
+    LearningRate,
+    LossPrediction,
+    OverfitDetection,
+    Throughput,
+    UpdateRatio,
+)
 from paceline.trainer.nonfinite import NonFiniteGuard
 
 STEPS = 20
@@ -192,6 +203,30 @@ def test_nothing_is_read_with_the_defaults_on(tmp_path: Path) -> None:
 def test_callbacks_read_with_the_row() -> None:
     callbacks = [AveragedWeights(decay=0.9), GradientMonitor(), LearningRate(), Throughput()]
     watch = watched(log_every=6, callbacks=callbacks, loggers=[])
+    assert watch.in_windows == []
+    assert {step for step, _ in watch.between} <= {6, 12, 18}
+
+
+@pytest.mark.parametrize("clipped", [None, 1.0])
+def test_callbacks_that_judge_a_run_read_with_the_row(clipped: float | None) -> None:
+    """None of them asks for a value elsewhere, whoever takes the norm."""
+    callbacks = [
+        GradientExplosion(warmup=2, window=4),
+        LossPrediction(min_points=6),
+        SWA(2),
+        UpdateRatio(),
+    ]
+    watch = watched(log_every=2, callbacks=callbacks, loggers=[], max_grad_norm=clipped)
+    assert watch.in_windows == []
+    assert {step for step, _ in watch.between} <= set(range(2, STEPS, 2))
+
+
+def test_callbacks_that_judge_validations_read_with_them() -> None:
+    callbacks = [EarlyStopping(patience=99), OverfitDetection(), LossPrediction("val/loss")]
+    data = DataLoader(TensorDataset(torch.randn(8, 8), torch.randn(8, 1)), 4)
+    watch = watched(
+        log_every=6, callbacks=callbacks, loggers=[], val_dataloader=data, validate_every=6
+    )
     assert watch.in_windows == []
     assert {step for step, _ in watch.between} <= {6, 12, 18}
 

@@ -11,26 +11,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paceline.callbacks.averaged_weights import AveragedWeights
     from paceline.callbacks.early_stopping import EarlyStopping
+    from paceline.callbacks.gradient_explosion import GradientExplosion
     from paceline.callbacks.gradient_monitor import GradientMonitor
     from paceline.callbacks.learning_rate import LearningRate
+    from paceline.callbacks.loss_prediction import LossPrediction
+    from paceline.callbacks.overfit_detection import OverfitDetection
+    from paceline.callbacks.profiler import Profiler
     from paceline.callbacks.progress import Progress
     from paceline.callbacks.schedule_free import ScheduleFree
     from paceline.callbacks.swa import SWA
     from paceline.callbacks.throughput import Throughput
     from paceline.callbacks.time_limit import TimeLimit
+    from paceline.callbacks.update_ratio import UpdateRatio
     from paceline.trainer.events import Callback
 
 _MODULES = {
     "AveragedWeights": "paceline.callbacks.averaged_weights",
     "Callback": "paceline.trainer.events",
     "EarlyStopping": "paceline.callbacks.early_stopping",
+    "GradientExplosion": "paceline.callbacks.gradient_explosion",
     "GradientMonitor": "paceline.callbacks.gradient_monitor",
     "LearningRate": "paceline.callbacks.learning_rate",
+    "LossPrediction": "paceline.callbacks.loss_prediction",
+    "OverfitDetection": "paceline.callbacks.overfit_detection",
+    "Profiler": "paceline.callbacks.profiler",
     "Progress": "paceline.callbacks.progress",
     "SWA": "paceline.callbacks.swa",
     "ScheduleFree": "paceline.callbacks.schedule_free",
     "Throughput": "paceline.callbacks.throughput",
     "TimeLimit": "paceline.callbacks.time_limit",
+    "UpdateRatio": "paceline.callbacks.update_ratio",
 }
 
 __all__ = [
@@ -38,12 +48,17 @@ __all__ = [
     "AveragedWeights",
     "Callback",
     "EarlyStopping",
+    "GradientExplosion",
     "GradientMonitor",
     "LearningRate",
+    "LossPrediction",
+    "OverfitDetection",
+    "Profiler",
     "Progress",
     "ScheduleFree",
     "Throughput",
     "TimeLimit",
+    "UpdateRatio",
 ]
 
 

@@ -46,7 +46,7 @@ class GradientMonitor(Callback):
             id(optimizer): "grad_norm" if len(optimizers) == 1 else f"grad_norm/{name}"
             for name, optimizer in optimizers.items()
         }
-        self._layers = _layer_names(dict(trainer.named_models())) if self.per_layer else {}
+        self._layers = layer_names(dict(trainer.named_models())) if self.per_layer else {}
 
     def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Takes the norm, logs it and hands it on."""
@@ -97,7 +97,7 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
-def _layer_names(models: dict[str, torch.nn.Module]) -> dict[torch.Tensor, str]:
+def layer_names(models: dict[str, torch.nn.Module]) -> dict[torch.Tensor, str]:
     """The layer of each parameter, led by the model's name where there are several models."""
     layers: dict[torch.Tensor, str] = {}
     for model_name, model in models.items():

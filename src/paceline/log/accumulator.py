@@ -28,7 +28,7 @@ class Accumulator:
     def __init__(self, *, reads_are_free: bool) -> None:
         self._reads_are_free = reads_are_free
         self._sums: dict[str, list[float]] = {}
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
 
     def add(self, name: str, value: Any, weight: Any = 1.0) -> None:
         """Adds one value.
@@ -101,7 +101,7 @@ class Accumulator:
     def _hold(self, name: str, value: Any, weight: Any) -> None:
         held = self._held.get(name)
         if held is None:
-            held = self._held[name] = _Held()
+            held = self._held[name] = Held()
         held.add(value, weight)
 
     def _read(self, name: str) -> None:
@@ -109,8 +109,11 @@ class Accumulator:
             self._add(name, float(value), float(weight))
 
 
-class _Held:
-    """Values and weights in the order in which they came, until a device is read."""
+class Held:
+    """Values and weights in the order in which they came, until a device is read.
+
+    Either may be numbers or tensors of one element, which are copied.
+    """
 
     def __init__(self) -> None:
         self._values: list[Any] = []
@@ -118,6 +121,7 @@ class _Held:
         self._loose = 0
 
     def add(self, value: Any, weight: Any) -> None:
+        """Holds one more of each."""
         self._values.append(_own(value))
         self._weights.append(_own(weight))
         self._loose += 1
@@ -126,6 +130,7 @@ class _Held:
             self._loose = 0
 
     def read(self) -> Iterator[tuple[Any, Any]]:
+        """All of them as numbers; they stay held. Waits for the device."""
         return zip(_numbers(self._values), _numbers(self._weights), strict=True)
 
 

@@ -274,7 +274,7 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     def note_gradient_norm(self, norm: torch.Tensor) -> None:
         """Lets a gradient norm taken elsewhere count for `on_nonfinite`."""
-        self.optimization.guard.note_norm(norm)
+        self.optimization.note_norm(norm)
 
     def request_stop(self, reason: str) -> None:
         """Asks for a stop at the next boundary that all ranks agree on, with a checkpoint."""

@@ -42,6 +42,8 @@ class Optimization:
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._found_independent = False  # losses by optimizer name have been checked
         self._pending = False  # gradients were added since the last step
+        self._stepping = self._single or ""  # the optimizer whose step is being taken
+        self.norms: dict[str, torch.Tensor] = {}  # of each one's gradients, if its step took one
         self.scaler: Any = None
         self._scale_is_due = False  # a step was unscaled; the scale may change before the next
         if trainer.precision == "fp16":
@@ -85,6 +87,8 @@ class Optimization:
                 f"optimizer_step({name!r}): name one of {', '.join(self.optimizers)}."
             )
         optimizer, trainer = self.optimizers[name], self._trainer
+        self._stepping = name
+        self.norms.pop(name, None)
         for replica in trainer.replicas:
             replica.check_exchanged()
         if self.scaler is not None:
@@ -95,7 +99,7 @@ class Optimization:
         if trainer.max_grad_norm is not None:
             norm = clip_grad_norm_(_parameters(optimizer), trainer.max_grad_norm)
             trainer.log("grad_norm", norm, weight=1)
-            self.guard.note_norm(norm)
+            self.note_norm(norm)
         elif trainer.check_gradients or isinstance(trainer.window.weight, torch.Tensor):
             # A batch without items is weighed with zero; where counts are not read, nothing but its
             # gradients tells whether that was enough (0 / 0 stays NaN).
@@ -108,6 +112,11 @@ class Optimization:
         if trainer.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
                 scheduler.step()
+
+    def note_norm(self, norm: torch.Tensor) -> None:
+        """Takes a norm of the gradients of the optimizer whose step is being taken."""
+        self.norms[self._stepping] = norm
+        self.guard.note_norm(norm)
 
     def step_schedulers(self, interval: str, metric: float | None = None) -> None:
         """Steps all schedulers if theirs is this interval; "metric" ones get the metric."""

@@ -1,0 +1,125 @@
+"""GradientExplosion: warns of gradients much larger than they usually are."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.callbacks.gradient_monitor import gradient_norm
+from paceline.errors import ConfigError
+from paceline.log.accumulator import Held
+from paceline.trainer.events import Callback
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+
+class GradientExplosion(Callback):
+    """Compares each step's gradient norm, as it is before clipping, with the usual one.
+
+    The usual norm is the median of the `window` steps before, which a few outliers do not move. A
+    step is an explosion if its norm exceeds `factor` times that. It changes nothing in training:
+    clipping (`max_grad_norm`) is what limits a step.
+
+    Where clipping or a `GradientMonitor` takes the norm anyway, that one is used. Norms stay on the
+    device and are read with the next row. So the warning, of the worst step since the row before,
+    comes with a row, which also has the largest norm since then as `grad_norm/max` (with several
+    optimizers `grad_norm/max/<optimizer>`). Norms that are not finite are left to `on_nonfinite`.
+
+    Args:
+        factor: how many times the usual norm is too much, above 1.
+        window: steps that make up the usual norm.
+        warmup: steps before the first that is judged, at most `window`.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    # After a GradientMonitor, whose norm it uses.
+    priority = 110
+
+    def __init__(self, factor: float = 10.0, *, window: int = 100, warmup: int = 20) -> None:
+        if not factor > 1:
+            raise ConfigError(f"GradientExplosion(factor={factor}): must be above 1")
+        if not 1 <= warmup <= window:
+            raise ConfigError(
+                f"GradientExplosion(window={window}, warmup={warmup}): expected 1 <= warmup <= "
+                "window"
+            )
+        self.factor = factor
+        self.window = window
+        self.warmup = warmup
+        self._names: dict[int, str] = {}
+        self._stepped: list[str] = []  # optimizers, in this window
+        self._usual: dict[str, deque[float]] = {}
+        self._unread: dict[str, Held] = {}  # norms and their steps since the last row
+
+    def on_setup(self, trainer: Trainer) -> None:
+        """Settles the names, and forgets an earlier run's norms."""
+        optimizers = dict(trainer.named_optimizers())
+        self._names = {id(optimizer): name for name, optimizer in optimizers.items()}
+        self._usual = {name: deque(maxlen=self.window) for name in optimizers}
+        self._unread = {name: Held() for name in optimizers}
+        self._stepped = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the norm, if nobody else does."""
+        name = self._names[id(optimizer)]
+        self._stepped.append(name)
+        if trainer.max_grad_norm is None and name not in trainer.optimization.norms:
+            held = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            if any(gradient is not None for gradient in held):
+                trainer.note_gradient_norm(gradient_norm(held))
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Keeps the norms; judges all there are if a row is due."""
+        for name in self._stepped:
+            norm = trainer.optimization.norms.get(name)
+            if norm is not None:
+                self._unread[name].add(norm, trainer.global_step)
+        self._stepped.clear()
+        if metrics:
+            for name, held in self._unread.items():
+                self._judge(trainer, metrics, name, held)
+                self._unread[name] = Held()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms that are usual, and those not yet judged with their steps."""
+        return {
+            "usual": {name: list(norms) for name, norms in self._usual.items()},
+            "unread": {
+                name: [list(pair) for pair in held.read()] for name, held in self._unread.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        for name, norms in state["usual"].items():
+            self._usual[name] = deque(norms, maxlen=self.window)
+            self._unread[name] = Held()
+            for norm, step in state["unread"][name]:
+                self._unread[name].add(norm, step)
+
+    def _judge(self, trainer: Trainer, metrics: dict[str, Any], name: str, held: Held) -> None:
+        usual, worst = self._usual[name], (self.factor, 0, 0.0, 0.0)
+        largest = -math.inf
+        for norm, step in held.read():
+            if not math.isfinite(norm):
+                continue
+            largest = max(largest, norm)
+            if len(usual) >= self.warmup and (middle := median(usual)) > 0:
+                worst = max(worst, (norm / middle, step, norm, middle))
+            usual.append(norm)
+        several = len(self._names) > 1
+        if largest >= 0:
+            metrics[f"grad_norm/max/{name}" if several else "grad_norm/max"] = largest
+        ratio, step, norm, middle = worst
+        if step:
+            trainer.say(
+                f"the gradient norm{f' of {name}' if several else ''} of step {step} was "
+                f"{norm:.4g}, {ratio:.3g} times the usual {middle:.4g}."
+            )
