@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from paceline.checkup import Report, preflight
+from paceline.checkup import PreflightReport, preflight
 from paceline.errors import ConfigError
 
 
-def found(report: Report, name: str) -> tuple[str, str]:
+def found(report: PreflightReport, name: str) -> tuple[str, str]:
     """(status, detail) of the one check of that name."""
     (check,) = [check for check in report.checks if check.name == name]
     return check.status, check.detail

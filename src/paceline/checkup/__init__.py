@@ -4,8 +4,9 @@
 trained, `doctor()` looks at the machine and tests the promises on it.
 """
 
+from paceline.checkup.doctor import doctor
 from paceline.checkup.preflight import preflight
 from paceline.checkup.preview import Preview, preview
-from paceline.checkup.report import Check, Report
+from paceline.checkup.report import Check, PreflightReport, Report
 
-__all__ = ["Check", "Preview", "Report", "preflight", "preview"]
+__all__ = ["Check", "PreflightReport", "Preview", "Report", "doctor", "preflight", "preview"]

@@ -20,7 +20,7 @@ from paceline.callbacks.throughput import peak_memory
 from paceline.checkup import verdicts
 from paceline.checkup.costs import Length, length_of, most_checkpoints
 from paceline.checkup.rehearsal import LOOKED_INTO, STAGES, Rehearsal, Reload, Seen
-from paceline.checkup.report import Check, Report, readable_bytes, readable_seconds, some
+from paceline.checkup.report import Check, PreflightReport, readable_bytes, readable_seconds, some
 from paceline.checkup.semantics import wrong_lengths, wrong_settings
 from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError, PacelineError
 from paceline.recipe.builder import build_trainer, origin
@@ -42,7 +42,7 @@ _VERDICTS: dict[str, Callable[[Trainer, Seen], list[Check]]] = {
 _NEARLY_FULL = 0.9  # of a device's memory
 
 
-def preflight(recipe: Recipe) -> Report:
+def preflight(recipe: Recipe) -> PreflightReport:
     """Builds what a recipe describes and takes its first steps, as training would.
 
     The Trainer's own loop trains for a few optimizer steps, validates on a few batches, saves, and
@@ -59,7 +59,7 @@ def preflight(recipe: Recipe) -> Report:
     alone("preflight")
     if torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
-    report = Report([Check("recipe", "PASS", str(recipe.composed.path))])
+    report = PreflightReport([Check("recipe", "PASS", str(recipe.composed.path))])
     report.checks += wrong_settings(recipe)
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
     with _scratch_beside(recipe.run_dir) as scratch:
@@ -90,7 +90,7 @@ class _Preflight:
         report: takes what is found.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: Path, runs: int, report: Report) -> None:
+    def __init__(self, recipe: Recipe, run_dir: Path, runs: int, report: PreflightReport) -> None:
         self.recipe = recipe
         self.run_dir = run_dir
         self.runs = runs

@@ -26,10 +26,29 @@ class Check:
 
 @dataclass
 class Report:
+    """The outcome of a checkup.
+
+    Attributes:
+        checks: in the order in which they were made.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed; warnings do not count."""
+        return all(check.status != "FAIL" for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"checks": [asdict(check) for check in self.checks], "passed": self.passed}
+
+
+@dataclass
+class PreflightReport(Report):
     """The outcome of a preflight.
 
     Attributes:
-        checks: in the order of a run.
         peak_memory_mb: the most memory of this process, in MB (10^6 bytes), Python and data
             included; None if it is not known.
         gpu_memory_mb: the most memory on the accelerator, None on a CPU.
@@ -39,7 +58,6 @@ class Report:
         stack: of the error in the user's own code that ended the rehearsal; empty if none did.
     """
 
-    checks: list[Check] = field(default_factory=list)
     peak_memory_mb: float | None = None
     gpu_memory_mb: float | None = None
     seconds_per_step: float | None = None
@@ -47,16 +65,9 @@ class Report:
     disk_bytes: int | None = None
     stack: str = ""
 
-    @property
-    def passed(self) -> bool:
-        """Whether no check failed; warnings do not count."""
-        return all(check.status != "FAIL" for check in self.checks)
-
     def as_json(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {
-            "checks": [asdict(check) for check in self.checks],
-            "passed": self.passed,
+        return super().as_json() | {
             "peak_memory_mb": self.peak_memory_mb,
             "gpu_memory_mb": self.gpu_memory_mb,
             "seconds_per_step": self.seconds_per_step,

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.doctor import doctor
 from paceline.cli.export import export
 from paceline.cli.new import new
 from paceline.cli.preflight import preflight
@@ -30,6 +31,7 @@ app.command()(preflight)
 app.command()(export)
 app.command()(preview)
 app.command()(new)
+app.command()(doctor)
 
 
 def _show_version(wanted: bool) -> None:

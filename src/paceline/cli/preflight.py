@@ -32,7 +32,7 @@ def preflight(
     folder is left alone; what the recipe's code prints goes to stderr.
     """
     from paceline.checkup.preflight import preflight
-    from paceline.checkup.report import Check, Report
+    from paceline.checkup.report import Check, PreflightReport
     from paceline.recipe.recipe import load_recipe
 
     try:
@@ -40,7 +40,7 @@ def preflight(
             report = preflight(load_recipe(recipe, overrides or (), trust=tuple(trust or ())))
     except ConfigError as error:
         if json:
-            show_report(Report([Check("recipe", "FAIL", str(error))]), json=True)
+            show_report(PreflightReport([Check("recipe", "FAIL", str(error))]), json=True)
         raise
     if report.stack:
         print(report.stack, file=sys.stderr)

@@ -1,0 +1,37 @@
+"""`paceline doctor`: its exit codes and its JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def test_a_terminal_without_utf8_is_a_warning_and_code_0(paceline):
+    code, out, err = paceline("doctor", "--no-self-test", PYTHONIOENCODING="ascii")
+    assert code == 0, err
+    assert "WARN  encoding" in out
+    assert "P1 exact resume" not in out
+
+
+def test_json_is_alone_on_stdout(paceline):
+    code, out, _ = paceline("doctor", "--no-self-test", "--json", COLUMNS="20")
+    assert code == 0
+    assert json.loads(out)["passed"] is True
+
+
+@pytest.mark.slow
+def test_the_self_test_passes_and_one_that_fails_is_code_1(paceline, tmp_path):
+    code, out, err = paceline("doctor", "--json", TMPDIR=str(tmp_path))
+    assert code == 0, err
+    names = [check["name"] for check in json.loads(out)["checks"] if check["status"] == "PASS"]
+    assert {"P1 exact resume", "P4 every sample once", "P5 a flipped bit"} <= {*names}
+    assert not list(tmp_path.glob("paceline-doctor-*"))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket\n"
+        "def taken(self, address): raise ZeroDivisionError('a defect on purpose')\n"
+        "socket.socket.bind = taken\n"
+    )
+    code, out, _ = paceline("doctor", PYTHONPATH=str(tmp_path))
+    assert code == 1
+    assert "FAIL  P4 every sample once: ZeroDivisionError: a defect on purpose" in out
