@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
@@ -15,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from builders import Noisy, Regression, bits, loader, make_model
 from paceline import CheckpointPolicy, MetricMonitor, Resume
-from paceline.callbacks import AveragedWeights
+from paceline.callbacks import SWA, AveragedWeights, ScheduleFree
 from paceline.checkpoint import Checkpoints, storage
 from paceline.checkpoint.export import export
 from paceline.checkpoint.safetensors_file import read_metadata
@@ -45,14 +46,17 @@ def train(folder: Path, model: nn.Module | None = None, **settings: Any) -> Regr
     trainable = [p for p in model.parameters() if p.requires_grad]
     trainer = Regression(
         model=model,
-        optimizer=torch.optim.SGD(trainable, lr=0.1),
         train_dataloader=loader(Noisy()),
         val_dataloader=loader(Noisy(20), shuffle=False),
         max_steps=5,
         validate_every=2,
         progress=False,
         run_dir=folder,
-        **{"checkpoint": CheckpointPolicy(every_steps=2, keep_last=None), **settings},
+        **{
+            "optimizer": torch.optim.SGD(trainable, lr=0.1),
+            "checkpoint": CheckpointPolicy(every_steps=2, keep_last=None),
+            **settings,
+        },
     )
     trainer.train(seed=1)
     return trainer
@@ -88,6 +92,24 @@ def test_averaged_weights_are_those_of_the_callback(tmp_path: Path) -> None:
     load_model(fresh, file.path)
     assert bits(fresh.state_dict()) == bits(expected)
     assert bits(expected) != bits(trainer.model.state_dict())
+
+
+def test_a_mean_over_the_last_steps_is_an_average_too(tmp_path: Path) -> None:
+    average = SWA(start=2)
+    train(tmp_path, Tied(), callbacks=[average])
+    [file] = export(tmp_path, weights="averaged")
+    fresh = Tied()
+    load_model(fresh, file.path)
+    assert bits(fresh.state_dict()) == bits(average.averaged_state_dict())
+
+
+def test_a_schedule_free_run_is_exported_at_the_point_to_be_judged(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
+    trainer = train(tmp_path, model, optimizer=optimizer, callbacks=[ScheduleFree()])
+    [live], [judged] = export(tmp_path), export(tmp_path, weights="averaged")
+    assert bits(load_file(judged.path)) == bits(trainer.model.state_dict())
+    assert bits(load_file(live.path)) != bits(load_file(judged.path))
 
 
 def test_averages_of_bf16_weights_are_rounded_once(tmp_path: Path) -> None:

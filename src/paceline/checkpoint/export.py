@@ -69,7 +69,8 @@ def export(
     Args:
         source: a run folder, or a checkpoint in it.
         to: a file ending in `.safetensors`, or a folder; by default the run's `exports` folder.
-        weights: "live", those that were trained, or "averaged", what `AveragedWeights` kept.
+        weights: "live", those that were trained, or "averaged", what `AveragedWeights`, `SWA` or
+            `ScheduleFree` kept.
         checkpoint: of a run folder: "latest", "best" or a name such as "step_00000120".
         model: one of several models; None for all.
         dtype: "fp32", "bf16" or "fp16" for the floating-point tensors; None leaves each its own.
@@ -187,24 +188,26 @@ def _is_state(state: Any) -> bool:
 
 
 def _average(found: Checkpoint, callbacks: Any) -> dict[str, torch.Tensor]:
-    """The state that `AveragedWeights` saved: averages by `model.parameter`."""
+    """The state that a callback saved which averages: averages by `model.parameter`."""
     states = callbacks if isinstance(callbacks, dict) else {}
     kept = {
         name: state["average"]
         for name, state in states.items()
-        if isinstance(state, dict)
-        and set(state) == {"updates", "average"}
-        and isinstance(state["average"], dict)
+        if isinstance(state, dict) and _is_average(state.get("average"))
     }
     if not kept:
         raise CheckpointError(
-            f"{found.path} holds no averaged weights: the run had no AveragedWeights callback. "
-            "Export the live ones."
+            f"{found.path} holds no averaged weights: the run had no callback that keeps some "
+            "(AveragedWeights, SWA, ScheduleFree). Take the live ones."
         )
     if len(kept) > 1:
         names = ", ".join(kept)
         raise CheckpointError(f"{found.path} holds several averages ({names}), not one to export.")
     return next(iter(kept.values()))
+
+
+def _is_average(state: Any) -> bool:
+    return _is_state(state) and all(isinstance(mean, torch.Tensor) for mean in state.values())
 
 
 def _exported(

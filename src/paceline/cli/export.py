@@ -30,7 +30,7 @@ def export(
         typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False),
     ],
     weights: Annotated[
-        Weights, typer.Option(help="The trained ones, or those AveragedWeights kept.")
+        Weights, typer.Option(help="The trained ones, or the average that a callback kept.")
     ] = Weights.live,
     checkpoint: Annotated[
         str, typer.Option(metavar="latest|best|step_00000120", help="Which of the run's.")

@@ -1,0 +1,69 @@
+"""`load_model`: a run's model comes back as it was trained, from its own folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from builders import bits
+from paceline.errors import ConfigError, MismatchError
+from paceline.recipe import build_trainer, load_model, load_recipe
+from paceline.trainer.trainer import Trainer
+
+RANDOM = """
+class Random(Net):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("drawn", torch.randn(3), persistent=False)
+"""
+
+
+def train(path: Path, *overrides: str) -> Trainer:
+    loaded = load_recipe(path, overrides)
+    trainer = build_trainer(loaded)
+    trainer.train(seed=loaded.seed)
+    return trainer
+
+
+def test_the_model_is_the_trained_one_bit_by_bit(recipe, tmp_path: Path) -> None:
+    """Given a run whose own code has changed since, when it is loaded, the folder's copy counts."""
+    path = recipe()
+    (tmp_path / "toy.py").write_text((tmp_path / "toy.py").read_text() + RANDOM)
+    trainer = train(path, "model._target_=toy.Random", "seed=5")
+    (tmp_path / "toy.py").write_text("raise ValueError('changed since')")
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    model = load_model("runs/toy/baseline")
+    assert bits(model.state_dict()) == bits(trainer.model.state_dict())
+    assert torch.equal(model.get_buffer("drawn"), trainer.model.get_buffer("drawn"))
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_averaged_weights_and_other_checkpoints_can_be_had(recipe) -> None:
+    keep = "+checkpoint={every_epochs: 1, keep_last: null}"
+    trainer = train(recipe(), "+callbacks=[{type: averaged_weights}]", keep)
+    [average] = [c for c in trainer.callbacks if type(c).__name__ == "AveragedWeights"]
+    averaged = load_model("runs/toy/baseline", weights="averaged")
+    assert bits(averaged.state_dict()) == bits(average.averaged_state_dict())
+    first = load_model("runs/toy/baseline", checkpoint="step_00000003")
+    assert bits(first.state_dict()) != bits(trainer.model.state_dict())
+
+
+def test_what_cannot_be_loaded_is_one_clear_error(recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no recipe\.yaml"):
+        load_model(tmp_path)
+    path = recipe()
+    train(path)
+    stored = tmp_path / "runs/toy/baseline/recipe.yaml"
+    text = stored.read_text()
+    stored.write_text(text.replace("width: 4", "width: 5"))
+    with pytest.raises(MismatchError, match=r"layers\.0\.weight"):
+        load_model("runs/toy/baseline")
+    stored.write_text(text.replace("_target_: toy.Net", "_target_: os.system"))
+    with pytest.raises(ConfigError, match=r"os\.system"):
+        load_model("runs/toy/baseline")
