@@ -67,3 +67,19 @@ def test_what_cannot_be_loaded_is_one_clear_error(recipe, tmp_path: Path) -> Non
     stored.write_text(text.replace("_target_: toy.Net", "_target_: os.system"))
     with pytest.raises(ConfigError, match=r"os\.system"):
         load_model("runs/toy/baseline")
+
+
+def test_one_of_several_models_is_asked_for_by_name(recipe) -> None:
+    net, adam = {"_target_": "toy.Net", "width": 4}, {"_target_": "torch.optim.AdamW"}
+    trainer = train(
+        recipe(
+            trainer={"_target_": "toy.Gan", "epochs": 1, "progress": False},
+            model={"generator": net, "discriminator": net | {"width": 2}},
+            optimizer={"generator": adam, "discriminator": adam},
+        )
+    )
+    model = load_model("runs/toy/baseline", model="discriminator")
+    assert bits(model.state_dict()) == bits(trainer.get_module("discriminator").state_dict())
+    for name in (None, "critic"):
+        with pytest.raises(ConfigError, match="generator, discriminator"):
+            load_model("runs/toy/baseline", model=name)

@@ -14,6 +14,7 @@ from paceline.checkpoint.export import Weights, find_checkpoint, read_weights
 from paceline.checkpoint.state import load_model_state
 from paceline.errors import ConfigError
 from paceline.recipe.builder import Builder
+from paceline.recipe.parts import each
 from paceline.recipe.recipe import load_recipe
 from paceline.recipe.record import RECIPE_FILE
 from paceline.world.seeding import seed_everything
@@ -24,6 +25,7 @@ def load_model(
     *,
     weights: Weights = "live",
     checkpoint: str = "latest",
+    model: str | None = None,
     trust: Collection[str] = (),
 ) -> torch.nn.Module:
     """The model of a run that was trained from a recipe, on the CPU and in evaluation mode.
@@ -36,6 +38,7 @@ def load_model(
         weights: "live", those that were trained, or "averaged", what a callback such as
             `AveragedWeights` kept.
         checkpoint: "latest", "best" or a name such as "step_00000120".
+        model: which one, if the recipe has several by name.
         trust: as for `load_recipe`.
 
     Raises:
@@ -52,13 +55,24 @@ def load_model(
         )
     found = find_checkpoint(run_dir, checkpoint)
     recipe = load_recipe(path, trust=trust)
-    component = recipe.parts.get("model")
-    if component is None:
-        raise ConfigError(f"{path}: no `model:` in it, its trainer makes its own; export them.")
+    components = dict(each(recipe.parts.get("model")))
+    name = model or (next(iter(components)) if len(components) == 1 else "")
+    if name not in components:
+        raise ConfigError(_not_there(path, model, components))
+    build = Builder(recipe.composed.mistakes().locate).build
     with _as_the_run_began(recipe.seed):
-        model = Builder(recipe.composed.mistakes().locate).build(component)
-    load_model_state(model, read_weights(found, weights)["model"], "the model")
-    return model.eval()
+        made = {each_name: build(component) for each_name, component in components.items()}
+    # A single model has no name in the recipe; the trainer's attribute is its name.
+    load_model_state(made[name], read_weights(found, weights)[name or "model"], "the model")
+    return made[name].eval()
+
+
+def _not_there(path: Path, model: str | None, known: Collection[str]) -> str:
+    if not known:
+        return f"{path}: no `model:` in it, its trainer makes its own; export them."
+    if "" in known:
+        return f"{path}: its one model has no name; leave model={model!r} out."
+    return f"{path}: model={model!r} is none of its models: {', '.join(known)}."
 
 
 @contextmanager
