@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+from blocks import blocks, run_block
+
+README = Path(__file__).parents[1] / "README.md"
+PYTHON = [block for block in blocks(README) if block.language == "python"]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
+@pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_each_code_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], f"README block {number + 1}", "exec"), {"__name__": "readme"})
+    run_block(PYTHON[number], README)
 
 
 def test_each_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+    assert [x for x in links if "://" not in x and not (README.parent / x).exists()] == []

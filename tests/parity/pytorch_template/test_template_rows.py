@@ -36,7 +36,7 @@ DEFECTS: dict[str, str | Later] = {
     "23": "test_PT_05_preflight_answers_machines_and_people",
     "24": "test_24_what_a_run_writes_is_plain_yaml_and_json",
     "25": "test_PT_26_a_crashed_run_has_said_what_it_was",
-    "26": "test_each_python_block_of_the_docs_runs",
+    "26": "test_each_page_of_the_docs_runs",
     "27": "test_PT_04_what_is_hardly_meant_is_listed",
     "28": "test_PT_30_analyze_does_not_exist_yet_but_the_last_validation_is_kept",
     "29": "test_the_shipped_recipes_pass",
@@ -94,7 +94,7 @@ FEATURES: dict[str, str | Later] = {
     "42 metrics lib": "test_PT_18_metrics_of_ones_own_are_in_every_epochs_row",
     "43 loading API": Later("comes with `paceline export`; load_tree reads any checkpoint"),
     "44 recipes": "test_each_recipe_trains",
-    "45 migration tooling": "test_each_python_block_of_the_docs_runs",
+    "45 migration tooling": "test_each_page_of_the_docs_runs",
 }
 
 

@@ -1,0 +1,73 @@
+"""The code blocks of Markdown pages, taken out and run as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.S | re.M)
+_FILE = re.compile(r"# ([\w/]+\.(?:py|yaml))\n")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block.
+
+    Attributes:
+        language: what stands behind the fence.
+        text: what stands between the fences.
+        line: where it begins on its page.
+    """
+
+    language: str
+    text: str
+    line: int
+
+    @property
+    def file(self) -> str | None:
+        """The file that it shows, if its first line is a comment with nothing but its name."""
+        match = _FILE.match(self.text)
+        return match[1] if match else None
+
+
+def blocks(page: Path) -> list[Block]:
+    """Every fenced block of a page, in order."""
+    text = page.read_text()
+    return [
+        Block(match[1], match[2], text[: match.start()].count("\n") + 2)
+        for match in _BLOCK.finditer(text)
+    ]
+
+
+def run_block(block: Block, page: Path) -> None:
+    """Runs a block in the working folder: Python as a program, a file by writing it, `paceline`."""
+    if block.file is not None:
+        Path(block.file).parent.mkdir(parents=True, exist_ok=True)
+        Path(block.file).write_text(block.text)
+    elif block.language == "python":
+        # Filled up with empty lines, so that errors name the line of the page.
+        source = "\n" * (block.line - 1) + block.text
+        exec(compile(source, str(page), "exec"), {"__name__": "a_page"})
+    elif block.language == "sh":
+        for line in block.text.splitlines():
+            if line.startswith("paceline "):
+                _run_command(shlex.split(line, comments=True)[1:], page)
+
+
+def _run_command(words: list[str], page: Path) -> None:
+    """Runs `paceline ...`; a recipe that ships is shortened."""
+    if words[0] == "train" and words[1].startswith("recipes/"):
+        words = [*words, "trainer.epochs=1", "trainer.max_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "paceline", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{page}: paceline {shlex.join(words)}\n{done.stderr}"

@@ -1,0 +1,92 @@
+"""The documentation shows only what runs, names only what exists, links only to what is there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from blocks import blocks, run_block
+from builders import code_forgotten
+from paceline.cli.main import app
+from paceline.trainer.events import EVENTS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A working folder beside the recipes, as after a clone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    with code_forgotten():
+        yield tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_each_page_of_the_docs_runs(page: str, folder: Path) -> None:
+    """All its blocks, one after the other, as a reader would type them."""
+    for block in blocks(DOCS / page):
+        run_block(block, DOCS / page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_block_is_of_a_language_that_is_run(page: str) -> None:
+    """`text` is for what a program prints."""
+    found = {(b.language, b.file is not None) for b in blocks(DOCS / page)}
+    assert found <= {("python", True), ("python", False), ("yaml", True), ("sh", False),
+                     ("text", False)}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_link_leads_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text())
+    here = (DOCS / page).parent
+    assert [x for x in links if "://" not in x and not (here / x).exists()] == []
+
+
+def test_the_navigation_lists_every_page() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    listed = re.findall(r"[\w/]+\.md", str(config["nav"]))
+    assert sorted(listed) == PAGES
+
+
+def test_the_event_table_is_that_of_the_code() -> None:
+    text = (DOCS / "callbacks.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `on_")]
+    assert tuple(re.match(r"\| `(on_\w+)", row)[1] for row in rows) == EVENTS  # pyright: ignore
+
+
+def test_only_commands_that_exist_are_described() -> None:
+    text = (DOCS / "commands.md").read_text()
+    described = re.findall(r"^## `paceline (\w+)`", text, flags=re.M)
+    existing = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert set(described) <= existing
+    assert {"train", "preflight", "preview", "runs", "export"} <= set(described)
+
+
+def test_the_reference_names_what_can_be_imported() -> None:
+    import importlib
+
+    for name in re.findall(r"^::: ([\w.]+)$", (DOCS / "reference.md").read_text(), flags=re.M):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_what_is_described_as_missing_is_missing() -> None:
+    """The day that a command comes, the pages that say it does not exist are to be changed."""
+    existing = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    said = re.findall(r"`paceline (\w+)` does not exist yet", _all_text())
+    assert set(said).isdisjoint(existing)
+    assert "wandb" not in sys.modules
+
+
+def _all_text() -> str:
+    return "\n".join((DOCS / page).read_text() for page in PAGES)
