@@ -94,7 +94,7 @@ def test_what_cannot_be_resolved_is_told_all_at_once_with_its_line(tmp_path: Pat
     ("text", "expected"),
     [
         ("a: [1, 2", "line 1"),
-        ("a: 1\na: 2\n", "r.yaml:2: a: this key stands in line 1 already"),
+        ("a: 1\na: 2\n", "r.yaml:2: a: duplicate key: it stands in line 1 already"),
         ("- 1\n- 2\n", "mapping"),
         ("hydra: {searchpath: ['pkg://os']}\n", "r.yaml:1: hydra"),
         ("a: &x [*x]\n", "contains itself"),
@@ -117,3 +117,57 @@ def test_wrong_overrides_are_told_all_at_once(grouped: Path):
     for part in ("'a b' is not key=value", "not a sweep", "hydra.searchpath", "'=3'"):
         assert part in text
     assert "4 mistakes" in text
+
+
+def test_small_resolvers_compute_sizes(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "words: [a, b, c]\nvocabulary: ${len:${words}}\n"
+        "numbers: {batch: 16, length: 128}\n"
+        "tokens: ${multiply:${numbers.batch},${numbers.length}}\nhalf: ${multiply:3,0.5}\n"
+    )
+    values = resolved(path)
+    assert (values["vocabulary"], values["tokens"], values["half"]) == (3, 2048, 1.5)
+    assert type(values["tokens"]) is int
+
+
+def test_a_resolver_that_somebody_has_registered_keeps_its_meaning(tmp_path: Path):
+    from omegaconf import OmegaConf
+
+    path = tmp_path / "r.yaml"
+    path.write_text("a: ${len:x}\n")
+    OmegaConf.register_new_resolver("len", lambda x: "mine", replace=True)
+    try:
+        assert resolved(path)["a"] == "mine"
+    finally:
+        OmegaConf.clear_resolver("len")
+    assert resolved(path)["a"] == 1
+
+
+def test_defaults_lists_nest_override_and_are_packaged_as_in_hydra(grouped: Path):
+    folder = grouped.parent
+    (folder / "optimizer").mkdir()
+    (folder / "optimizer" / "base.yaml").write_text("_target_: a.Adam\nlr: 1e-3\n")
+    (folder / "optimizer" / "slow.yaml").write_text("defaults: [base]\nlr: 1e-5\n")
+    (folder / "common.yaml").write_text("defaults: [{optimizer: base}]\nrun: {name: common}\n")
+    (folder / "extra.yaml").write_text("# @package trainer\nlog_every: 9\n")
+    grouped.write_text(
+        "defaults:\n  - common\n  - model@second: big\n  - extra\n"
+        "  - override optimizer: slow\n  - _self_\ntrainer: {epochs: 3}\n"
+    )
+    values = resolved(grouped, "++trainer.epochs=4", "+trainer.max_steps=5")
+    assert values["optimizer"] == {"_target_": "a.Adam", "lr": 1e-5}
+    assert values["second"]["width"] == 64
+    assert values["trainer"] == {"log_every": 9, "epochs": 4, "max_steps": 5}
+    assert values["run"] == {"name": "common"}
+    assert resolved(grouped, "model@second=small")["second"]["width"] == 2
+    assert resolved(grouped, "optimizer=base")["optimizer"]["lr"] == 1e-3
+
+
+def test_a_key_that_nothing_refers_to_is_not_the_recipes_own(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "width: 3\nbase: &base {a: 1}\nalone: 1\nself: ${self}\nlist: [1]\n"
+        "model: {<<: *base, b: '${width}', c: '${oc.select:list,0}'}\n"
+    )
+    assert compose(path).own_keys() == {"width", "base", "list"}

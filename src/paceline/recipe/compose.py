@@ -319,7 +319,7 @@ def _tolerant(
         drop_duplicates(
             root,
             lambda path, line, first: noted.add(
-                path, f"this key stands in line {first} already.", f"{file}:{line}"
+                path, f"duplicate key: it stands in line {first} already.", f"{file}:{line}"
             ),
         )
         config: Any = OmegaConf.load(StringIO(yaml.serialize(root, allow_unicode=True)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -18,8 +19,14 @@ def product(*factors: float) -> float:
     return math.prod(factors)
 
 
-def register_resolvers() -> None:
-    """Makes them known to OmegaConf. Whoever has given a name a meaning of their own keeps it."""
+def register_resolvers(own: Mapping[str, Callable[..., Any]] = {}) -> None:
+    """Makes them known to OmegaConf. Whoever has given a name a meaning of their own keeps it.
+
+    Args:
+        own: further ones, which take the place of what has their name.
+    """
+    for name, resolver in own.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
     for name, resolver in (("len", length), ("multiply", product)):
         if not OmegaConf.has_resolver(name):
             OmegaConf.register_new_resolver(name, resolver)

@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ from paceline.recipe.record import RECIPE_FILE
 from paceline.trainer.result import Result
 from paceline.trainer.settings import Resume
 from paceline.trainer.stop import TO_BE_RESUMED
+from paceline.trainer.trainer import Trainer
 from paceline.world.world import World
 
 SEEDS_FILE = "seeds.json"
 # A resolver of Hydra's or the user's own may give something else each time.
 _LOOKED_UP = re.compile(r"\$\{[^}:]*:")
+
+
+Build = Callable[[Recipe, Resume], Trainer]
+"""Makes the Trainer of one run."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +91,25 @@ class Seeds:
         return values if len(values) == len(self.metrics) else []
 
 
-def train_recipe(recipe: Recipe, resume: Resume) -> Result:
+def train_recipe(recipe: Recipe, resume: Resume, build: Build | None = None) -> Result:
     """Trains one run to its end.
+
+    Args:
+        recipe: one with a single seed.
+        resume: how the run goes on.
+        build: makes its Trainer; `build_trainer` unless given.
 
     Raises:
         SystemExit: with code 75, if the run was stopped, saved, and wants to go on.
     """
-    trainer = build_trainer(recipe, resume=resume)
+    trainer = build(recipe, resume) if build else build_trainer(recipe, resume=resume)
     trainer.fit(seed=recipe.seed)  # a train() of the user's own may take no seed
     if trainer.result.stopped_by in TO_BE_RESUMED:  # as after a signal: start the same again
         raise SystemExit(75)
     return trainer.result
 
 
-def train_seeds(recipe: Recipe, resume: Resume) -> Seeds:
+def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> Seeds:
     """Trains a run for each seed, one after the other, in `seed_<n>` below the recipe's folder.
 
     A run that is complete is skipped, and one that was stopped goes on. When all are done, what
@@ -107,6 +118,7 @@ def train_seeds(recipe: Recipe, resume: Resume) -> Seeds:
     Args:
         recipe: one with `seeds`.
         resume: how each of the runs goes on.
+        build: makes the Trainer of one; `build_trainer` unless given.
 
     Raises:
         ConfigError: `resume` asks for one checkpoint, of which there is one a seed.
@@ -123,7 +135,7 @@ def train_seeds(recipe: Recipe, resume: Resume) -> Seeds:
         found = None if resume.mode == "fresh" else finished(run)
         done = "" if found is None else " is complete already"
         _say(f"seed {run.seed}, {i + 1} of {len(runs)}, in {run.run_dir}{done}")
-        metrics[run.seed] = found if found is not None else train_recipe(run, resume).metrics
+        metrics[run.seed] = found if found is not None else train_recipe(run, resume, build).metrics
         gc.collect()  # a run's tensors before the next one's
     monitor = recipe.setting("metric_monitor")
     seeds = Seeds("val/loss" if monitor is None else monitor.metric_name, metrics)
