@@ -11,10 +11,11 @@ import pytest
 import yaml
 from real_runs import STEPS, LeaveValidation, build, check_resumed, check_undisturbed, schedule_free
 
-from builders import StopAt
+from builders import StopAt, bits
 from paceline import Callback
 from paceline.recipe import build_trainer, load_recipe
 from paceline.registry import lookup, names
+from ranks import Ranks
 
 # Registered name -> the arguments it gets here.
 EVERY: dict[str, dict[str, Any]] = {
@@ -82,8 +83,37 @@ def test_the_same_object_may_be_in_a_second_run(name: str, tmp_path: Path) -> No
     for folder in ("first", "second"):
         trainer = build(tmp_path / folder, *callbacks, **NEEDS.get(name, {}))
         trainer.train(seed=5)
-        states.append((tmp_path / folder / "metrics.jsonl").read_bytes())
+        written = (tmp_path / folder / "metrics.jsonl").read_bytes()
+        states.append((written, bits(callbacks[0].state_dict())))
     assert states[0] == states[1]
+
+
+def play(folder: Path) -> Any:
+    callbacks = [callback for name in EVERY if name not in NEEDS for callback in make(name)]
+    trainer = build(folder, *callbacks)
+    trainer.train(seed=5)
+    states = [bits(callback.state_dict()) for callback in callbacks]
+    return trainer.global_step, bits(trainer.model.state_dict()), states
+
+
+@pytest.mark.slow
+def test_on_two_ranks_their_states_are_the_same(ranks: Ranks, tmp_path: Path) -> None:
+    """So that whatever follows from a state is decided alike."""
+    first, second = ranks(play, 2, tmp_path)
+    assert first == second
+    assert first[0] == STEPS
+
+
+def play_schedule_free() -> Any:
+    trainer = build(None, *make("schedule_free"), **NEEDS["schedule_free"])
+    trainer.train(seed=5)
+    return bits(trainer.model.state_dict()), bits(trainer.callbacks[0].state_dict())
+
+
+@pytest.mark.slow
+def test_on_two_ranks_schedule_free_weights_are_the_same(ranks: Ranks) -> None:
+    first, second = ranks(play_schedule_free, 2)
+    assert first == second
 
 
 RECIPE = """

@@ -136,6 +136,19 @@ def test_its_memory_is_bounded_and_the_points_are_means() -> None:
     assert len(state["points"]) * stride + state["open"][0] == 100
 
 
+@pytest.mark.parametrize("stop", [5, 23, 24, 47, 70])
+def test_its_state_is_all_of_it(stop: int) -> None:
+    """Also where points are means of several rows, one of them not complete."""
+    whole, first, second = (LossPrediction(min_points=6, max_points=12) for _ in range(3))
+    for step in range(1, 101):
+        whole._take(step, 1 / step)
+        part = first if step <= stop else second
+        if step == stop + 1:
+            second.load_state_dict(first.state_dict())
+        part._take(step, 1 / step)
+    assert second.state_dict() == whole.state_dict()
+
+
 def test_values_that_are_not_finite_are_passed_over() -> None:
     prediction = LossPrediction()
     prediction._take(1, math.nan)
