@@ -197,6 +197,16 @@ def test_weights_beyond_the_range_of_fp16_are_refused(tmp_path: Path) -> None:
     assert export(tmp_path, dtype="bf16")
 
 
+def test_paths_are_those_that_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    expected = Path("a/exports/model_step_00000005.safetensors")
+    assert [file.path for file in export("a")] == [expected]
+    monkeypatch.chdir(tmp_path / "a/checkpoints")
+    [file] = export("step_00000005")
+    assert file.path.resolve() == (tmp_path / expected).resolve()
+
+
 def test_several_models_are_one_file_each_or_the_one_asked_for(tmp_path: Path) -> None:
     trainer = train(tmp_path, loss_fn=nn.CrossEntropyLoss(weight=torch.ones(3)))
     names = {file.path.name: file.model for file in export(tmp_path)}
@@ -216,6 +226,9 @@ def test_what_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         export(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="holds no checkpoint"):
+        export(tmp_path)
+    train(tmp_path / "seed_1")
+    with pytest.raises(ConfigError, match="name one of them: seed_1"):
         export(tmp_path)
     train(tmp_path)
     with pytest.raises(CheckpointError, match="no averaged weights"):

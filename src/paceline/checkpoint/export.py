@@ -118,8 +118,7 @@ def find_checkpoint(source: Path | str, which: str = "latest") -> Checkpoint:
     found, broken = publication.scan(folder)
     names = [c.path.name for c in found] + [p.name for p, _ in broken]
     if not names:
-        what = "holds no checkpoint" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path} {what}: name a run that has saved one, or a checkpoint.")
+        raise ConfigError(_none_in(path))
     if which == "latest":
         name = max(names) if broken else found[-1].path.name
     elif which == "best":
@@ -135,6 +134,14 @@ def find_checkpoint(source: Path | str, which: str = "latest") -> Checkpoint:
         if name not in names:
             raise ConfigError(f"{path} has no checkpoint {which!r}; it has: {', '.join(names)}.")
     return _intact(folder / name, folder)
+
+
+def _none_in(path: Path) -> str:
+    if not path.is_dir():
+        return f"{path} does not exist: name a run, or a checkpoint."
+    runs = ", ".join(sorted(folder.parent.name for folder in path.glob("*/checkpoints")))
+    hint = f"it holds runs, name one of them: {runs}" if runs else "name a run that has saved one"
+    return f"{path} holds no checkpoint; {hint}."
 
 
 def read_weights(
@@ -271,7 +278,7 @@ def _targets(
 
 
 def _exports_of(found: Checkpoint) -> Path:
-    checkpoints = found.path.absolute().parent
+    checkpoints = found.path.parent if found.path.parent.name else found.path.absolute().parent
     folder = checkpoints.parent / "exports"
     if checkpoints.name != "checkpoints" or folder.is_symlink():
         raise ConfigError(f"{found.path} has no run folder to export to: say where.")
