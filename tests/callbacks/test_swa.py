@@ -11,9 +11,10 @@ from fake_trainer import FakeTrainer
 from real_runs import build
 from torch import nn
 
-from builders import bits, loader
+from builders import StopAt, bits, loader
 from paceline.callbacks import SWA
-from paceline.errors import ConfigError
+from paceline.checkpoint.export import export
+from paceline.errors import CheckpointError, ConfigError
 from paceline.log.provenance import read_run
 from small import batches, line
 
@@ -53,6 +54,15 @@ def test_before_the_first_the_trained_weights_are_validated() -> None:
     assert seen[0] == bits(swa.averaged_state_dict()) == trained
     trainer.step(2).validate()
     assert seen[-1] == bits(swa.averaged_state_dict()) != bits(trainer.model.state_dict())
+
+
+def test_before_the_first_there_is_nothing_to_export(tmp_path: Path) -> None:
+    """The weights that the run began with are no average."""
+    build(tmp_path, SWA(8), StopAt(5)).train(seed=5)
+    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+        export(tmp_path, weights="averaged")
+    build(tmp_path, SWA(8)).train(seed=5)
+    assert export(tmp_path, weights="averaged")
 
 
 def test_statistics_that_are_not_the_averages_are_in_the_plan(tmp_path: Path) -> None:

@@ -81,8 +81,12 @@ class WeightAverage(ExchangedWeights):
         self._updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the averages by `model.parameter`, as they are (no copies)."""
-        return {"updates": self._updates, "average": dict(self._average)}
+        """The number of updates and the averages by `model.parameter`, as they are (no copies).
+
+        An average that is of no use yet is left out, so that nobody exports it.
+        """
+        average = {"average": dict(self._average)} if self._is_of_use() else {}
+        return {"updates": self._updates, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back `state_dict`.
@@ -90,10 +94,12 @@ class WeightAverage(ExchangedWeights):
         Raises:
             MismatchError: names, shapes or dtypes differ from the models'; all of them are listed.
         """
-        self._adopt(also=state["average"])
-        _check(state["average"], self._average)
-        _copy(self._average, state["average"])
-        self._updates, self._started = state["updates"], True
+        if "average" in state:
+            self._adopt(also=state["average"])
+            _check(state["average"], self._average)
+            _copy(self._average, state["average"])
+            self._started = True
+        self._updates = state["updates"]
 
     def averaged_state_dict(self, model: str | None = None) -> dict[str, torch.Tensor]:
         """The state dict of one model with the averages in place of its parameters.
