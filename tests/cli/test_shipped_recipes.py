@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from blocks import blocks
 from command import Paceline
 from endings import ending
 
@@ -75,3 +79,21 @@ def test_the_generator_covers_the_ring(paceline, tmp_path: Path):
     code, _, err = paceline("train", str(RECIPES / "gan.yaml"), "trainer.progress=false")
     assert code == 0, err
     assert metrics(tmp_path / "runs/gan/ring")["val/covered"] > 0.4  # one Gaussian alone has 0.125
+
+
+def test_the_readme_s_commands_about_trained_runs_work(paceline, tmp_path: Path):
+    readme = blocks(RECIPES.parent / "README.md")
+    [commands] = [b.text for b in readme if b.text.startswith("paceline runs")]
+    for name in ("digits", "digits_sgd"):
+        words = (str(RECIPES / f"{name}.yaml"), "trainer.epochs=1", "model.width=4")
+        assert paceline("train", *words)[0] == 0
+    printed = []
+    for command in commands.splitlines():
+        code, out, err = paceline(*shlex.split(command)[1:])
+        assert code == 0, err
+        printed.append(out)
+    assert "digits/baseline" in printed[0]
+    assert "digits/sgd" not in printed[0]
+    assert "optimizer._target_" in printed[1]
+    [weights] = (tmp_path / "runs/digits/baseline/exports").iterdir()
+    assert load_file(weights)["0.weight"].dtype == torch.bfloat16
