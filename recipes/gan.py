@@ -41,13 +41,20 @@ class Ring(Dataset):
         return self.x[index]
 
 
-def network(inputs: int, outputs: int, width: int) -> nn.Sequential:
-    """Two hidden layers."""
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.LeakyReLU(0.2),
-        nn.Linear(width, width), nn.LeakyReLU(0.2),
-        nn.Linear(width, outputs),
-    )  # fmt: skip
+class Network(nn.Sequential):
+    """Two hidden layers.
+
+    Args:
+        inputs, outputs: numbers that go in and come out.
+        width: of the hidden layers.
+    """
+
+    def __init__(self, inputs: int, outputs: int, width: int = 64) -> None:
+        super().__init__(
+            nn.Linear(inputs, width), nn.LeakyReLU(0.2),
+            nn.Linear(width, width), nn.LeakyReLU(0.2),
+            nn.Linear(width, outputs),
+        )  # fmt: skip
 
 
 class GANTrainer(Trainer):
@@ -59,41 +66,33 @@ class GANTrainer(Trainer):
 
     Args:
         noise: numbers that the generator starts from.
-        width: of the hidden layers.
-        lr: of both Adams.
         penalty: gamma of R1.
         **settings: the Trainer's.
     """
 
-    def __init__(
-        self, *, noise: int = 8, width: int = 64, lr: float = 2e-3, penalty: float = 0.1,
-        **settings: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, noise: int = 8, penalty: float = 0.1, **settings: Any) -> None:
         super().__init__(**settings)
-        self.noise, self.width, self.lr, self.penalty = noise, width, lr, penalty
+        self.noise, self.penalty = noise, penalty
 
-    def configure(self) -> None:
-        """Makes both models and their optimizers."""
-        self.generator = network(self.noise, 2, self.width)
-        self.critic = network(2, 1, self.width)
-        betas = (0.0, 0.99)  # momentum makes the two chase each other
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), self.lr, betas)
-        self.generator_adam = torch.optim.Adam(self.generator.parameters(), self.lr, betas)
+    def generate(self, n: int) -> Tensor:
+        """`n` points [n, 2] of the generator's."""
+        return self.model["generator"](torch.randn(n, self.noise, device=self.device))
 
     def step(self, window: Window) -> None:
         """One step of the critic and one of the generator."""
+        critic = self.model["critic"]
         for real, _ in window:
-            fake = self.generator(torch.randn(len(real), self.noise, device=self.device))
+            fake = self.generate(len(real))
             real = real.requires_grad_()
-            verdict = self.critic(real)
+            verdict = critic(real)
             (slope,) = torch.autograd.grad(verdict.sum(), real, create_graph=True)
-            critic_loss = softplus(-verdict).mean() + softplus(self.critic(fake.detach())).mean()
+            critic_loss = softplus(-verdict).mean() + softplus(critic(fake.detach())).mean()
             critic_loss = critic_loss + self.penalty / 2 * slope.square().sum(1).mean()
-            self.backward(critic_loss, only="critic_adam")
-            self.optimizer_step("critic_adam")
-            generator_loss = softplus(-self.critic(fake)).mean()
-            self.backward(generator_loss, only="generator_adam")
-            self.optimizer_step("generator_adam")
+            self.backward(critic_loss, only="critic")
+            self.optimizer_step("critic")
+            generator_loss = softplus(-critic(fake)).mean()
+            self.backward(generator_loss, only="generator")
+            self.optimizer_step("generator")
             self.log("train/critic", critic_loss.detach())
             self.log("train/generator", generator_loss.detach())
 
@@ -103,7 +102,7 @@ class GANTrainer(Trainer):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Generates as many points as there are real ones and looks where they lie."""
-        fake = self.generator(torch.randn(len(batch), self.noise, device=self.device))
+        fake = self.generate(len(batch))
         distance, mode = torch.cdist(fake, centres().to(self.device)).min(dim=1)
         mode[distance > 4 * SPREAD] = MODES
         self.hits += torch.bincount(mode, minlength=MODES + 1)

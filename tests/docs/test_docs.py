@@ -69,7 +69,7 @@ def test_only_commands_that_exist_are_described() -> None:
     described = re.findall(r"^## `paceline (\w+)`", text, flags=re.M)
     existing = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     assert set(described) <= existing
-    assert {"train", "preflight", "preview", "runs", "export"} <= set(described)
+    assert len(described) == len(set(described)) >= 7
 
 
 def test_the_reference_names_what_can_be_imported() -> None:

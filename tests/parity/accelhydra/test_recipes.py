@@ -12,6 +12,7 @@ from builders import bits, rows
 from paceline.checkpoint import load_tree
 from paceline.cli.main import app
 from paceline.errors import RecipeError
+from paceline.recipe import load_recipe
 
 CODE = """
 import torch
@@ -74,6 +75,21 @@ def test_AH_02_defaults_and_interpolation() -> None:
     assert paceline().exit_code == 0
     assert newest()["identity"]["max_grad_norm"] == 2.0
     assert newest()["identity"]["data.samples"] == 24
+
+
+def test_AH_02_len_and_multiply() -> None:
+    """`${len:...}` and `${multiply:...}` give plain numbers to the objects."""
+    Path("sizes.yaml").write_text(
+        "defaults: [train, _self_]\n"
+        "words: [a, b, c, d, e]\n"
+        "model: {in_features: 1, out_features: '${len:${words}}'}\n"
+        "train_dataloader: {dataset: {n: '${multiply:2,${multiply:4,3}}'}}\n"
+    )
+    values = load_recipe("sizes.yaml")
+    assert values.parts["model"].kwargs["out_features"] == 5
+    loader = values.parts["train_dataloader"].kwargs
+    assert loader["dataset"].kwargs["n"] == 24
+    assert type(loader["dataset"].kwargs["n"]) is int
 
 
 def test_AH_03_the_resolved_recipe_without_training() -> None:
