@@ -24,7 +24,7 @@ from paceline import Callback, CheckpointPolicy
 from paceline.errors import MissingExtraError
 from paceline.log.sinks import JsonlSink, read_rows
 from paceline.log.tensorboard import TensorBoard
-from paceline.recipe import load_recipe
+from paceline.recipe import build_trainer, load_recipe
 from paceline.registry import lookup
 
 STEPS = 12
@@ -232,14 +232,37 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         TensorBoard()
 
 
-def test_recipes_know_it_by_name(tmp_path: Path) -> None:
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text("loggers: {files: {type: jsonl}, board: {type: tensorboard}}\n")
+RECIPE = """
+run: {dir: out}
+trainer: {max_steps: 2, progress: false, log_every: 1}
+model: {_target_: torch.nn.Linear, in_features: 4, out_features: 1}
+loss_fn: {_target_: torch.nn.MSELoss}
+optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+code: board_data.py
+train_dataloader:
+  _target_: torch.utils.data.DataLoader
+  dataset: {_target_: board_data.Data}
+loggers: {files: {type: jsonl}, board: {type: tensorboard}}
+"""
+CODE = """
+import torch
+from torch.utils.data import TensorDataset
+
+class Data(TensorDataset):
+    def __init__(self) -> None:
+        super().__init__(torch.eye(4), torch.ones(4, 1))
+"""
+
+
+def test_a_recipe_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("run.yaml").write_text(RECIPE)
+    Path("board_data.py").write_text(CODE)
+    build_trainer(load_recipe("run.yaml")).train(seed=1)
+    del sys.modules["board_data"]
     assert lookup("logger", "tensorboard") is TensorBoard
-    assert [part.target for part in load_recipe(recipe).lists["loggers"]] == [
-        JsonlSink,
-        TensorBoard,
-    ]
+    assert {step for tag, step, _ in shown(Path("out")) if tag == "train/loss"} == {1, 2}
 
 
 if __name__ == "__main__":
