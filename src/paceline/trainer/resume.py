@@ -378,13 +378,16 @@ def _checkpoint_in(trainer: Trainer, path: Path) -> Path:
     if (path / "manifest.json").exists():
         verify(path)
         return path
-    for folder in sorted((path / "checkpoints").glob("step_*"), reverse=True):
+    found, broken = scan(path / "checkpoints")
+    for _, error in broken:
+        trainer.say(f"init_from: {error}; another checkpoint is looked for.")
+    for checkpoint in reversed(found):
         try:
-            verify(folder)
+            verify(checkpoint.path)
         except CheckpointError as error:
             trainer.say(f"init_from: {error}; an older checkpoint is looked for.")
         else:
-            return folder
+            return checkpoint.path
     raise CheckpointError(
         f"init_from={path} is neither a checkpoint nor a run with one nor a safetensors file."
     )
