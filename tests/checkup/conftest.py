@@ -95,10 +95,29 @@ class Pair(Trainer):
         self.log("val/loss", self.loss_fn(self.model["a"](batch[0]), batch[1]))
 
 
-class Forgetful(Fit):
-    def state_dict(self):
-        return super().state_dict()
+class Penalised(Fit):
+    def loss(self, batch):
+        x, y = batch
+        x = x.requires_grad_()
+        outputs = self.model(x)
+        (slope,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+        return self.loss_fn(outputs, y) + (slope**2).mean()
 
+
+class Sequenced(Fit):
+    def configure(self):
+        linear = torch.optim.lr_scheduler.LinearLR
+        self.lr_scheduler = torch.optim.lr_scheduler.SequentialLR(
+            self.optimizer, [linear(self.optimizer), linear(self.optimizer)], [500]
+        )
+
+
+class Untrained(Fit):
+    def configure(self):
+        self.extra = nn.Linear(2, 2)
+
+
+class Forgetful(Fit):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         with torch.no_grad():

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from paceline.checkpoint import CheckpointPolicy, reasons_due, to_keep
 from paceline.checkup import PreflightReport, preflight
+from paceline.checkup.costs import Length, most_checkpoints
 from paceline.errors import ConfigError
+
+
+class Kept(NamedTuple):
+    save_id: int
+    step: int
+    best: bool
 
 
 def found(report: PreflightReport, name: str) -> tuple[str, str]:
@@ -167,6 +178,10 @@ def test_every_kind_of_run_is_rehearsed(recipe, overrides, keys, name, said):
 
 
 TORCH = "torch.optim.lr_scheduler."
+WARMUP = [
+    {"_target_": TORCH + "LinearLR", "start_factor": 0.1, "total_iters": 10},
+    {"_target_": TORCH + "CosineAnnealingLR", "T_max": 90},
+]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +198,12 @@ TORCH = "torch.optim.lr_scheduler."
         (["+trainer.lr_scheduler_interval=epoch"],
          {"_target_": TORCH + "CosineAnnealingLR", "T_max": 100},
          "lr_scheduler.T_max is 100 and the run has 20 epochs"),
+        ([], {"_target_": TORCH + "LinearLR", "start_factor": 0.1, "total_iters": 100},
+         "100 steps of warm-up take all of the run's 100 optimizer steps"),
+        (["trainer._target_=toy.Sequenced", "~lr_scheduler"], {},
+         "lr_scheduler: its milestone 500 lies beyond the run's 100 optimizer steps"),
+        ([], {"_target_": TORCH + "SequentialLR", "milestones": [30], "schedulers": WARMUP},
+         "lr_scheduler.1.T_max is 90 and its part of the run has 70 optimizer steps"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_meant_are_listed(recipe, overrides, schedule, said):
@@ -190,6 +211,73 @@ def test_settings_that_cannot_be_meant_are_listed(recipe, overrides, schedule, s
     assert report.passed
     assert found(report, "settings")[0] == "WARN"
     assert said in found(report, "settings")[1]
+
+
+def test_a_schedule_of_schedules_that_fits_is_no_warning(recipe):
+    schedule = {"_target_": TORCH + "SequentialLR", "milestones": [10], "schedulers": WARMUP}
+    report = preflight(recipe(lr_scheduler=schedule))
+    assert [c for c in report.checks if c.status != "PASS"] == []
+
+
+def test_parameters_in_no_optimizer_are_named(recipe):
+    report = preflight(recipe("trainer._target_=toy.Untrained"))
+    status, detail = found(report, "components")
+    assert status == "FAIL"
+    assert "in no optimizer: extra.weight, extra.bias" in detail
+
+
+def test_a_disk_too_small_for_the_runs_checkpoints_fails(recipe, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 * 10**6}))
+    assert preflight(recipe()).passed
+    words = ("trainer.epochs=200", "+checkpoint.every_steps=1", "+checkpoint.keep_last=null")
+    report = preflight(recipe(*words))
+    assert found(report, "disk")[0] == "FAIL"
+    assert "at most 1201 checkpoints at once" in found(report, "disk")[1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "monitored", "most"),
+    [
+        ({}, (100, 10, 10), False, 2),  # the last one, and the one being written
+        ({}, (100, 10, 10), True, 3),  # and the best
+        ({"save_best": False}, (100, 10, 10), True, 2),
+        ({"keep_last": None}, (100, 10, 10), False, 11),
+        ({"keep_last": None, "every_steps": 20}, (100, 10, 10), False, 16),
+        ({"every_steps": 10, "keep_every_steps": 20}, (100, 10, 10), False, 7),
+        ({"keep_last": 50}, (4, 2, 2), False, 3),  # never more than are made
+        ({"keep_last": None}, (None, None, None), False, None),
+        ({}, (None, None, None), False, 2),
+        ({"keep_every_steps": 5}, (None, None, None), False, None),
+    ],
+)
+def test_the_most_checkpoints_at_once(policy, length, monitored, most):
+    counted = most_checkpoints(CheckpointPolicy(**policy), Length(*length), monitored=monitored)
+    assert counted == most
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    every=st.integers(1, 6), keep=st.integers(1, 4), permanent=st.none() | st.integers(1, 6),
+    steps=st.integers(1, 40), per_epoch=st.integers(1, 10), better=st.sets(st.integers(1, 40)),
+)  # fmt: skip
+def test_no_run_ever_has_more_checkpoints_than_that(
+    every, keep, permanent, steps, per_epoch, better
+):
+    """Given any policy, when its saves are played through, then the count bounds them."""
+    policy = CheckpointPolicy(every_steps=every, keep_last=keep, keep_every_steps=permanent)
+    length = Length(steps, steps // per_epoch, -(-steps // per_epoch))
+    held: list[Kept] = []
+    most = 0
+    for step in range(1, steps + 1):
+        ended = step // per_epoch if step % per_epoch == 0 else None
+        improved = step in better and (ended is not None or step == steps)
+        due = reasons_due(policy, step=step, epochs_done=ended, improved=improved)
+        if due or step == steps:
+            held.append(Kept(step, step, improved))
+            most = max(most, len(held))
+            kept = to_keep(policy, held)
+            held = [c for c in held if c.save_id in kept]
+    assert most <= (most_checkpoints(policy, length, monitored=True) or 0)
 
 
 def test_a_monitored_metric_that_nobody_measures_fails(recipe):

@@ -107,7 +107,14 @@ def test_several_models_and_optimizers_are_shown(recipe):
     assert [layer.name for layer in shown.layers] == ["a", "b"]
     assert [layer.output for layer in shown.layers] == ["(8, 3) float32"] * 2
     assert [schedule.optimizer for schedule in shown.schedules] == ["one", "two"]
-    assert "backward" in shown.flops_of
+    assert (shown.flops, shown.problem) == (None, "")  # its step() is no forward pass
+    assert shown.training["batch"] == "list[(8, 6) float32, (8,) int64]"
+
+
+def test_a_derivative_in_the_forward_pass_is_no_problem(recipe):
+    shown = preview(recipe("trainer._target_=toy.Penalised"))
+    assert shown.problem == ""
+    assert {layer.output for layer in shown.layers} == {"(8, 3) float32", "(8, 8) float32"}
 
 
 def test_a_forward_pass_that_fails_leaves_the_rest(recipe):

@@ -59,9 +59,22 @@ def test_a_package_has_to_be_trusted(paceline):
     assert paceline(*words, "--trust", "statistics")[0] == 1  # it is no loss
 
 
+def test_a_signal_ends_it_and_leaves_nothing(paceline, wait_for, tmp_path: Path):
+    words = ("trainer.pause=0.5", "trainer.epochs=100")
+    process = paceline.start("preflight", "toy.yaml", *words)
+    wait_for("three0")
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "SIGTERM" in err
+    assert not list(tmp_path.glob(".preflight*"))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "words"), [("digits", ["model.width=8"]), ("gpt", ["trainer.max_steps=300"])]
+    ("name", "words"),
+    [("digits", ["model.width=8"]), ("gpt", ["trainer.max_steps=300"]), ("gan", [])],
 )
 def test_the_shipped_recipes_pass(paceline, tmp_path: Path, name, words):
     code, out, err = paceline("preflight", str(RECIPES / f"{name}.yaml"), *words, "--json")

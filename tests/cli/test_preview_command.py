@@ -47,9 +47,9 @@ def test_a_recipe_with_mistakes_is_code_2(paceline):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits", "gpt"])
+@pytest.mark.parametrize("name", ["digits", "gpt", "gan"])
 def test_the_shipped_recipes_are_shown(paceline, name):
     code, out, err = paceline("preview", str(RECIPES / f"{name}.yaml"))
     assert code == 0, err
     assert "the forward pass failed" not in out
-    assert "peak 0.003 at" in out
+    assert "peak 0.00" in out

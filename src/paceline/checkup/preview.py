@@ -31,8 +31,8 @@ class Preview:
         settings: of the recipe, with their places.
         layers: every module of every model.
         flops: floating-point operations of one batch's forward pass (a multiplication and an
-            addition are two); None if it failed.
-        flops_of: what `flops` counts, in words.
+            addition are two); None where they cannot be counted: a step() of the trainer's own, or
+            a derivative taken in the forward pass.
         problem: why the forward pass failed; empty if it did not.
         components: optimizers, schedulers and the like, by what they are.
         training, validation: what is known of the data, by what it is.
@@ -43,7 +43,6 @@ class Preview:
     settings: list[Setting]
     layers: list[Layer]
     flops: int | None
-    flops_of: str
     problem: str
     components: dict[str, str]
     training: dict[str, str]
@@ -93,7 +92,6 @@ def preview(recipe: Recipe) -> Preview:
         settings=settings,
         layers=layers_of(trainer.named_models(), forward.outputs),
         flops=forward.flops,
-        flops_of=forward.what,
         problem=forward.problem,
         components=_components(trainer),
         training=training,
@@ -112,7 +110,6 @@ class _Forward:
     def __init__(self, trainer: Trainer) -> None:
         self.outputs: Any = {}
         self.flops: int | None = None
-        self.what = "forward pass of one batch"
         self.problem = ""
         self.batch: dict[str, str] = {}
         self._trainer = trainer
@@ -120,28 +117,30 @@ class _Forward:
     def run(self) -> None:
         """Counts and notes; a failure is kept as `problem`."""
         trainer = self._trainer
-        counter = FlopCounterMode(display=False)
         try:
             window = next(iter(trainer.epoch_windows()))
             if window.samples >= 0:
                 self.batch["samples a step"] = f"{int(window.samples):,}"
-            with outputs_noted(trainer.named_models()) as self.outputs, counter:
+            with outputs_noted(trainer.named_models()) as self.outputs:
                 if overrides(trainer, "step", Trainer):
-                    self.what = "a whole step of the trainer's own, backward passes included"
                     trainer.step(window)
+                    self.batch["batch"] = describe(window.batch)
                 else:
-                    self._first_step(window)
-            self.batch["batch"] = describe(window.batch)
-            self.flops = counter.get_total_flops()
+                    self._first_batch(window)
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
             self.problem = told(error)
 
-    def _first_step(self, window: Window) -> None:
-        for batch, batch_idx in window:
-            self.batch["batch"] = describe(batch)
-            with self._trainer.autocast:
+    def _first_batch(self, window: Window) -> None:
+        batch, batch_idx = next(iter(window))
+        self.batch["batch"] = describe(batch)
+        counter = FlopCounterMode(display=False)
+        with self._trainer.autocast:
+            try:
+                with counter:
+                    self._trainer.training_step(batch, batch_idx)
+                self.flops = counter.get_total_flops()
+            except Exception:  # noqa: BLE001 - the counter bears no autograd.grad; else it fails again
                 self._trainer.training_step(batch, batch_idx)
-            return
 
 
 def _components(trainer: Trainer) -> dict[str, str]:

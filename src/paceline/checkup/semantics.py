@@ -59,28 +59,43 @@ def wrong_lengths(trainer: Trainer, recipe: Recipe, validations: int | None) -> 
     return [Check(_NAME, "WARN", text) for text in told]
 
 
-def _wrong_schedule(name: str, scheduler: Any, written: Any, length: int, unit: str) -> list[str]:
-    """What a schedule's own numbers say of a run of `length` steps of it."""
+def _wrong_schedule(
+    name: str, scheduler: Any, written: Any, length: int, unit: str, part: bool = False
+) -> list[str]:
+    """What a schedule's own numbers say of the `length` steps that it has; a part may be full."""
     inner = getattr(scheduler, "_schedulers", None)
-    milestones = getattr(scheduler, "_milestones", None)
-    if inner and milestones:  # SequentialLR: each has its part
-        late = [m for m in milestones if m >= length]
-        told = [f"{name}: its milestone {m} lies beyond the run's {length} {unit}" for m in late]
-        ends = [*milestones, length]
-        for i, (part, begin, end) in enumerate(zip(inner, [0, *milestones], ends, strict=True)):
-            told += _wrong_schedule(f"{name}.{i}", part, {}, end - begin, unit)
+    if inner:  # a SequentialLR, of which each has its part; or a ChainedScheduler, all of them all
+        begins = getattr(scheduler, "_milestones", None)
+        told = [
+            f"{name}: its milestone {begin} lies beyond the run's {length} {unit}"
+            for begin in begins or ()
+            if begin >= length
+        ]
+        if told:
+            return told
+        ends = [*begins, length] if begins else [length] * len(inner)
+        starts = [0, *begins] if begins else [0] * len(inner)
+        for i, (one, start, end) in enumerate(zip(inner, starts, ends, strict=True)):
+            told += _wrong_schedule(f"{name}.{i}", one, {}, end - start, unit, part=True)
         return told
     told = []
     for key in HORIZON:
         value = getattr(scheduler, key, written.get(key))
         if isinstance(value, int) and value != length:
-            told.append(f"{name}.{key} is {value} and the run has {length} {unit}")
-    for key in _WARMUPS:
-        value = getattr(scheduler, key, written.get(key))
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < length <= value:
-            told.append(f"{name}: {value} steps of warm-up take all of the run's {length} {unit}")
-            break
+            of = "its part of the run" if part else "the run"
+            told.append(f"{name}.{key} is {value} and {of} has {length} {unit}")
+    warmup = _warmup(scheduler, written)
+    if warmup is not None and (warmup > length if part else warmup >= length):
+        told.append(f"{name}: {warmup} steps of warm-up take all of the run's {length} {unit}")
     reached = getattr(scheduler, "milestones", None)
     if reached and min(reached) >= length:
         told.append(f"{name}: no milestone lies within the run's {length} {unit}")
     return told
+
+
+def _warmup(scheduler: Any, written: Any) -> int | None:
+    """Steps in which a schedule rises, as far as it says so."""
+    if getattr(scheduler, "start_factor", 1.0) < getattr(scheduler, "end_factor", 1.0):
+        return scheduler.total_iters  # LinearLR
+    named = (getattr(scheduler, key, written.get(key)) for key in _WARMUPS)
+    return next((n for n in named if isinstance(n, int) and not isinstance(n, bool) and n), None)

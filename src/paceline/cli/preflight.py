@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from paceline.cli.reports import own_output_apart, show_report
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, Preempted
 
 
 def preflight(
@@ -42,6 +42,9 @@ def preflight(
         if json:
             show_report(PreflightReport([Check("recipe", "FAIL", str(error))]), json=True)
         raise
+    except Preempted as stop:
+        print(f"paceline: preflight was ended by {stop.result.stopped_by}", file=sys.stderr)
+        raise typer.Exit(1) from None
     if report.stack:
         print(report.stack, file=sys.stderr)
     show_report(report, json=json)

@@ -74,7 +74,7 @@ def _model(shown: Preview, depth: int) -> None:
     parameters, trainable = shown.parameters
     print(f"{parameters:,} parameters, {trainable:,} of them trainable")
     if shown.flops is not None:
-        print(f"{shown.flops:.4g} floating-point operations: {shown.flops_of}")
+        print(f"{shown.flops:.4g} floating-point operations in the forward pass of one batch")
     if shown.problem:
         print(f"the forward pass failed, so no more is known: {shown.problem}")
 
