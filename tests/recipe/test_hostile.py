@@ -156,7 +156,10 @@ def test_a_foreign_package_needs_to_be_trusted():
     with pytest.raises(RecipeError, match="--trust packaging"):
         find_target("packaging.version.parse", KINDS["dataset"], Roots())
     trusted = Roots(trusted=["packaging"])
-    assert callable(find_target("packaging.version.parse", KINDS["dataset"], trusted))
+    assert find_target("packaging.version.Version", KINDS["part"], trusted).__name__ == "Version"
+    assert callable(find_target("packaging.version.parse", KINDS["part"], trusted))
+    with pytest.raises(RecipeError, match="not annotated to return a dataset"):
+        find_target("packaging.version.parse", KINDS["dataset"], trusted)
     with pytest.raises(RecipeError):  # trust is for a package, not for what it has imported
         find_target("packaging.version.itertools.chain", KINDS["dataset"], trusted)
 
@@ -165,7 +168,7 @@ def test_a_package_with_an_entry_point_is_trusted(monkeypatch: pytest.MonkeyPatc
     from paceline.recipe import targets
 
     monkeypatch.setattr(targets, "_plugins", lambda: frozenset({"packaging"}))
-    assert callable(find_target("packaging.version.parse", KINDS["dataset"], Roots()))
+    assert callable(find_target("packaging.version.parse", KINDS["part"], Roots()))
 
 
 @pytest.mark.parametrize("place", ["../outside.py", "/usr/lib/os.py", "link.py", ".", "random.py"])

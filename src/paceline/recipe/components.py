@@ -108,9 +108,11 @@ class Checker:
             self.mistakes.add(path, f"expected a mapping with `_target_:`{named}, got {node!r}")
             return None
         target = self._target(node, kind, path)
-        if target is None:
-            return None
         arguments = {k: v for k, v in node.items() if k not in ("_target_", "type", "_args_")}
+        if target is None:
+            for name, value in arguments.items():  # the components in it may be wrong by themselves
+                self._argument(name, value, None, (*path, name))
+            return None
         return self.call(
             target, arguments, path, kind, given=given, filled=filled, args=node.get("_args_", [])
         )
@@ -181,6 +183,9 @@ class Checker:
     ) -> None:
         """Notes arguments that the callable does not have or gets from elsewhere."""
         by_position = set(signature.positional[:positional])
+        for name in by_position.intersection(given):
+            text = f"they reach {name!r}, which is given by Paceline; use names."
+            self.mistakes.add((*path, "_args_"), text)
         if positional > len(signature.positional) and not signature.takes_more_positional:
             self.mistakes.add((*path, "_args_"), f"at most {len(signature.positional)} are taken")
         for name in arguments:

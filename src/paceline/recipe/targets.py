@@ -9,7 +9,9 @@ classes that run commands or unpickle files, so a target must pass three gates:
    says, and the object must come from the same package under its own name. So a module that
    merely imported `os` or `subprocess` leads nowhere.
 3. The object is of the kind that its slot takes. From torch and paceline only classes of that kind
-   count, from the modules that are their home, and functions of an explicit list.
+   count, from the modules that are their home, and functions of an explicit list. A function of a
+   trusted package must be annotated to return that kind; one of the recipe's own code is called,
+   and what it makes is looked at.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
@@ -161,6 +164,8 @@ def find_target(text: str, kind: Kind, roots: Roots) -> Callable[..., Any]:
     target, module, name = _walk(parts)
     _check_origin(text, target, module, name)
     check_kind(text, target, kind, own=parts[0] not in _HOUSE)
+    if parts[0] not in (*_HOUSE, roots.code):
+        _check_factory(text, target, kind)
     return target
 
 
@@ -186,6 +191,24 @@ def check_kind(text: str, target: Any, kind: Kind, *, own: bool) -> None:
     listed = f"{target.__module__}:{target.__name__}" in kind.functions
     if not own and not listed:
         raise RecipeError(f"{text!r} is a function, and not one that can be {wanted}.")
+
+
+def _check_factory(text: str, target: Any, kind: Kind) -> None:
+    """A function of a package that is merely trusted has to say that it makes what is wanted.
+
+    The recipe chooses its arguments, and a package has many functions that make something else.
+    """
+    if inspect.isclass(target) or kind.is_value:
+        return
+    try:
+        made = typing.get_type_hints(target).get("return")
+    except Exception:  # noqa: BLE001 - an annotation may be any expression
+        made = None
+    if not inspect.isclass(made) or not kind.accepts(made):
+        raise RecipeError(
+            f"{text!r} is a function that is not annotated to return a {kind.name}. Call it in a "
+            "function of your own in `code:`."
+        )
 
 
 def _walk(parts: list[str]) -> tuple[Any, str, str]:
