@@ -79,6 +79,11 @@ def load_code(path: Path) -> ModuleType:
     return module
 
 
+def is_own_code(name: str) -> bool:
+    """Whether a module of that name was loaded as the code of a recipe."""
+    return hasattr(sys.modules.get(name), _MARK)
+
+
 def _is_taken(name: str, start: Path) -> bool:
     """Whether a module of that name is imported that is neither this file nor a recipe's code."""
     held = sys.modules.get(name)

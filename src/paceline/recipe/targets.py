@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from paceline.errors import RecipeError, nearest
+from paceline.recipe.code import is_own_code
 
 # Ours and PyTorch's own. Of these, only what a Kind lists can be built.
 _HOUSE = ("torch", "torchdata", "paceline")
@@ -164,7 +165,7 @@ def find_target(text: str, kind: Kind, roots: Roots) -> Callable[..., Any]:
     target, module, name = _walk(parts)
     _check_origin(text, target, module, name)
     check_kind(text, target, kind, own=parts[0] not in _HOUSE)
-    if parts[0] not in (*_HOUSE, roots.code):
+    if parts[0] not in _HOUSE and not is_own_code(parts[0]):
         _check_factory(text, target, kind)
     return target
 

@@ -32,7 +32,7 @@ from paceline.recipe.schema import different_seeds, folder_name
 from paceline.recipe.targets import KINDS, Kind, Roots, find_target
 from paceline.world.world import World
 
-_LOAD_DATA = Kind("function that returns a training and a validation set", "")
+_LOAD_DATA = Kind("function that returns a training and a validation set", "", is_value=True)
 _Count = Annotated[int, pydantic.Field(ge=1)]
 _Config = Mapping[str, Any]
 
