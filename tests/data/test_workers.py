@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from paceline import Trainer
 
@@ -68,6 +69,62 @@ def test_signals_to_workers_change_nothing(
     assert sorted(trainer.workers) == [0.0] * 12 + [1.0] * 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["worker-0", "worker-1"]
     assert loader.worker_init_fn is touch
+
+
+class Broken(Dataset):
+    """Has one sample that cannot be read."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == 7:
+            raise ValueError("on purpose")
+        return torch.ones(1), torch.ones(1)
+
+
+class FailsOn(Trainer):
+    """Fails in its own step."""
+
+    where = ""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self._or_fail("training step", batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self._or_fail("validation step", batch))
+
+    def _or_fail(self, here: str, batch: Any) -> torch.Tensor:
+        if self.where == here:
+            raise ValueError("on purpose")
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize(
+    "where", ["training data", "validation data", "training step", "validation step"]
+)
+def test_no_worker_outlives_an_error_that_is_kept(where: str) -> None:
+    """Given an error that the caller holds, as a notebook does, the run's workers are gone."""
+    whole, broken = TensorDataset(torch.ones(12, 1), torch.ones(12, 1)), Broken()
+    model = nn.Linear(1, 1)
+    trainer = FailsOn(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        loss_fn=nn.MSELoss(),
+        train_dataloader=DataLoader(
+            broken if where == "training data" else whole, 2, num_workers=2
+        ),
+        val_dataloader=DataLoader(
+            broken if where == "validation data" else whole, 2, num_workers=2
+        ),
+        epochs=1,
+        progress=False,
+    )
+    trainer.where = where
+    with pytest.raises(Exception, match="on purpose") as held:
+        trainer.train()
+    assert multiprocessing.active_children() == []
+    assert held.value.__traceback__ is not None
 
 
 PROGRAM = """

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from paceline.data.fetch import Fetcher, Request
 from paceline.data.order import ORDER_VERSION, Order
 from paceline.data.source import Draw
-from paceline.data.workers import iterate
+from paceline.data.workers import iterate, stop_workers
 from paceline.errors import DataError
 
 
@@ -255,6 +255,7 @@ class IndexedSource:
         self._batches = None
 
     def close(self) -> None:
+        stop_workers(self._batches)
         self._batches = None
 
 
@@ -269,15 +270,20 @@ class IndexedValidation:
         self._reader = reader
         self._sizes_known = sizes_known
         self.length: int | None = layout.micro_batches(0)
+        self._reading: Iterator[Any] | None = None
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         end, chunk = self._layout.units(0), self._layout.chunk
-        reading = self._reader.read(0, 0)
-        for start in range(0, end, chunk):
-            first, last = self._layout.share(start, min(start + chunk, end))
-            batch = next(reading)
-            if last > first:
-                yield batch, self._layout.count(0, first, last) if self._sizes_known else -1
+        self._reading = reading = self._reader.read(0, 0)
+        try:
+            for start in range(0, end, chunk):
+                first, last = self._layout.share(start, min(start + chunk, end))
+                batch = next(reading)
+                if last > first:
+                    yield batch, self._layout.count(0, first, last) if self._sizes_known else -1
+        finally:
+            self.close()
 
     def close(self) -> None:
-        """Workers end with each validation's iterator."""
+        stop_workers(self._reading)
+        self._reading = None

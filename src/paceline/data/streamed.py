@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from paceline.data.source import Draw
-from paceline.data.workers import iterate
+from paceline.data.workers import iterate, stop_workers
 from paceline.errors import DataError
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
@@ -167,9 +167,8 @@ class StreamedSource:
             self._replay(self._in_pass)
 
     def close(self) -> None:
+        _close(self._loader, self._iterator)
         self._iterator = None
-        if getattr(self._loader, "_iterator", None) is not None:
-            self._loader._iterator = None  # torch's loaders keep it, and with it their workers
 
     def _open(self) -> None:
         for thing in (self._loader, getattr(self._loader, "dataset", None)):
@@ -233,15 +232,29 @@ class StreamedValidation:
         self._seed = seed
         self._world = world
         self.length = _length(loader)
+        self._reading: Iterator[Any] | None = None
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         seed_everything(stream(self._seed, "loader", -1))
-        for i, batch in enumerate(iterate(self._loader)):
-            yield batch, -1
-            seed_everything(_batch_seed(self._seed, "val-sample", 0, i + 1, self._world))
+        self._reading = iterate(self._loader)
+        try:
+            for i, batch in enumerate(self._reading):
+                yield batch, -1
+                seed_everything(_batch_seed(self._seed, "val-sample", 0, i + 1, self._world))
+        finally:
+            if not getattr(self._loader, "persistent_workers", False):
+                self.close()
 
     def close(self) -> None:
-        """Nothing is held between validations."""
+        _close(self._loader, self._reading)
+        self._reading = None
+
+
+def _close(loader: Any, iterator: Any) -> None:
+    """Ends an iterator and its workers; torch's loaders may keep both for the next pass."""
+    stop_workers(iterator)
+    if getattr(loader, "_iterator", None) is not None:
+        loader._iterator = None
 
 
 def _batch_seed(seed: int, label: str, pass_: int, index: int, world: World) -> int:

@@ -65,6 +65,17 @@ def iterate(loader: Any) -> Iterator[Any]:
         loader.worker_init_fn = own
 
 
+def stop_workers(iterator: Any) -> None:
+    """Ends a DataLoader iterator's workers now.
+
+    They would end with the iterator, but after an error the frames of its traceback hold that for
+    as long as somebody holds the error.
+    """
+    stop = getattr(iterator, "_shutdown_workers", None)
+    if stop is not None:
+        stop()
+
+
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
     """Signals wait while workers start: each begins with them blocked, until its `WorkerInit`.

@@ -436,8 +436,8 @@ def teardown(trainer: Trainer, failure: BaseException | None) -> None:
         steps.append(trainer.saver.close)
     status = "failed" if failure is not None else _status(trainer.result)
     steps.append(partial(trainer.recorder.close, status))
-    if hasattr(trainer, "source"):
-        steps.append(trainer.source.close)
+    opened = getattr(trainer, "source", None), trainer.validation
+    steps += [data.close for data in opened if data is not None]
     steps += [trainer.stop_agreement.close, trainer.folder_lock.release]
     steps.append(partial(placement.take_back, trainer))
     if trainer._restore_determinism is not None:
