@@ -153,6 +153,7 @@ def unchanged(value: Any) -> Any:
 
 
 def first_only(self: Mistakes, path: Any, text: str, *_: Any, **__: Any) -> None:
+    self.count += 1
     if not self.found:
         self.found.append(Mistake(path, text))
 

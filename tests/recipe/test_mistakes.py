@@ -117,6 +117,12 @@ def test_an_optimizer_needs_a_model_and_a_schedule_an_optimizer(recipe: Write):
     assert "lr_scheduler: needs a `optimizer:`." in "\n".join(refusal(path, "~optimizer"))
 
 
+@pytest.mark.parametrize("key", ["trainer.metric_monitor", "checkpoint", "parallel"])
+def test_settings_with_an_unknown_key_and_an_unknown_value_are_told_once(recipe: Write, key: str):
+    [_, line] = refusal(recipe(), f"{key}={{nonsense: ???}}")
+    assert f": {key}.nonsense: '???' stands for a value that must be given" in line
+
+
 def test_nothing_is_built_while_checking(recipe: Write, tmp_path: Path):
     path = recipe()
     (tmp_path / "toy.py").write_text(

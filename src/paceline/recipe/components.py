@@ -129,7 +129,7 @@ class Checker:
         args: Any = (),
     ) -> Component | None:
         """Checks a call of `target` that `path` describes; see `component`."""
-        before = len(self.mistakes.found)
+        before = self.mistakes.count
         if not isinstance(args, list | tuple):
             self.mistakes.add((*path, "_args_"), f"expected a list, got {args!r}")
             args = []
@@ -143,7 +143,7 @@ class Checker:
             self._argument("", value, None, (*path, "_args_", str(i)))
             for i, value in enumerate(args)
         ]
-        if len(self.mistakes.found) > before:
+        if self.mistakes.count > before:
             return None
         known = frozenset(signature.named)
         return Component(path, kind, target, positional, kwargs, known)
@@ -212,7 +212,7 @@ class Checker:
 
     def _argument(self, name: str, value: Any, hint: Any, path: Path) -> Any:
         """An argument's value with the components in it; its type is checked if it has none."""
-        before = len(self.mistakes.found)
+        before = self.mistakes.count
         is_slot = name in _SLOTS
         if name == "milestones":
             hint = list[int | float]  # shares of the run are as good; see horizon.py
@@ -226,7 +226,7 @@ class Checker:
             inner = [self._argument(slot, v, None, (*path, str(i))) for i, v in enumerate(value)]
         else:
             inner = value
-        if hint is None or _holds_component(inner) or len(self.mistakes.found) > before:
+        if hint is None or _holds_component(inner) or self.mistakes.count > before:
             return inner
         try:
             return fit(inner, hint)

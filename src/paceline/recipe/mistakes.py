@@ -70,11 +70,13 @@ class Mistakes:
         locate: turns a path into the file and line, or the override, that set it.
         found: the mistakes.
         unknown: paths of which nothing more can be said, since their value is not known.
+        count: how often something was wrong, what only follows from a mistake included.
     """
 
     locate: Callable[[Path], str]
     found: list[Mistake] = field(default_factory=list)
     unknown: set[Path] = field(default_factory=set)
+    count: int = 0
 
     def add(self, path: Path, text: str, place: str | None = None, *, known: bool = True) -> None:
         """Notes a mistake; the same one is noted once, and none that only follows from another.
@@ -85,6 +87,7 @@ class Mistakes:
             place: `file:line` or the override, where the path does not tell it.
             known: the value that stands at `path` is known, so that more may be said of it.
         """
+        self.count += 1
         if any(path[: len(unknown)] == unknown for unknown in self.unknown):
             return
         mistake = Mistake(path, text, place)
