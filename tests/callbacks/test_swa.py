@@ -31,7 +31,6 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
         (SWA(1, unit="epoch"), [3, 6, 9]),  # epochs of 3 steps
         (SWA(2, 2, unit="epoch"), [6]),
     ],
-    ids=str,
 )
 def test_the_average_is_the_mean_of_the_weights_at_those_steps(swa: SWA, taken: list[int]) -> None:
     swa = copy.deepcopy(swa)
