@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_watching_changes_no_bit(how: str, tmp_path: Path, alone: Any) -> None:
 
 
 def check_watched(folder: Path, how: str, alone: Any = None) -> None:
-    settings = {"val_dataloader": loader(Noisy(23), shuffle=False), **WATCHED[how]}
+    settings = {"val_dataloader": loader(Noisy(23), shuffle=False), **copy.deepcopy(WATCHED[how])}
     assert weights(folder, **settings) == (alone or weights(None))
 
 
