@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from command import Paceline
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.S | re.M)
 _FILE = re.compile(r"# ([\w/]+\.(?:py|yaml))\n")
@@ -44,7 +43,7 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def run_block(block: Block, page: Path) -> None:
+def run_block(block: Block, page: Path, paceline: Paceline) -> None:
     """Runs a block in the working folder: Python as a program, a file by writing it, `paceline`."""
     if block.file is not None:
         Path(block.file).parent.mkdir(parents=True, exist_ok=True)
@@ -56,18 +55,12 @@ def run_block(block: Block, page: Path) -> None:
     elif block.language == "sh":
         for line in block.text.splitlines():
             if line.startswith("paceline "):
-                _run_command(shlex.split(line, comments=True)[1:], page)
+                _run_command(shlex.split(line, comments=True)[1:], page, paceline)
 
 
-def _run_command(words: list[str], page: Path) -> None:
+def _run_command(words: list[str], page: Path, paceline: Paceline) -> None:
     """Runs `paceline ...`; a recipe that ships is shortened."""
     if words[0] == "train" and words[1].startswith("recipes/"):
         words = [*words, "trainer.epochs=1", "trainer.max_steps=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "paceline", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, f"{page}: paceline {shlex.join(words)}\n{done.stderr}"
+    code, _, err = paceline(*words)
+    assert code == 0, f"{page}: paceline {shlex.join(words)}\n{err}"

@@ -57,13 +57,11 @@ class Ranks:
 
     Attributes:
         mutant: the name of a defect (`mutants.py`) to put into every rank, or None.
-        limit: seconds until ranks that hang are killed.
     """
 
     def __init__(self) -> None:
         self._helper: subprocess.Popen[bytes] | None = None
         self.mutant: str | None = None
-        self.limit = LIMIT
 
     def __call__(self, function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         """Each rank's return value of `function(*args)`.
@@ -83,14 +81,23 @@ class Ranks:
             raise RanksFailed("\n".join(parts))
         return [one.value for one in outcomes]
 
-    def outcomes(self, function: Callable[..., Any], size: int, *args: Any) -> list[Outcome]:
-        """How each rank ended, for tests in which some are meant to fail."""
+    def outcomes(
+        self, function: Callable[..., Any], size: int, *args: Any, limit: float = LIMIT
+    ) -> list[Outcome]:
+        """How each rank ended, for tests in which some are meant to fail.
+
+        Args:
+            function: what each of them calls; importable by its name.
+            size: number of ranks.
+            args: its arguments.
+            limit: seconds until ranks that hang are killed.
+        """
         if self._helper is None:
             self._helper = _start_helper()
         assert self._helper.stdin is not None
         assert self._helper.stdout is not None
         name = (function.__module__, function.__qualname__)
-        request = (sys.path, name, pickle.dumps(args), size, self.limit, self.mutant)
+        request = (sys.path, name, pickle.dumps(args), size, limit, self.mutant)
         _send(self._helper.stdin, request)
         return _receive(self._helper.stdout)
 

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 
 from blocks import blocks, run_block
+from command import Paceline
+from ranks import Ranks
 
 README = Path(__file__).parents[1] / "README.md"
 PYTHON = [block for block in blocks(README) if block.language == "python"]
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))
-def test_each_code_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_code_block_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Ranks
+) -> None:
     monkeypatch.chdir(tmp_path)
-    run_block(PYTHON[number], README)
+    run_block(PYTHON[number], README, Paceline(tmp_path, ranks))
 
 
 def test_each_link_leads_somewhere() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from command import Paceline
+from ranks import Ranks
 
 CODE = '''
 import os, sys, time
@@ -62,10 +63,10 @@ train_dataloader:
 
 
 @pytest.fixture
-def paceline(tmp_path: Path):
+def paceline(tmp_path: Path, ranks: Ranks):
     (tmp_path / "toy.py").write_text(CODE)
     (tmp_path / "toy.yaml").write_text(RECIPE)
-    runner = Paceline(tmp_path)
+    runner = Paceline(tmp_path, ranks)
     yield runner
     for process in runner.started:
         if process.poll() is None:

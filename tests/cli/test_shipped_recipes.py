@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from blocks import blocks
 from command import Paceline
 from endings import ending
+from ranks import Ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 pytestmark = pytest.mark.slow
@@ -49,9 +50,9 @@ KILLED = ("trainer.epochs=3", "optimizer.lr=3e-4", "--nproc", "2")
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> dict:
     folder = tmp_path_factory.mktemp("unbroken")
-    code, _, err = Paceline(folder)("train", str(RECIPES / "digits.yaml"), *KILLED)
+    code, _, err = Paceline(folder, ranks)("train", str(RECIPES / "digits.yaml"), *KILLED)
     assert code == 0, err
     return ending(folder / "runs/digits/baseline")
 

@@ -12,8 +12,10 @@ import yaml
 
 from blocks import blocks, run_block
 from builders import code_forgotten
+from command import Paceline
 from paceline.cli.main import app
 from paceline.trainer.events import EVENTS
+from ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -31,10 +33,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_each_page_of_the_docs_runs(page: str, folder: Path) -> None:
+def test_each_page_of_the_docs_runs(page: str, folder: Path, ranks: Ranks) -> None:
     """All its blocks, one after the other, as a reader would type them."""
     for block in blocks(DOCS / page):
-        run_block(block, DOCS / page)
+        run_block(block, DOCS / page, Paceline(folder, ranks))
 
 
 @pytest.mark.parametrize("page", PAGES)

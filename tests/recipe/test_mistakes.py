@@ -95,6 +95,9 @@ def test_a_mistake_in_a_group_file_names_that_file(recipe: Write, tmp_path: Path
         ("seeds=???", "seeds: '???' stands for a value that must be given"),
         ("seed=one", "seed: expected a valid integer, got 'one'"),
         ("run.name=../../etc", "run.name: expected the name of one folder"),
+        (f"run.name={300 * 'n'}", "run.name: a name may have 200 bytes"),
+        (f"run.dir=a/{300 * 'b'}", "run.dir: a name may have 200 bytes, 'bbb"),
+        ("run.dir='a\x00'", "run.dir: expected the path of a folder"),
         ("run.nmae=x", "did you mean 'name'"),
         ("callbacks=[{type: progres}]", "did you mean 'progress'"),
         ("callbacks=[{_target_: toy.Net, width: 1}]", "'toy.Net' is not a callback"),
@@ -104,6 +107,8 @@ def test_a_mistake_in_a_group_file_names_that_file(recipe: Write, tmp_path: Path
         ("model=5", "model: expected a mapping with `_target_:`"),
         ("model._partial_=true", "Hydra only composes recipes"),
         ("code=nothing.py", "code: there is no file"),
+        ("code='\x00'", "code: '\\x00' cannot be a file's name: embedded null byte"),
+        (f"code={300 * 'c'}", "cannot be a file's name: File name too long"),
     ],
 )
 def test_one_mistake_is_told_in_plain_words(recipe: Write, override: str, expected: str):

@@ -30,11 +30,16 @@ def find_code(code: str, folder: Path) -> Path:
         RecipeError: it does not exist, is no Python, lies outside the folder (a recipe could
             otherwise run any Python file of the machine), or its name is taken.
     """
-    path = (folder / code).resolve()
+    try:
+        path = (folder / code).resolve()
+        start = path / "__init__.py" if path.is_dir() else path
+        exists = start.is_file()
+    except (OSError, ValueError) as error:  # too long, or a null byte within
+        why = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{code!r} cannot be a file's name: {why}.") from None
     if not path.is_relative_to(folder.resolve()) or path == folder.resolve():
         raise RecipeError(f"{code!r} lies outside the recipe's folder; put it next to the recipe.")
-    start = path / "__init__.py" if path.is_dir() else path
-    if not start.is_file():
+    if not exists:
         there = [other.name for other in folder.glob("*.py")]
         raise RecipeError(f"there is no file {str(start)!r}{nearest(code, there) or '.'}")
     if start.suffix != ".py":

@@ -19,12 +19,23 @@ _ELSEWHERE = {
     "name": "`run.name`",
     "project": "`run.project`",
 }
+_NAME_BYTES = 200  # file systems take 255; runs of several seeds add to the name
 
 
 def folder_name(value: str) -> str:
     """`value`, if it can be the name of one folder; else a ValueError."""
     if not re.fullmatch(r"[\w.+=,@-]+", value) or set(value) == {"."}:
         raise ValueError(f"expected the name of one folder, got {value!r}")
+    return folder_path(value)
+
+
+def folder_path(value: str) -> str:
+    """`value`, if file systems take it as the path of a folder; else a ValueError."""
+    if not value.isprintable():
+        raise ValueError(f"expected the path of a folder, got {value!r}")
+    longest = max(value.split("/"), key=lambda name: len(name.encode()))
+    if len(longest.encode()) > _NAME_BYTES:
+        raise ValueError(f"a name may have {_NAME_BYTES} bytes, {longest[:20] + '...'!r} has more")
     return value
 
 
@@ -39,6 +50,7 @@ def different_seeds(seeds: list[int]) -> list[int]:
 
 Seed = Annotated[int, pydantic.Field(ge=0)]
 FolderName = Annotated[str, pydantic.AfterValidator(folder_name)]
+FolderPath = Annotated[str, pydantic.AfterValidator(folder_path)]
 
 
 class _Section(pydantic.BaseModel):
@@ -56,7 +68,7 @@ class RunSection(_Section):
 
     project: FolderName | None = None
     name: FolderName = "baseline"
-    dir: str | None = None
+    dir: FolderPath | None = None
 
 
 class Schema(_Section):
