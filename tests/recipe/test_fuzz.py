@@ -25,6 +25,7 @@ from paceline.recipe import load_recipe
 
 TESTS = 4  # which share the recipes to draw
 EXAMPLES = int(os.environ.get("PACELINE_FUZZ", "160")) // TESTS
+pytestmark = pytest.mark.timeout(300 + EXAMPLES)
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -93,6 +93,8 @@ def test_a_mistake_in_a_group_file_names_that_file(recipe: Write, tmp_path: Path
         ("seeds=3", "seeds: expected a valid list, got 3"),
         ("seeds=[1,a]", "seeds.1: expected a valid integer, got 'a'"),
         ("seeds=???", "seeds: '???' stands for a value that must be given"),
+        ("seeds=[???]", "seeds.0: '???' stands for a value that must be given"),
+        ("seeds=['${nothing}',2]", "seeds.0: "),
         ("seed=one", "seed: expected a valid integer, got 'one'"),
         ("run.name=../../etc", "run.name: expected the name of one folder"),
         (f"run.name={300 * 'n'}", "run.name: a name may have 200 bytes"),

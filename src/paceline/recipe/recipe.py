@@ -126,10 +126,14 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
 
 def _values(composed: Composed, mistakes: Mistakes) -> dict[str, Any]:
     """The recipe's values. Where there are several seeds, `${seed}` is looked up as the first."""
-    seeds = OmegaConf.select(composed.config, "seeds", throw_on_resolution_failure=False)
-    if "seed" in composed.config or not isinstance(seeds, ListConfig) or len(seeds) == 0:
+    config = composed.config
+    seeds = OmegaConf.select(config, "seeds", throw_on_resolution_failure=False)
+    first = None
+    if isinstance(seeds, ListConfig) and seeds:
+        first = OmegaConf.select(config, "seeds[0]", throw_on_resolution_failure=False)
+    if "seed" in config or first is None:
         return composed.resolve(mistakes)
-    values = composed.changed({"seed": seeds[0]}).resolve(mistakes)
+    values = composed.changed({"seed": first}).resolve(mistakes)
     del values["seed"]
     return values
 
