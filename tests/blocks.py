@@ -51,7 +51,7 @@ def run_block(block: Block, page: Path, paceline: Paceline) -> None:
     elif block.language == "python":
         # Filled up with empty lines, so that errors name the line of the page.
         source = "\n" * (block.line - 1) + block.text
-        exec(compile(source, str(page), "exec"), {"__name__": "a_page"})
+        exec(compile(source, str(page), "exec", dont_inherit=True), {"__name__": "a_page"})
     elif block.language == "sh":
         for line in block.text.splitlines():
             if line.startswith("paceline "):

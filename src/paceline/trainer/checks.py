@@ -174,6 +174,11 @@ def _wrong_resume(trainer: Trainer) -> list[str]:
         )
     if trainer.run_dir is None and (resume.path is not None or resume.mode == "must"):
         wrong.append(f"resume={resume.mode!r}: a run without run_dir has nothing to go on from.")
+    if resume.init_from is not None and (resume.path is not None or resume.mode == "must"):
+        wrong.append(
+            f"resume={resume.mode!r} goes on with a run, init_from={str(resume.init_from)!r} "
+            "starts a new one: give one of them."
+        )
     if resume.init_from is not None and not Path(resume.init_from).exists():
         wrong.append(f"init_from={str(resume.init_from)!r}: there is no such file or folder.")
     return wrong
@@ -193,7 +198,7 @@ def _wrong_components(trainer: Trainer) -> list[str]:
         wrong.append("there is no model: give model=... or assign one in configure().")
     if not optimizers and not wrong:
         wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
-    wrong += _wrong_parameters(models, optimizers) + _wrong_states(models)
+    wrong += _without_values(models) + _wrong_parameters(models, optimizers) + _wrong_states(models)
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not _overrides(trainer, "step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
@@ -355,6 +360,21 @@ def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:
             "them. Was the optimizer made for another model, or before the model was replaced?"
         )
     return wrong
+
+
+def _without_values(models: Any) -> list[str]:
+    empty = [
+        f"{model_name}.{name}"
+        for model_name, model in models.items()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.is_meta
+    ]
+    if not empty:
+        return []
+    return [
+        f"without values: {_some(empty)}. They are on the meta device: make the model on a real "
+        "one, or fill it in configure() (to_empty, then its own initialisation)."
+    ]
 
 
 def _wrong_states(models: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +21,13 @@ class DeviceParameters:
     Args:
         param_dtype: what models compute in: float32, or bfloat16 or float16 by autocast.
         compile_model: compile the models in place.
-        dp_replicate, dp_shard, tensor_parallel, context_parallel, pipeline_parallel: sizes of the
-            layout; those that `Parallel` does not have yet are refused.
+        checkpoint_activations: keep the inputs of the models' repeated blocks alone, and compute
+            the rest once more in the backward pass.
+        cpu_offload: keep parameters and optimizer state in host memory between uses.
+        dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
+        dp_shard: processes over which each copy is sharded (FSDP2); `"auto"` takes all there are.
+        tensor_parallel, context_parallel, pipeline_parallel: further sizes of the layout; those
+            that `Parallel` does not have yet are refused.
 
     Raises:
         ConfigError: a layout or dtype that does not exist.
@@ -29,8 +35,10 @@ class DeviceParameters:
 
     param_dtype: torch.dtype = torch.float32
     compile_model: bool = False
+    checkpoint_activations: bool = False
+    cpu_offload: bool = False
     dp_replicate: int | Literal["auto"] = "auto"
-    dp_shard: int = 1
+    dp_shard: int | Literal["auto"] = 1
     tensor_parallel: int = 1
     context_parallel: int = 1
     pipeline_parallel: int = 1
@@ -39,18 +47,29 @@ class DeviceParameters:
         if self.param_dtype not in _PRECISIONS:
             names = ", ".join(str(dtype) for dtype in _PRECISIONS)
             raise ConfigError(f"param_dtype={self.param_dtype}: expected one of {names}.")
+        if self.dp_shard == "auto" and self.dp_replicate == "auto":
+            raise ConfigError(
+                "dp_shard='auto' and dp_replicate='auto' leave open which of them takes the "
+                "processes: give one of them a number."
+            )
         self.parallel  # noqa: B018  refuses a layout that does not exist, before anything is built
 
     @property
     def parallel(self) -> Parallel:
-        """The layout."""
+        """The layout, in the world that this process is part of now."""
         return Parallel(
             dp_replicate=self.dp_replicate,
-            dp_shard=self.dp_shard,
+            dp_shard=self._all_but_copies() if self.dp_shard == "auto" else self.dp_shard,
             tensor=self.tensor_parallel,
             context=self.context_parallel,
             pipeline=self.pipeline_parallel,
+            activation_checkpointing="full" if self.checkpoint_activations else None,
+            cpu_offload=self.cpu_offload,
         )
+
+    def _all_but_copies(self) -> int:
+        assert self.dp_replicate != "auto"
+        return max(1, _processes() // max(1, self.dp_replicate))
 
     def settings(self) -> dict[str, Any]:
         """The same as keywords of `Trainer`."""
@@ -71,11 +90,18 @@ class DeviceParameters:
         return cls(dp_replicate="auto", **others)
 
     @classmethod
-    def FSDP(cls, dp_shard: int, **others: Any) -> DeviceParameters:
-        """State sharded over `dp_shard` processes."""
+    def FSDP(cls, dp_shard: int | Literal["auto"] = "auto", **others: Any) -> DeviceParameters:
+        """State sharded over `dp_shard` processes, all there are unless given."""
         return cls(dp_replicate=1, dp_shard=dp_shard, **others)
 
     @classmethod
     def HSDP(cls, dp_shard: int, **others: Any) -> DeviceParameters:
         """Replicas, each sharded over `dp_shard` processes."""
         return cls(dp_replicate="auto", dp_shard=dp_shard, **others)
+
+
+def _processes() -> int:
+    """Processes in this one's world."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
