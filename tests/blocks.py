@@ -44,7 +44,8 @@ def blocks(page: Path) -> list[Block]:
 
 
 def run_block(block: Block, page: Path, paceline: Paceline) -> None:
-    """Runs a block in the working folder: Python as a program, a file by writing it, `paceline`."""
+    """Runs a block in the working folder: Python as a program, a file by writing it, and commands
+    that begin with `paceline` or `torchrun`."""
     if block.file is not None:
         Path(block.file).parent.mkdir(parents=True, exist_ok=True)
         Path(block.file).write_text(block.text)
@@ -54,13 +55,11 @@ def run_block(block: Block, page: Path, paceline: Paceline) -> None:
         exec(compile(source, str(page), "exec", dont_inherit=True), {"__name__": "a_page"})
     elif block.language == "sh":
         for line in block.text.splitlines():
-            if line.startswith("paceline "):
-                _run_command(shlex.split(line, comments=True)[1:], page, paceline)
-
-
-def _run_command(words: list[str], page: Path, paceline: Paceline) -> None:
-    """Runs `paceline ...`; a recipe that ships is shortened."""
-    if words[0] == "train" and words[1].startswith("recipes/"):
-        words = [*words, "trainer.epochs=1", "trainer.max_steps=2"]
-    code, _, err = paceline(*words)
-    assert code == 0, f"{page}: paceline {shlex.join(words)}\n{err}"
+            command, *words = shlex.split(line, comments=True) or [""]
+            if command in ("paceline", "torchrun"):
+                # A recipe that ships is shortened.
+                ships = "train" in words and any(w.startswith("recipes/") for w in words)
+                words += ["trainer.epochs=1", "trainer.max_steps=2"] * ships
+                run = paceline if command == "paceline" else paceline.torchrun
+                code, _, err = run(*words)
+                assert code == 0, f"{page}: {line}\n{err}"

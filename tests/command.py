@@ -30,9 +30,16 @@ class Paceline:
         self.ranks = ranks
         self.started: list[subprocess.Popen] = []
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+    def torchrun(self, *words: str) -> tuple[int, str, str]:
+        """Runs torchrun to its end, at a port that is free; returns its code, stdout and stderr."""
+        process = self.start("--standalone", *words, module="torch.distributed.run")
+        out, err = process.communicate(timeout=LIMIT)
+        return process.returncode, out, err
+
+    def start(self, *words: str, module: str = "paceline", **environment: str) -> subprocess.Popen:
+        """Starts a command; what it prints is to be read by `communicate`."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "paceline", *words],
+            [sys.executable, "-m", module, *words],
             cwd=self.folder,
             env=self._environment(environment),
             stdout=subprocess.PIPE,

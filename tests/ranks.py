@@ -57,11 +57,13 @@ class Ranks:
 
     Attributes:
         mutant: the name of a defect (`mutants.py`) to put into every rank, or None.
+        limit: seconds until ranks that hang are killed.
     """
 
     def __init__(self) -> None:
         self._helper: subprocess.Popen[bytes] | None = None
         self.mutant: str | None = None
+        self.limit = LIMIT
 
     def __call__(self, function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         """Each rank's return value of `function(*args)`.
@@ -82,7 +84,7 @@ class Ranks:
         return [one.value for one in outcomes]
 
     def outcomes(
-        self, function: Callable[..., Any], size: int, *args: Any, limit: float = LIMIT
+        self, function: Callable[..., Any], size: int, *args: Any, limit: float | None = None
     ) -> list[Outcome]:
         """How each rank ended, for tests in which some are meant to fail.
 
@@ -90,13 +92,14 @@ class Ranks:
             function: what each of them calls; importable by its name.
             size: number of ranks.
             args: its arguments.
-            limit: seconds until ranks that hang are killed.
+            limit: in place of the attribute.
         """
         if self._helper is None:
             self._helper = _start_helper()
         assert self._helper.stdin is not None
         assert self._helper.stdout is not None
         name = (function.__module__, function.__qualname__)
+        limit = self.limit if limit is None else limit
         request = (sys.path, name, pickle.dumps(args), size, limit, self.mutant)
         _send(self._helper.stdin, request)
         return _receive(self._helper.stdout)

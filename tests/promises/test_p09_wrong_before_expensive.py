@@ -4,15 +4,16 @@ right, before anything is built."""
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from command import Paceline
 from paceline.errors import RecipeError
 from paceline.recipe import load_recipe
+from ranks import Ranks
 
 CODE = """
 from pathlib import Path
@@ -191,15 +192,13 @@ def test_numbers_without_a_point_and_merge_keys_are_read_as_meant(project: None)
 
 
 @pytest.mark.slow
-def test_the_command_answers_with_code_2_and_no_traceback(project: None):
+def test_the_command_answers_with_code_2_and_no_traceback(project: None, ranks: Ranks):
     words = ["train", "r.yaml", "trainr.epochs=3", "optimizer.leaning_rate=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "paceline", *words], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "did you mean 'trainer'?" in done.stderr
-    assert "did you mean 'lr'?" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = Paceline(Path.cwd(), ranks)(*words)
+    assert code == 2
+    assert "did you mean 'trainer'?" in err
+    assert "did you mean 'lr'?" in err
+    assert "Traceback" not in err
     assert not Path("built").exists()
 
 

@@ -6,8 +6,6 @@ import ast
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,13 @@ from safetensors import safe_open
 
 import paceline
 from builders import Noisy, Regression, loader, make_model
+from command import Paceline
 from paceline.checkpoint import CheckpointPolicy, Checkpoints, load_tree, verify
 from paceline.errors import CheckpointError
 from paceline.report import find_runs
 from paceline.report.text import cell
 from paceline.world.world import World
+from ranks import Ranks
 
 SOURCE = Path(paceline.__file__).parent
 
@@ -133,18 +133,12 @@ def hostile_run(folder: Path, recipe: str = RECIPE) -> Path:
     return folder
 
 
-def paceline_command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "paceline", *words], capture_output=True, timeout=120
-    )
-
-
 def test_listing_hostile_runs_runs_nothing_and_sends_the_terminal_nothing_raw(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ranks: Ranks
 ) -> None:
     """Given escape sequences in every name and value, when runs are listed, then they are shown
     escaped, as text."""
-    monkeypatch.chdir(tmp_path)
+    command = Paceline(tmp_path, ranks)
     hostile_run(tmp_path / "runs" / f"evil{BELL}")
     (tmp_path / "runs" / f"broken{BELL}").mkdir()
     (tmp_path / "runs" / f"broken{BELL}" / "run.json").write_text("{")
@@ -158,12 +152,12 @@ def test_listing_hostile_runs_runs_nothing_and_sends_the_terminal_nothing_raw(
         ["runs", "nested.a.c=1"],  # its error names the nearest keys
         ["runs", f"{BELL}=1"],
     ):
-        done = paceline_command(*words)
-        assert b"Traceback" not in done.stderr, done.stderr
-        for sent in (done.stdout, done.stderr):
-            assert all(c.isprintable() or c == "\n" for c in sent.decode()), sent
-    assert b"evil" in paceline_command("runs").stdout
-    assert b"damaged" in paceline_command("runs").stdout
+        _, *sent = command(*words)
+        assert "Traceback" not in sent[1], sent
+        for text in sent:
+            assert all(c.isprintable() or c == "\n" for c in text), text
+    assert "evil" in command("runs")[1]
+    assert "damaged" in command("runs")[1]
     assert not list(tmp_path.rglob("exploded"))
 
 
@@ -206,22 +200,20 @@ def hostile_checkpoint(run: Path, models: dict) -> None:
     saver.close()
 
 
-def test_an_export_stays_in_its_folder_and_runs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_stays_in_its_folder_and_runs_nothing(tmp_path: Path, ranks: Ranks) -> None:
     """Given a model called `../../../evil`, or a linked exports folder, then no file appears."""
-    monkeypatch.chdir(tmp_path)
+    command = Paceline(tmp_path, ranks)
     hostile_checkpoint(hostile_run(tmp_path / "runs/a"), {"../../../evil": {"w": torch.ones(2)}})
     hostile_checkpoint(hostile_run(tmp_path / "runs/b"), {"model": {BELL: torch.ones(2)}})
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs/b/exports").symlink_to(tmp_path / "elsewhere")
     hostile_checkpoint(hostile_run(tmp_path / "runs/c"), {"model": {BELL: BELL}})
     for run in "abc":
-        done = paceline_command("export", f"runs/{run}")
-        assert done.returncode in (1, 2)
-        assert b"Traceback" not in done.stderr, done.stderr
-        assert all(c.isprintable() or c == "\n" for c in done.stderr.decode())
-    assert paceline_command("export", "runs/b", "--to", "mine").returncode == 0
+        code, _, err = command("export", f"runs/{run}")
+        assert code in (1, 2)
+        assert "Traceback" not in err, err
+        assert all(c.isprintable() or c == "\n" for c in err)
+    assert command("export", "runs/b", "--to", "mine")[0] == 0
     assert sorted(p.name for p in tmp_path.rglob("*_step_*")) == ["model_step_00000001.safetensors"]
     assert not list(tmp_path.rglob("exploded"))
     assert not list(tmp_path.rglob("*evil*"))

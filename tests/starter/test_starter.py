@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from command import Paceline
 from paceline.errors import ConfigError
 from paceline.starter import new_project
+from ranks import Ranks
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -58,16 +60,17 @@ def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_readme_shows_only_what_works(tmp_path: Path) -> None:
+def test_its_readme_shows_only_what_works(tmp_path: Path, ranks: Ranks) -> None:
     *_, readme = new_project("spirals", tmp_path)
     commands = readme.read_text().split("```sh\n")[1].split("```")[0].splitlines()
-    here = str(Path(sys.executable).parent)
+    paceline = Paceline(tmp_path / "spirals", ranks)
     for command in (commands[0].replace(" #", " --dry-run #"), *commands):
-        done = subprocess.run(
-            command, shell=True, cwd=tmp_path / "spirals", capture_output=True, text=True,
-            timeout=240, env={**os.environ, "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        program, *words = shlex.split(command, comments=True)
+        if program == "paceline":
+            code, out, err = paceline(*words)
+            assert code == 0, out + err
+        else:
+            assert program == "pytest"  # `test_its_test_passes_as_generated`
     runs = tmp_path / "spirals/runs/spirals"
     assert json.loads((runs / "baseline/run.json").read_text())["best"] > 0.95  # a guess is 1/3
     assert list((runs / "baseline/exports").glob("*.safetensors"))
