@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("overhead", "streams", "import_time", "dry_run", "memory", "checkpoints", "ddp")
+NAMES = ("overhead", "streams", "import_time", "dry_run", "memory", "checkpoints", "scaling")
 
 if __name__ == "__main__":
     here = Path(__file__).parent

@@ -1,10 +1,10 @@
-"""A step on two ranks beside a hand-written DistributedDataParallel loop.
+"""A step on two ranks beside hand-written loops, with DistributedDataParallel and with FSDP2.
 
-Two processes on gloo, one thread each, train the small GPT in both ways in turn, in the same
-process group, on the same samples. First both must end with equal weights. The time of a step is
+Two processes on gloo, one thread each, train the small GPT in all ways in turn, in the same
+process group, on the same samples. First all must end with equal weights. The time of a step is
 the slope between two run lengths, on rank 0.
 
-    python benchmarks/ddp.py [--rounds 15]
+    python benchmarks/scaling.py [--rounds 15]
 """
 
 from __future__ import annotations
@@ -17,26 +17,36 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import common
 
 LENGTHS = 2, 8
 CHECKED_STEPS = 4
-HAND, OURS = "hand-written DDP loop", "Paceline"
+LAYOUTS = "DDP", "FSDP2"
 
 
-def hand_written(task: Any, dataset: Any, steps: int) -> Any:
-    """A DDP loop over this rank's half of each batch of 2 x batch_size samples, in order."""
-    import torch
+def hand_written(task: Any, dataset: Any, steps: int, layout: str) -> Any:
+    """A loop over this rank's half of each batch of 2 x batch_size samples, in order."""
     import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, Subset
 
     size, rank, ranks = task.batch_size, dist.get_rank(), dist.get_world_size()
     mine = [i for i in range(len(dataset)) if i // size % ranks == rank]
     model, optimizer = task.make()
-    replica = DistributedDataParallel(model)
+    if layout == "DDP":
+        replica: Any = DistributedDataParallel(model)
+    else:
+        before = dict(model.named_parameters())
+        for block in model.blocks.layers:
+            fully_shard(block)
+        replica = fully_shard(model)
+        after = {id(before[name]): p for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["params"] = [after[id(p)] for p in group["params"]]
     step = 0
     while True:
         for inputs, targets in DataLoader(Subset(dataset, mine), size):
@@ -46,15 +56,23 @@ def hand_written(task: Any, dataset: Any, steps: int) -> Any:
             optimizer.zero_grad()
             step += 1
             if step == steps:
-                return torch.cat([p.detach().flatten() for p in model.parameters()])
+                return weights(model)
 
 
-def ours(task: Any, dataset: Any, steps: int) -> Any:
-    """The same with Paceline, which finds the process group there."""
+def weights(model: Any) -> Any:
+    """All parameters in one vector, gathered if they are sharded."""
     import torch
+
+    tensors = [p.detach() for p in model.parameters()]
+    whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+    return torch.cat([tensor.flatten() for tensor in whole])
+
+
+def ours(task: Any, dataset: Any, steps: int, layout: str) -> Any:
+    """The same with Paceline, which finds the process group there."""
     from torch.utils.data import DataLoader
 
-    from paceline import Trainer
+    from paceline import Parallel, Trainer
 
     model, optimizer = task.make()
     Trainer(
@@ -66,8 +84,9 @@ def ours(task: Any, dataset: Any, steps: int) -> Any:
         loggers=[],
         progress=False,
         checkpoint=None,
+        parallel=Parallel(dp_shard=2 if layout == "FSDP2" else 1),
     ).train(seed=0)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights(model)
 
 
 def rank_program(rounds: int) -> None:
@@ -80,9 +99,13 @@ def rank_program(rounds: int) -> None:
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     task = TASKS["gpt"]
     dataset = task.loader(2 * LENGTHS[1], shuffle=False).dataset
-    contestants = {HAND: hand_written, OURS: ours}
-    ends = {name: run(task, dataset, CHECKED_STEPS) for name, run in contestants.items()}
-    apart = float((ends[HAND] - ends[OURS]).abs().max())
+    contestants = {
+        f"{who}, {layout}": partial(run, layout=layout)
+        for layout in LAYOUTS
+        for who, run in (("hand-written", hand_written), ("Paceline", ours))
+    }
+    ends = [run(task, dataset, CHECKED_STEPS) for run in contestants.values()]
+    apart = max(float((end - ends[0]).abs().max()) for end in ends)
     slopes: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds):
         for name in list(contestants)[:: 1 if i % 2 else -1]:
@@ -119,14 +142,17 @@ def main() -> None:
         sys.exit("a rank failed")
     found = json.loads(output.splitlines()[-1])
     if not found["apart"] < 1e-5:
-        sys.exit(f"the two loops end with weights {found['apart']} apart")
-    print(f"both end with equal weights, to {found['apart']:.1e}")
-    ratio = [b / a for a, b in zip(found["ms"][HAND], found["ms"][OURS], strict=True)]
-    rows = [[name, common.spread(values, 1), ""] for name, values in found["ms"].items()]
-    rows[1][2] = f"{statistics.median(ratio):.3f}"
+        sys.exit(f"the loops end with weights {found['apart']} apart")
+    print(f"all end with equal weights, to {found['apart']:.1e}")
+    rows = []
+    for layout in LAYOUTS:
+        hand, own = (found["ms"][f"{who}, {layout}"] for who in ("hand-written", "Paceline"))
+        ratio = statistics.median(b / a for a, b in zip(hand, own, strict=True))
+        rows.append([f"hand-written, {layout}", common.spread(hand, 1), ""])
+        rows.append([f"Paceline, {layout}", common.spread(own, 1), f"{ratio:.3f}"])
     text = "## A step on two ranks\n\nThe small GPT on 2 x gloo, 2 x 8 x 128 tokens a step.\n\n"
     text += common.table(["", "ms a step", "ratio"], rows)
-    common.save("ddp", text, found, at)
+    common.save("scaling", text, found, at)
 
 
 if __name__ == "__main__":
