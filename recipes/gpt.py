@@ -140,7 +140,8 @@ class GPTTrainer(Trainer):
         self.log("val/loss", self.training_step(batch, batch_idx))
 
     def on_train_end(self) -> None:
-        if not self.world.is_main:
-            return
+        # On every rank: each may hold a part of the model alone.
         model = self.get_module("model").eval()
-        print(model.write("\nThe ", 600, torch.Generator().manual_seed(0)))
+        text = model.write("\nThe ", 600, torch.Generator().manual_seed(0))
+        if self.world.is_main:
+            print(text)

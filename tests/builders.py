@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from paceline import Trainer
 from paceline.trainer.events import EVENTS, Callback
+from paceline.world.dtensors import local_part
 
 
 class Noisy(Dataset):
@@ -98,9 +99,12 @@ class StopAt(Callback):
 
 
 def bits(tree: Any) -> Any:
-    """A tree with every tensor replaced by its dtype, shape and bytes, for exact comparison."""
+    """A tree with every tensor replaced by its dtype, shape and bytes, for exact comparison.
+
+    Of a tensor that is spread over ranks, the bytes are this rank's.
+    """
     if isinstance(tree, torch.Tensor):
-        tensor = tree.detach().contiguous().reshape(-1)
+        tensor = local_part(tree.detach()).contiguous().reshape(-1)
         raw = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
         return (str(tree.dtype), tuple(tree.shape), raw)
     if isinstance(tree, dict):

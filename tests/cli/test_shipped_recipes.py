@@ -39,13 +39,6 @@ def test_the_gpt_learns_and_writes(paceline, tmp_path: Path):
     assert "\nThe " in out
 
 
-def test_the_digits_train_on_two_processes(paceline, tmp_path: Path):
-    words = ("--nproc", "2", "trainer.epochs=2", "model.width=8")
-    code, _, err = paceline("train", str(RECIPES / "digits.yaml"), *words)
-    assert code == 0, err
-    assert os.path.exists(tmp_path / "runs/digits/baseline/checkpoints")
-
-
 KILLED = ("trainer.epochs=3", "optimizer.lr=3e-4", "--nproc", "2")
 
 
@@ -74,6 +67,24 @@ def test_killed_and_started_again_the_digits_end_as_ever(
     record = json.loads((tmp_path / "runs/digits/baseline/run.json").read_text())
     assert len(record["starts"]) == 1
     assert ending(tmp_path / "runs/digits/baseline") == unbroken
+
+
+def test_a_sharded_gpt_is_killed_and_goes_on_as_one_process(paceline, wait_for, tmp_path: Path):
+    """Given a model sharded over two processes that are killed once it has saved, one process goes
+    on to the end, and writes."""
+    words = ("train", str(RECIPES / "gpt.yaml"), "model.layers=2", "lr_scheduler.warmup=2")
+    words += ("trainer.max_steps=40", "+checkpoint.every_steps=4", "checkpoint.every_epochs=null")
+    process = paceline.start(*words, "--nproc", "2", "parallel.dp_shard=2")
+    wait_for("runs/gpt/manual/checkpoints/latest")
+    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        os.kill(int(worker), signal.SIGKILL)
+    process.communicate(timeout=60)
+    record = tmp_path / "runs/gpt/manual/run.json"
+    assert json.loads(record.read_text())["status"] != "complete"
+    code, out, err = paceline(*words)
+    assert code == 0, err
+    assert json.loads(record.read_text())["step"] == 40
+    assert "\nThe " in out
 
 
 def test_the_generator_covers_the_ring(paceline, tmp_path: Path):

@@ -120,17 +120,17 @@ MUTANTS = [
     ),
     Mutant(
         "stand-ins are logged",
-        ((window._buffers_kept, "__enter__"),),
+        ((window.buffers_kept, "__enter__"),),
         defects.unmuted,
         f"{P3}:check_ranks",
         {"size": 4, "cases": [Sum(3)]},
     ),
     Mutant(
         "stand-ins move running statistics",
-        ((window._buffers_kept, "__exit__"),),
+        ((window.buffers_kept, "__exit__"),),
         defects.nothing,
         f"{P3}:test_stand_ins_leave_running_statistics_alone",
-        {"size": 2},
+        {"size": 2, "shard": 1},
     ),
     Mutant(
         "gradients are exchanged in every micro-batch",
@@ -252,7 +252,7 @@ MUTANTS = [
         ((NonFiniteGuard, "_poisoned"),),
         defects.scaled_only,
         f"{AGREE}:test_raise",
-        {"kind": "dead"},
+        {"kind": "dead", "shard": 1},
     ),
     Mutant(
         "each rank decides by its own metrics",

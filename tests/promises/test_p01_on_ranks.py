@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from builders import Noisy, Recorder, Regression, bits, loader
-from paceline import CheckpointPolicy, MetricMonitor
+from paceline import CheckpointPolicy, MetricMonitor, Parallel
 from paceline.callbacks import AveragedWeights
 from paceline.trainer import stop
 from paceline.trainer.events import Callback
@@ -44,6 +44,7 @@ class Plan:
     epoch_length: int | None = None
     workers: int = 0
     stopper: int = 1
+    shard: int = 1
 
 
 def model() -> nn.Module:
@@ -168,6 +169,7 @@ def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: C
         checkpoint=CheckpointPolicy(every_steps=4),
         progress=False,
         log_every=2,
+        parallel=Parallel(dp_shard=plan.shard),
         run_dir=folder,
     )
     trainer.data_plan = plan
@@ -222,6 +224,15 @@ def test_stopped_again_and_again(
     check_chain(ranks, size, tmp_path, Plan(batch=batch), stops)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "batch", "stops"), [(2, 5, [0, 2, 3, 4, 7]), (4, 3, [1, 3, 6])])
+def test_sharded_and_stopped_again_and_again(
+    ranks: Ranks, size: int, batch: int, stops: list[int], tmp_path: Path
+) -> None:
+    """FSDP2 on 2 ranks, and two copies of two shards on 4."""
+    check_chain(ranks, size, tmp_path, Plan(batch=batch, shard=2), stops)
+
+
 class StopInValidation(Callback):
     """Rank 1 asks for a stop in the validation at the end of the first epoch."""
 
@@ -233,11 +244,13 @@ class StopInValidation(Callback):
 
 
 @pytest.mark.slow
-def test_stopped_in_validation(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [1, 2])
+def test_stopped_in_validation(ranks: Ranks, shard: int, tmp_path: Path) -> None:
     """It is abandoned on every rank, and the resumed run begins with it."""
-    whole = ranks(train, 2, tmp_path / "whole", Plan())
-    first = ranks(train, 2, tmp_path / "broken", Plan(), None, StopInValidation())
-    second = ranks(train, 2, tmp_path / "broken", Plan())
+    plan = Plan(shard=shard)
+    whole = ranks(train, 2, tmp_path / "whole", plan)
+    first = ranks(train, 2, tmp_path / "broken", plan, None, StopInValidation())
+    second = ranks(train, 2, tmp_path / "broken", plan)
     for rank in range(2):
         assert first[rank]["step"] == 4
         assert first[rank]["pending"] == ["validation"]

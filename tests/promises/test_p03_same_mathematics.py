@@ -16,10 +16,11 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import Trainer
+from paceline import Parallel, Trainer
 from paceline.errors import LossError, NonFiniteError
 from paceline.trainer.events import Callback
 from paceline.trainer.placement import Replica
+from paceline.world.dtensors import whole
 from paceline.world.world import World
 from ranks import Ranks
 
@@ -111,6 +112,7 @@ class Keep(Callback):
         self.validations: list[dict[str, float]] = []
         self.buffers: list[list[torch.Tensor]] = []
         self.stood_in: list[bool] = []
+        self.parameters: list[torch.Tensor] = []
 
     def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
         self.rows.append(dict(metrics))
@@ -119,6 +121,10 @@ class Keep(Callback):
 
     def on_metrics(self, trainer: Any, metrics: dict[str, float]) -> None:
         self.validations.append(dict(metrics))
+
+    def on_train_end(self, trainer: Any) -> None:
+        models = trainer.named_models().values()
+        self.parameters = [whole(p).detach().clone() for m in models for p in m.parameters()]
 
 
 def fit(case: Case, *callbacks: Callback, kind: type[Fit] | None = None, **settings: Any) -> Any:
@@ -143,7 +149,7 @@ def fit(case: Case, *callbacks: Callback, kind: type[Fit] | None = None, **setti
     )
     trainer.train(seed=4)
     return {
-        "parameters": [p.detach().clone() for p in model.parameters()],
+        "parameters": keep.parameters,
         "rows": keep.rows,
         "validations": keep.validations,
         "buffers": keep.buffers,
@@ -152,9 +158,9 @@ def fit(case: Case, *callbacks: Callback, kind: type[Fit] | None = None, **setti
     }
 
 
-def fits(cases: list[Case]) -> list[Any]:
+def fits(cases: list[Case], parallel: Parallel | None = None) -> list[Any]:
     """Runs cases one after another in one process, as a script with a loop would."""
-    return [fit(case) for case in cases]
+    return [fit(case, parallel=parallel) for case in cases]
 
 
 def assert_same(one: Any, other: Any, what: Any = "") -> None:
@@ -195,8 +201,18 @@ def test_ranks_equal_one_with_as_many_times_the_batch(ranks: Ranks, size: int) -
     check_ranks(ranks, size, CASES)
 
 
-def check_ranks(ranks: Ranks, size: int, cases: list[Case]) -> None:
-    outcomes = ranks(fits, size, cases)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "shard"), [(2, 2), (4, 4), (4, 2)])
+def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
+    """FSDP2 over all ranks, and two copies of two shards (HSDP); 12 and 5 rows leave shards of
+    unequal sizes, and empty ones."""
+    check_ranks(ranks, size, CASES, Parallel(dp_shard=shard))
+
+
+def check_ranks(
+    ranks: Ranks, size: int, cases: list[Case], parallel: Parallel | None = None
+) -> None:
+    outcomes = ranks(fits, size, cases, parallel)
     for i, case in enumerate(cases):
         expected = fit(replace(case, batch=case.batch * size))
         for rank in range(size):
@@ -233,20 +249,20 @@ class Clamped(FitTokens):
         return ((self.model(x) - y).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
-def unread(batch: int) -> Any:
+def unread(batch: int, parallel: Parallel) -> Any:
     """As on an accelerator: counts stay where they are, and nothing waits for them."""
     World.reads_are_free = property(lambda self: False)  # pyright: ignore
     case = Case(batch=batch, accumulation=2, tokens=True, shuffle=False)
     with pytest.raises(NonFiniteError):
-        fit(case)  # 0 / 0, which a weight of zero does not undo
-    return {**fit(case, kind=Clamped), "trainer": None}
+        fit(case, parallel=parallel)  # 0 / 0, which a weight of zero does not undo
+    return {**fit(case, kind=Clamped, parallel=parallel), "trainer": None}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_counts_that_nobody_reads(ranks: Ranks, size: int) -> None:
+@pytest.mark.parametrize(("size", "shard"), [(1, 1), (2, 1), (2, 2)])
+def test_counts_that_nobody_reads(ranks: Ranks, size: int, shard: int) -> None:
     expected = fit(Case(batch=10, accumulation=2, tokens=True, shuffle=False))
-    for outcome in ranks(unread, size, 10 // size):
+    for outcome in ranks(unread, size, 10 // size, Parallel(dp_shard=shard)):
         assert_same(outcome, expected)
 
 
@@ -284,11 +300,12 @@ def test_gradients_are_exchanged_once_a_window(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_stand_ins_leave_running_statistics_alone(ranks: Ranks, size: int) -> None:
+@pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_stand_ins_leave_running_statistics_alone(ranks: Ranks, size: int, shard: int) -> None:
     """21 samples in batches of 5: the last window has one sample, and stand-ins beside it. Their
     forward pass moves no running statistics, and validation's uneven batches wait for no one."""
-    outcomes = ranks(fits, size, [Case(size * 10 + 1, 5, model="norm", epochs=1)])
+    case = Case(size * 10 + 1, 5, model="norm", epochs=1)
+    outcomes = ranks(fits, size, [case], Parallel(dp_shard=shard))
     for rank, (outcome,) in enumerate(outcomes):
         before, after = outcome["buffers"][-2:]
         moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -162,8 +162,7 @@ def test_device_parameters_become_settings_of_a_trainer() -> None:
 
 
 @pytest.mark.parametrize("preset", [DeviceParameters.FSDP, DeviceParameters.HSDP])
-def test_a_layout_that_does_not_exist_yet_is_refused(preset: Any) -> None:
-    with pytest.raises(ConfigError, match="dp_shard=2 does not exist yet"):
-        preset(dp_shard=2)
+def test_presets_for_sharded_state(preset: Any) -> None:
+    assert preset(dp_shard=2).parallel.dp_shard == 2
     with pytest.raises(ConfigError, match="param_dtype"):
         DeviceParameters.DDP(param_dtype=torch.int8)

@@ -197,6 +197,15 @@ def test_every_count_of_the_constructor_is_checked() -> None:
 
 def test_a_world_that_does_not_fit_the_layout() -> None:
     assert "start 4 processes" in message(ConfigError, parallel=Parallel(dp_replicate=4))
+    both = Parallel(dp_replicate=2, dp_shard=3)
+    assert "dp_shard=3 does not fit 1 process: start 6" in message(ConfigError, parallel=both)
+    assert "start a multiple of 2" in message(ConfigError, parallel=Parallel(dp_shard=2))
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"compile": True}])
+def test_what_sharded_models_do_not_have_yet_is_refused(settings: dict[str, Any]) -> None:
+    text = message(ConfigError, parallel=Parallel(dp_shard=2), **settings)
+    assert "does not exist yet with parallel.dp_shard" in text
 
 
 # Parameters

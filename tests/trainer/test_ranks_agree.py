@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import CheckpointPolicy, MetricMonitor, Trainer
+from paceline import CheckpointPolicy, MetricMonitor, Parallel, Trainer
 from paceline.errors import NonFiniteError, PeerError
 from paceline.trainer import stop
 from paceline.trainer.events import Callback
+from paceline.world.dtensors import whole
 from paceline.world.world import World
 from ranks import Ranks
 
@@ -67,7 +68,7 @@ def small(*callbacks: Callback, rows: int = 24, batch: int = 2, **settings: Any)
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in trainer.named_models()["model"].parameters()]
+    return [whole(p.detach()).clone() for p in trainer.named_models()["model"].parameters()]
 
 
 # Stopping
@@ -302,10 +303,11 @@ def test_a_rank_that_fails_ends_the_others(
 
 
 class Skipped(Callback):
-    """The weights before and after each window."""
+    """The weights before and after each window, and in the end."""
 
     def __init__(self) -> None:
         self.after: list[list[torch.Tensor]] = []
+        self.last: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: Any) -> None:
         self.after.append(weights(trainer))
@@ -313,8 +315,13 @@ class Skipped(Callback):
     def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
         self.after.append(weights(trainer))
 
+    def on_teardown(self, trainer: Any) -> None:
+        self.last = weights(trainer)
 
-def not_finite(folder: Path, policy: str, batch: int, kind: str = "plain", device: bool = False):
+
+def not_finite(
+    folder: Path, policy: str, batch: int, shard: int, kind: str = "plain", device: bool = False
+):
     """Sample 17 is the last one's of 4 ranks in the third window of 8 (accumulation 2)."""
     if device:  # as on an accelerator: no value is read in a step, the fused optimizer is masked
         World.reads_are_free = property(lambda self: False)  # pyright: ignore
@@ -331,6 +338,7 @@ def not_finite(folder: Path, policy: str, batch: int, kind: str = "plain", devic
         max_steps=8,
         log_every=2,
         run_dir=folder,
+        parallel=Parallel(dp_shard=shard),
     )
     trainer.bad = True
     error = ""
@@ -341,17 +349,19 @@ def not_finite(folder: Path, policy: str, batch: int, kind: str = "plain", devic
     return {
         "error": error,
         "after": kept.after,
-        "weights": weights(trainer),
+        "weights": kept.last,
         "step": trainer.global_step,
         "stopped_by": trainer.result.stopped_by,
         "skips": trainer.progress.skips,
     }
 
 
-def check_not_finite(ranks: Ranks, folder: Path, policy: str, *kind: Any) -> list[Any]:
+def check_not_finite(
+    ranks: Ranks, folder: Path, policy: str, shard: int = 1, *kind: Any
+) -> list[Any]:
     """4 ranks agree with one another and with one rank of 4 times the batch."""
-    (one,) = ranks(not_finite, 1, folder / "one", policy, 4, *kind)
-    outcomes = ranks(not_finite, 4, folder / "four", policy, 1, *kind)
+    (one,) = ranks(not_finite, 1, folder / "one", policy, 4, 1, *kind)
+    outcomes = ranks(not_finite, 4, folder / "four", policy, 1, shard, *kind)
     for outcome in outcomes:
         for key in ("step", "stopped_by", "skips"):
             assert outcome[key] == one[key], key
@@ -362,9 +372,9 @@ def check_not_finite(ranks: Ranks, folder: Path, policy: str, *kind: Any) -> lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "dead"])
-def test_raise(ranks: Ranks, tmp_path: Path, kind: str) -> None:
-    outcomes = check_not_finite(ranks, tmp_path, "raise", kind)
+@pytest.mark.parametrize(("kind", "shard"), [("plain", 1), ("dead", 1), ("dead", 2)])
+def test_raise(ranks: Ranks, tmp_path: Path, kind: str, shard: int) -> None:
+    outcomes = check_not_finite(ranks, tmp_path, "raise", shard, kind)
     for outcome in outcomes:
         assert "step 3 is not finite" in outcome["error"]
         assert "rank 1, batch 4: loss nan; samples [17]" in outcome["error"]
@@ -373,9 +383,11 @@ def test_raise(ranks: Ranks, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["skip", "stop", "rewind"])
-def test_go_on_or_stop(ranks: Ranks, tmp_path: Path, policy: str) -> None:
-    outcomes = check_not_finite(ranks, tmp_path, policy)
+@pytest.mark.parametrize(
+    ("policy", "shard"), [("skip", 1), ("stop", 1), ("rewind", 1), ("skip", 4), ("rewind", 2)]
+)
+def test_go_on_or_stop(ranks: Ranks, tmp_path: Path, policy: str, shard: int) -> None:
+    outcomes = check_not_finite(ranks, tmp_path, policy, shard)
     for outcome in outcomes:
         assert outcome["stopped_by"] == ("non-finite" if policy == "stop" else "max_steps")
         assert outcome["step"] == (3 if policy == "stop" else 8)
@@ -383,10 +395,10 @@ def test_go_on_or_stop(ranks: Ranks, tmp_path: Path, policy: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["raise", "skip"])
-def test_unread_as_on_an_accelerator(ranks: Ranks, tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(("policy", "shard"), [("raise", 1), ("skip", 1), ("skip", 2)])
+def test_unread_as_on_an_accelerator(ranks: Ranks, tmp_path: Path, policy: str, shard: int) -> None:
     """Nothing is read within a step; the verdict masks the step on every rank alike."""
-    for outcome in check_not_finite(ranks, tmp_path, policy, "dead", True):
+    for outcome in check_not_finite(ranks, tmp_path, policy, shard, "dead", True):
         assert ("step 3 is not finite" in outcome["error"]) == (policy == "raise")
         assert len(outcome["after"]) == (4 if policy == "raise" else 9)
 

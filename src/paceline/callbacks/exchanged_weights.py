@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,14 +69,6 @@ class ExchangedWeights(Callback):
             yield
         finally:
             self._put_back()
-
-
-def reshard(models: Mapping[str, torch.nn.Module]) -> None:
-    """Drops what FSDP has gathered: it would go on computing with the weights from before."""
-    for model in models.values():
-        for module in model.modules():
-            if callable(drop := getattr(module, "reshard", None)):
-                drop()
 
 
 def note_batch_norm(trainer: Trainer, whose: str) -> None:

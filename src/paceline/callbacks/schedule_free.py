@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.callbacks.exchanged_weights import ExchangedWeights, note_batch_norm, reshard
+from paceline.callbacks.exchanged_weights import ExchangedWeights, note_batch_norm
 from paceline.errors import ConfigError
 from paceline.trainer.checks import has_modes
+from paceline.world.dtensors import reshard
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -69,7 +70,7 @@ class ScheduleFree(ExchangedWeights):
         self._kept = [_Point(optimizer) for optimizer in self._optimizers]
         for point in self._kept:
             point.leave()
-        reshard(self._models)
+        reshard(self._models.values())
         self._is_over = True
 
     def on_teardown(self, trainer: Trainer) -> None:
@@ -106,14 +107,14 @@ class ScheduleFree(ExchangedWeights):
                 # The weights alone are left there: a validation that is abandoned is followed by a
                 # checkpoint, which must find the optimizer as it trains.
                 point.put_back_optimizer()
-            reshard(self._models)
+            reshard(self._models.values())
 
     def _put_back(self) -> None:
         if self._kept is not None:
             for point in self._kept:
                 point.put_back()
             self._kept = None
-            reshard(self._models)
+            reshard(self._models.values())
 
 
 class _Point:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.callbacks.exchanged_weights import ExchangedWeights, reshard
+from paceline.callbacks.exchanged_weights import ExchangedWeights
 from paceline.errors import ConfigError, MismatchError
+from paceline.world.dtensors import reshard, spread_like
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -140,12 +141,12 @@ class WeightAverage(ExchangedWeights):
         if self._kept is None and self._is_of_use():
             self._kept = {name: weights.detach().clone() for name, weights in self._live.items()}
             _copy(self._live, self._average)
-            reshard(self._models)
+            reshard(self._models.values())
 
     def _put_back(self) -> None:
         if self._kept is not None:
             _copy(self._live, self._kept)
-            reshard(self._models)
+            reshard(self._models.values())
             self._kept = None
 
 
@@ -159,7 +160,7 @@ def _start(parameter: torch.Tensor) -> torch.Tensor:
 def _copy(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
     # Not `_foreach_copy_`, which sharded tensors (DTensor) do not have.
     for name, tensor in target.items():
-        tensor.detach().copy_(source[name])
+        tensor.detach().copy_(spread_like(source[name], tensor))
 
 
 def _form(tensor: torch.Tensor) -> str:

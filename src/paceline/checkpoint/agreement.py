@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from paceline.checkpoint.codec import is_dtensor, local_part
 from paceline.errors import StateError
+from paceline.world.dtensors import is_dtensor, local_part
 
 _ROOM = 1 << 20
 """Bytes asked for beyond the tensors, for the JSON files and the file system's own needs."""

@@ -9,7 +9,6 @@ JSON has no such type.
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from paceline.errors import CheckpointError, StateError
+from paceline.world.dtensors import is_dtensor, local_part
 
 MAX_DEPTH = 100
 """Deeper trees are refused: they would exhaust the JSON parser's stack when read back."""
@@ -100,20 +100,6 @@ def names_in(skeleton: Any) -> set[str]:
         elif isinstance(node, list):
             waiting += node
     return names
-
-
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is spread over processes, found out without importing torch's DTensor.
-
-    That import takes longer than all of ours; nobody who has not made it holds a DTensor.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 class _Encoder:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from paceline.checkpoint import agreement, publication
-from paceline.checkpoint.codec import decode, encode, is_dtensor, names_in
+from paceline.checkpoint.codec import decode, encode, names_in
 from paceline.checkpoint.files import Disk
 from paceline.checkpoint.policy import CheckpointPolicy, to_keep
 from paceline.checkpoint.publication import Checkpoint, Manifest
@@ -22,6 +22,7 @@ from paceline.checkpoint.ranks import Ranks, describe
 from paceline.checkpoint.safetensors_file import FileRecord
 from paceline.checkpoint.staging import Staging
 from paceline.errors import CheckpointError, StateError
+from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
 
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from paceline.checkpoint.codec import is_dtensor, local_part
 from paceline.checkpoint.safetensors_file import raw_bytes
+from paceline.world.dtensors import is_dtensor, local_part
 
 _Piece = tuple[np.ndarray, np.ndarray]
 _PIECE = 8 << 20

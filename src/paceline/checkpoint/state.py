@@ -26,6 +26,7 @@ import torch
 
 from paceline.checkpoint.fits import check_fits
 from paceline.errors import MismatchError
+from paceline.world.dtensors import is_dtensor, spread_like
 
 
 def parameter_names(models: Mapping[str, torch.nn.Module]) -> dict[int, str]:
@@ -69,9 +70,13 @@ def load_optimizer_state(
     check_optimizer_state(optimizer, stored, names, what)
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     index = {name: i for i, name in enumerate(order)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.load_state_dict(
         {
-            "state": {index[name]: value for name, value in stored["state"].items()},
+            "state": {
+                index[name]: _spread_state(values, parameters[index[name]])
+                for name, values in stored["state"].items()
+            },
             "param_groups": [
                 {**group, "params": [index[name] for name in group["params"]]}
                 for group in stored["groups"]
@@ -105,6 +110,21 @@ def check_optimizer_state(
         )
 
 
+def _spread_state(values: Any, parameter: torch.Tensor) -> Any:
+    """One parameter's state, sharded as the parameter is; what has another shape stays whole."""
+    if not is_dtensor(parameter) or not isinstance(values, dict):
+        return values
+    return {
+        key: _spread(value, parameter if getattr(value, "shape", None) == parameter.shape else None)
+        for key, value in values.items()
+    }
+
+
+def _spread(value: Any, like: Any) -> Any:
+    both = isinstance(value, torch.Tensor) and isinstance(like, torch.Tensor)
+    return spread_like(value, like) if both else value
+
+
 def _undo_casts(
     optimizer: torch.optim.Optimizer, stored: Mapping[str, Any], names: Mapping[int, str]
 ) -> None:
@@ -125,4 +145,11 @@ def load_model_state(model: torch.nn.Module, stored: Mapping[str, Any], what: st
         MismatchError: listing all that does not.
     """
     check_fits(model.state_dict(), dict(stored), what)
-    model.load_state_dict(dict(stored), strict=False)  # no name is missing, or none was saved
+    load_tensors(model, stored)
+
+
+def load_tensors(model: torch.nn.Module, stored: Mapping[str, Any]) -> None:
+    """Loads what there is into a model, whole or sharded; what is not there stays as it is."""
+    here = model.state_dict()
+    spread = {name: _spread(value, here.get(name)) for name, value in stored.items()}
+    model.load_state_dict(spread, strict=False)

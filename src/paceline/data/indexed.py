@@ -279,7 +279,9 @@ class IndexedValidation:
             for start in range(0, end, chunk):
                 first, last = self._layout.share(start, min(start + chunk, end))
                 batch = next(reading)
-                if last > first:
+                if last == first:
+                    yield batch, 0
+                else:
                     yield batch, self._layout.count(0, first, last) if self._sizes_known else -1
         finally:
             self.close()

@@ -125,10 +125,21 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
 def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
     """The validation source for a user's loader; the arguments are those of `open_training`."""
     if not is_indexed(loader):
+        if world.shards > 1:
+            raise ConfigError(
+                "val_dataloader: with parallel.dp_shard every rank validates on the same number of "
+                "batches, which a loader that keeps its own order cannot promise: give a "
+                "DataLoader over a map-style dataset."
+            )
         return StreamedValidation(loader, seed, world)
     order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
     layout = Layout(order, batch_size, world.dp_rank, world.dp_size, batched=batched)
+    if world.shards > 1 and layout.units(0) < world.size:
+        raise ConfigError(
+            f"val_dataloader: with parallel.dp_shard each of the {world.size} ranks validates on "
+            f"something, and there {'is' if layout.units(0) == 1 else 'are'} {layout.units(0)}."
+        )
     single = loader.batch_size is None and not batched
     fetcher = Fetcher(loader.dataset, loader.collate_fn, seed, "val-sample", single=single)
     return IndexedValidation(

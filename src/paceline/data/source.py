@@ -70,7 +70,7 @@ class Source(Protocol):
 
 
 class Validation(Protocol):
-    """Validation data: each sample once over all ranks, no stand-ins.
+    """Validation data: each sample once over all ranks.
 
     Attributes:
         length: micro-batches of this rank, or None.
@@ -81,7 +81,10 @@ class Validation(Protocol):
     plan: list[tuple[str, str]]
 
     def batches(self) -> Iterator[tuple[Any, int]]:
-        """This rank's (batch, samples) pairs; samples is -1 if the loader does not say."""
+        """This rank's (batch, samples) pairs; samples is -1 if the loader does not say.
+
+        Those of 0 samples are stand-ins, which keep ranks in step.
+        """
         ...
 
     def close(self) -> None: ...

@@ -94,6 +94,8 @@ class TrainerBase(Hooks, AbstractTrainer):
     window: Window
     model_key: int
     replicas: list[Any]
+    validation_calls: list[Any]
+    recomputed: list[torch.nn.Module]
     on_cpu: bool
     counts_items: bool
     identity: dict[str, Any]

@@ -27,6 +27,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.stop import StopAgreement
 from paceline.world.seeding import mix, seed_everything, stream
+from paceline.world.world import World
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -126,7 +127,7 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer._restore_determinism = None
     trainer._saved_at = None
     trainer.validation = trainer.saver = None
-    trainer.replicas = []
+    trainer.replicas, trainer.validation_calls, trainer.recomputed = [], [], []
     trainer.local_batches = 0
     trainer.on_cpu = trainer.device.type == "cpu"
     trainer.events = Events(trainer, ())
@@ -186,14 +187,8 @@ def _speaking_of(what: str) -> Iterator[None]:
 
 
 def place(trainer: Trainer) -> None:
-    """Modules to the device, compiled and replicated as the settings say."""
+    """Modules to the device, compiled and spread over the ranks as the settings say."""
     placement.place(trainer)
-    trainer.replicas = [
-        value
-        for holder in (vars(trainer), *(v for v in vars(trainer).values() if isinstance(v, dict)))
-        for value in holder.values()
-        if isinstance(value, placement.Replica)
-    ]
     if trainer.precision != "fp32":
         dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float16
         trainer.autocast = torch.autocast(trainer.device.type, dtype=dtype)
@@ -313,7 +308,10 @@ def _describe(trainer: Trainer) -> None:
     plan, horizon = trainer.plan, trainer.training_horizon
     plan.add(f"computes on {trainer.device} in {trainer.precision}", "precision")
     if trainer.world.size > 1:
-        plan.add(f"replicated over {trainer.world.size} ranks by DDP", "parallel")
+        plan.add(_spread(trainer.world), "parallel")
+    if trainer.recomputed:
+        blocks = f"{len(trainer.recomputed)} blocks compute their forward pass twice"
+        plan.add(blocks, "parallel.activation_checkpointing")
     plan.add(
         f"ends after {'the data' if horizon is None else f'{horizon} optimizer steps'}",
         "epochs, max_steps",
@@ -336,6 +334,13 @@ def _describe(trainer: Trainer) -> None:
         trainer.say(f"the run in {trainer.run_dir} is complete ({trainer.progress.ended_by}).")
     elif trainer.show_progress and trainer.world.is_main:
         plan.show()
+
+
+def _spread(world: World) -> str:
+    if world.shards == 1:
+        return f"replicated over {world.size} ranks by DDP"
+    copies = "" if world.copies == 1 else f", in {world.copies} copies (HSDP)"
+    return f"sharded over {world.shards} ranks by FSDP2{copies}"
 
 
 def _start_record(trainer: Trainer) -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from paceline.checkpoint import encode
 from paceline.errors import NonFiniteError, StateError
 from paceline.trainer.window import describe
+from paceline.world.dtensors import whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -30,9 +31,10 @@ class NonFiniteGuard:
     Args:
         trainer: gives the policy (`on_nonfinite`), the ranks and the window at hand.
 
-    On several ranks each decision follows from the exchanged gradients alone, which are the same on
-    all of them: a rank that finds a bad loss makes its gradients NaN, whatever the model does to a
-    NaN on its way (a ReLU stops it), and so the others' too.
+    On several replicas each decision follows from the exchanged gradients alone, which are the same
+    on all of them: a rank that finds a bad loss makes its gradients NaN, whatever the model does to
+    a NaN on its way (a ReLU stops it), and so the others' too. Ranks that share a copy see other
+    gradients each, so that one tiny exchange a window has to tell them.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -81,7 +83,8 @@ class NonFiniteGuard:
         """Adds a NaN, or zero, that reaches the sentinel's gradient on the shortest way."""
         called = [replica for replica in self._trainer.replicas if replica.called]
         weighted = weighted * (poison + 1)
-        if len(called) == 1:  # of several, not every one need take part in this loss
+        # Of several, not every one need take part in this loss.
+        if len(called) == 1 and called[0].sentinel is not None:
             weighted = weighted + (called[0].sentinel * poison).sum()
         return weighted
 
@@ -103,7 +106,7 @@ class NonFiniteGuard:
             for p in group["params"]
             if p.grad is not None
         ]
-        self.note_norm(get_total_norm(gradients))
+        self.note_norm(whole(get_total_norm(gradients)))
 
     def allows(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer may step; with policy "raise" a bad window ends here.
@@ -121,7 +124,7 @@ class NonFiniteGuard:
                 return True
             self._discard([self._found])
             return False
-        if not self._norm_bad and all(math.isfinite(t.item()) for t in self._sentinel_sums()):
+        if not self._is_bad_anywhere():
             return True
         found = [f for f in trainer.world.all_gather_object(self._found) if f is not None]
         if not found and trainer.optimization.scaler is not None:
@@ -163,9 +166,14 @@ class NonFiniteGuard:
             }
             self._keep_batch(window.batch)
 
+    def _is_bad_anywhere(self) -> bool:
+        if self._trainer.world.shards > 1:
+            return self._trainer.world.any(self._found is not None or self._norm_bad)
+        return self._norm_bad or not all(math.isfinite(t.item()) for t in self._sentinel_sums())
+
     def _sentinel_sums(self) -> list[torch.Tensor]:
-        gradients = (replica.sentinel.grad for replica in self._trainer.replicas)
-        return [gradient.sum() for gradient in gradients if gradient is not None]
+        sentinels = (replica.sentinel for replica in self._trainer.replicas)
+        return [s.grad.sum() for s in sentinels if s is not None and s.grad is not None]
 
     def _discard(self, seen: list[dict[str, Any]]) -> None:
         trainer = self._trainer
@@ -212,6 +220,8 @@ class NonFiniteGuard:
                 self._raise_flag(total - total)
         if self._flag is None:  # no loss of this window had an item
             self._flag = torch.zeros((), dtype=torch.bool, device=trainer.device)
+        if trainer.world.shards > 1:
+            self._flag = trainer.world.all_reduce(self._flag.float(), "max") > 0
         if self._bad_step is None:
             self._bad_step = torch.full_like(self._flag, -1, dtype=torch.int64)
         first = self._flag & (self._bad_step < 0)
@@ -290,6 +300,10 @@ def _makes_momentum(optimizer: torch.optim.Optimizer) -> bool:
 def _first_bad_gradient(trainer: Trainer) -> str | None:
     for model_name, model in trainer.named_models().items():
         for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            if parameter.grad is not None and not _is_finite(parameter.grad):
                 return f"{model_name}.{name}"
     return None
+
+
+def _is_finite(gradient: torch.Tensor) -> bool:
+    return bool(whole(torch.isfinite(gradient).all()))

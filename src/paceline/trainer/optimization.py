@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.placement import zero_loss
+from paceline.world.dtensors import whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -97,7 +98,7 @@ class Optimization:
         for hook in trainer.events.on_before_optimizer_step:
             hook(optimizer)
         if trainer.max_grad_norm is not None:
-            norm = clip_grad_norm_(_parameters(optimizer), trainer.max_grad_norm)
+            norm = whole(clip_grad_norm_(_parameters(optimizer), trainer.max_grad_norm))
             trainer.log("grad_norm", norm, weight=1)
             self.note_norm(norm)
         elif trainer.check_gradients or isinstance(trainer.window.weight, torch.Tensor):
@@ -132,8 +133,10 @@ class Optimization:
         if isinstance(weight, torch.Tensor):
             return torch.where(weight == 0, 0.0, loss * weight)
         if window.weighs_nothing:
-            models = [r.module for r in self._trainer.replicas if r.called]
-            models = models or list(self._trainer.named_models().values())
+            called = [replica for replica in self._trainer.replicas if replica.called]
+            if called:
+                return torch.stack([replica.zero_loss() for replica in called]).sum()
+            models = self._trainer.named_models().values()
             return zero_loss(p for model in models for p in model.parameters())
         return loss if weight == 1.0 else loss * weight
 

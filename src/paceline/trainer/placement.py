@@ -11,6 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from paceline.errors import ConfigError, LossError
+from paceline.world.world import send
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -39,6 +40,10 @@ class Replica(DistributedDataParallel):
     def sentinel(self) -> torch.nn.Parameter:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         return min(parameters, key=torch.Tensor.numel)
+
+    def zero_loss(self) -> torch.Tensor:
+        """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""
+        return zero_loss(self.module.parameters())
 
     def check_exchanged(self) -> None:
         """Refuses gradients that every rank keeps to itself.
@@ -98,13 +103,13 @@ def outermost(modules: dict[str, Any]) -> dict[str, Any]:
 
 
 def place(trainer: Trainer) -> None:
-    """Moves every module to the device, compiles it if asked, and replicates it over the ranks."""
-    mine = {id(m) for m in outermost(components(trainer, torch.nn.Module)).values()}
+    """Moves every module to the device, compiles it if asked, and spreads it over the ranks."""
+    mine = {id(m): n for n, m in outermost(components(trainer, torch.nn.Module)).items()}
     placed: dict[int, torch.nn.Module] = {}
 
     def put(module: Any) -> Any:
         if id(module) in mine and id(module) not in placed:
-            placed[id(module)] = _placed(trainer, module)
+            placed[id(module)] = _placed(trainer, module, mine[id(module)])
         return placed.get(id(module), module)
 
     for name, value in list(vars(trainer).items()):
@@ -115,7 +120,7 @@ def place(trainer: Trainer) -> None:
 
 
 def take_back(trainer: Trainer) -> None:
-    """Leaves the user with their own modules, after a run."""
+    """Leaves the user with their own modules, after a run. A sharded one stays sharded."""
     for name, value in list(vars(trainer).items()):
         if isinstance(value, Replica):
             setattr(trainer, name, value.module)
@@ -123,27 +128,47 @@ def take_back(trainer: Trainer) -> None:
             for key, module in value.items():
                 if isinstance(module, Replica):
                     value[key] = module.module
+    for block in trainer.recomputed:
+        vars(block).pop("forward", None)
+    trainer.recomputed = []
     trainer.replicas = []
 
 
-def _placed(trainer: Trainer, module: torch.nn.Module) -> torch.nn.Module:
+def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
     if isinstance(module, DistributedDataParallel) and not isinstance(module, Replica):
         raise ConfigError(
             "the model is wrapped in DistributedDataParallel already: give the module itself; "
             "parallel=Parallel(...) decides how it is spread."
         )
     module.to(trainer.device)
+    which = trainer.parallel.activation_checkpointing
+    if which is not None and any(p.requires_grad for p in module.parameters()):
+        from paceline.trainer.recompute import recompute_blocks
+
+        trainer.recomputed += recompute_blocks(module, name, which)
     if trainer.compile:
         module.compile()
     if trainer.world.dp_size == 1:
         return module
     if not any(p.requires_grad for p in module.parameters()):
-        _send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
+        send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
         return module
+    if trainer.world.shards > 1:
+        return _sharded(trainer, module, name)
     device_ids = None if trainer.on_cpu else [trainer.device]
     replica = Replica(module, device_ids=device_ids)
     _settle_buckets(replica)
+    trainer.replicas.append(replica)
     return replica
+
+
+def _sharded(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
+    from paceline.trainer.sharding import Shards, follow
+
+    shards = Shards(module, name, trainer.world, trainer.validation_calls)
+    follow(trainer.named_optimizers().values(), shards.renewed)
+    trainer.replicas.append(shards)
+    return module
 
 
 def _settle_buckets(replica: Replica) -> None:
@@ -183,15 +208,4 @@ def share_buffers(trainer: Trainer) -> None:
     """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway."""
     if trainer.world.dp_size == 1:
         return
-    _send(chain.from_iterable(model.buffers() for model in trainer.named_models().values()))
-
-
-@torch.no_grad()
-def _send(tensors: Iterable[torch.Tensor]) -> None:
-    """Gives every rank rank 0's values."""
-    for tensor in tensors:
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # gloo knows no other
-        whole = real.contiguous()
-        torch.distributed.broadcast(whole, src=0)
-        if whole is not real:
-            real.copy_(whole)
+    send(chain.from_iterable(model.buffers() for model in trainer.named_models().values()))

@@ -16,12 +16,14 @@ from paceline.checkpoint.state import (
     check_optimizer_state,
     load_model_state,
     load_optimizer_state,
+    load_tensors,
     optimizer_state,
     parameter_names,
 )
 from paceline.errors import CheckpointError, ConfigError, ResumeError
 from paceline.trainer.events import named_callbacks
 from paceline.trainer.schedules import load_schedule, put, replayed, schedule_settings
+from paceline.world.dtensors import reshard
 
 if TYPE_CHECKING:
     from paceline.trainer.settings import Resume
@@ -150,6 +152,7 @@ def check_identity(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
 def gather_state(trainer: Trainer) -> dict[str, Any]:
     """The state tree of `checkpoint/state.py`, referring to live tensors."""
     models = trainer.named_models()
+    reshard(models.values())  # a call between two windows leaves parameters gathered
     names = parameter_names(models)
     rank = {**trainer.recorder.state_dict()}
     source = trainer.source.state_dict()
@@ -353,7 +356,7 @@ def load_weights(trainer: Trainer, path: Path) -> None:
         tied = {id(here[k]) for k in fits}  # an exported file has tied weights under one name
         missing += [f"{name}.{k}" for k in here if k not in fits and id(here[k]) not in tied]
         unexpected += [f"{name}.{k}" for k in there if k not in fits]
-        model.load_state_dict(fits, strict=False)
+        load_tensors(model, fits)
     if not loaded:
         raise CheckpointError(f"init_from={path}: no tensor there fits this trainer's models.")
     trainer.say(

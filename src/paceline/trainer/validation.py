@@ -10,9 +10,9 @@ import torch
 
 from paceline.errors import ConfigError, DataError, MetricError
 from paceline.trainer.blame import in_validation
-from paceline.trainer.placement import share_buffers
+from paceline.trainer.placement import Replica, share_buffers
 from paceline.trainer.progress import as_number
-from paceline.trainer.window import to_device
+from paceline.trainer.window import buffers_kept, to_device
 from paceline.world.seeding import mix, seed_everything, stream
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ def _run_batches(trainer: Trainer) -> float | None:
             return None
         if not trainer.on_cpu:
             batch = to_device(batch, trainer.device)
+        if size == 0:  # it only keeps this rank in step with the others
+            _stand_in(trainer)
+            continue
+        trainer.validation_calls.clear()
         if trainer.counts_items or size < 0:
             size = trainer.count_items(batch)
         trainer.batch_items = size
@@ -76,6 +80,19 @@ def _run_batches(trainer: Trainer) -> float | None:
     return as_number(samples)
 
 
+def _stand_in(trainer: Trainer) -> None:
+    """Where models are sharded, calls them as the batch before did.
+
+    The user's step is not run: it may count what it sees.
+    """
+    if trainer.world.shards == 1:
+        return
+    from paceline.trainer.sharding import call_again
+
+    with buffers_kept(trainer), trainer.autocast:
+        call_again(trainer.validation_calls)
+
+
 @contextmanager
 def _evaluating(trainer: Trainer) -> Iterator[None]:
     """Models in eval mode, no replica's buffers exchanged, values logged to the validation."""
@@ -84,7 +101,8 @@ def _evaluating(trainer: Trainer) -> Iterator[None]:
     share_buffers(trainer)
     for model in models:
         model.eval()
-    for replica in trainer.replicas:
+    replicas = [replica for replica in trainer.replicas if isinstance(replica, Replica)]
+    for replica in replicas:
         # Ranks may have unequal numbers of batches: no exchange may depend on one.
         replica.require_forward_param_sync = replica.require_backward_grad_sync = False
     trainer.recorder.val.reset()
@@ -94,7 +112,7 @@ def _evaluating(trainer: Trainer) -> Iterator[None]:
     finally:
         trainer._validating = False
         trainer.batch_items = None
-        for replica in trainer.replicas:
+        for replica in replicas:
             replica.require_forward_param_sync = True
         for module, mode in modes:
             module.training = mode

@@ -101,7 +101,7 @@ class Window:
                 replica.begin(exchange=j == last)
             seed_everything(mix(key, j))
             if self.stand_in:
-                with _buffers_kept(trainer):
+                with buffers_kept(trainer):
                     yield batch, self._first + j
                 continue
             for hook in events.on_train_batch_start:
@@ -143,7 +143,7 @@ class Window:
             self._whole = items or 1
 
 
-class _buffers_kept:
+class buffers_kept:
     """Leaves no trace of a stand-in's forward pass: no log entry and no running statistics."""
 
     def __init__(self, trainer: Trainer) -> None:

@@ -7,22 +7,27 @@ from typing import Any, Literal
 
 from paceline.errors import ConfigError
 
+_BUILT = ("dp_replicate", "dp_shard", "activation_checkpointing")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """The layout of a run over its processes; the product of the sizes is the world size.
 
-    Data parallelism by replication (DDP) works today. Every other dimension is refused with a
-    clear error until it is built.
+    Data parallelism works today: by replication (DDP), sharding (FSDP2) or both (HSDP). Every other
+    dimension is refused with a clear error until it is built.
 
     Args:
-        dp_replicate: replicas that see different samples; `"auto"` takes all processes.
-        dp_shard: processes over which each replica's state is sharded (FSDP2).
+        dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
+        dp_shard: processes over which each copy is sharded (FSDP2). Every process sees samples of
+            its own.
         tensor: tensor-parallel size.
         context: context-parallel size.
         pipeline: pipeline stages.
         expert: expert-parallel size.
-        activation_checkpointing: which activations to recompute in the backward pass.
+        activation_checkpointing: what the model's repeated blocks compute once more in the
+            backward pass, to keep less: "full", all; "selective", all but matrix products and
+            attention; None, nothing.
         cpu_offload: keep parameters and optimizer state in host memory between uses.
         plan: how the model's modules split, module name -> ParallelStyle.
     """
@@ -33,7 +38,7 @@ class Parallel:
     context: int = 1
     pipeline: int = 1
     expert: int = 1
-    activation_checkpointing: str | None = None
+    activation_checkpointing: Literal["full", "selective"] | None = None
     cpu_offload: bool = False
     plan: dict[str, Any] | None = None
 
@@ -42,26 +47,51 @@ class Parallel:
         unbuilt = [
             f"{name}={getattr(self, name)!r}"
             for name in default
-            if name != "dp_replicate" and getattr(self, name) != default[name]
+            if name not in _BUILT and getattr(self, name) != default[name]
         ]
         if unbuilt:
             raise ConfigError(
                 f"parallel: {', '.join(unbuilt)} does not exist yet: this version replicates the "
-                "model over the processes (dp_replicate) and has no other layout."
+                "model over the processes (dp_replicate), shards it (dp_shard), or both."
             )
+        recomputed = self.activation_checkpointing
+        if recomputed not in (None, "full", "selective"):
+            raise ConfigError(
+                f"parallel.activation_checkpointing={recomputed!r}: expected 'full', 'selective' "
+                "or None."
+            )
+        for name in ("dp_replicate", "dp_shard"):
+            size = getattr(self, name)
+            if not (name == "dp_replicate" and size == "auto") and size < 1:
+                raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
 
-    def replicas(self, world_size: int) -> int:
-        """The number of data-parallel replicas in a world of `world_size` processes.
+    def sizes(self, world_size: int) -> tuple[int, int]:
+        """Copies of the model's state, and processes that share one.
+
+        Args:
+            world_size: number of processes.
 
         Raises:
             ConfigError: the sizes do not multiply to the world size.
         """
+        shard = self.dp_shard
         if self.dp_replicate == "auto":
-            return world_size
-        if self.dp_replicate != world_size:
+            replicate, rest = divmod(world_size, shard)
+            if rest or not replicate:
+                raise ConfigError(
+                    f"parallel.dp_shard={shard} does not fit {_processes(world_size)}: start a "
+                    f"multiple of {shard} (--nproc), or set dp_shard to a divisor of {world_size}."
+                )
+            return replicate, shard
+        if self.dp_replicate * shard != world_size:
+            product = "" if shard == 1 else f" x dp_shard={shard}"
             raise ConfigError(
-                f"parallel.dp_replicate={self.dp_replicate} does not fit {world_size} "
-                f"process{'es' * (world_size != 1)}: start {self.dp_replicate} processes "
+                f"parallel.dp_replicate={self.dp_replicate}{product} does not fit "
+                f"{_processes(world_size)}: start {self.dp_replicate * shard} processes "
                 "(--nproc) or leave dp_replicate at 'auto'."
             )
-        return self.dp_replicate
+        return self.dp_replicate, shard
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count != 1)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -37,7 +38,8 @@ class World:
     Attributes:
         device: where this process computes.
         rank, size, local_rank: this process, all processes, this process on its machine.
-        dp_rank, dp_size: this process's replica and the number of replicas.
+        dp_rank, dp_size: this process's share of the data and the number of shares.
+        copies, shards: copies of each model's state, and processes that share one.
         mesh: the DeviceMesh, or None with one process.
         control_group: a gloo group for small host-side messages, or None with one process.
     """
@@ -50,7 +52,8 @@ class World:
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = _device(self.local_rank)
-        self.dp_size = self.parallel.replicas(self.size)
+        self.copies, self.shards = self.parallel.sizes(self.size)
+        self.dp_size = self.size
         self.dp_rank = self.rank
         self.mesh: DeviceMesh | None = None
         self.control_group: Any = None
@@ -78,8 +81,10 @@ class World:
             _join(backend, self.rank, self.size, self._timeout)
             self._owns_group = True
         self.control_group = self.new_group()
+        sizes = {"dp_replicate": self.copies, "dp_shard": self.shards}
+        sizes = {name: size for name, size in sizes.items() if size > 1}
         self.mesh = init_device_mesh(
-            self.device.type, (self.dp_size,), mesh_dim_names=("dp_replicate",)
+            self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
         return self
 
@@ -121,6 +126,10 @@ class World:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.all_reduce(torch.tensor([flag], dtype=torch.int32), "max"))
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank. Between our own processes only; never from a file."""
         if self.size == 1:
@@ -136,6 +145,17 @@ class World:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self.control_group)
         return box
+
+
+@torch.no_grad()
+def send(tensors: Iterable[torch.Tensor]) -> None:
+    """Gives every rank rank 0's values."""
+    for tensor in tensors:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # gloo knows no other
+        whole = real.contiguous()
+        dist.broadcast(whole, src=0)
+        if whole is not real:
+            real.copy_(whole)
 
 
 def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:

@@ -1,0 +1,163 @@
+"""Sharded models: torch's FSDP2 put around a model, and what the loop asks of it.
+
+Every rank keeps a part of each parameter, its gradient and its optimizer state, and gathers the
+parameters of a block when its turn comes. The blocks are the model's repeated parts; what is left
+is gathered with the model itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.utils._pytree import tree_leaves
+
+from paceline.errors import ConfigError
+from paceline.world.dtensors import is_dtensor
+from paceline.world.world import World, send
+
+Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+class Shards:
+    """A sharded model, seen from the loop: the counterpart of a `Replica`.
+
+    Args:
+        module: the model, whole; it is sharded in place, which makes its parameters new ones.
+        name: the model's name, for messages.
+        world: the ranks.
+        calls: takes the calls of a validation, together with other models'.
+
+    Attributes:
+        module: the model.
+        called: whether it was called, gradients on, in this micro-batch.
+        renewed: what became of each parameter, by the `id` of what it was.
+
+    Raises:
+        ConfigError: the model cannot be sharded.
+    """
+
+    sentinel = None  # each rank sees other gradients, so that none of them tells of the others'
+
+    def __init__(self, module: Any, name: str, world: World, calls: list[Call]) -> None:
+        self.module = module
+        self.calls = calls
+        self.called = False
+        self._probes: list[torch.Tensor] = []
+        before = dict(module.named_parameters())
+        self._check(before, name, world)
+        send([*before.values(), *module.buffers()])  # all start as rank 0's
+        kept = set(module.state_dict())
+        self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
+        for unit in (*repeated_blocks(module), module):
+            fully_shard(unit, mesh=world.mesh)
+        self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
+        module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
+        module.register_forward_hook(self._note_outputs)
+
+    def begin(self, *, exchange: bool) -> None:
+        """A micro-batch begins; gradients are exchanged in the window's last."""
+        self.called = False
+        self._probes = []
+        self.module.set_requires_gradient_sync(exchange)
+
+    def check_exchanged(self) -> None:
+        """Nothing to refuse: a sharded parameter that is used without a call is no plain tensor."""
+
+    def zero_loss(self) -> torch.Tensor:
+        """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""
+        return torch.stack([probe * 0 for probe in self._probes]).nan_to_num(0, 0, 0).sum()
+
+    def _note_call(self, module: Any, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            send(self._buffers)  # as DDP does: running statistics are rank 0's
+        else:
+            self.calls.append((module, args, kwargs))
+
+    def _note_outputs(self, module: Any, inputs: Any, outputs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.called = True
+        # One element of each output, copied: the output itself is free to go.
+        self._probes += [
+            leaf.reshape(-1)[:1].sum().float()
+            for leaf in tree_leaves(outputs)
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        ]
+
+    @staticmethod
+    def _check(parameters: dict[str, torch.nn.Parameter], name: str, world: World) -> None:
+        if any(is_dtensor(p) for p in parameters.values()):
+            raise ConfigError(
+                f"the model {name!r} is sharded already, by an earlier run or by yourself: build "
+                "it anew; parallel=Parallel(...) decides how it is spread."
+            )
+        scalars = [key for key, p in parameters.items() if p.dim() == 0]
+        if scalars:
+            raise ConfigError(
+                f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
+                f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
+                "shape [1]."
+            )
+
+
+def call_again(calls: list[Call]) -> None:
+    """Makes the same calls once more: the other ranks' calls of sharded models wait for ours."""
+    for module, args, kwargs in (made := calls.copy()):
+        module(*args, **kwargs)
+    calls[:] = made
+
+
+def repeated_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts of a model that are sharded, and recomputed, one by one.
+
+    Those are the children of its outermost `ModuleList`, `ModuleDict` and `Sequential` containers
+    whose class is there more than once and whose parameters nobody else uses.
+    """
+    uses = _uses(module)
+    blocks = []
+    for container in _containers(module):
+        classes = Counter(type(child) for child in container.children())
+        for child in container.children():
+            own = _uses(child)
+            if classes[type(child)] > 1 and own and all(uses[p] == n for p, n in own.items()):
+                blocks.append(child)
+    return blocks
+
+
+def _uses(module: torch.nn.Module) -> Counter[int]:
+    """How often each parameter is found, by its `id`; a module in two places counts twice."""
+    parts = module.named_modules(remove_duplicate=False)
+    return Counter(id(p) for _, part in parts for p in part._parameters.values() if p is not None)
+
+
+def _containers(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    for child in (module,) if _holds_blocks(module) else module.children():
+        if _holds_blocks(child):
+            yield child
+        else:
+            yield from _containers(child)
+
+
+def _holds_blocks(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict | torch.nn.Sequential)
+
+
+def follow(optimizers: Iterable[torch.optim.Optimizer], renewed: dict[int, Any]) -> None:
+    """Has optimizers train the parameters that took the place of those they were given.
+
+    Raises:
+        ConfigError: an optimizer has made steps already.
+    """
+    for optimizer in optimizers:
+        if any(id(p) in renewed for p in optimizer.state):
+            raise ConfigError(
+                f"the {type(optimizer).__name__} has made steps before its model was sharded: "
+                "give a new one, or go on from a checkpoint."
+            )
+        for group in optimizer.param_groups:
+            # In place: some optimizers hold on to the list.
+            group["params"][:] = [renewed.get(id(p), p) for p in group["params"]]

@@ -1,0 +1,51 @@
+"""DTensors, met or not: what works on a tensor that may be spread over processes.
+
+Importing torch's DTensor takes longer than all of ours, and nobody who has not made that import
+holds one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor, gathered by all its processes; any other tensor as it is."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor that every process holds, spread as `like` is; nothing is exchanged.
+
+    Args:
+        value: the whole, equal on all processes; a DTensor is returned as it is.
+        like: a DTensor of the same shape, or any other tensor, for which `value` stays whole.
+    """
+    if not is_dtensor(like) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def reshard(models: Iterable[torch.nn.Module]) -> None:
+    """Drops what FSDP2 has gathered for a call: parameters are sharded again, and up to date."""
+    for model in models:
+        for module in model.modules():
+            if callable(drop := getattr(module, "reshard", None)):
+                drop()
