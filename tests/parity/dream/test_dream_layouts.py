@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing, suppress
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,7 +14,65 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Callback, DeviceParameters, Trainer
 from paceline.errors import ConfigError
+from paceline.world.dtensors import is_dtensor
+from paceline.world.world import World
 from small import batches, fitted, line, settings
+
+SIZES = [
+    (DeviceParameters.SINGLE_DEVICE(), 1, (1, 1)),
+    (DeviceParameters.DDP(compile_model=False), 1, (1, 1)),
+    (DeviceParameters.DDP(compile_model=False), 8, (8, 1)),
+    (DeviceParameters.FSDP(), 1, (1, 1)),
+    (DeviceParameters.FSDP(), 2, (1, 2)),
+    (DeviceParameters.FSDP(), 8, (1, 8)),
+    (DeviceParameters.FSDP(8), 8, (1, 8)),
+    (DeviceParameters.HSDP(8), 8, (1, 8)),
+    (DeviceParameters.HSDP(8, compile_model=False), 16, (2, 8)),
+]
+
+
+def test_DT_27_presets_take_all_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value serves a world of any size, and is not changed by it."""
+    for preset, size, layout in SIZES:
+        before = repr(preset)
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        world = World(preset.parallel)
+        assert (world.copies, world.shards) == layout, (preset, size)
+        assert (world.dp_size, repr(preset)) == (size, before)
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "numbers"),
+    [
+        (DeviceParameters.HSDP(8), 12, "dp_shard=8 does not fit 12 processes"),
+        (DeviceParameters.FSDP(4), 8, "dp_replicate=1 x dp_shard=4 does not fit 8 processes"),
+        (DeviceParameters.SINGLE_DEVICE(), 2, "dp_replicate=1 does not fit 2 processes"),
+    ],
+    ids=["HSDP", "FSDP", "SINGLE_DEVICE"],
+)
+def test_DT_27_sizes_that_do_not_fit_are_named(
+    preset: DeviceParameters, size: int, numbers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    with pytest.raises(ConfigError, match=numbers):
+        World(preset.parallel)
+
+
+def test_DT_27_two_sizes_left_open_are_refused() -> None:
+    with pytest.raises(ConfigError, match="leave open which of them takes the processes"):
+        DeviceParameters(dp_shard="auto")
+
+
+def test_B49_each_device_parameter_reaches_the_trainer() -> None:
+    """None of them is dead: another value is another layout, or an error that names it."""
+    others: dict[str, Any] = {
+        field.name: True if field.default is False else 2 for field in fields(DeviceParameters)
+    }
+    others["param_dtype"] = torch.bfloat16
+    plain = DeviceParameters().settings()
+    for name, value in others.items():
+        with suppress(ConfigError):
+            assert DeviceParameters(**{name: value}).settings() != plain, name
 
 
 def test_DT_28_what_does_not_exist_is_refused_by_its_name() -> None:
@@ -76,6 +136,31 @@ def words(kind: type[Words] = Words, calls: list[int] | None = None, **changes: 
 
 def test_DT_08_ties_and_buffers_survive_the_setup() -> None:
     assert words().looked == 2
+
+
+def words_on_ranks() -> tuple[int, int]:
+    calls: list[int] = []
+    trainer = words(calls=calls, parallel=DeviceParameters.FSDP().parallel)
+    assert all(is_dtensor(p) for p in trainer.model.parameters())
+    return trainer.looked, len(calls)
+
+
+@pytest.mark.slow
+def test_DT_08_ties_and_buffers_survive_sharding(ranks: Any) -> None:
+    """And a sharded model's hooks hear each call once: 20 rows in fours on 2 ranks, two epochs."""
+    assert ranks(words_on_ranks, 2) == [(2, 6)] * 2
+
+
+def mesh() -> tuple[tuple[str, ...], tuple[int, ...]]:
+    with closing(World(DeviceParameters.HSDP(2).parallel).open()) as world:
+        assert world.mesh is not None
+        return world.mesh.mesh_dim_names or (), tuple(world.mesh.shape)
+
+
+@pytest.mark.slow
+def test_the_mesh_has_the_dimensions_that_are_more_than_one(ranks: Any) -> None:
+    assert ranks(mesh, 2) == [(("dp_shard",), (2,))] * 2
+    assert ranks(mesh, 4) == [(("dp_replicate", "dp_shard"), (2, 2))] * 4
 
 
 class Pair(Trainer):
