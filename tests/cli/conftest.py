@@ -42,6 +42,10 @@ class Fit(Trainer):
                 raise ValueError("a fault on purpose")
             if self.world.rank == self.bad and self.how == "kill":
                 os.kill(os.getpid(), 9)
+            if self.world.rank == self.bad and self.how == "kill_once":
+                if not os.path.exists("killed"):
+                    open("killed", "w").close()
+                    os.kill(os.getpid(), 9)
         time.sleep(self.pause)
 
     def on_teardown(self):

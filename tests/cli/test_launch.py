@@ -5,13 +5,28 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
+from paceline.world.launch import Rendezvous
+
 pytestmark = pytest.mark.slow
 SLOW = ("trainer.epochs=1000", "trainer.pause=0.05")
+EACH_STEP = "+checkpoint={every_steps: 1}"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def gone(pid: int) -> bool:
@@ -104,3 +119,96 @@ def test_an_override_reaches_the_workers_as_it_was_written(paceline, tmp_path: P
     code, _, err = paceline("train", "toy.yaml", "--nproc", "2", f"run.dir='{folder}'")
     assert code == 0, err
     assert (tmp_path / folder / "run.json").exists()
+
+
+def test_processes_that_srun_has_started_train_one_run(paceline, tmp_path: Path):
+    """Given two processes that know nothing but Slurm's variables, then they are one run's ranks,
+    and only rank 0 prints."""
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),  # a port of its own
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+    }
+    tasks = [
+        paceline.start("train", "toy.yaml", SLURM_PROCID=rank, SLURM_LOCALID=rank, **step)
+        for rank in ("0", "1")
+    ]
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert [out.count("hello from rank") for out, _ in outputs] == [1, 0]
+    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
+    assert (record["world_size"], record["step"]) == (2, 16)
+
+
+def test_launchers_of_several_machines_train_one_run_and_stop_together(
+    paceline, wait_for, tmp_path
+):
+    """Given two launchers with one process each, when one of them gets a signal, then both stop
+    cleanly."""
+    meeting = ("--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port()}")
+    launchers = [
+        paceline.start("train", "toy.yaml", "--nproc", "1", *meeting, *SLOW) for _ in range(2)
+    ]
+    wait_for("three0")
+    wait_for("three1")
+    launchers[1].terminate()
+    errors = [launcher.communicate(timeout=60)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [75, 75], errors
+    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
+    assert (record["world_size"], record["stopped_by"]) == (2, "signal SIGTERM")
+
+
+def test_a_launcher_that_waits_for_others_can_be_stopped(paceline):
+    port = free_port()
+    meeting = ("--nnodes", "2", "--rdzv-endpoint", f"localhost:{port}")
+    process = paceline.start("train", "toy.yaml", *meeting)
+    while not listens(port):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (75, "")
+
+
+@pytest.mark.parametrize("launcher", ["paceline", "torchrun"])
+def test_after_a_failure_all_ranks_start_again_and_go_on(paceline, tmp_path: Path, launcher: str):
+    """Given an earlier run in the folder, when one begins afresh, fails at step 3 and is restarted,
+    then it goes on from its own checkpoint to the end, and the earlier one is moved aside once."""
+    assert paceline("train", "toy.yaml", "trainer.epochs=1")[0] == 0
+    words = ["train", "toy.yaml", "--fresh", "trainer.bad=1", "trainer.how=kill_once", EACH_STEP]
+    if launcher == "paceline":
+        code, _, err = paceline(*words, "--nproc", "2", "--max-restarts", "1")
+        assert "paceline: rank 1 was killed by SIGKILL" in err
+    else:
+        agent = ("--nproc-per-node=2", "--max-restarts=1", "-m", "paceline")
+        code, _, err = paceline.torchrun(*agent, *words)
+    assert code == 0, err
+    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
+    assert (record["status"], record["step"], record["world_size"]) == ("complete", 16, 2)
+    assert any(line["decision"].startswith("goes on from step_") for line in record["plan"]), record
+    assert sorted(path.name for path in (tmp_path / "runs/p").iterdir()) == ["n", "n.1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (("--nnodes", "2"), {}, "say with --rdzv-endpoint HOST:PORT"),
+        (("--nnodes", "2", "--rdzv-endpoint", "here"), {}, "it has to be HOST:PORT"),
+        (("--rdzv-endpoint", "here:1"), {}, "say with --nnodes how many"),
+        (("--max-restarts", "1"), {"RANK": "0", "WORLD_SIZE": "2"}, "give it to what has started"),
+        (("--nproc", "4"), {"RANK": "0", "WORLD_SIZE": "2"}, "started as one of 2 already"),
+    ],
+)
+def test_options_that_start_nothing_are_mistakes(paceline, words, environment, said):
+    code, _, err = paceline("train", "toy.yaml", *words, **environment)
+    assert code == 2
+    assert said in err
+
+
+def test_launchers_meet_under_the_name_they_are_given():
+    assert Rendezvous(2, "here:1", "mine").parameters().run_id == "mine"
+    assert (
+        Rendezvous(2, "here:1").parameters().run_id == Rendezvous(2, "here:1").parameters().run_id
+    )

@@ -26,6 +26,7 @@ from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError,
 from paceline.recipe.builder import build_trainer, origin
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.settings import Resume
+from paceline.world.environment import adopt_slurm
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -76,6 +77,7 @@ def alone(command: str) -> None:
     Raises:
         ConfigError: this process is one of several.
     """
+    adopt_slurm()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(f"{command} runs in one process: start it without a launcher.")
 

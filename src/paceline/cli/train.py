@@ -6,17 +6,19 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.errors import ConfigError
+from paceline.world.signals import handling
 
 if TYPE_CHECKING:  # torch is imported when it is known to be needed, so that --help is quick
     from paceline.recipe.recipe import Recipe
     from paceline.trainer.settings import Resume
+    from paceline.world.launch import Rendezvous
 
 
 def train(
@@ -29,6 +31,22 @@ def train(
     ] = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Processes to start on this machine.")
+    ] = None,
+    nnodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines on which this same command is started.")
+    ] = None,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where these machines meet.")
+    ] = None,
+    rdzv_id: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The run's name there, if there are others.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often all processes start again after a failure.")
+    ] = 0,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Submit to Slurm, with this setting of submitit."),
     ] = None,
     resume: Annotated[
         str,
@@ -57,36 +75,77 @@ def train(
     with _stop_cleanly_before_training():
         from paceline.recipe.recipe import load_recipe
         from paceline.trainer.settings import Resume
-        from paceline.world.launch import follow_launcher
+        from paceline.world.environment import adopt_slurm
+        from paceline.world.launch import Rendezvous, follow_launcher
 
-        follow_launcher()
+        if nnodes is None:  # else a task of srun is one of the launchers, not of the ranks
+            adopt_slurm()
+        machines = _machines(nnodes, rdzv_endpoint, rdzv_id)
+        started_by_us = follow_launcher()
+        if not started_by_us:
+            _check_launcher(nproc, nnodes, max_restarts)
         loaded = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+        here = started_by_us or "WORLD_SIZE" in os.environ
         if dry_run:
             _print(loaded)
-        elif _is_worker(nproc):
+        elif slurm:
+            alone = (nproc, nnodes, max_restarts) == (None, None, 0) and not here
+            _submit(loaded, slurm, alone)
+        elif here or (nproc or 1, machines, max_restarts) == (1, Rendezvous(), 0):
             mode = "fresh" if fresh else resume
             _train(loaded, Resume(mode=mode, accept=tuple(accept or ()), init_from=init_from))
         else:
-            raise typer.Exit(_launch(nproc or 1))
+            raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
 
 
-def _is_worker(nproc: int | None) -> bool:
-    """Whether this process trains, rather than start those that do."""
+def _machines(nnodes: int | None, endpoint: str | None, name: str | None) -> Rendezvous:
+    from paceline.world.launch import Rendezvous
+
+    if nnodes is None and (endpoint or name):
+        raise ConfigError(
+            f"--rdzv-{'endpoint' if endpoint else 'id'} is for several machines: say with "
+            "--nnodes how many."
+        )
+    return Rendezvous(nnodes or 1, endpoint, name or Rendezvous.id)
+
+
+def _check_launcher(nproc: int | None, nnodes: int | None, max_restarts: int) -> None:
+    """Refuses what only a launcher can do, in a process that another launcher has started."""
     world = os.environ.get("WORLD_SIZE")
     if world is None:
-        return nproc is None or nproc == 1
-    if nproc not in (None, int(world)):
+        return
+    given = {
+        f"--nproc {nproc}": nproc not in (None, int(world)),
+        f"--nnodes {nnodes}": nnodes is not None,
+        f"--max-restarts {max_restarts}": max_restarts > 0,
+    }
+    wrong = ", ".join(option for option, is_wrong in given.items() if is_wrong)
+    if wrong:
         raise ConfigError(
-            f"--nproc {nproc}: this process was started as one of {world} already; leave it out."
+            f"{wrong}: this process was started as one of {world} already; leave it out, or give "
+            "it to what has started them."
         )
-    return True
 
 
-def _launch(nproc: int) -> int:
+def _launch(nproc: int, machines: Rendezvous, max_restarts: int) -> int:
     from paceline.world.launch import launch
 
     # The workers get this command line as it was given.
-    return launch(nproc, sys.argv[1:])
+    return launch(nproc, sys.argv[1:], machines=machines, max_restarts=max_restarts)
+
+
+def _submit(recipe: Recipe, settings: Sequence[str], alone: bool) -> None:
+    from paceline.cli.slurm import submit
+
+    if not alone:
+        raise ConfigError(
+            "--slurm submits a job whose tasks are the processes: say how many with "
+            "--slurm nodes=N --slurm tasks_per_node=N, and leave out other launchers' options."
+        )
+    # Beside the run's folder, which --fresh moves aside.
+    folder = recipe.run_dir.with_name(f"{recipe.run_dir.name}.slurm")
+    job = submit(recipe.name, folder, sys.argv[1:], settings)
+    print(f"submitted as job {job}; its output is in {folder / job}")
 
 
 def _train(recipe: Recipe, resume: Resume) -> None:
@@ -104,8 +163,7 @@ def _print(recipe: Recipe) -> None:
         print(f"plan: {decision}  [{setting}]")
 
 
-@contextlib.contextmanager
-def _stop_cleanly_before_training() -> Iterator[None]:
+def _stop_cleanly_before_training() -> contextlib.AbstractContextManager[None]:
     """A signal while imports run and objects are built is a clean stop too: nothing is lost.
 
     The trainer has handlers of its own while it trains.
@@ -114,10 +172,4 @@ def _stop_cleanly_before_training() -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         raise SystemExit(75)
 
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, leave) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handling(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), leave))

@@ -87,6 +87,7 @@ def start(trainer: Trainer) -> None:
         PacelineError: what stands in the way, before anything is trained.
     """
     trainer.world.open()
+    trainer.resume = resume.after_restart(trainer)
     if trainer.stop_agreement.clear_file():
         trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
     trainer.stop_agreement.watch()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +23,32 @@ from paceline.checkpoint.state import (
     parameter_names,
 )
 from paceline.errors import CheckpointError, ConfigError, ResumeError
+from paceline.log.provenance import read_run
 from paceline.trainer.events import named_callbacks
 from paceline.trainer.schedules import load_schedule, put, replayed, schedule_settings
 from paceline.world.dtensors import reshard
+from paceline.world.environment import began_before_restart
 
 if TYPE_CHECKING:
     from paceline.trainer.settings import Resume
     from paceline.trainer.trainer import Trainer
 
 _GLOBAL_BATCH = "data.global_batch_size"
+
+
+def after_restart(trainer: Trainer) -> Resume:
+    """How a run goes on that this start may have begun already, before a launcher's restart.
+
+    What was asked for ("fresh", "must", a path) was done then; what is left is to go on.
+    """
+    asked, begun = trainer.resume, False
+    if trainer.run_dir is None or asked.mode == "auto":
+        return asked
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        begun = began_before_restart(read_run(trainer.run_dir).get("environment") or {})
+    # Of several machines' launchers, only that of the rank that failed has counted a restart.
+    begun = any(trainer.world.all_gather_object(begun))
+    return replace(asked, mode="auto") if begun else asked
 
 
 def kept_global_batch_size(

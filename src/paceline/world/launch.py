@@ -1,16 +1,18 @@
-"""Starts the processes of a run on this machine, through torch's elastic agent."""
+"""Starts a run's processes on this machine, or its share of them, through torch's elastic agent."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -20,9 +22,11 @@ from torch.distributed.elastic.agent.server.api import WorkerState as State
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 
+from paceline.errors import ConfigError, PacelineError
 from paceline.world.orphans import signal_when_parent_dies
+from paceline.world.signals import handling
 
 PREEMPTED = 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -35,63 +39,136 @@ _LAST_RANKS_SECONDS = 60.0
 _ELASTIC = "torch.distributed.elastic"
 
 
-def launch(nproc: int, argv: Sequence[str]) -> int:
-    """Runs `python -m paceline *argv` in `nproc` processes that form one world.
+@dataclass(frozen=True)
+class Rendezvous:
+    """How the launchers of several machines find each other. All are given the same.
+
+    Args:
+        nnodes: the number of machines.
+        endpoint: "HOST:PORT" on one of them; None with one machine.
+        id: the run's name there, which keeps it apart from another at the same endpoint.
+
+    Raises:
+        ConfigError: there are several machines and no endpoint, or one that is none.
+    """
+
+    nnodes: int = 1
+    endpoint: str | None = None
+    id: str = "paceline"
+
+    def __post_init__(self) -> None:
+        if self.endpoint is None and self.nnodes > 1:
+            raise ConfigError(
+                f"--nnodes {self.nnodes}: say with --rdzv-endpoint HOST:PORT where the machines "
+                "meet, a free port on one of them, the same on all."
+            )
+        if self.endpoint is not None and not re.fullmatch(r".+:\d{1,5}", self.endpoint):
+            raise ConfigError(f"--rdzv-endpoint {self.endpoint}: it has to be HOST:PORT.")
+
+    def parameters(self) -> RendezvousParameters:
+        """The same for torch."""
+        endpoint, name = self.endpoint, self.id
+        if endpoint is None:
+            endpoint, name = "localhost:0", uuid.uuid4().hex  # a free port
+        host = endpoint.rpartition(":")[0]
+        return RendezvousParameters(
+            backend="c10d",
+            endpoint=endpoint,
+            run_id=name,
+            min_nodes=self.nnodes,
+            max_nodes=self.nnodes,
+            # Else workers are told this machine's name, which it may not know itself.
+            local_addr=host if host in ("localhost", "127.0.0.1") else None,
+        )
+
+
+ONE_MACHINE = Rendezvous()
+
+
+def launch(
+    nproc: int,
+    argv: Sequence[str],
+    *,
+    machines: Rendezvous = ONE_MACHINE,
+    max_restarts: int = 0,
+) -> int:
+    """Runs `python -m paceline *argv` in `nproc` processes here, as one world with other machines'.
 
     A SIGTERM, SIGINT or SIGUSR1 to this process is passed on to the workers once; they may then
     take the time they need to save. Workers live in sessions of their own, so a Ctrl-C in the
     terminal reaches them only in this way; a second one is passed on too, and ends them at once.
-    Failed workers are not restarted.
 
     Args:
-        nproc: the number of processes.
+        nproc: the number of processes on this machine.
         argv: the arguments of the `paceline` command.
+        machines: how this launcher meets those of other machines.
+        max_restarts: how often all workers are started again after one has failed. They go on from
+            the newest checkpoint. A clean stop is no failure.
 
     Returns:
         0 if all ranks finished, 75 if all stopped at a signal, else the code of the first rank that
-        failed (1 if it was killed).
+        failed (1 if it was killed). Of this machine's ranks.
+
+    Raises:
+        PacelineError: the machines did not meet.
     """
     with tempfile.TemporaryDirectory(prefix="paceline-") as logs, _environment(nproc), _quiet():
-        parameters = RendezvousParameters(
-            backend="c10d",
-            endpoint="localhost:0",  # a free port
-            run_id=uuid.uuid4().hex,
-            min_nodes=1,
-            max_nodes=1,
-            local_addr="localhost",
-        )
+        parameters = machines.parameters()
+        with _meeting(machines):
+            handler = rendezvous.get_rendezvous_handler(parameters)
         spec = WorkerSpec(
             role="rank",
             local_world_size=nproc,
-            rdzv_handler=rendezvous.get_rendezvous_handler(parameters),
+            rdzv_handler=handler,
             entrypoint=sys.executable,
             # The agent fills in $-templates; an override's own ${...} must come through it.
             args=("-m", "paceline", *(word.replace("$", "$$") for word in argv)),
-            max_restarts=0,
+            max_restarts=max_restarts,
             monitor_interval=0.1,
-            local_addr="localhost",
+            local_addr=parameters.local_addr,
         )
         agent = _Agent(spec, logs_specs=DefaultLogsSpecs(log_dir=logs))
         try:
-            with agent.forwarding():
-                result: RunResult = agent.run()  # pyright: ignore[reportAssignmentType] - @prof hides it
+            with agent.forwarding(), _meeting(machines):
+                result: RunResult | None = agent.run()  # pyright: ignore[reportAssignmentType] - @prof hides it
+                if result is None:
+                    raise PacelineError(
+                        f"more than {machines.nnodes} launchers came to {machines.endpoint}; this "
+                        "one has started nothing."
+                    )
+                if machines.nnodes > 1 and _all_stopped(result.failures):
+                    agent._exit_barrier()  # others may still need the store that lives here
         finally:
-            spec.rdzv_handler.shutdown()
+            handler.shutdown()
+    _tell(result.failures)
     return _answer(result.failures)
 
 
-def follow_launcher() -> None:
-    """In a worker: stop cleanly should the launcher die, and leave the printing to rank 0.
+@contextlib.contextmanager
+def _meeting(machines: Rendezvous) -> Iterator[None]:
+    try:
+        yield
+    except RendezvousError as error:
+        raise PacelineError(
+            f"the launchers of {machines.nnodes} machines did not meet at {machines.endpoint} "
+            f"({error}): is it an address of one of them that the others reach, and was the same "
+            "command started on each?"
+        ) from None
 
-    Does nothing in a process that `launch` did not start.
+
+def follow_launcher() -> bool:
+    """In a worker: stop cleanly should `launch` die, and leave the printing to rank 0.
+
+    Returns:
+        Whether this process is a worker of `launch`, rather than of another launcher or of none.
     """
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is None or int(launcher) != os.getppid():
-        return
-    signal_when_parent_dies(signal.SIGTERM)
-    if os.environ["RANK"] != "0":
+    if os.environ.get("RANK", "0") != "0":
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
+    if os.environ.get(LAUNCHER) != str(os.getppid()):
+        return False
+    signal_when_parent_dies(signal.SIGTERM)
+    return True
 
 
 class _Agent(LocalElasticAgent):
@@ -100,18 +177,15 @@ class _Agent(LocalElasticAgent):
     _pids: tuple[int, ...] = ()
     _received: int | None = None
     _first_left: float | None = None
+    _meets = False
 
-    @contextlib.contextmanager
-    def forwarding(self) -> Iterator[None]:
+    def forwarding(self) -> contextlib.AbstractContextManager[None]:
         """While it lasts, the first signal to this process goes to every worker."""
-        before = {number: signal.signal(number, self._on_signal) for number in FORWARDED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling(dict.fromkeys(FORWARDED, self._on_signal))
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self._meets:  # there is nobody to tell, and the other machines may never come
+            raise SystemExit(PREEMPTED)
         # Job schedulers repeat themselves; a second Ctrl-C means: leave at once.
         if self._received is None or number == signal.SIGINT:
             self._received = number
@@ -122,7 +196,15 @@ class _Agent(LocalElasticAgent):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, self._received or signal.SIGTERM)
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        self._meets = True
+        try:
+            super()._rendezvous(worker_group)  # pyright: ignore
+        finally:
+            self._meets = False
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._first_left = None
         pids: dict[int, Any] = super()._start_workers(worker_group)  # pyright: ignore
         self._pids = tuple(pids.values())
         if self._received is not None:  # it came before there was anybody to tell
@@ -135,7 +217,14 @@ class _Agent(LocalElasticAgent):
             self._first_left = self._first_left or time.monotonic()
             if time.monotonic() - self._first_left < _LAST_RANKS_SECONDS:
                 return RunResult(state=State.HEALTHY)
-        return super()._monitor_workers(worker_group)  # pyright: ignore
+        result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore
+        if result.state is State.FAILED and self._remaining_restarts > 0:
+            if self._received is not None or _all_stopped(result.failures):
+                self._remaining_restarts = 0
+            else:
+                _tell(result.failures)
+                print("paceline: all ranks of this machine start again", file=sys.stderr)
+        return result
 
 
 def _exit_code(pid: int) -> int | None:
@@ -152,25 +241,31 @@ def _exit_code(pid: int) -> int | None:
     return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
 
 
-def _answer(failures: dict[int, ProcessFailure]) -> int:
-    """The code of the whole, and a line on stderr for what went wrong."""
-    codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    if not codes:
-        return 0
-    if set(codes.values()) == {PREEMPTED}:
-        return PREEMPTED
-    for rank, code in sorted(codes.items()):
+def _all_stopped(failures: dict[int, ProcessFailure]) -> bool:
+    return bool(failures) and all(one.exitcode == PREEMPTED for one in failures.values())
+
+
+def _tell(failures: dict[int, ProcessFailure]) -> None:
+    """A line on stderr for each rank that failed."""
+    if _all_stopped(failures):
+        return
+    for rank, failure in sorted(failures.items()):
+        code = failure.exitcode
         how = (
             f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with code {code}"
         )
         print(f"paceline: rank {rank} {how}", file=sys.stderr)
+
+
+def _answer(failures: dict[int, ProcessFailure]) -> int:
+    """The code of the whole."""
+    if not failures:
+        return 0
+    if _all_stopped(failures):
+        return PREEMPTED
     # In the order in which the agent saw them; those that it ended itself come last.
-    failed = [code for code in codes.values() if code != PREEMPTED]
+    failed = [one.exitcode for one in failures.values() if one.exitcode != PREEMPTED]
     return next((code for code in failed if code > 0), 1)
-
-
-def _signal(number: int) -> str:
-    return signal.Signals(number).name
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PeerError
+from paceline.world.environment import adopt_slurm, is_srun_task
 from paceline.world.parallel import Parallel
 
 # Where this process met the others, by address: kept while the process lives, so that one run after
@@ -27,9 +29,9 @@ _joined = 0  # process groups joined in this process, equal on all ranks
 class World:
     """The processes of a run and the device of this one.
 
-    A process group is made from the launcher's environment (torchrun, `paceline train --nproc`)
-    unless one exists; `close` destroys only what this object made, and must run on every way out,
-    since leaving with a live group can abort the interpreter.
+    A process group is made from the launcher's environment (torchrun, srun, `paceline train
+    --nproc`) unless one exists; `close` destroys only what this object made, and must run on every
+    way out, since leaving with a live group can abort the interpreter.
 
     Args:
         parallel: the layout; checked against the number of processes.
@@ -45,6 +47,7 @@ class World:
     """
 
     def __init__(self, parallel: Parallel | None = None, *, timeout: float = 600.0) -> None:
+        adopt_slurm()
         self.parallel = parallel or Parallel()
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
@@ -169,16 +172,53 @@ def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     if missing:
         raise ConfigError(
             f"WORLD_SIZE={size}, but {' and '.join(missing)} not set: start the processes with "
-            "torchrun or `paceline train --nproc`, which say where they meet."
+            "torchrun, srun or `paceline train --nproc`, which say where they meet."
         )
     where = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if where not in _meetings:
-        _meetings[where], _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
-        _meetings[where].set_timeout(timeout)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
+        _meetings[where] = store
     _joined += 1
     store = PrefixStore(f"paceline/{_joined}", _meetings[where])
     _await_all(store, rank, size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _name_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that all ranks share, and that no earlier start of theirs had.
+
+    An agent keeps its store when it starts failed workers again, with all that the dead ones have
+    left there, and its count of restarts may differ from another machine's. So each rank leaves a
+    mark of its own and believes only an answer to that mark.
+
+    Raises:
+        PeerError: the others have not come in time.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"mark/{rank}", mine)
+    missing = set(range(1, size))
+    while missing and time.monotonic() < deadline:
+        if rank == 0:
+            missing -= {other for other in missing if _has_taken(store, other, mine)}
+        elif store.check([f"answer/{rank}"]):
+            mark, _, name = store.get(f"answer/{rank}").decode().partition(" ")
+            if mark == mine:
+                store.set(f"taken/{name}/{rank}", "")
+                return name
+        time.sleep(0.02)
+    if missing:
+        raise PeerError(f"rank {rank} has waited {timeout} for the others to come.")
+    return mine
+
+
+def _has_taken(store: Store, other: int, name: str) -> bool:
+    """Rank 0's answer to another rank's mark; whether that rank has read it."""
+    if store.check([f"mark/{other}"]):
+        store.set(f"answer/{other}", f"{store.get(f'mark/{other}').decode()} {name}")
+    return store.check([f"taken/{name}/{other}"])
 
 
 def _await_all(store: Store, rank: int, size: int, timeout: timedelta) -> None:
@@ -197,9 +237,15 @@ def _device(local_rank: int) -> torch.device:
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
     count = torch.accelerator.device_count()
+    if count == 1 and _by_srun():  # which shows each task a device of its own (--gpus-per-task)
+        return torch.device(kind.type, 0)
     if local_rank >= count:
         raise ConfigError(
             f"process {local_rank} of this machine has no device: there are {count}. "
             "Start at most that many processes a machine (--nproc)."
         )
     return torch.device(kind.type, local_rank)
+
+
+def _by_srun() -> bool:
+    return is_srun_task(os.environ) and "TORCHELASTIC_RUN_ID" not in os.environ
