@@ -45,6 +45,7 @@ class Plan:
     workers: int = 0
     stopper: int = 1
     shard: int = 1
+    precision: Any = "fp32"
 
 
 def model() -> nn.Module:
@@ -170,6 +171,7 @@ def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: C
         progress=False,
         log_every=2,
         parallel=Parallel(dp_shard=plan.shard),
+        precision=plan.precision,
         run_dir=folder,
     )
     trainer.data_plan = plan
@@ -231,6 +233,12 @@ def test_sharded_and_stopped_again_and_again(
 ) -> None:
     """FSDP2 on 2 ranks, and two copies of two shards on 4."""
     check_chain(ranks, size, tmp_path, Plan(batch=batch, shard=2), stops)
+
+
+@pytest.mark.slow
+def test_sharded_in_bfloat16_and_stopped_again(ranks: Ranks, tmp_path: Path) -> None:
+    """What is gathered is rounded; what is kept and saved is not."""
+    check_chain(ranks, 2, tmp_path, Plan(steps=6, shard=2, precision="bf16"), [2, 4])
 
 
 class StopInValidation(Callback):

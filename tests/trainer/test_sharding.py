@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from builders import bits
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.errors import ConfigError
@@ -84,7 +85,7 @@ def fit(folder: Path | None, parallel: Parallel, max_steps: int = 6, **settings:
         loss_fn=nn.MSELoss(),
         train_dataloader=DataLoader(data(24), 2, shuffle=True),
         val_dataloader=settings.pop("val_dataloader", DataLoader(data(7), 2)),
-        callbacks=[final, AveragedWeights(decay=0.5)],
+        callbacks=[final, AveragedWeights(decay=0.5), *settings.pop("callbacks", ())],
         parallel=parallel,
         global_batch_size=8,
         max_steps=max_steps,
@@ -111,6 +112,30 @@ def test_a_run_goes_on_at_any_other_layout(ranks: Ranks, tmp_path: Path) -> None
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
     assert metrics == pytest.approx(plain, rel=1e-5)
+
+
+class Peeks(Callback):
+    """Calls the model before a step, as one that measures something would."""
+
+    def on_before_optimizer_step(self, trainer: Any, optimizer: Any) -> None:
+        with torch.no_grad():
+            trainer.model(torch.ones(1, 4))
+
+    def on_metrics(self, trainer: Any, metrics: dict[str, float]) -> None:
+        assert all(is_dtensor(p) for p in trainer.model.parameters())
+
+
+def peek() -> tuple[Any, Any]:
+    two = Parallel(dp_shard=2)
+    plain, _ = fit(None, two)
+    peeked, _ = fit(None, two, callbacks=[Peeks()])
+    return bits(plain), bits(peeked)
+
+
+@pytest.mark.slow
+def test_a_call_in_a_hook_leaves_no_old_weights_behind(ranks: Ranks) -> None:
+    for plain, peeked in ranks(peek, 2):
+        assert plain == peeked
 
 
 def refused(parallel: Parallel, **settings: Any) -> str:

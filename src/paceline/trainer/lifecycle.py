@@ -310,6 +310,10 @@ def _describe(trainer: Trainer) -> None:
     plan.add(f"computes on {trainer.device} in {trainer.precision}", "precision")
     if trainer.world.size > 1:
         plan.add(_spread(trainer.world), "parallel")
+    if trainer.world.shards > 1 and trainer.precision == "bf16":
+        plan.add("gathers weights in bfloat16, sums their gradients in float32", "precision")
+    if trainer.parallel.cpu_offload:
+        plan.add("keeps weights in host memory, and steps there", "parallel.cpu_offload")
     if trainer.recomputed:
         blocks = f"{len(trainer.recomputed)} blocks compute their forward pass twice"
         plan.add(blocks, "parallel.activation_checkpointing")

@@ -232,7 +232,8 @@ class NonFiniteGuard:
             self._buffers.put_back(sticky)
         if trainer.optimization.scaler is not None:
             return True
-        if is_fused(optimizer) and not _makes_momentum(optimizer):
+        offloaded = trainer.parallel.cpu_offload  # it steps on the host, and waits for the device
+        if is_fused(optimizer) and not _makes_momentum(optimizer) and not offloaded:
             optimizer.found_inf = sticky.float()  # pyright: ignore[reportAttributeAccessIssue]
             return True
         return not bool(sticky)

@@ -165,7 +165,8 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
 def _sharded(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
     from paceline.trainer.sharding import Shards, follow
 
-    shards = Shards(module, name, trainer.world, trainer.validation_calls)
+    compute = torch.bfloat16 if trainer.precision == "bf16" else None
+    shards = Shards(module, name, trainer.world, trainer.validation_calls, compute)
     follow(trainer.named_optimizers().values(), shards.renewed)
     trainer.replicas.append(shards)
     return module

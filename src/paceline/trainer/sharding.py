@@ -2,7 +2,8 @@
 
 Every rank keeps a part of each parameter, its gradient and its optimizer state, and gathers the
 parameters of a block when its turn comes. The blocks are the model's repeated parts; what is left
-is gathered with the model itself.
+is gathered with the model itself. Where the run computes in a lower precision, parameters are
+gathered in it; what is kept, and the sum of gradients, are as precise as the model was made.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from paceline.errors import ConfigError
@@ -30,6 +37,7 @@ class Shards:
         name: the model's name, for messages.
         world: the ranks.
         calls: takes the calls of a validation, together with other models'.
+        compute: the dtype in which parameters are gathered; None for their own.
 
     Attributes:
         module: the model.
@@ -42,7 +50,14 @@ class Shards:
 
     sentinel = None  # each rank sees other gradients, so that none of them tells of the others'
 
-    def __init__(self, module: Any, name: str, world: World, calls: list[Call]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        world: World,
+        calls: list[Call],
+        compute: torch.dtype | None = None,
+    ) -> None:
         self.module = module
         self.calls = calls
         self.called = False
@@ -53,7 +68,7 @@ class Shards:
         kept = set(module.state_dict())
         self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
         for unit in (*repeated_blocks(module), module):
-            fully_shard(unit, mesh=world.mesh)
+            _shard(unit, world, compute)
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
         module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
         module.register_forward_hook(self._note_outputs)
@@ -62,6 +77,8 @@ class Shards:
         """A micro-batch begins; gradients are exchanged in the window's last."""
         self.called = False
         self._probes = []
+        self.calls.clear()
+        self.module.reshard()  # a hook's call may have left weights gathered from before the step
         self.module.set_requires_gradient_sync(exchange)
 
     def check_exchanged(self) -> None:
@@ -102,6 +119,24 @@ class Shards:
                 f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
                 "shape [1]."
             )
+
+
+def _shard(unit: torch.nn.Module, world: World, compute: torch.dtype | None) -> None:
+    """Shards a unit; its batch norms are gathered as they are, as their statistics are."""
+    options: dict[str, Any] = {"mesh": world.mesh}
+    if world.parallel.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
+    if compute is not None:
+        norms: list[torch.nn.Module] = [
+            part
+            for part in unit.modules()
+            if isinstance(part, _BatchNorm) and part.affine and not isinstance(part, FSDPModule)
+        ]
+        if norms:
+            fully_shard(norms, **options)
+        options["mp_policy"] = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32)
+    if not isinstance(unit, FSDPModule):
+        fully_shard(unit, **options)
 
 
 def call_again(calls: list[Call]) -> None:

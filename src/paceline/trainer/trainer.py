@@ -48,7 +48,8 @@ class Trainer(TrainerBase):
         lr_scheduler_interval: when schedulers step: "step", "epoch", or "metric" (with the
             monitored metric, after each validation).
         max_grad_norm: clip each optimizer's gradients to this 2-norm.
-        precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling).
+        precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling). Weights are kept
+            as they were made; sharded ones are gathered in bf16.
         compile: compile the models in place; parameter names stay as they are.
         deterministic: use deterministic algorithms only.
         validate_every: "epoch", or a number of optimizer steps.

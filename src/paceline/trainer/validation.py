@@ -13,6 +13,7 @@ from paceline.trainer.blame import in_validation
 from paceline.trainer.placement import Replica, share_buffers
 from paceline.trainer.progress import as_number
 from paceline.trainer.window import buffers_kept, to_device
+from paceline.world.dtensors import reshard
 from paceline.world.seeding import mix, seed_everything, stream
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def _evaluating(trainer: Trainer) -> Iterator[None]:
         trainer.batch_items = None
         for replica in replicas:
             replica.require_forward_param_sync = True
+        reshard(models)
         for module, mode in modes:
             module.training = mode
 

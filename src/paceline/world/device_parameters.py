@@ -19,11 +19,12 @@ class DeviceParameters:
     """Layout, precision and compilation of a run.
 
     Args:
-        param_dtype: what models compute in: float32, or bfloat16 or float16 by autocast.
+        param_dtype: what models compute in: float32, or bfloat16 or float16 by autocast. Sharded
+            parameters are gathered in it; what is kept stays as it is.
         compile_model: compile the models in place.
         checkpoint_activations: keep the inputs of the models' repeated blocks alone, and compute
             the rest once more in the backward pass.
-        cpu_offload: keep parameters and optimizer state in host memory between uses.
+        cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory.
         dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
         dp_shard: processes over which each copy is sharded (FSDP2); `"auto"` takes all there are.
         tensor_parallel, context_parallel, pipeline_parallel: further sizes of the layout; those

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from paceline.errors import ConfigError
 
-_BUILT = ("dp_replicate", "dp_shard", "activation_checkpointing")
+_BUILT = ("dp_replicate", "dp_shard", "activation_checkpointing", "cpu_offload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Parallel:
         activation_checkpointing: what the model's repeated blocks compute once more in the
             backward pass, to keep less: "full", all; "selective", all but matrix products and
             attention; None, nothing.
-        cpu_offload: keep parameters and optimizer state in host memory between uses.
+        cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
+            and step there.
         plan: how the model's modules split, module name -> ParallelStyle.
     """
 
@@ -64,6 +65,11 @@ class Parallel:
             size = getattr(self, name)
             if not (name == "dp_replicate" and size == "auto") and size < 1:
                 raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
+        if self.cpu_offload and self.dp_shard == 1:
+            raise ConfigError(
+                "parallel.cpu_offload=True: what is offloaded is sharded parameters; share them "
+                "over parallel.dp_shard=2 processes or more, or leave it out."
+            )
 
     def sizes(self, world_size: int) -> tuple[int, int]:
         """Copies of the model's state, and processes that share one.

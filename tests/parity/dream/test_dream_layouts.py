@@ -83,8 +83,8 @@ def test_DT_28_what_does_not_exist_is_refused_by_its_name() -> None:
     ):
         with pytest.raises(ConfigError, match=f"{ours}=2 does not exist yet"):
             DeviceParameters(**{theirs: 2})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match="cpu_offload=True does not exist yet"):
-        DeviceParameters.FSDP(cpu_offload=True)
+    with pytest.raises(ConfigError, match="cpu_offload=True: what is offloaded is sharded"):
+        DeviceParameters.DDP(cpu_offload=True)
 
 
 class Tied(nn.Module):
