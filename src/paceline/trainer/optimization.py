@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.nonfinite import NonFiniteGuard
-from paceline.trainer.placement import zero_loss
+from paceline.trainer.placement import check_spread, zero_loss
 from paceline.world.dtensors import whole
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Optimization:
         self._schedulers: dict[str, list[Any]] = {name: [] for name in self.optimizers}
         for scheduler in (trainer.named_schedulers() or {}).values():
             self._schedulers[trainer.get_name_by_optimizer(scheduler.optimizer)].append(scheduler)
+        self._covered = frozenset().union(*(replica.covered for replica in trainer.replicas))
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._found_independent = False  # losses by optimizer name have been checked
         self._pending = False  # gradients were added since the last step
@@ -92,6 +93,8 @@ class Optimization:
         self.norms.pop(name, None)
         for replica in trainer.replicas:
             replica.check_exchanged()
+        if trainer.world.dp_size > 1:
+            check_spread(trainer, optimizer, self._covered)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
             self._scale_is_due = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from paceline.checkpoint.state import parameter_names
 from paceline.errors import ConfigError, LossError
 from paceline.world.world import send
 
@@ -22,6 +23,7 @@ class Replica(DistributedDataParallel):
 
     Attributes:
         called: whether the module was called through it, gradients on, in this micro-batch.
+        covered: the `id` of each parameter whose gradient it exchanges.
         sentinel: its smallest trainable parameter, whose gradient tells of the others' NaN.
     """
 
@@ -35,6 +37,10 @@ class Replica(DistributedDataParallel):
     def begin(self, *, exchange: bool) -> None:
         """A micro-batch begins; gradients are exchanged in the window's last."""
         vars(self).update(called=False, require_backward_grad_sync=exchange)
+
+    @cached_property
+    def covered(self) -> frozenset[int]:
+        return frozenset(id(p) for p in self.module.parameters() if p.requires_grad)
 
     @cached_property
     def sentinel(self) -> torch.nn.Parameter:
@@ -203,6 +209,36 @@ def _settle_buckets(replica: Replica) -> None:
 def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """A loss of zero that depends on every parameter: each gets a gradient of zeros."""
     return torch.stack([(p * 0).sum().float() for p in parameters if p.requires_grad]).sum()
+
+
+def check_spread(trainer: Trainer, optimizer: torch.optim.Optimizer, covered: Set[int]) -> None:
+    """Refuses to step parameters whose gradient is this rank's alone: the ranks would part ways.
+
+    Args:
+        trainer: whose models give the names.
+        optimizer: about to step.
+        covered: the `id` of each parameter that replicas take care of.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    alone = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None and id(parameter) not in covered
+    ]
+    if not alone:
+        return
+    known = parameter_names(trainer.named_models())
+    optimizer_name = trainer.get_name_by_optimizer(optimizer)
+    names = [known.get(id(p), f"a parameter of {optimizer_name!r}") for p in alone]
+    raise ConfigError(
+        f"only this rank has the gradient of {', '.join(names[:8])}"
+        f"{f' and {len(names) - 8} more' * (len(names) > 8)}: what is trained was made, or set to "
+        "require a gradient, after the models were placed. Make it in configure(); what is to be "
+        "trained later starts as trainable, in a group whose lr is 0 until then."
+    )
 
 
 def share_buffers(trainer: Trainer) -> None:

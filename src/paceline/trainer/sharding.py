@@ -42,6 +42,7 @@ class Shards:
     Attributes:
         module: the model.
         called: whether it was called, gradients on, in this micro-batch.
+        covered: the `id` of each parameter that is sharded.
         renewed: what became of each parameter, by the `id` of what it was.
 
     Raises:
@@ -70,6 +71,7 @@ class Shards:
         for unit in (*repeated_blocks(module), module):
             _shard(unit, world, compute)
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
+        self.covered = frozenset(id(p) for p in module.parameters())
         module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
         module.register_forward_hook(self._note_outputs)
 

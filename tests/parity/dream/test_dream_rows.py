@@ -7,7 +7,6 @@ from parity_rows import Later, unanswered
 TENSOR = Later("no tensor parallelism yet: Parallel(tensor=2) is refused by name; shard the state")
 CONTEXT = Later("no context parallelism yet: Parallel(context=2) is refused by name")
 PIPELINE = Later("no pipeline parallelism yet: Parallel(pipeline=2) is refused by name")
-UNSHARDED = Later("a parameter that is sharded with nothing else is not looked for yet")
 FP8 = Later("no FP8 recipes; convert modules in configure(), which is before they are placed")
 TOLERANCE = Later("no replica groups that outlive each other; a run stops as one and goes on")
 WANDB = Later("no wandb tracker yet; a Sink of one's own keeps its run's id over a resume")
@@ -37,7 +36,7 @@ ACCEPTANCE: dict[str, str | Later] = {
     "A26": "test_a_rank_that_raises_ends_the_other_with_its_error",
     "A27": "test_DT_27_presets_take_all_processes_there_are",
     "A28": "test_DT_28_what_does_not_exist_is_refused_by_its_name",
-    "A29": UNSHARDED,
+    "A29": "test_what_only_one_rank_would_train_is_named",
     "A31": TENSOR,
     "A32": "test_DT_32_a_callback_that_takes_itself_away_costs_no_other_an_event",
     "A33": "test_callbacks_may_come_and_go",
