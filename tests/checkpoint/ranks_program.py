@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
 from paceline.errors import CheckpointError, MismatchError, StateError
+from paceline.world.parallel import Parallel
 from paceline.world.world import World
 
 WHOLE = torch.arange(35.0).reshape(7, 5)  # 7 rows: uneven over 2 and over 4 ranks
@@ -172,7 +173,7 @@ def made(folder: Path, world: World, **policy: Any) -> Checkpoints:
 
 def play(scene: str, folder: Path) -> None:
     """One rank of a scene, as its environment says which."""
-    world = World(timeout=40).open()
+    world = World(Parallel(timeout=40)).open()
     try:
         globals()[scene](folder, world)
         dist.barrier()

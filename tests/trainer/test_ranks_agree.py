@@ -117,9 +117,9 @@ def test_whoever_asks_and_whenever_all_stop_at_one_boundary(ranks: Ranks) -> Non
 def agree(in_validation: bool) -> list[bool]:
     """Rank 0 is a boundary ahead of rank 1, or in its validation, when the stop is asked for."""
     stop._POLL = 0.005
-    world = World(timeout=20).open()
+    world = World(Parallel(timeout=20)).open()
     agreement = stop.StopAgreement(world, None)
-    agreement.watch()
+    agreement.watch(lambda: "here")
     agreement.open(1)
     said = [agreement.reached(1)]  # the first window begins
     if world.rank == 0:
@@ -435,9 +435,9 @@ def test_what_is_best_is_decided_by_rank_0_for_all(ranks: Ranks, tmp_path: Path)
 
 def hear_of_peer() -> str:
     """What Python code sees if it is not stuck in a collective."""
-    world = World(timeout=20).open()
+    world = World(Parallel(timeout=20)).open()
     agreement = stop.StopAgreement(world, None)
-    agreement.watch()
+    agreement.watch(lambda: "here")
     if world.rank == 1:
         agreement.fail(RuntimeError("boom"))
     seen = ""

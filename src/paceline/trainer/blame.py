@@ -23,6 +23,16 @@ _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
 _SHOWN = 32  # sample indices in a message
 
 
+def whereabouts(trainer: Trainer) -> str:
+    """Which step and batch the trainer is at, in words; may be asked from another thread."""
+    step = trainer.global_step
+    if trainer._validating:
+        return f"the validation after step {step}"
+    if trainer.batch_items is None:  # none is at hand
+        return f"after step {step}" if step else "before step 1"
+    return f"step {step + 1}, batch {trainer.window.batch_idx} of epoch {trainer.current_epoch}"
+
+
 def in_training(trainer: Trainer, error: BaseException) -> BaseException:
     """The error to raise instead: a DataError at the first batch, else itself with a note.
 
@@ -38,8 +48,7 @@ def in_training(trainer: Trainer, error: BaseException) -> BaseException:
 
     window = trainer.window
     where = (
-        f"step {trainer.global_step + 1}, batch {window.batch_idx} of epoch "
-        f"{trainer.current_epoch}, rank {trainer.world.rank}: {describe(window.batch)}; "
+        f"{whereabouts(trainer)}, rank {trainer.world.rank}: {describe(window.batch)}; "
         f"samples {_some(window.ids())}"
     )
     steps: list[Callable[..., Any]] = [trainer.training_step]
@@ -54,8 +63,7 @@ def in_training(trainer: Trainer, error: BaseException) -> BaseException:
 def in_validation(trainer: Trainer, error: Exception, batch: Any, batch_idx: int) -> Exception:
     """The same for a batch of a validation."""
     where = (
-        f"the validation after step {trainer.global_step}, batch {batch_idx}, rank "
-        f"{trainer.world.rank}: {describe(batch)}"
+        f"{whereabouts(trainer)}, batch {batch_idx}, rank {trainer.world.rank}: {describe(batch)}"
     )
     first = batch_idx == 0 and trainer.progress.validated_at < 0
     if first and _passed_through(error, [trainer.validation_step]):

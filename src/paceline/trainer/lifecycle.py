@@ -90,7 +90,7 @@ def start(trainer: Trainer) -> None:
     trainer.resume = resume.after_restart(trainer)
     if trainer.stop_agreement.clear_file():
         trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
-    trainer.stop_agreement.watch()
+    trainer.stop_agreement.watch(partial(blame.whereabouts, trainer))
     if not trainer.stop_agreement.listen():
         trainer.plan.add("signals are not heard outside of the main thread", "request_stop(...)")
     _set_determinism(trainer)

@@ -35,12 +35,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from paceline.errors import CheckpointError, PeerError
+from paceline.trainer.stall import StallReport
 from paceline.world.world import World
 
 SIGNALS = tuple(
@@ -120,17 +122,20 @@ class StopAgreement:
                 self._handlers[number] = signal.signal(number, self._on_signal)
         return True
 
-    def watch(self) -> None:
+    def watch(self, where: Callable[[], str]) -> None:
         """Starts the watcher, if there is work: from now on another rank's failure ends this one.
 
-        To be called as soon as the ranks have met. What is asked for before `open` is agreed on at
-        the first point.
+        To be called as soon as the ranks have met, in the thread that trains. What is asked for
+        before `open` is agreed on at the first point.
+
+        Args:
+            where: says which step and batch this rank is at, should it come no further.
         """
         self._store = self._world.store()
         if self._world.size > 1 or self._stop_file is not None:
-            store = self._world.store()
+            seen_by_watcher = self._world.store(), StallReport(self._world, self._prefix, where)
             self._thread = threading.Thread(
-                target=self._watch, args=(store,), name="paceline-stop", daemon=True
+                target=self._watch, args=seen_by_watcher, name="paceline-stop", daemon=True
             )
             self._thread.start()
 
@@ -266,7 +271,7 @@ class StopAgreement:
         self._signalled_at = now
         self.request(f"signal {signal.Signals(number).name}")
 
-    def _watch(self, store: Any) -> None:
+    def _watch(self, store: Any, stall: StallReport) -> None:
         while not self._closed.wait(_POLL):
             if self._stop_file is not None and self._stop_file.exists():
                 self.request(STOP_FILE)
@@ -275,6 +280,7 @@ class StopAgreement:
             try:
                 if self._look(store):
                     return
+                stall.look(store, (self._committed, self._batch))
             except Exception as error:  # noqa: BLE001  the store went with its host
                 if not self._closed.wait(_PEER_GRACE):
                     self._leave(f"the process group's store is gone ({error}).")

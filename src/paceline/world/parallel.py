@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from paceline.errors import ConfigError
 
-_BUILT = ("dp_replicate", "dp_shard", "activation_checkpointing", "cpu_offload")
+_BUILT = ("dp_replicate", "dp_shard", "activation_checkpointing", "cpu_offload", "timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class Parallel:
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
             and step there.
         plan: how the model's modules split, module name -> ParallelStyle.
+        timeout: seconds that a process waits for the others, at the start and in each collective,
+            before it is an error.
     """
 
     dp_replicate: int | Literal["auto"] = "auto"
@@ -42,6 +44,7 @@ class Parallel:
     activation_checkpointing: Literal["full", "selective"] | None = None
     cpu_offload: bool = False
     plan: dict[str, Any] | None = None
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         default = {f.name: f.default for f in fields(self)}
@@ -61,6 +64,8 @@ class Parallel:
                 f"parallel.activation_checkpointing={recomputed!r}: expected 'full', 'selective' "
                 "or None."
             )
+        if not self.timeout > 0:
+            raise ConfigError(f"parallel.timeout={self.timeout!r}: expected seconds, more than 0.")
         for name in ("dp_replicate", "dp_shard"):
             size = getattr(self, name)
             if not (name == "dp_replicate" and size == "auto") and size < 1:

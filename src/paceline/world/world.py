@@ -34,19 +34,19 @@ class World:
     way out, since leaving with a live group can abort the interpreter.
 
     Args:
-        parallel: the layout; checked against the number of processes.
-        timeout: seconds a collective may wait before it is an error.
+        parallel: the layout, checked against the number of processes, and how long they wait.
 
     Attributes:
         device: where this process computes.
         rank, size, local_rank: this process, all processes, this process on its machine.
         dp_rank, dp_size: this process's share of the data and the number of shares.
         copies, shards: copies of each model's state, and processes that share one.
+        timeout: seconds that a collective may wait.
         mesh: the DeviceMesh, or None with one process.
         control_group: a gloo group for small host-side messages, or None with one process.
     """
 
-    def __init__(self, parallel: Parallel | None = None, *, timeout: float = 600.0) -> None:
+    def __init__(self, parallel: Parallel | None = None) -> None:
         adopt_slurm()
         self.parallel = parallel or Parallel()
         self.rank = int(os.environ.get("RANK", 0))
@@ -61,7 +61,7 @@ class World:
         self.mesh: DeviceMesh | None = None
         self.control_group: Any = None
         self._owns_group = False
-        self._timeout = timedelta(seconds=timeout)
+        self.timeout = self.parallel.timeout
 
     @property
     def is_main(self) -> bool:
@@ -81,7 +81,7 @@ class World:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            _join(backend, self.rank, self.size, self._timeout)
+            _join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
             self._owns_group = True
         self.control_group = self.new_group()
         sizes = {"dp_replicate": self.copies, "dp_shard": self.shards}
@@ -89,6 +89,8 @@ class World:
         self.mesh = init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
+        for group in self.mesh.get_all_groups():  # which torch gives a timeout of its own
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         return self
 
     def close(self) -> None:
@@ -105,7 +107,7 @@ class World:
         """A gloo group of all ranks for host-side work beside training, e.g. a background save."""
         if self.size == 1:
             return None
-        return dist.new_group(backend="gloo", timeout=self._timeout)
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
 
     def store(self) -> Any:
         """A connection of its own to the group's key-value store, for use in another thread.

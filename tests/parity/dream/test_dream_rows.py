@@ -84,7 +84,7 @@ DEFECTS: dict[str, str | Later] = {
     "B26": TOLERANCE,
     "B27": "test_DT_04_components_are_named_after_attributes_in_their_order",
     "B28": "test_DT_28_what_does_not_exist_is_refused_by_its_name",
-    "B29": Later("one timeout for every collective, World(timeout=), which no setting changes yet"),
+    "B29": "test_one_timeout_is_that_of_every_collective",
     "B30": "test_DT_08_ties_and_buffers_survive_sharding",
     "B31": "test_DT_11_each_of_two_models_is_exchanged_once_a_window",
     "B32": "test_nothing_is_read_between_rows",
