@@ -56,15 +56,15 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.size = width // heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Heads come first in the features, so that ranks may have some of the heads each.
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.size)).permute(3, 0, 2, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -93,7 +93,15 @@ class GPT(nn.Module):
         layers, width, heads: the number of blocks, the stream's width, the heads in a block.
         block: the longest context, in characters.
         dropout: share of each block's output that is dropped in training.
+
+    Attributes:
+        tp_plan: how it splits over ranks with `parallel.tensor`.
     """
+
+    tp_plan = {
+        "blocks.*.attention.1.qkv": "colwise", "blocks.*.attention.1.out": "rowwise",
+        "blocks.*.feed_forward.1": "colwise", "blocks.*.feed_forward.3": "rowwise",
+    }  # fmt: skip
 
     def __init__(
         self, layers: int = 4, width: int = 128, heads: int = 4, block: int = 128,

@@ -46,6 +46,11 @@ class Plan:
     stopper: int = 1
     shard: int = 1
     precision: Any = "fp32"
+    tensor: int = 1
+
+    def parallel(self) -> Parallel:
+        halves = {"5": "colwise", "7": "rowwise"} if self.tensor > 1 else None
+        return Parallel(dp_shard=self.shard, tensor=self.tensor, plan=halves)
 
 
 def model() -> nn.Module:
@@ -170,7 +175,7 @@ def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: C
         checkpoint=CheckpointPolicy(every_steps=4),
         progress=False,
         log_every=2,
-        parallel=Parallel(dp_shard=plan.shard),
+        parallel=plan.parallel(),
         precision=plan.precision,
         run_dir=folder,
     )
@@ -239,6 +244,17 @@ def test_sharded_and_stopped_again_and_again(
 def test_sharded_in_bfloat16_and_stopped_again(ranks: Ranks, tmp_path: Path) -> None:
     """What is gathered is rounded; what is kept and saved is not."""
     check_chain(ranks, 2, tmp_path, Plan(steps=6, shard=2, precision="bf16"), [2, 4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "plan"), [(2, Plan(batch=10, tensor=2)), (4, Plan(shard=2, tensor=2))]
+)
+def test_split_and_stopped_again_and_again(
+    ranks: Ranks, size: int, plan: Plan, tmp_path: Path
+) -> None:
+    """Modules split over two ranks, alone and with FSDP2."""
+    check_chain(ranks, size, tmp_path, plan, [0, 3, 6])
 
 
 class StopInValidation(Callback):

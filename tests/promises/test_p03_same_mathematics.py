@@ -209,12 +209,21 @@ def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> Non
     check_ranks(ranks, size, CASES, Parallel(dp_shard=shard))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 1), (4, 2)])
+def test_ranks_with_split_modules_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
+    """Tensor parallelism over two ranks: alone, in two copies, and with FSDP2 over two shares."""
+    plan = {"0": "colwise", "2": "rowwise"}
+    check_ranks(ranks, size, CASES, Parallel(dp_shard=shard, tensor=2, plan=plan))
+
+
 def check_ranks(
     ranks: Ranks, size: int, cases: list[Case], parallel: Parallel | None = None
 ) -> None:
     outcomes = ranks(fits, size, cases, parallel)
+    shares = size // (parallel.tensor if parallel else 1)
     for i, case in enumerate(cases):
-        expected = fit(replace(case, batch=case.batch * size))
+        expected = fit(replace(case, batch=case.batch * shares))
         for rank in range(size):
             assert_same(outcomes[rank][i], expected, (case, f"rank {rank} of {size}"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,15 @@ class Final(Callback):
 
     def on_train_end(self, trainer: Any) -> None:
         model = trainer.model
-        assert all(is_dtensor(p) for p in model.parameters())
+        if trainer.world.shards > 1:
+            assert all(is_dtensor(p) for p in model.parameters())
         assert model.head.weight is model.stem.weight
         self.weights = {name: whole(p).detach() for name, p in model.state_dict().items()}
 
 
 def fit(folder: Path | None, parallel: Parallel, max_steps: int = 6, **settings: Any) -> Any:
     model = settings.pop("model", None) or Deep()
-    final = Final() if parallel.dp_shard > 1 else Callback()
+    final = Final() if parallel.is_spread else Callback()
     trainer = Trainer(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.02),
@@ -98,17 +100,28 @@ def fit(folder: Path | None, parallel: Parallel, max_steps: int = 6, **settings:
     return getattr(final, "weights", None) or model.state_dict(), trainer.result.metrics
 
 
-LAYOUTS = [(2, 1), (2, 2), (1, 1), (4, 4), (4, 2), (1, 1)]  # ranks, shards
+PLAN = {"blocks.*.inner": "colwise", "blocks.*.parts.0": "rowwise"}
+SPLIT = Parallel(tensor=2, plan=PLAN)
+LAYOUTS = [
+    (2, Parallel()),
+    (2, Parallel(dp_shard=2)),
+    (2, SPLIT),
+    (1, Parallel()),
+    (4, Parallel(dp_shard=4)),
+    (4, replace(SPLIT, dp_shard=2)),
+    (4, Parallel(dp_shard=2)),
+    (4, SPLIT),
+    (1, Parallel()),
+]
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_at_any_other_layout(ranks: Ranks, tmp_path: Path) -> None:
-    """DDP -> FSDP2 -> one process -> FSDP2 on more -> HSDP -> one process, two steps each: weights
-    and averages end as those of one process that never stopped."""
-    for i, (size, shard) in enumerate(LAYOUTS):
-        parallel = Parallel(dp_shard=shard)
+    """DDP, FSDP2, split modules, HSDP and their combinations, on 1, 2 and 4 ranks, two steps each:
+    weights and averages end as those of one process that never stopped."""
+    for i, (size, parallel) in enumerate(LAYOUTS):
         weights, metrics = ranks(fit, size, tmp_path, parallel, 2 * (i + 1))[0]
-    expected, plain = fit(None, Parallel(), 12)
+    expected, plain = fit(None, Parallel(), 2 * len(LAYOUTS))
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
     assert metrics == pytest.approx(plain, rel=1e-5)
@@ -167,7 +180,7 @@ def refuse_all() -> list[str]:
 def test_what_cannot_be_sharded_is_refused(ranks: Ranks) -> None:
     scalar, twice, few, stream, large = ranks(refuse_all, 2)[0]
     assert "the parameters scale of 'model' have no dimension to shard" in scalar
-    assert "the model 'model' is sharded already" in twice
-    assert "each of the 2 ranks validates on something, and there is 1" in few
+    assert "the model 'model' is spread already" in twice
+    assert "each of 2 ranks validates on something, and there is 1" in few
     assert "give a DataLoader over a map-style dataset" in stream
     assert "parallel.dp_shard=4 does not fit 2 processes" in large

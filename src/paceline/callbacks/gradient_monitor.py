@@ -10,6 +10,7 @@ import torch
 
 from paceline.errors import ConfigError
 from paceline.trainer.events import Callback
+from paceline.world.dtensors import by_mesh, whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -84,11 +85,11 @@ def gradient_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     """
     dense = [_dense(gradient) for gradient in gradients if gradient is not None]
     dtype = reduce(torch.promote_types, {gradient.dtype for gradient in dense}, torch.float32)
-    norms = torch._foreach_norm(dense, 2.0, dtype)  # pyright: ignore[reportPrivateImportUsage]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    # A sharded gradient's norm holds this rank's part until it is made whole.
-    whole = getattr(total, "full_tensor", None)
-    return total if whole is None else whole()
+    totals = []
+    for group in by_mesh(dense):
+        norms = torch._foreach_norm(group, 2.0, dtype)  # pyright: ignore[reportPrivateImportUsage]
+        totals.append(whole(torch.linalg.vector_norm(torch.stack(norms))))
+    return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack(totals))
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

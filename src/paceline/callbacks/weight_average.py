@@ -9,7 +9,7 @@ import torch
 
 from paceline.callbacks.exchanged_weights import ExchangedWeights
 from paceline.errors import ConfigError, MismatchError
-from paceline.world.dtensors import reshard, spread_like
+from paceline.world.dtensors import local_part, reshard, spread_like
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -73,9 +73,9 @@ class WeightAverage(ExchangedWeights):
         """Updates the average, if it is time to."""
         if not self._is_due(trainer.global_step) or not self._average:
             return
-        average = list(self._average.values())
+        average = [local_part(mean) for mean in self._average.values()]
         live = [
-            weights if weights.dtype == mean.dtype else weights.to(mean.dtype)
+            local_part(weights).to(mean.dtype)
             for weights, mean in zip(self._live.values(), average, strict=True)
         ]
         torch._foreach_lerp_(average, live, self._share())  # pyright: ignore[reportPrivateImportUsage]

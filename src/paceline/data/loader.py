@@ -125,19 +125,19 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
 def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
     """The validation source for a user's loader; the arguments are those of `open_training`."""
     if not is_indexed(loader):
-        if world.shards > 1:
+        if world.parallel.is_spread:
             raise ConfigError(
-                "val_dataloader: with parallel.dp_shard every rank validates on the same number of "
-                "batches, which a loader that keeps its own order cannot promise: give a "
-                "DataLoader over a map-style dataset."
+                "val_dataloader: with parallel.dp_shard or parallel.tensor every rank validates on "
+                "the same number of batches, which a loader that keeps its own order cannot "
+                "promise: give a DataLoader over a map-style dataset."
             )
         return StreamedValidation(loader, seed, world)
     order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
     layout = Layout(order, batch_size, world.dp_rank, world.dp_size, batched=batched)
-    if world.shards > 1 and layout.units(0) < world.size:
+    if world.shards > 1 and layout.units(0) < world.dp_size:
         raise ConfigError(
-            f"val_dataloader: with parallel.dp_shard each of the {world.size} ranks validates on "
+            f"val_dataloader: with parallel.dp_shard each of {world.dp_size} ranks validates on "
             f"something, and there {'is' if layout.units(0) == 1 else 'are'} {layout.units(0)}."
         )
     single = loader.batch_size is None and not batched
@@ -178,6 +178,12 @@ def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> St
         raise DataError(
             "train_dataloader is an iterator, which can be read only once: give an object whose "
             "__iter__ starts again, such as a DataLoader."
+        )
+    if world.dp_size < world.size:
+        raise ConfigError(
+            "train_dataloader: with parallel.tensor several ranks need the same batches, which a "
+            "loader that keeps its own order cannot promise: give a DataLoader over a map-style "
+            "dataset."
         )
     accumulation = size.gradient_accumulation_steps
     if size.global_batch_size is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     replicas: list[Any]
     validation_calls: list[Any]
     recomputed: list[torch.nn.Module]
+    while_placed: ExitStack  # what holds while models are in place
     on_cpu: bool
     counts_items: bool
     identity: dict[str, Any]

@@ -133,11 +133,12 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
     ):
         wrong.append("on_nonfinite='rewind': it goes back to a checkpoint, and none is written.")
     parallel: Any = trainer.parallel
-    if isinstance(parallel, Parallel) and parallel.dp_shard > 1:
+    if isinstance(parallel, Parallel) and parallel.is_spread:
+        setting = "dp_shard" if parallel.dp_shard > 1 else "tensor"
         for name, value in (("precision", "fp16"), ("compile", True)):
             if getattr(trainer, name) == value:
                 wrong.append(
-                    f"{name}={value!r}: does not exist yet with parallel.dp_shard; leave one out."
+                    f"{name}={value!r}: does not exist yet with parallel.{setting}; leave one out."
                 )
     if trainer.epochs is None and trainer.max_steps is None:
         wrong.append("epochs: say where the run ends, with epochs=... or max_steps=...")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +129,7 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer._saved_at = None
     trainer.validation = trainer.saver = None
     trainer.replicas, trainer.validation_calls, trainer.recomputed = [], [], []
+    trainer.while_placed = ExitStack()
     trainer.local_batches = 0
     trainer.on_cpu = trainer.device.type == "cpu"
     trainer.events = Events(trainer, ())
@@ -342,10 +343,13 @@ def _describe(trainer: Trainer) -> None:
 
 
 def _spread(world: World) -> str:
-    if world.shards == 1:
+    tensor = world.parallel.tensor
+    if world.shards == tensor == 1:
         return f"replicated over {world.size} ranks by DDP"
-    copies = "" if world.copies == 1 else f", in {world.copies} copies (HSDP)"
-    return f"sharded over {world.shards} ranks by FSDP2{copies}"
+    ways = [f"split over {tensor} ranks by its plan"] * (tensor > 1)
+    ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)
+    copies = "" if world.copies == 1 else f", in {world.copies} copies"
+    return ", ".join(ways) + copies
 
 
 def _start_record(trainer: Trainer) -> None:

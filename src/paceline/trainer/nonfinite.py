@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch.nn.utils import get_total_norm
 
 from paceline.checkpoint import encode
 from paceline.errors import NonFiniteError, StateError
 from paceline.trainer.window import describe
-from paceline.world.dtensors import whole
+from paceline.world.dtensors import total_norm, whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -100,13 +99,8 @@ class NonFiniteGuard:
 
     def check_norm(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the norm of an optimizer's gradients for this check alone."""
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        self.note_norm(whole(get_total_norm(gradients)))
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        self.note_norm(total_norm(gradients))
 
     def allows(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer may step; with policy "raise" a bad window ends here.
@@ -167,7 +161,7 @@ class NonFiniteGuard:
             self._keep_batch(window.batch)
 
     def _is_bad_anywhere(self) -> bool:
-        if self._trainer.world.shards > 1:
+        if self._trainer.parallel.is_spread:
             return self._trainer.world.any(self._found is not None or self._norm_bad)
         return self._norm_bad or not all(math.isfinite(t.item()) for t in self._sentinel_sums())
 
@@ -220,7 +214,7 @@ class NonFiniteGuard:
                 self._raise_flag(total - total)
         if self._flag is None:  # no loss of this window had an item
             self._flag = torch.zeros((), dtype=torch.bool, device=trainer.device)
-        if trainer.world.shards > 1:
+        if trainer.parallel.is_spread:
             self._flag = trainer.world.all_reduce(self._flag.float(), "max") > 0
         if self._bad_step is None:
             self._bad_step = torch.full_like(self._flag, -1, dtype=torch.int64)

@@ -14,12 +14,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.placement import check_spread, zero_loss
-from paceline.world.dtensors import whole
+from paceline.world.dtensors import clip_gradients, whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -43,6 +42,7 @@ class Optimization:
         self._covered = frozenset().union(*(replica.covered for replica in trainer.replicas))
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._found_independent = False  # losses by optimizer name have been checked
+        self._compared = trainer.parallel.tensor == 1  # ranks of a split agree on what is whole
         self._pending = False  # gradients were added since the last step
         self._stepping = self._single or ""  # the optimizer whose step is being taken
         self.norms: dict[str, torch.Tensor] = {}  # of each one's gradients, if its step took one
@@ -58,6 +58,7 @@ class Optimization:
         if isinstance(loss, dict):
             loss = self._sum_of_independent(loss)
         _check_loss(loss)
+        loss = whole(loss)
         if self._scale_is_due:
             self._update_scale()
         window.loss = raw = loss.detach()
@@ -95,13 +96,15 @@ class Optimization:
             replica.check_exchanged()
         if trainer.world.dp_size > 1:
             check_spread(trainer, optimizer, self._covered)
+        if not self._compared:
+            self._compare_whole_gradients()
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
             self._scale_is_due = True
         for hook in trainer.events.on_before_optimizer_step:
             hook(optimizer)
         if trainer.max_grad_norm is not None:
-            norm = whole(clip_grad_norm_(_parameters(optimizer), trainer.max_grad_norm))
+            norm = clip_gradients(_parameters(optimizer), trainer.max_grad_norm)
             trainer.log("grad_norm", norm, weight=1)
             self.note_norm(norm)
         elif trainer.check_gradients or isinstance(trainer.window.weight, torch.Tensor):
@@ -193,6 +196,12 @@ class Optimization:
             return
         optimizer.step()
         vars(optimizer).pop("found_inf", None)  # the guard's mask is for this step alone
+
+    def _compare_whole_gradients(self) -> None:
+        from paceline.trainer.tensor_parallel import check_whole_gradients
+
+        check_whole_gradients(self._trainer.named_models(), self._trainer.world)
+        self._compared = True
 
     def _update_scale(self) -> None:
         # Once all optimizers of a backward pass have stepped: their gradients have one scale.

@@ -110,6 +110,10 @@ def outermost(modules: dict[str, Any]) -> dict[str, Any]:
 
 def place(trainer: Trainer) -> None:
     """Moves every module to the device, compiles it if asked, and spreads it over the ranks."""
+    if trainer.parallel.tensor > 1:
+        from torch.distributed.tensor.parallel import loss_parallel
+
+        trainer.while_placed.enter_context(loss_parallel())  # of logits whose classes are split
     mine = {id(m): n for n, m in outermost(components(trainer, torch.nn.Module)).items()}
     placed: dict[int, torch.nn.Module] = {}
 
@@ -126,7 +130,7 @@ def place(trainer: Trainer) -> None:
 
 
 def take_back(trainer: Trainer) -> None:
-    """Leaves the user with their own modules, after a run. A sharded one stays sharded."""
+    """Leaves the user with their own modules, after a run. A spread one stays spread."""
     for name, value in list(vars(trainer).items()):
         if isinstance(value, Replica):
             setattr(trainer, name, value.module)
@@ -134,10 +138,8 @@ def take_back(trainer: Trainer) -> None:
             for key, module in value.items():
                 if isinstance(module, Replica):
                     value[key] = module.module
-    for block in trainer.recomputed:
-        vars(block).pop("forward", None)
-    trainer.recomputed = []
-    trainer.replicas = []
+    trainer.while_placed.close()
+    trainer.recomputed, trainer.replicas = [], []
 
 
 def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -151,16 +153,18 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     if which is not None and any(p.requires_grad for p in module.parameters()):
         from paceline.trainer.recompute import recompute_blocks
 
-        trainer.recomputed += recompute_blocks(module, name, which)
+        trainer.recomputed += (blocks := recompute_blocks(module, name, which))
+        for block in blocks:
+            trainer.while_placed.callback(vars(block).pop, "forward", None)
     if trainer.compile:
         module.compile()
-    if trainer.world.dp_size == 1:
+    if trainer.world.size == 1:
         return module
     if not any(p.requires_grad for p in module.parameters()):
         send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
         return module
-    if trainer.world.shards > 1:
-        return _sharded(trainer, module, name)
+    if trainer.parallel.is_spread:
+        return _spread(trainer, module, name)
     device_ids = None if trainer.on_cpu else [trainer.device]
     replica = Replica(module, device_ids=device_ids)
     _settle_buckets(replica)
@@ -168,7 +172,7 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     return replica
 
 
-def _sharded(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
+def _spread(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
     from paceline.trainer.sharding import Shards, follow
 
     compute = torch.bfloat16 if trainer.precision == "bf16" else None
@@ -243,6 +247,6 @@ def check_spread(trainer: Trainer, optimizer: torch.optim.Optimizer, covered: Se
 
 def share_buffers(trainer: Trainer) -> None:
     """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway."""
-    if trainer.world.dp_size == 1:
+    if trainer.world.size == 1:
         return
     send(chain.from_iterable(model.buffers() for model in trainer.named_models().values()))

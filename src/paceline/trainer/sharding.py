@@ -1,9 +1,11 @@
-"""Sharded models: torch's FSDP2 put around a model, and what the loop asks of it.
+"""Spread models: torch's FSDP2 and tensor parallelism, and what the loop asks of them.
 
-Every rank keeps a part of each parameter, its gradient and its optimizer state, and gathers the
-parameters of a block when its turn comes. The blocks are the model's repeated parts; what is left
-is gathered with the model itself. Where the run computes in a lower precision, parameters are
-gathered in it; what is kept, and the sum of gradients, are as precise as the model was made.
+Under FSDP2 every rank keeps a part of each parameter, its gradient and its optimizer state, and
+gathers the parameters of a block when its turn comes. The blocks are the model's repeated parts;
+what is left is gathered with the model itself. Split modules (`tensor_parallel.py`) are split
+before, and each part is then sharded, or kept equal to its copies. Where the run computes in a
+lower precision, parameters are gathered in it; what is kept, and the sum of gradients, are as
+precise as the model was made.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from paceline.errors import ConfigError
+from paceline.trainer.tensor_parallel import split_modules
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World, send
 
@@ -30,10 +33,10 @@ Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
 class Shards:
-    """A sharded model, seen from the loop: the counterpart of a `Replica`.
+    """A model spread over ranks, seen from the loop: the counterpart of a `Replica`.
 
     Args:
-        module: the model, whole; it is sharded in place, which makes its parameters new ones.
+        module: the model, whole; it is spread in place, which makes its parameters new ones.
         name: the model's name, for messages.
         world: the ranks.
         calls: takes the calls of a validation, together with other models'.
@@ -46,7 +49,7 @@ class Shards:
         renewed: what became of each parameter, by the `id` of what it was.
 
     Raises:
-        ConfigError: the model cannot be sharded.
+        ConfigError: the model cannot be spread.
     """
 
     sentinel = None  # each rank sees other gradients, so that none of them tells of the others'
@@ -68,7 +71,11 @@ class Shards:
         send([*before.values(), *module.buffers()])  # all start as rank 0's
         kept = set(module.state_dict())
         self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
-        for unit in (*repeated_blocks(module), module):
+        units = (*repeated_blocks(module), module)  # which share no parameter, as they are now
+        if world.parallel.tensor > 1:
+            split_modules(module, name, world)
+        self._exchanges = world.dp_size > 1
+        for unit in units if self._exchanges else ():
             _shard(unit, world, compute)
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
         self.covered = frozenset(id(p) for p in module.parameters())
@@ -80,8 +87,9 @@ class Shards:
         self.called = False
         self._probes = []
         self.calls.clear()
-        self.module.reshard()  # a hook's call may have left weights gathered from before the step
-        self.module.set_requires_gradient_sync(exchange)
+        if self._exchanges:
+            self.module.reshard()  # a hook's call may have gathered weights from before the step
+            self.module.set_requires_gradient_sync(exchange)
 
     def check_exchanged(self) -> None:
         """Nothing to refuse: a sharded parameter that is used without a call is no plain tensor."""
@@ -111,11 +119,11 @@ class Shards:
     def _check(parameters: dict[str, torch.nn.Parameter], name: str, world: World) -> None:
         if any(is_dtensor(p) for p in parameters.values()):
             raise ConfigError(
-                f"the model {name!r} is sharded already, by an earlier run or by yourself: build "
+                f"the model {name!r} is spread already, by an earlier run or by yourself: build "
                 "it anew; parallel=Parallel(...) decides how it is spread."
             )
         scalars = [key for key, p in parameters.items() if p.dim() == 0]
-        if scalars:
+        if scalars and world.dp_size > 1:
             raise ConfigError(
                 f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
                 f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
@@ -125,7 +133,7 @@ class Shards:
 
 def _shard(unit: torch.nn.Module, world: World, compute: torch.dtype | None) -> None:
     """Shards a unit; its batch norms are gathered as they are, as their statistics are."""
-    options: dict[str, Any] = {"mesh": world.mesh}
+    options: dict[str, Any] = {"mesh": world.dp_mesh}
     if world.parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
     if compute is not None:

@@ -35,7 +35,7 @@ def validate(trainer: Trainer) -> dict[str, float] | None:
         for hook in trainer.events.on_validation_start:
             hook()
         samples = _run_batches(trainer)
-        everywhere = trainer.world.all_gather_object(samples)
+        everywhere = trainer.world.gather_shares(samples)
         if samples is None or None in everywhere:
             return None
         if sum(everywhere) == 0:

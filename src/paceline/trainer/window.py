@@ -132,7 +132,7 @@ class Window:
         if self._dp_size > 1:
             both = torch.zeros(2, dtype=torch.float64, device=trainer.device)
             both[0], both[1] = items, samples
-            trainer.world.all_reduce(both)
+            trainer.world.sum_shares(both)
             items, shared = map(as_number, both) if trainer.world.reads_are_free else both
             samples = shared if self.samples < 0 else samples
         self.items, self.samples = items, samples

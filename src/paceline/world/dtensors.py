@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
@@ -49,3 +51,27 @@ def reshard(models: Iterable[torch.nn.Module]) -> None:
         for module in model.modules():
             if callable(drop := getattr(module, "reshard", None)):
                 drop()
+
+
+def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Tensors that one operation can take together: whole ones, and DTensors of each mesh."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if is_dtensor(tensor) else None  # type: ignore[attr-defined]
+        groups.setdefault(mesh, []).append(tensor)
+    return list(groups.values())
+
+
+def total_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """The 2-norm of all gradients as one vector, as `torch.nn.utils.get_total_norm` takes it."""
+    norms = [whole(get_total_norm(g)) for g in by_mesh(t for t in gradients if t is not None)]
+    return norms[0] if len(norms) == 1 else get_total_norm(norms)
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, for parameters of several meshes too; returns the norm."""
+    with_gradients = [p for p in parameters if p.grad is not None]
+    norm = total_norm(p.grad for p in with_gradients)
+    for group in by_mesh(with_gradients):
+        clip_grads_with_norm_(group, max_norm, norm)
+    return norm

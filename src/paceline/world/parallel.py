@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from paceline.errors import ConfigError
 
-_BUILT = ("dp_replicate", "dp_shard", "activation_checkpointing", "cpu_offload", "timeout")
+_SIZES = ("dp_replicate", "dp_shard", "tensor")
+_BUILT = (*_SIZES, "activation_checkpointing", "cpu_offload", "plan", "timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """The layout of a run over its processes; the product of the sizes is the world size.
 
-    Data parallelism works today: by replication (DDP), sharding (FSDP2) or both (HSDP). Every other
-    dimension is refused with a clear error until it is built.
+    Data parallelism works today, by replication (DDP), sharding (FSDP2) or both (HSDP), and tensor
+    parallelism beside it. Every other dimension is refused with a clear error until it is built.
 
     Args:
         dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
         dp_shard: processes over which each copy is sharded (FSDP2). Every process sees samples of
             its own.
-        tensor: tensor-parallel size.
+        tensor: processes over which modules are split, as `plan` says. They see the same samples.
         context: context-parallel size.
         pipeline: pipeline stages.
         expert: expert-parallel size.
@@ -30,7 +32,12 @@ class Parallel:
             attention; None, nothing.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
             and step there.
-        plan: how the model's modules split, module name -> ParallelStyle.
+        plan: how modules split over the `tensor` processes: a module's name within its model, "*"
+            for any part of one, -> "colwise" (its output's features are split), "rowwise" (its
+            input's are), "colwise_rep" (as colwise, and its output is gathered), "colwise_loss" (as
+            colwise; for logits that only a cross-entropy sees, which takes them as they are split)
+            or a ParallelStyle of torch's. None asks the model: its `parallelize(mesh)` or
+            `tp_plan`.
         timeout: seconds that a process waits for the others, at the start and in each collective,
             before it is an error.
     """
@@ -56,7 +63,8 @@ class Parallel:
         if unbuilt:
             raise ConfigError(
                 f"parallel: {', '.join(unbuilt)} does not exist yet: this version replicates the "
-                "model over the processes (dp_replicate), shards it (dp_shard), or both."
+                "model over the processes (dp_replicate), shards it (dp_shard) and splits its "
+                "modules (tensor)."
             )
         recomputed = self.activation_checkpointing
         if recomputed not in (None, "full", "selective"):
@@ -66,7 +74,7 @@ class Parallel:
             )
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout!r}: expected seconds, more than 0.")
-        for name in ("dp_replicate", "dp_shard"):
+        for name in _SIZES:
             size = getattr(self, name)
             if not (name == "dp_replicate" and size == "auto") and size < 1:
                 raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
@@ -76,8 +84,13 @@ class Parallel:
                 "over parallel.dp_shard=2 processes or more, or leave it out."
             )
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether a process holds no more than a part of the model's state."""
+        return self.dp_shard * self.tensor > 1
+
     def sizes(self, world_size: int) -> tuple[int, int]:
-        """Copies of the model's state, and processes that share one.
+        """Copies of the model's state, and processes with a share of the data that share one.
 
         Args:
             world_size: number of processes.
@@ -85,23 +98,24 @@ class Parallel:
         Raises:
             ConfigError: the sizes do not multiply to the world size.
         """
-        shard = self.dp_shard
+        given = {name: getattr(self, name) for name in _SIZES}
+        asked = [f"{name}={size}" for name, size in given.items() if size not in (1, "auto")]
         if self.dp_replicate == "auto":
-            replicate, rest = divmod(world_size, shard)
+            one_copy = self.dp_shard * self.tensor
+            replicate, rest = divmod(world_size, one_copy)
             if rest or not replicate:
                 raise ConfigError(
-                    f"parallel.dp_shard={shard} does not fit {_processes(world_size)}: start a "
-                    f"multiple of {shard} (--nproc), or set dp_shard to a divisor of {world_size}."
+                    f"parallel.{' x '.join(asked)} does not fit {_processes(world_size)}: start a "
+                    f"multiple of {one_copy} (--nproc), or choose a divisor of {world_size}."
                 )
-            return replicate, shard
-        if self.dp_replicate * shard != world_size:
-            product = "" if shard == 1 else f" x dp_shard={shard}"
+            return replicate, self.dp_shard
+        if (product := math.prod(given.values())) != world_size:
             raise ConfigError(
-                f"parallel.dp_replicate={self.dp_replicate}{product} does not fit "
-                f"{_processes(world_size)}: start {self.dp_replicate * shard} processes "
-                "(--nproc) or leave dp_replicate at 'auto'."
+                f"parallel.{' x '.join(asked or ['dp_replicate=1'])} does not fit "
+                f"{_processes(world_size)}: start {product} processes (--nproc) or leave "
+                "dp_replicate at 'auto'."
             )
-        return self.dp_replicate, shard
+        return self.dp_replicate, self.dp_shard
 
 
 def _processes(count: int) -> str:

@@ -40,7 +40,7 @@ class World:
         device: where this process computes.
         rank, size, local_rank: this process, all processes, this process on its machine.
         dp_rank, dp_size: this process's share of the data and the number of shares.
-        copies, shards: copies of each model's state, and processes that share one.
+        copies, shards: copies of each model's state, and shares of the data that share one.
         timeout: seconds that a collective may wait.
         mesh: the DeviceMesh, or None with one process.
         control_group: a gloo group for small host-side messages, or None with one process.
@@ -56,10 +56,12 @@ class World:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = _device(self.local_rank)
         self.copies, self.shards = self.parallel.sizes(self.size)
-        self.dp_size = self.size
-        self.dp_rank = self.rank
+        self.dp_size = self.copies * self.shards
+        self._per_share = self.size // self.dp_size  # ranks that work on the same samples
+        self.dp_rank = self.rank // self._per_share
         self.mesh: DeviceMesh | None = None
         self.control_group: Any = None
+        self._shares_group: Any = None
         self._owns_group = False
         self.timeout = self.parallel.timeout
 
@@ -67,6 +69,19 @@ class World:
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
+
+    @property
+    def leads_share(self) -> bool:
+        """Whether this is the process that speaks for its share of the data."""
+        return self.rank % self._per_share == 0
+
+    @property
+    def dp_mesh(self) -> DeviceMesh | None:
+        """The part of the mesh over which the data are shared out."""
+        if self.mesh is None or self.dp_size == self.size:
+            return self.mesh
+        names = tuple(n for n in self.mesh.mesh_dim_names or () if n.startswith("dp_"))
+        return self.mesh[names] if names else None
 
     @property
     def reads_are_free(self) -> bool:
@@ -84,8 +99,19 @@ class World:
             _join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
             self._owns_group = True
         self.control_group = self.new_group()
-        sizes = {"dp_replicate": self.copies, "dp_shard": self.shards}
-        sizes = {name: size for name, size in sizes.items() if size > 1}
+        if self.dp_size < self.size:
+            step, size = self._per_share, self.size
+            self._shares_group, _ = dist.new_subgroups_by_enumeration(
+                [list(range(first, size, step)) for first in range(step)], timeout=self._timeout
+            )
+        sizes = {
+            "dp_replicate": self.copies,
+            "dp_shard": self.shards,
+            "tensor": self.parallel.tensor,
+        }
+        # Copies of split modules are kept equal by FSDP2, which takes a mesh with shards.
+        kept = "dp_shard" if self.copies > 1 and self.parallel.tensor > 1 else ""
+        sizes = {name: size for name, size in sizes.items() if size > 1 or name == kept}
         self.mesh = init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
@@ -100,7 +126,9 @@ class World:
                 dist.destroy_process_group()
             elif self.control_group is not None:
                 dist.destroy_process_group(self.control_group)
-        self.mesh = self.control_group = None
+                if self._shares_group is not None:
+                    dist.destroy_process_group(self._shares_group)
+        self.mesh = self.control_group = self._shares_group = None
         self._owns_group = False
 
     def new_group(self) -> Any:
@@ -131,6 +159,13 @@ class World:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
         return tensor
 
+    def sum_shares(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds up `tensor` over the shares of the data, in place, and returns it."""
+        if self._shares_group is None:
+            return self.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._shares_group)
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
         return bool(self.all_reduce(torch.tensor([flag], dtype=torch.int32), "max"))
@@ -150,6 +185,10 @@ class World:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self.control_group)
         return box
+
+    def gather_shares(self, value: Any) -> list[Any]:
+        """One `value` of each share of the data, in their order, on every rank."""
+        return self.all_gather_object(value)[:: self._per_share]
 
 
 @torch.no_grad()

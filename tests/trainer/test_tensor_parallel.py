@@ -1,0 +1,176 @@
+"""Modules split over ranks: who says how, what is kept, and what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, TensorDataset
+
+from paceline import Parallel, Trainer
+from paceline.errors import ConfigError
+from paceline.world.dtensors import is_dtensor, whole
+from ranks import Ranks
+
+pytestmark = pytest.mark.slow
+WORDS = 8
+
+
+class Words(nn.Module):
+    """Tokens to logits; the embedding is the head's weight too."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(WORDS, 4)
+        self.norm = nn.LayerNorm(4)
+        self.up, self.down = nn.Linear(4, 12), nn.Linear(12, 4)
+        self.head = nn.Linear(4, WORDS, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.down(self.between(self.up(self.norm(x)))))
+
+
+class OwnPlan(Words):
+    """Says how it splits in the way of Hugging Face's models."""
+
+    tp_plan = {"up": "colwise", "down": "rowwise"}
+
+
+class OwnWay(Words):
+    def parallelize(self, mesh: Any) -> None:
+        parallelize_module(self, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+class ScaledBetween(Words):
+    """A parameter in the middle of what is split: each rank sees half of what it works on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh() * self.scale
+
+
+def fit(model: nn.Module, plan: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """Weights in the end, the last rows' losses, and which parameters were split."""
+    x = torch.randint(WORDS, (16, 3), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tensor = settings.pop("tensor", 2)
+
+    class Keep(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            tokens, targets = batch
+            return self.loss_fn(self.model(tokens).flatten(0, 1), targets.flatten())
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", self.training_step(batch, batch_idx))
+
+        def on_train_end(self) -> None:
+            named = dict(self.model.named_parameters())
+            self.split = sorted(name for name, p in named.items() if is_dtensor(p))
+            self.weights = {name: whole(p).detach().clone() for name, p in named.items()}
+
+    trainer = Keep(
+        model=model,
+        optimizer=optimizer,
+        loss_fn=nn.CrossEntropyLoss(),
+        train_dataloader=settings.pop("data", DataLoader(TensorDataset(x, x.flip(1)), 4)),
+        val_dataloader=DataLoader(TensorDataset(x, x.flip(1)), 4),
+        epochs=2,
+        max_grad_norm=0.5,
+        progress=False,
+        parallel=Parallel(tensor=tensor, plan=plan),
+        **settings,
+    )
+    trainer.train(seed=0)
+    return trainer.weights, trainer.result.metrics, trainer.split
+
+
+PLAN = {"up": "colwise", "down": "rowwise"}
+VOCABULARY = {"embedding": "rowwise", "head": "colwise_loss"}
+
+
+def fit_all() -> list[Any]:
+    return [
+        fit(Words(), PLAN),
+        fit(OwnPlan()),
+        fit(OwnWay()),
+        fit(Words(), {"up": ColwiseParallel(output_layouts=Shard(-1)), "d*": "rowwise"}),
+        fit(Words(), {"head": "colwise_rep", "embedding": "rowwise"}),
+        fit(Words(), {**PLAN, **VOCABULARY}),
+    ]
+
+
+def test_all_ways_to_say_how_train_as_one_process_does(ranks: Ranks) -> None:
+    """A plan of names or styles, the model's own plan or method; tied weights stay tied, also when
+    they are split, and the cross-entropy of split logits is that of whole ones."""
+    expected, metrics, none = fit(Words(), tensor=1)
+    assert none == []
+    inner = ["down.bias", "down.weight", "up.bias", "up.weight"]
+    outer = ["embedding.weight"]  # the head's is the same one
+    for outcomes in ranks(fit_all, 2):
+        assert [split for *_, split in outcomes] == [inner] * 4 + [
+            outer,
+            [*inner[:2], *outer, *inner[2:]],
+        ]
+        for weights, measured, _ in outcomes:
+            assert weights.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
+            assert measured == pytest.approx(metrics, rel=1e-5)
+
+
+def refused(*args: Any, **settings: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        fit(*args, **settings)
+    return str(raised.value)
+
+
+def refuse_all() -> list[str]:
+    wide = Words(tied=False)
+    wide.head = nn.Linear(4, 7)
+    return [
+        refused(Words()),
+        refused(Words(), {"upp": "colwise"}),
+        refused(Words(), {"up": "columns"}),
+        refused(Words(), {"norm": "colwise"}),
+        refused(wide, {"head": "colwise_rep"}),
+        refused(Words(), {**PLAN, "head": "colwise_rep"}),
+        refused(ScaledBetween(), PLAN),
+        refused(Words(), PLAN, data=[(torch.zeros(4, 3), torch.zeros(4, 3))]),
+        refused(Words(), PLAN, compile=True),
+        refused(Words(), PLAN, tensor=4),
+    ]
+
+
+def test_what_cannot_be_split_is_refused(ranks: Ranks) -> None:
+    for found in ranks(refuse_all, 2):
+        for message, expected in zip(
+            found,
+            (
+                "nothing says how the model 'model' splits",
+                "'model' has no module 'upp'",
+                "parallel.plan['up'] is 'columns': expected colwise",
+                "parallel.plan: 'colwise' does not fit the LayerNorm",
+                "parallel.tensor=2 does not divide the sizes of head.weight [7, 4]",
+                "embedding.weight and head.weight of 'model' are one parameter",
+                "the ranks have different gradients of model.scale, which no entry",
+                "with parallel.tensor several ranks need the same batches",
+                "compile=True: does not exist yet with parallel.tensor",
+                "parallel.tensor=4 does not fit 2 processes",
+            ),
+            strict=True,
+        ):
+            assert expected in message
