@@ -70,7 +70,8 @@ class DeviceParameters:
 
     def _all_but_copies(self) -> int:
         assert self.dp_replicate != "auto"
-        return max(1, _processes() // max(1, self.dp_replicate))
+        others = self.dp_replicate * self.tensor_parallel * self.context_parallel
+        return max(1, _processes() // max(1, others * self.pipeline_parallel))
 
     def settings(self) -> dict[str, Any]:
         """The same as keywords of `Trainer`."""

@@ -99,7 +99,11 @@ class Parallel:
             ConfigError: the sizes do not multiply to the world size.
         """
         given = {name: getattr(self, name) for name in _SIZES}
-        asked = [f"{name}={size}" for name, size in given.items() if size not in (1, "auto")]
+        asked = [
+            f"{name}={size}"
+            for name, size in given.items()
+            if size != "auto" and (size > 1 or name == "dp_replicate")
+        ]
         if self.dp_replicate == "auto":
             one_copy = self.dp_shard * self.tensor
             replicate, rest = divmod(world_size, one_copy)
@@ -111,7 +115,7 @@ class Parallel:
             return replicate, self.dp_shard
         if (product := math.prod(given.values())) != world_size:
             raise ConfigError(
-                f"parallel.{' x '.join(asked or ['dp_replicate=1'])} does not fit "
+                f"parallel.{' x '.join(asked)} does not fit "
                 f"{_processes(world_size)}: start {product} processes (--nproc) or leave "
                 "dp_replicate at 'auto'."
             )

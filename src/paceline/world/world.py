@@ -102,7 +102,8 @@ class World:
         if self.dp_size < self.size:
             step, size = self._per_share, self.size
             self._shares_group, _ = dist.new_subgroups_by_enumeration(
-                [list(range(first, size, step)) for first in range(step)], timeout=self._timeout
+                [list(range(first, size, step)) for first in range(step)],
+                timeout=timedelta(seconds=self.timeout),
             )
         sizes = {
             "dp_replicate": self.copies,

@@ -77,7 +77,6 @@ def test_B49_each_device_parameter_reaches_the_trainer() -> None:
 
 def test_DT_28_what_does_not_exist_is_refused_by_its_name() -> None:
     for theirs, ours in (
-        ("tensor_parallel", "tensor"),
         ("context_parallel", "context"),
         ("pipeline_parallel", "pipeline"),
     ):

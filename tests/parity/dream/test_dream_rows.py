@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from parity_rows import Later, unanswered
 
-TENSOR = Later("no tensor parallelism yet: Parallel(tensor=2) is refused by name; shard the state")
 CONTEXT = Later("no context parallelism yet: Parallel(context=2) is refused by name")
 PIPELINE = Later("no pipeline parallelism yet: Parallel(pipeline=2) is refused by name")
 FP8 = Later("no FP8 recipes; convert modules in configure(), which is before they are placed")
@@ -37,7 +36,7 @@ ACCEPTANCE: dict[str, str | Later] = {
     "A27": "test_DT_27_presets_take_all_processes_there_are",
     "A28": "test_DT_28_what_does_not_exist_is_refused_by_its_name",
     "A29": "test_what_only_one_rank_would_train_is_named",
-    "A31": TENSOR,
+    "A31": "test_all_ways_to_say_how_train_as_one_process_does",
     "A32": "test_DT_32_a_callback_that_takes_itself_away_costs_no_other_an_event",
     "A33": "test_callbacks_may_come_and_go",
     "A34": "test_init_from_takes_weights_alone_and_says_which",
