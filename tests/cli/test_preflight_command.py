@@ -82,3 +82,22 @@ def test_the_shipped_recipes_pass(paceline, tmp_path: Path, name, words):
     report = json.loads(out)
     assert [c for c in report["checks"] if c["status"] in ("WARN", "FAIL")] == []
     assert not (tmp_path / "runs").exists()
+
+
+def test_on_paper_it_says_what_each_rank_needs_and_whether_it_fits(paceline, tmp_path: Path):
+    code, out, err = paceline("preflight", "toy.yaml", "--on", "64xH100-80GB")
+    assert code == 0, out + err
+    assert "on each rank" in out
+    assert "total, in the" in out
+    assert "PASS  memory" in out
+    assert not (tmp_path / "runs").exists()
+    code, out, _ = paceline("preflight", "toy.yaml", "--on", "1xcpu-0.00001MB", "--json")
+    assert code == 1
+    assert json.loads(out)["checks"][-1]["status"] == "FAIL"
+
+
+def test_devices_that_cannot_be_read_are_wrong_usage(paceline):
+    code, _, err = paceline("preflight", "toy.yaml", "--on", "64H100")
+    assert code == 2
+    assert "expected NUMBERxNAME-MEMORY" in err
+    assert "Traceback" not in err

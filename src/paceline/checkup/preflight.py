@@ -40,7 +40,7 @@ _VERDICTS: dict[str, Callable[[Trainer, Seen], list[Check]]] = {
     "scheduler step": verdicts.scheduler_step,
     "validation": verdicts.validation,
 }
-_NEARLY_FULL = 0.9  # of a device's memory
+NEARLY_FULL = 0.9  # of a device's memory
 
 
 def preflight(recipe: Recipe) -> PreflightReport:
@@ -207,7 +207,7 @@ class _Preflight:
             report.gpu_memory_mb = used / 1e6
             total = torch.accelerator.get_memory_info(device)[1]
             text = f"peak {readable_bytes(used)} of {readable_bytes(total)} on {device}; {text}"
-            if used > _NEARLY_FULL * total:
+            if used > NEARLY_FULL * total:
                 status, text = "WARN", f"{text}: nearly full"
         report.checks.append(Check("memory", status, text))
 

@@ -39,6 +39,10 @@ class Report:
         """Whether no check failed; warnings do not count."""
         return all(check.status != "FAIL" for check in self.checks)
 
+    def lines(self) -> list[str]:
+        """What there is to read before the checks."""
+        return []
+
     def as_json(self) -> dict[str, Any]:
         """The report as plain data."""
         return {"checks": [asdict(check) for check in self.checks], "passed": self.passed}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.cli.reports import own_output_apart, show_report
 from paceline.errors import ConfigError, Preempted
+
+if TYPE_CHECKING:
+    from paceline.checkup.fits import FitReport
+    from paceline.recipe.recipe import Recipe
 
 
 def preflight(
@@ -20,6 +24,13 @@ def preflight(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICES",
+            help="Take the steps on paper instead: whether they fit on e.g. 64xH100-80GB.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     trust: Annotated[
         list[str] | None,
@@ -28,19 +39,23 @@ def preflight(
 ) -> None:
     """Checks a recipe, then builds everything and takes a few real steps of its run.
 
-    Exit codes: 0 no check fails, 1 one does, 2 wrong usage or mistakes in the recipe. The run's own
-    folder is left alone; what the recipe's code prints goes to stderr.
+    With --on nothing is trained and no device is needed: the steps' memory is added up for the
+    recipe's layout on those devices, rank by rank alike.
+
+    Exit codes: 0 no check fails, 1 one does, or it does not fit; 2 wrong usage or mistakes in the
+    recipe. The run's own folder is left alone; what the recipe's code prints goes to stderr.
     """
     from paceline.checkup.preflight import preflight
-    from paceline.checkup.report import Check, PreflightReport
+    from paceline.checkup.report import Check, Report
     from paceline.recipe.recipe import load_recipe
 
     try:
         with own_output_apart():
-            report = preflight(load_recipe(recipe, overrides or (), trust=tuple(trust or ())))
+            checked = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+            report = preflight(checked) if on is None else _on_paper(checked, on)
     except ConfigError as error:
         if json:
-            show_report(PreflightReport([Check("recipe", "FAIL", str(error))]), json=True)
+            show_report(Report([Check("recipe", "FAIL", str(error))]), json=True)
         raise
     except Preempted as stop:
         print(f"paceline: preflight was ended by {stop.result.stopped_by}", file=sys.stderr)
@@ -50,3 +65,9 @@ def preflight(
     show_report(report, json=json)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _on_paper(recipe: Recipe, on: str) -> FitReport:
+    from paceline.checkup.fits import fits
+
+    return fits(recipe, on)

@@ -25,6 +25,8 @@ def show_report(report: Report, *, json: bool) -> None:
     if json:
         print(_json.dumps(report.as_json(), indent=2, allow_nan=False))
         return
+    for line in report.lines():
+        print(line)
     if not sys.stdout.isatty():
         for check in report.checks:
             print(f"{check.status}  {check.name}: {check.detail}")

@@ -105,6 +105,12 @@ class World:
                 [list(range(first, size, step)) for first in range(step)],
                 timeout=timedelta(seconds=self.timeout),
             )
+        self.mesh = self._make_mesh()
+        for group in self.mesh.get_all_groups():  # which torch gives a timeout of its own
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
+        return self
+
+    def _make_mesh(self) -> DeviceMesh:
         sizes = {
             "dp_replicate": self.copies,
             "dp_shard": self.shards,
@@ -113,12 +119,9 @@ class World:
         # Copies of split modules are kept equal by FSDP2, which takes a mesh with shards.
         kept = "dp_shard" if self.copies > 1 and self.parallel.tensor > 1 else ""
         sizes = {name: size for name, size in sizes.items() if size > 1 or name == kept}
-        self.mesh = init_device_mesh(
+        return init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
-        for group in self.mesh.get_all_groups():  # which torch gives a timeout of its own
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
-        return self
 
     def close(self) -> None:
         """Leaves the process group, if this object joined it; else only the groups it made."""

@@ -1,0 +1,259 @@
+"""Whether a recipe fits on devices that need not be there, and what would make it fit."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from paceline.checkup.ledger import Peak
+from paceline.checkup.onpaper import STAGES, StepOnPaper
+from paceline.checkup.preflight import NEARLY_FULL, alone, cause_of, told
+from paceline.checkup.report import Check, Report, readable_bytes
+from paceline.checkup.semantics import wrong_settings
+from paceline.errors import ConfigError, PacelineError
+from paceline.recipe.recipe import Recipe
+from paceline.world.parallel import Parallel
+
+NOT_COUNTED = (
+    "the device's context, the workspaces of its libraries (cuBLAS, cuDNN, NCCL), and what the "
+    "allocator loses to fragments: they depend on the device, so no number is assumed for them",
+    "validation, and batches that are larger than the first one",
+    "what compile=True saves, and kernels that keep more or less on that device than on a CPU",
+)
+_SCALE = {"MB": 10**6, "GB": 10**9, "GiB": 2**30}
+_DEVICES = re.compile(r"(\d+)x(\S+)-(\d+(?:\.\d+)?)(MB|GB|GiB)", re.ASCII)
+Checkpointing = Literal["full", "selective"] | None
+_LIGHTER: dict[Checkpointing, list[Checkpointing]] = {
+    None: ["selective", "full"],
+    "selective": ["full"],
+    "full": [],
+}
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices of one kind.
+
+    Attributes:
+        text: as they were asked for.
+        count: one rank each.
+        memory_bytes: of each.
+        on_cpu: they are CPUs, by their name.
+    """
+
+    text: str
+    count: int
+    memory_bytes: int
+    on_cpu: bool
+
+
+def parse_devices(text: str) -> Devices:
+    """Reads `64xH100-80GB`: their number, any name, the memory of each (GB = 10^9 bytes, or GiB).
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    found = _DEVICES.fullmatch(text.strip())
+    count, name, size, unit = found.groups() if found else ("0", "", "0", "GB")
+    if int(count) < 1 or float(size) <= 0:
+        raise ConfigError(
+            f"--on {text!r}: expected NUMBERxNAME-MEMORY, e.g. 64xH100-80GB, 2xA100-40GB or "
+            "1xcpu-16GB; the name is yours to choose, a GB has 10^9 bytes, a GiB 2^30."
+        )
+    memory = round(float(size) * _SCALE[unit])
+    return Devices(text.strip(), int(count), memory, name.lower().startswith("cpu"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one kind of tensors takes on a rank, in bytes.
+
+    Attributes:
+        name: the kind.
+        at_peak: when all kinds together take the most.
+        at_most: at any moment.
+    """
+
+    name: str
+    at_peak: int
+    at_most: int
+
+
+@dataclass
+class FitReport(Report):
+    """Whether a recipe fits, by what its step takes on paper.
+
+    Attributes:
+        devices: those that it is to run on.
+        layout: how it is spread over them.
+        parts: what is taken on each rank, largest first.
+        peak_bytes: of all together; None if the step could not be taken.
+        moment: at which they are taken.
+        ways: settings that make it fit and the bytes that they come to, each computed likewise.
+        stack: of the error in the user's own code that ended it; empty if none did.
+    """
+
+    devices: Devices | None = None
+    layout: str = ""
+    parts: list[Part] = field(default_factory=list)
+    peak_bytes: int | None = None
+    moment: str = ""
+    ways: dict[str, int] = field(default_factory=dict)
+    stack: str = ""
+
+    def lines(self) -> list[str]:
+        """The table of parts, and what is not in it."""
+        if self.peak_bytes is None:
+            return []
+        head = ("on each rank", "at the peak", "at most")
+        rows = [(p.name, *map(readable_bytes, (p.at_peak, p.at_most))) for p in self.parts]
+        total = (f"total, in the {self.moment}", readable_bytes(self.peak_bytes), "")
+        table = [f"{a:30}{b:>12}{c:>12}".rstrip() for a, b, c in (head, *rows, total)]
+        return [self.layout, "", *table, "", "not counted:", *(f"- {x}" for x in NOT_COUNTED), ""]
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return super().as_json() | {
+            "devices": None if self.devices is None else asdict(self.devices),
+            "layout": self.layout,
+            "parts": [asdict(part) for part in self.parts],
+            "peak_bytes": self.peak_bytes,
+            "moment": self.moment,
+            "ways": self.ways,
+            "not_counted": list(NOT_COUNTED),
+        }
+
+
+def fits(recipe: Recipe, on: str) -> FitReport:
+    """Takes a recipe's first steps on paper, to see whether they fit.
+
+    Nothing is trained: the recipe's model, loss and optimizer, placed by its `parallel`, work with
+    tensors that have a shape and no memory. Of the data one batch is read. No device is needed, and
+    neither is the memory that the model would take.
+
+    Args:
+        recipe: the checked recipe; of several seeds the first is looked at.
+        on: the devices, as `64xH100-80GB`.
+
+    Raises:
+        ConfigError: `on` is no such text, or the recipe's layout does not fit the number, or
+            cannot be looked at yet.
+    """
+    alone("preflight")
+    devices = parse_devices(on)
+    parallel = recipe.settings.get("parallel") or Parallel()
+    copies, shards = parallel.sizes(devices.count)
+    if parallel.tensor > 1 or parallel.cpu_offload:
+        raise ConfigError(
+            "--on: parallel.tensor and parallel.cpu_offload do not exist yet on paper; leave them "
+            "out to see what the recipe takes without them."
+        )
+    report = FitReport([Check("recipe", "PASS", str(recipe.composed.path))], devices)
+    report.checks += wrong_settings(recipe)
+    one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
+    step = StepOnPaper(one, parallel, devices.count, on_cpu=devices.on_cpu)
+    report.layout = f"{devices.count} ranks: {copies} copies of the state, each over {shards}"
+    try:
+        peak = step.run()
+    except Exception as error:  # noqa: BLE001 - whatever the user's code raises is a line
+        _fail(report, step, error)
+        return report
+    report.layout += f"; windows of {step.micro_batches} x {step.samples} samples a rank"
+    report.peak_bytes, report.moment = peak.total, peak.moment
+    report.parts = _parts(peak)
+    search = _Search(one, parallel, devices)
+    _judge(report, search)
+    return report
+
+
+def _parts(peak: Peak) -> list[Part]:
+    parts = [Part(name, peak.parts.get(name, 0), most) for name, most in peak.most.items() if most]
+    return sorted(parts, key=lambda part: (-part.at_peak, -part.at_most, part.name))
+
+
+def _judge(report: FitReport, search: _Search) -> None:
+    devices, peak, largest = report.devices, report.peak_bytes, report.parts[0]
+    assert devices is not None
+    assert peak is not None
+    text = f"{readable_bytes(peak)} of {readable_bytes(devices.memory_bytes)} on each rank, in the "
+    text += f"{report.moment}; most of it {largest.name} ({readable_bytes(largest.at_peak)})"
+    if peak <= devices.memory_bytes:
+        nearly = peak > NEARLY_FULL * devices.memory_bytes
+        text += ": nearly full, and not everything is counted" if nearly else ""
+        report.checks.append(Check("memory", "WARN" if nearly else "PASS", text))
+        return
+    report.ways = search.ways()
+    found = "; ".join(f"{way} takes {readable_bytes(size)}" for way, size in report.ways.items())
+    advice = f"what fits: {found}" if found else search.nothing_fits
+    report.checks.append(Check("memory", "FAIL", f"{text}. It does not fit; {advice}"))
+
+
+def _fail(report: FitReport, step: StepOnPaper, error: Exception) -> None:
+    cause, stage = cause_of(error), step.ledger.moment
+    if not isinstance(cause, PacelineError):
+        report.stack = "".join(traceback.format_exception(cause)).rstrip()
+    report.checks.append(Check(stage, "FAIL", told(error)))
+    for later in (*STAGES[STAGES.index(stage) + 1 :], "memory"):
+        report.checks.append(Check(later, "SKIP", f"after the failure of: {stage}"))
+
+
+class _Search:
+    """Looks for settings of `parallel` that make a recipe fit, by trying them.
+
+    Args:
+        recipe: what does not fit.
+        parallel: its layout.
+        devices: what it is to fit on.
+
+    Attributes:
+        nothing_fits: what was tried in vain.
+    """
+
+    def __init__(self, recipe: Recipe, parallel: Parallel, devices: Devices) -> None:
+        self.nothing_fits = ""
+        self._recipe = recipe
+        self._parallel = parallel
+        self._devices = devices
+
+    def ways(self) -> dict[str, int]:
+        """The least sharding and the least recomputation that fit, else the least of both."""
+        count = self._devices.count
+        _, shards = self._parallel.sizes(count)
+        more = [n for n in range(shards + 1, count + 1) if count % n == 0]
+        lighter = _LIGHTER[self._parallel.activation_checkpointing]
+        found = self._least([{"dp_shard": n} for n in more])
+        found |= self._least([{"activation_checkpointing": each} for each in lighter])
+        if not found and more and lighter:
+            both = [{"dp_shard": n, "activation_checkpointing": "full"} for n in more]
+            found = self._least(both)
+        self.nothing_fits = "no dp_shard or activation_checkpointing makes it fit on these devices"
+        return found
+
+    def _least(self, ways: Sequence[dict[str, Any]]) -> dict[str, int]:
+        """The first that fits of ways each of which takes less than the one before."""
+        taken: dict[int, int | None] = {}
+
+        def fit(i: int) -> bool:
+            taken[i] = size = self._try(ways[i])
+            return size is not None and size <= self._devices.memory_bytes
+
+        first = bisect_left(range(len(ways)), True, key=fit)
+        size = taken.get(first)
+        if first == len(ways) or size is None:
+            return {}
+        return {" ".join(f"parallel.{k}={v}" for k, v in ways[first].items()): size}
+
+    def _try(self, changes: dict[str, Any]) -> int | None:
+        """The bytes that it takes with changed settings, None if they cannot be."""
+        if "dp_shard" in changes:
+            changes = {**changes, "dp_replicate": "auto"}
+        parallel = replace(self._parallel, **changes)
+        count, on_cpu = self._devices.count, self._devices.on_cpu
+        try:
+            return StepOnPaper(self._recipe, parallel, count, on_cpu=on_cpu).run().total
+        except ConfigError:  # a model without repeated blocks, say
+            return None

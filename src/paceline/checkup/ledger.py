@@ -1,0 +1,159 @@
+"""A ledger of memory: every block of fake tensors' storage, from its making to its end.
+
+A fake tensor (torch's `FakeTensorMode`) has a shape, a dtype and a storage of a size, and no
+memory behind it. What a run would take is what its fake storages add up to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
+from torch.utils._pytree import tree_leaves
+
+from paceline.world.dtensors import is_dtensor
+
+_READ = torch.ops.aten._local_scalar_dense.default
+
+
+@dataclass
+class _Block:
+    """A storage: its present size in bytes, and what it is for."""
+
+    size: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which the most was taken.
+
+    Attributes:
+        total: bytes.
+        moment: when it was.
+        parts: bytes by kind at that moment.
+        most: the most bytes of each kind at any moment.
+    """
+
+    total: int
+    moment: str
+    parts: dict[str, int] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
+
+
+class Ledger(TorchDispatchMode):
+    """Writes down what fake tensors take, while it is entered (inside of their FakeTensorMode).
+
+    A block is known as an activation if gradients are on as it is made, else as temporary, until
+    `hold` says what it is for; that may be later, since the sums are made in the end. Torch's own
+    `MemTracker` follows one module and one optimizer through their hooks; this knows nothing of
+    either, so that any training step can be looked at.
+
+    A value that is read (`.item()`, `if mask.any():`) is 1, since a fake tensor has none.
+
+    Args:
+        fake: the mode whose tensors count.
+
+    Attributes:
+        moment: what is being done, for `Peak.moment`.
+    """
+
+    ACTIVATIONS, TEMPORARY, GATHERED = "activations", "temporary", "gathered parameters"
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake = fake
+        self.moment = ""
+        self._blocks: dict[int, tuple[Any, _Block]] = {}  # of live storages, by id
+        self._events: list[tuple[_Block, int, str]] = []  # (of which, bytes more, when)
+        self._resize: Any = None
+
+    def hold(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Says what tensors are for, now and since they were made; others than fake ones do not
+        count."""
+        for tensor in tensors:
+            part: Any = tensor._local_tensor if is_dtensor(tensor) else tensor  # pyright: ignore
+            if self.counts(part):
+                self._block_of(part, kind).kind = kind
+
+    def reserve(self, kind: str, size: int) -> None:
+        """Adds a block that stays, of `size` bytes, for what torch keeps outside of tensors."""
+        self._note(_Block(size, kind), size)
+
+    def peak(self) -> Peak:
+        """The largest sum, and what it was made of."""
+        total, most_total, moment = 0, 0, ""
+        now: dict[str, int] = {}
+        most: dict[str, int] = {}
+        parts: dict[str, int] = {}
+        for block, change, when in self._events:
+            total += change
+            now[block.kind] = now.get(block.kind, 0) + change
+            most[block.kind] = max(most.get(block.kind, 0), now[block.kind])
+            if total > most_total:
+                most_total, moment, parts = total, when, dict(now)
+        return Peak(most_total, moment, parts, most)
+
+    def __enter__(self) -> Ledger:
+        """Listens to sharded models too, which resize what they gather past the dispatcher."""
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if (found := self._blocks.get(id(storage))) is not None:
+                block = found[1]
+                change, block.size, block.kind = size - block.size, size, self.GATHERED
+                self._note(block, change)
+            return result
+
+        torch.UntypedStorage.resize_ = noted  # pyright: ignore[reportAttributeAccessIssue]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # a DTensor first says what it does with its local part
+        if func is _READ and isinstance(args[0], FakeTensor):
+            return _one(args[0].dtype)
+        made = func(*args, **(kwargs or {}))
+        kind = self.ACTIVATIONS if torch.is_grad_enabled() else self.TEMPORARY
+        for leaf in tree_leaves(made):
+            if self.counts(leaf):
+                self._block_of(leaf, kind)
+        return made
+
+    def counts(self, thing: Any) -> bool:
+        """Whether it is a tensor of ours; DTensor has a mode of its own, for working out shapes."""
+        return type(thing) is FakeTensor and thing.fake_mode is self.fake
+
+    def _block_of(self, tensor: torch.Tensor, kind: str) -> _Block:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._blocks:
+            return self._blocks[key][1]
+        block = _Block(storage.nbytes(), kind)
+
+        def gone(_: Any) -> None:
+            del self._blocks[key]
+            self._note(block, -block.size)
+
+        self._blocks[key] = weakref.ref(storage, gone), block
+        self._note(block, block.size)
+        return block
+
+    def _note(self, block: _Block, change: int) -> None:
+        self._events.append((block, change, self.moment))
+
+
+def _one(dtype: torch.dtype) -> complex | bool:
+    if dtype.is_complex:
+        return 1 + 0j
+    return 1.0 if dtype.is_floating_point else True if dtype is torch.bool else 1

@@ -1,0 +1,230 @@
+"""A training step on paper: a recipe's own, at any layout, with tensors that have no memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from paceline.checkup.fake import make_fake, parameters_made_fake
+from paceline.checkup.ledger import Ledger, Peak
+from paceline.data.loader import is_indexed
+from paceline.data.source import Draw
+from paceline.recipe.builder import build_trainer
+from paceline.recipe.recipe import Recipe
+from paceline.trainer.events import Callback
+from paceline.trainer.sharding import follow
+from paceline.world.paper import WorldOnPaper
+from paceline.world.parallel import Parallel
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
+STEPS = 2  # in the second the optimizer's state is there from the beginning
+_MICRO_BATCHES = 3  # a first, one of those between, and a last tell of any number
+PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"
+EXCHANGE, BATCH, OTHER = "exchange buffers", "batch", "buffers, callbacks"
+STAGES = (
+    "components", "placement", "training data", "forward pass", "backward pass", "optimizer step",
+)  # fmt: skip
+
+
+class StepOnPaper:
+    """Two optimizer steps of a recipe's Trainer on rank 0 of a layout, without memory or a device.
+
+    A model that fits nowhere can be built and trained so. The Trainer's own code places, shards
+    and recomputes, and takes the steps, each micro-batch being the first batch of the training
+    data.
+
+    Args:
+        recipe: what is trained.
+        parallel: the layout, in place of the recipe's.
+        ranks: how many.
+        on_cpu: whether the devices are CPUs; else optimizers do as torch has them do on an
+            accelerator by default, which is to update all parameters at once.
+
+    Attributes:
+        ledger: what was taken.
+        micro_batches: of a window, on each rank.
+        samples: of the first micro-batch, -1 if the loader does not say.
+    """
+
+    def __init__(self, recipe: Recipe, parallel: Parallel, ranks: int, *, on_cpu: bool) -> None:
+        self.recipe = recipe
+        self.parallel = parallel
+        self.ranks = ranks
+        self.on_cpu = on_cpu
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.ledger = Ledger(self.fake)
+        self.ledger.moment = STAGES[0]
+        self.micro_batches = 0
+        self.samples = -1
+
+    def run(self) -> Peak:
+        """Builds, takes the steps, and forgets all of it.
+
+        Raises:
+            Exception: whatever the recipe's code raises, at the stage `ledger.moment`.
+        """
+        with TemporaryDirectory() as scratch, ExitStack() as making:
+            making.enter_context(parameters_made_fake(self.fake))
+            trainer = self._build(Path(scratch))
+            with trainer.running(self.recipe.seed):
+                making.close()
+                self._hold(trainer)
+                draw = self._first_batch(trainer)
+                for _ in range(STEPS):
+                    self._step(trainer, draw)
+        del trainer
+        gc.collect()  # a trainer is full of cycles
+        return self.ledger.peak()
+
+    def _build(self, scratch: Path) -> Trainer:
+        alone = {**self.recipe.settings, "parallel": Parallel()}
+        plan = [*self.recipe.plan]
+        recipe = replace(self.recipe, run_dir=scratch, whole=None, plan=plan, settings=alone)
+        trainer = build_trainer(recipe, resume="never")
+        trainer.parallel = self.parallel
+        trainer.world = WorldOnPaper(self.parallel, self.ranks)
+        trainer.setup = partial(self._place, trainer, trainer.setup)
+        trainer.callbacks.append(_Moments(self.ledger))
+        trainer.loggers, trainer.checkpoint_policy = [], None
+        trainer.show_progress = False
+        trainer.on_nonfinite = "raise"
+        if is_indexed(trainer.train_dataloader):
+            trainer.train_dataloader.num_workers = 0  # they would read ahead
+        return trainer
+
+    def _place(self, trainer: Trainer, setup: Any) -> None:
+        """Does what the trainer does to place its models, of which nothing is real any more."""
+        trainer.compile = False
+        optimizers = trainer.named_optimizers().values()
+        follow(optimizers, make_fake(_modules(trainer), self.fake))
+        if not self.on_cpu:
+            for optimizer in optimizers:
+                _update_all_at_once(optimizer)
+        self.ledger.moment = "placement"
+        self.ledger.hold(PARAMETERS, _parameters(trainer))
+        self.ledger.hold(OTHER, (b for m in trainer.named_models().values() for b in m.buffers()))
+        assert isinstance(trainer.world, WorldOnPaper)
+        with trainer.world.as_one_of_many(), self.fake, self.ledger:
+            setup()
+        if self.ranks > 1 and not self.parallel.is_spread:
+            trainer.replicas.append(_ReplicaOnPaper(_parameters(trainer)))
+
+    def _hold(self, trainer: Trainer) -> None:
+        """Writes down what lies on the device before the first step."""
+        trainer.optimization.scaler = None  # it holds next to nothing, and steps by what it reads
+        trainer.optimization._compared = True  # no rank has other values than this one
+        self.ledger.hold(OTHER, filter(self.ledger.counts, gc.get_objects()))
+        self.ledger.hold(PARAMETERS, _parameters(trainer))
+        for replica in trainer.replicas:
+            if isinstance(replica, _ReplicaOnPaper):
+                self.ledger.reserve(EXCHANGE, replica.bucket_bytes)
+
+    def _first_batch(self, trainer: Trainer) -> Draw:
+        """A window's draw that gives the first batch again and again."""
+        self.ledger.moment = "training data"
+        trainer.source.start_epoch(0)
+        draw = trainer.source.draw()
+        assert draw is not None  # an empty loader has been refused
+        batch = tree_map_only(torch.Tensor, self.fake.from_tensor, draw.batch(0))
+        self.ledger.hold(BATCH, _tensors(batch))
+        self.micro_batches, self.samples = len(draw.sizes), draw.sizes[0]
+        return draw._replace(
+            sizes=draw.sizes[:_MICRO_BATCHES], batch=lambda _: batch, ids=lambda _: []
+        )
+
+    def _step(self, trainer: Trainer, draw: Draw) -> None:
+        trainer.window = window = trainer._open_window(draw)
+        with self.fake, self.ledger:
+            trainer.step(window)
+            trainer.optimization.end_window()
+        states = (
+            value
+            for optimizer in trainer.named_optimizers().values()
+            for state in optimizer.state.values()
+            for value in _tensors(state)
+        )
+        self.ledger.hold(STATE, states)
+
+
+class _ReplicaOnPaper:
+    """What the loop asks of a `Replica`, of all models at once and with nobody to exchange with.
+
+    Args:
+        parameters: of the models.
+
+    Attributes:
+        bucket_bytes: what DDP would keep, a place for each gradient
+            (https://docs.pytorch.org/docs/stable/notes/ddp.html, "Internal Design").
+    """
+
+    called, sentinel = False, None
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        trained = {id(p): p.nbytes for p in parameters if p.requires_grad}
+        self.covered = frozenset(trained)
+        self.bucket_bytes = sum(trained.values())
+
+    def begin(self, *, exchange: bool) -> None: ...
+
+    def check_exchanged(self) -> None: ...
+
+
+class _Moments(Callback):
+    """Tells the ledger what the step is at, and which tensors are gradients."""
+
+    priority = -(10**9)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        self._ledger.moment = "forward pass"
+
+    def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
+        self._ledger.moment = "backward pass"
+
+    def on_after_backward(self, trainer: Trainer) -> None:
+        self._hold_gradients(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, optimizer: Any) -> None:
+        self._ledger.moment = "optimizer step"
+
+    def _hold_gradients(self, trainer: Trainer) -> None:
+        gradients = (p.grad for p in _parameters(trainer))
+        self._ledger.hold(GRADIENTS, (g for g in gradients if g is not None))
+
+
+def _parameters(trainer: Trainer) -> Iterator[torch.Tensor]:
+    return chain.from_iterable(m.parameters() for m in trainer.named_models().values())
+
+
+def _modules(trainer: Trainer) -> Iterator[torch.nn.Module]:
+    return chain.from_iterable(m.modules() for m in trainer.named_models().values())
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+def _update_all_at_once(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimizer that was not told how do what torch's choose on an accelerator.
+
+    See `torch.optim.optimizer._default_to_fused_or_foreach`.
+    """
+    for group in optimizer.param_groups:
+        told = group.get("foreach", False) is not None or group.get("fused")
+        if not told and not group.get("differentiable"):
+            group["foreach"] = True

@@ -1,0 +1,73 @@
+"""A world on paper: this process stands for rank 0 of many, and there is nobody to talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from paceline.errors import ConfigError
+from paceline.world.parallel import Parallel
+from paceline.world.world import World
+
+
+class WorldOnPaper(World):
+    """Rank 0 of a run on devices that are not there.
+
+    Data and placement see the layout. For everything else this is a world of one: nothing is
+    exchanged, nothing is waited for. Collectives of a model that is spread go to torch's "fake"
+    backend, which does nothing.
+
+    Args:
+        parallel: the layout.
+        ranks: how many.
+
+    Attributes:
+        ranks: how many there would be.
+
+    Raises:
+        ConfigError: the layout does not fit that many ranks.
+    """
+
+    def __init__(self, parallel: Parallel, ranks: int) -> None:
+        self.parallel = parallel
+        self.ranks = ranks
+        self.copies, self.shards = parallel.sizes(ranks)
+        self.rank, self.size, self.local_rank = 0, 1, 0
+        self.dp_rank, self.dp_size = 0, self.copies * self.shards
+        self.device = torch.device("cpu")
+        self.mesh = self.control_group = None
+        self.timeout = parallel.timeout
+        self._per_share = ranks // self.dp_size
+        self._shares_group = None
+        self._owns_group = False
+
+    def open(self) -> WorldOnPaper:
+        """Makes the mesh, if models are spread.
+
+        Raises:
+            ConfigError: this process is in a process group already.
+        """
+        if not self.parallel.is_spread or self.mesh is not None:
+            return self
+        if dist.is_initialized():
+            raise ConfigError("this process is in a process group: look at a layout outside of it.")
+        # Both imports register what they are for: the backend, and shapes for its collectives.
+        import torch.distributed._tools.fake_collectives  # noqa: F401
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", rank=0, world_size=self.ranks, store=FakeStore())
+        self._owns_group = True
+        self.mesh = self._make_mesh()
+        return self
+
+    @contextmanager
+    def as_one_of_many(self) -> Iterator[None]:
+        """While a model is spread its ranks count. DDP, which wants their values, is left out."""
+        self.size = self.ranks if self.parallel.is_spread else 1
+        try:
+            yield
+        finally:
+            self.size = 1

@@ -1,0 +1,28 @@
+"""What torch's CPU allocator handed out, as its profiler saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any
+
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+
+def most_allocated(work: Callable[[], Any]) -> int:
+    """The most bytes of CPU tensors that `work` held at once, what kernels use inside included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    tree: Any = seen.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    changes = sorted((event.start_time_ns, event.extra_fields.alloc_size) for event in _of(tree))
+    return max(accumulate(size for _, size in changes))
+
+
+def _of(events: Iterable[Any]) -> Iterable[Any]:
+    ahead = list(events)
+    while ahead:
+        event = ahead.pop()
+        if event.tag == _EventType.Allocation:
+            yield event
+        ahead += event.children
