@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,8 +22,8 @@ class Paceline:
     """Runs `paceline` in a folder.
 
     A command that is only run to its end is forked from a helper that has done the imports. One
-    that is to be signalled, starts processes itself or has an environment of its own is started as
-    a shell would.
+    that is to be signalled or has an environment of its own is started as a shell would, and so are
+    the processes that `--nproc` starts.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
@@ -51,18 +52,35 @@ class Paceline:
 
     def __call__(self, *words: str, **environment: str) -> tuple[int, str, str]:
         """Runs a command to its end; returns its code, stdout and stderr."""
-        if "--nproc" in words or environment:  # which the interpreter reads as it starts
+        if environment:  # which the interpreter reads as it starts
             process = self.start(*words, **environment)
             out, err = process.communicate(timeout=LIMIT)
             return process.returncode, out, err
+        [ended] = self.together([words])
+        return ended
+
+    def together(
+        self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]] = ()
+    ) -> list[tuple[int, str, str]]:
+        """Runs commands at the same time, each to its end; the code, stdout and stderr of each.
+
+        Args:
+            commands: the words of each.
+            environments: variables of each, beside the usual ones.
+        """
         with TemporaryDirectory() as kept:
-            asked = (self.folder, words, self._environment(environment), Path(kept))
-            [outcome] = self.ranks.outcomes(be_paceline, 1, *asked, limit=LIMIT)
-            assert outcome.code is not None, f"paceline {words} hung and was killed"
-            out, err = (
-                (Path(kept) / name).read_text(errors="replace") for name in ("stdout", "stderr")
-            )
-            return outcome.code, out, err + outcome.output
+            more = environments or [{}] * len(commands)
+            asked = (self.folder, commands, [self._environment(each) for each in more], Path(kept))
+            ended = []
+            size = len(commands)
+            for rank, one in enumerate(self.ranks.outcomes(be_paceline, size, *asked, limit=LIMIT)):
+                assert one.code is not None, f"paceline {commands[rank]} hung and was killed"
+                out, err = (
+                    (Path(kept) / f"{name}{rank}").read_text(errors="replace")
+                    for name in ("stdout", "stderr")
+                )
+                ended.append((one.code, out, err + one.output))
+            return ended
 
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
         own = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
@@ -71,16 +89,20 @@ class Paceline:
 
 
 def be_paceline(
-    folder: Path, words: tuple[str, ...], environment: dict[str, str], kept: Path
+    folder: Path,
+    commands: Sequence[Sequence[str]],
+    environments: Sequence[dict[str, str]],
+    kept: Path,
 ) -> None:
     """Makes this forked process what `python -m paceline` would be."""
+    rank = int(os.environ["RANK"])
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environments[rank])
     os.chdir(folder)
-    sys.argv = ["paceline", *words]
+    sys.argv = ["paceline", *commands[rank]]
     sys.path.insert(0, str(folder))
     for name, number in (("stdout", 1), ("stderr", 2)):
-        file = os.open(kept / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        file = os.open(kept / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     main()

@@ -11,7 +11,7 @@ from command import Paceline
 from ranks import Ranks
 
 CODE = '''
-import os, sys, time
+import os, signal, sys, time
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -40,17 +40,13 @@ class Fit(Trainer):
             open(f"three{self.world.rank}", "w").close()
             if self.world.rank == self.bad and self.how == "raise":
                 raise ValueError("a fault on purpose")
-            if self.world.rank == self.bad and self.how == "kill":
-                os.kill(os.getpid(), 9)
+            if self.world.rank == self.bad and self.how == "stop_launcher":
+                os.kill(os.getppid(), signal.SIGTERM)
             if self.world.rank == self.bad and self.how == "kill_once":
                 if not os.path.exists("killed"):
                     open("killed", "w").close()
                     os.kill(os.getpid(), 9)
         time.sleep(self.pause)
-
-    def on_teardown(self):
-        if self.world.rank == self.bad and self.how == "linger":
-            time.sleep(3)
 '''
 RECIPE = """\
 code: toy.py

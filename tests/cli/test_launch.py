@@ -1,4 +1,4 @@
-"""`--nproc`: several processes behave as one command."""
+"""Several processes behave as one command, whoever started them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
-from paceline.world.launch import Rendezvous
+from command import Paceline, be_paceline
+from ranks import Ranks
 
 pytestmark = pytest.mark.slow
 SLOW = ("trainer.epochs=1000", "trainer.pause=0.05")
@@ -24,191 +28,150 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
 
 
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-
-
-def test_two_processes_train_one_run_and_only_rank_0_prints(paceline, tmp_path: Path):
-    code, out, err = paceline("train", "toy.yaml", "--nproc", "2")
+def test_two_processes_train_one_run_and_only_rank_0_prints(paceline: Paceline, tmp_path: Path):
+    """Given an override that a template would read, then the workers get it as it was written."""
+    code, out, err = paceline("train", "toy.yaml", "--nproc", "2", "run.dir='runs/a$$b'")
     assert code == 0, err
     assert "hello from rank 0" in out
     assert "rank 1" not in out
-    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
-    assert (record["world_size"], record["step"]) == (2, 16)
+    run = record(tmp_path / "runs/a$$b")
+    assert (run["world_size"], run["step"]) == (2, 16)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_the_launcher_is_a_clean_stop_of_all(paceline, wait_for, tmp_path, number):
-    process = paceline.start("train", "toy.yaml", "--nproc", "2", *SLOW)
-    wait_for("three1")
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
-    assert record["stopped_by"] == f"signal {signal.Signals(number).name}"
-
-
-def test_a_signal_to_one_worker_stops_all(paceline, wait_for):
-    process = paceline.start("train", "toy.yaml", "--nproc", "2", *SLOW)
-    wait_for("three1")
-    os.kill(int(wait_for("pid1").read_text()), signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-
-
-def test_a_rank_that_fails_is_named_with_its_error_and_code(paceline):
-    words = ("train", "toy.yaml", "--nproc", "2", "trainer.bad=1", "trainer.how=raise")
-    code, _, err = paceline(*words)
-    assert code == 1
-    assert "rank 1 failed" in err
-    assert "ValueError: a fault on purpose" in err
-    assert "paceline: rank 1 left with code 1" in err
-
-
-def test_a_rank_that_is_killed_is_named(paceline):
-    words = ("train", "toy.yaml", "--nproc", "2", "trainer.bad=1", "trainer.how=kill")
-    code, _, err = paceline(*words)
-    assert code == 1
-    assert "rank 1 was killed by SIGKILL" in err
-
-
-def test_workers_stop_when_the_launcher_dies(paceline, wait_for, tmp_path: Path):
-    process = paceline.start("train", "toy.yaml", "--nproc", "2", *SLOW)
-    wait_for("three1")
-    pids = [int(wait_for(f"pid{rank}").read_text()) for rank in (0, 1)]
-    process.kill()
-    process.communicate()
-    deadline = time.monotonic() + 60
-    while not all(gone(pid) for pid in pids):
-        assert time.monotonic() < deadline, "workers went on without their launcher"
-        time.sleep(0.1)
-
-
-def test_a_rank_that_leaves_later_than_the_others_is_left_the_time(paceline, wait_for):
-    words = ("train", "toy.yaml", "--nproc", "2", *SLOW, "trainer.bad=0", "trainer.how=linger")
-    process = paceline.start(*words)
-    wait_for("three1")
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-
-
-def test_a_signal_stops_ranks_that_wait_for_one_that_has_not_come(paceline, wait_for, tmp_path):
-    with (tmp_path / "toy.py").open("a") as file:
-        file.write("if os.environ.get('RANK') == '1':\n")
-        file.write("    open('late', 'w').close()\n    time.sleep(100)\n")
-    process = paceline.start("train", "toy.yaml", "--nproc", "2")
-    wait_for("late")
-    time.sleep(5)  # rank 0 gets to where it waits
-    process.terminate()
-    _, err = process.communicate(timeout=45)
-    assert process.returncode == 75, err
-
-
-def test_an_override_reaches_the_workers_as_it_was_written(paceline, tmp_path: Path):
-    folder = "runs/a$$b"
-    code, _, err = paceline("train", "toy.yaml", "--nproc", "2", f"run.dir='{folder}'")
-    assert code == 0, err
-    assert (tmp_path / folder / "run.json").exists()
-
-
-def test_processes_that_srun_has_started_train_one_run(paceline, tmp_path: Path):
-    """Given two processes that know nothing but Slurm's variables, then they are one run's ranks,
-    and only rank 0 prints."""
-    step = {
-        "SLURM_JOB_ID": str(os.getpid()),  # a port of its own
+def by_srun(rank: int, port: int) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": str(port),  # a port of its own
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
     }
-    tasks = [
-        paceline.start("train", "toy.yaml", SLURM_PROCID=rank, SLURM_LOCALID=rank, **step)
-        for rank in ("0", "1")
-    ]
-    outputs = [task.communicate(timeout=120) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert [out.count("hello from rank") for out, _ in outputs] == [1, 0]
-    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
-    assert (record["world_size"], record["step"]) == (2, 16)
+
+
+def by_accelerate(rank: int, port: int) -> dict[str, str]:
+    """What `accelerate launch --multi_gpu` leaves to its processes, but for an agent's store."""
+    return {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
+
+
+@pytest.mark.parametrize("launcher", [by_srun, by_accelerate])
+def test_processes_that_another_launcher_has_started_train_one_run(
+    paceline: Paceline, tmp_path: Path, launcher: Callable[[int, int], dict[str, str]]
+):
+    """Given the variables of that launcher alone, then two processes are ranks of one run, of which
+    rank 0 prints; started again with more to do, they go on with it."""
+    for epochs, steps in ((1, 8), (2, 16)):
+        port = free_port()
+        words = ("train", "toy.yaml", f"trainer.epochs={epochs}")
+        ended = paceline.together([words] * 2, [launcher(rank, port) for rank in (0, 1)])
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        assert [out.count("hello from rank") for _, out, _ in ended] == [1, 0]
+        run = record(tmp_path / "runs/p/n")
+        assert (run["world_size"], run["step"]) == (2, steps)
+    assert any(line["decision"] == "goes on from step_00000008" for line in run["plan"])
 
 
 def test_launchers_of_several_machines_train_one_run_and_stop_together(
-    paceline, wait_for, tmp_path
+    paceline: Paceline, tmp_path: Path
 ):
     """Given two launchers with one process each, when one of them gets a signal, then both stop
     cleanly."""
     meeting = ("--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port()}")
-    launchers = [
-        paceline.start("train", "toy.yaml", "--nproc", "1", *meeting, *SLOW) for _ in range(2)
-    ]
-    wait_for("three0")
-    wait_for("three1")
-    launchers[1].terminate()
-    errors = [launcher.communicate(timeout=60)[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [75, 75], errors
-    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
-    assert (record["world_size"], record["stopped_by"]) == (2, "signal SIGTERM")
+    stops = ("trainer.bad=1", "trainer.how=stop_launcher")
+    ended = paceline.together([("train", "toy.yaml", *meeting, *SLOW, *stops)] * 2)
+    assert [code for code, _, _ in ended] == [75, 75], ended
+    run = record(tmp_path / "runs/p/n")
+    assert (run["world_size"], run["stopped_by"]) == (2, "signal SIGTERM")
 
 
-def test_a_launcher_that_waits_for_others_can_be_stopped(paceline):
-    port = free_port()
-    meeting = ("--nnodes", "2", "--rdzv-endpoint", f"localhost:{port}")
-    process = paceline.start("train", "toy.yaml", *meeting)
-    while not listens(port):
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(1)
-    process.terminate()
-    _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (75, "")
-
-
-@pytest.mark.parametrize("launcher", ["paceline", "torchrun"])
-def test_after_a_failure_all_ranks_start_again_and_go_on(paceline, tmp_path: Path, launcher: str):
+def test_after_a_failure_all_ranks_start_again_and_go_on(paceline: Paceline, tmp_path: Path):
     """Given an earlier run in the folder, when one begins afresh, fails at step 3 and is restarted,
     then it goes on from its own checkpoint to the end, and the earlier one is moved aside once."""
     assert paceline("train", "toy.yaml", "trainer.epochs=1")[0] == 0
-    words = ["train", "toy.yaml", "--fresh", "trainer.bad=1", "trainer.how=kill_once", EACH_STEP]
-    if launcher == "paceline":
-        code, _, err = paceline(*words, "--nproc", "2", "--max-restarts", "1")
-        assert "paceline: rank 1 was killed by SIGKILL" in err
-    else:
-        agent = ("--nproc-per-node=2", "--max-restarts=1", "-m", "paceline")
-        code, _, err = paceline.torchrun(*agent, *words)
+    fails = ("--fresh", "trainer.bad=1", "trainer.how=kill_once", EACH_STEP)
+    restarts = ("--nproc", "2", "--max-restarts", "1")
+    code, _, err = paceline("train", "toy.yaml", *fails, *restarts)
     assert code == 0, err
-    record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
-    assert (record["status"], record["step"], record["world_size"]) == ("complete", 16, 2)
-    assert any(line["decision"].startswith("goes on from step_") for line in record["plan"]), record
+    assert "paceline: rank 1 was killed by SIGKILL" in err
+    run = record(tmp_path / "runs/p/n")
+    assert (run["status"], run["step"], run["world_size"]) == ("complete", 16, 2)
+    assert any(line["decision"].startswith("goes on from step_") for line in run["plan"]), run
     assert sorted(path.name for path in (tmp_path / "runs/p").iterdir()) == ["n", "n.1"]
+
+
+def test_a_worker_stops_cleanly_when_its_launcher_dies(
+    paceline: Paceline, ranks: Ranks, wait_for: Callable[[str], Path], tmp_path: Path
+):
+    environment = paceline._environment({})
+    [launcher] = ranks.outcomes(launch_and_die, 1, tmp_path, environment)
+    assert launcher.code == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while record(tmp_path / "runs/p/n")["status"] == "running":
+        assert time.monotonic() < deadline, "it went on without its launcher"
+        time.sleep(0.05)
+    assert record(tmp_path / "runs/p/n")["stopped_by"] == "signal SIGTERM"
+
+
+def launch_and_die(folder: Path, environment: dict[str, str]) -> None:
+    environment["PACELINE_LAUNCHER"] = str(os.getpid())
+    if os.fork() == 0:
+        be_paceline(folder, [("train", "toy.yaml", *SLOW)], [environment], folder)
+    while not (folder / "three0").exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_signal_stops_ranks_that_wait_for_one_that_has_not_come(
+    paceline: Paceline, ranks: Ranks, tmp_path: Path
+):
+    environment = paceline._environment({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"})
+    waits, _ = ranks.outcomes(be_late, 2, tmp_path, environment)
+    assert waits.code == 75, waits.output
+    assert waits.seconds < 45
+
+
+def be_late(folder: Path, environment: dict[str, str]) -> None:
+    """Rank 0 finds the agent of its launcher, which is rank 1, but no other rank."""
+    port = os.environ["MASTER_PORT"]
+    agent = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    if os.environ["RANK"] == "0":
+        (folder / "waits").write_text(str(os.getpid()))
+        be_paceline(folder, [("train", "toy.yaml")], [environment | agent], folder)
+    store = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
+    at_rest = store.num_keys()
+    while store.num_keys() == at_rest:  # until rank 0 has left its mark there
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(int((folder / "waits").read_text()), signal.SIGTERM)
+    time.sleep(2)  # a store that goes would end rank 0 as well
 
 
 @pytest.mark.parametrize(
     ("words", "environment", "said"),
     [
         (("--nnodes", "2"), {}, "say with --rdzv-endpoint HOST:PORT"),
-        (("--nnodes", "2", "--rdzv-endpoint", "here"), {}, "it has to be HOST:PORT"),
         (("--rdzv-endpoint", "here:1"), {}, "say with --nnodes how many"),
         (("--max-restarts", "1"), {"RANK": "0", "WORLD_SIZE": "2"}, "give it to what has started"),
         (("--nproc", "4"), {"RANK": "0", "WORLD_SIZE": "2"}, "started as one of 2 already"),
     ],
 )
-def test_options_that_start_nothing_are_mistakes(paceline, words, environment, said):
-    code, _, err = paceline("train", "toy.yaml", *words, **environment)
+def test_options_that_start_nothing_are_mistakes(paceline: Paceline, words, environment, said):
+    [(code, _, err)] = paceline.together([("train", "toy.yaml", *words)], [environment])
     assert code == 2
     assert said in err
-
-
-def test_launchers_meet_under_the_name_they_are_given():
-    assert Rendezvous(2, "here:1", "mine").parameters().run_id == "mine"
-    assert (
-        Rendezvous(2, "here:1").parameters().run_id == Rendezvous(2, "here:1").parameters().run_id
-    )
