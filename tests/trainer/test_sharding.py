@@ -15,8 +15,8 @@ from builders import bits
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.errors import ConfigError
+from paceline.trainer.blocks import repeated_blocks
 from paceline.trainer.events import Callback
-from paceline.trainer.sharding import repeated_blocks
 from paceline.world.dtensors import is_dtensor, whole
 from ranks import Ranks
 

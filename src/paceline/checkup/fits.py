@@ -26,7 +26,7 @@ NOT_COUNTED = (
 )
 _SCALE = {"MB": 10**6, "GB": 10**9, "GiB": 2**30}
 _DEVICES = re.compile(r"(\d+)x(\S+)-(\d+(?:\.\d+)?)(MB|GB|GiB)", re.ASCII)
-Checkpointing = Literal["full", "selective"] | None
+Checkpointing = Literal["full", "selective"] | float | None
 _LIGHTER: dict[Checkpointing, list[Checkpointing]] = {
     None: ["selective", "full"],
     "selective": ["full"],
@@ -224,7 +224,7 @@ class _Search:
         count = self._devices.count
         _, shards = self._parallel.sizes(count)
         more = [n for n in range(shards + 1, count + 1) if count % n == 0]
-        lighter = _LIGHTER[self._parallel.activation_checkpointing]
+        lighter = _LIGHTER.get(self._parallel.activation_checkpointing, ["full"])
         found = self._least([{"dp_shard": n} for n in more])
         found |= self._least([{"activation_checkpointing": each} for each in lighter])
         if not found and more and lighter:

@@ -82,6 +82,7 @@ def preview(recipe: Recipe) -> Preview:
     trainer = build_trainer(recipe, resume="never")
     trainer.callbacks, trainer.loggers, trainer.checkpoint_policy = [], [], None
     trainer.run_dir, trainer.show_progress, trainer.compile = None, False, False
+    trainer.parallel = replace(trainer.parallel, activation_checkpointing=None)
     trainer.on_nonfinite = "raise"
     with trainer.running(recipe.seed):
         schedules = schedules_of(trainer)

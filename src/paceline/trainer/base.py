@@ -97,6 +97,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     replicas: list[Any]
     validation_calls: list[Any]
     recomputed: list[torch.nn.Module]
+    compiled: list[torch.nn.Module]
     while_placed: ExitStack  # what holds while models are in place
     on_cpu: bool
     counts_items: bool

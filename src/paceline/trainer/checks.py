@@ -94,12 +94,13 @@ def _wrong_choices(trainer: Trainer) -> list[str]:
     if every != "epoch" and not (_is_count(every) and every > 0):
         wrong.append(f"validate_every={every!r}: expected 'epoch' or a number of optimizer steps.")
     for name, argument in (
-        ("compile", "compile"),
         ("deterministic", "deterministic"),
         ("show_progress", "progress"),
     ):
         if not isinstance(value := getattr(trainer, name), bool):
             wrong.append(f"{argument}={value!r}: expected True or False.")
+    if not isinstance(trainer.compile, bool) and trainer.compile != "blocks":
+        wrong.append(f"compile={trainer.compile!r}: expected True, False or 'blocks'.")
     return wrong
 
 
@@ -133,13 +134,21 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
     ):
         wrong.append("on_nonfinite='rewind': it goes back to a checkpoint, and none is written.")
     parallel: Any = trainer.parallel
-    if isinstance(parallel, Parallel) and parallel.is_spread:
-        setting = "dp_shard" if parallel.dp_shard > 1 else "tensor"
-        for name, value in (("precision", "fp16"), ("compile", True)):
-            if getattr(trainer, name) == value:
+    if isinstance(parallel, Parallel):
+        for name, value, setting, size in (
+            ("precision", "fp16", "dp_shard", parallel.dp_shard),
+            ("precision", "fp16", "tensor", parallel.tensor),
+            ("compile", trainer.compile, "tensor", parallel.tensor),
+        ):
+            if value and getattr(trainer, name) == value and size > 1:
                 wrong.append(
                     f"{name}={value!r}: does not exist yet with parallel.{setting}; leave one out."
                 )
+        if isinstance(budget := parallel.activation_checkpointing, float) and not trainer.compile:
+            wrong.append(
+                f"parallel.activation_checkpointing={budget}: a memory budget is the compiler's to "
+                "keep: set compile=True, or give 'full' or 'selective'."
+            )
     if trainer.epochs is None and trainer.max_steps is None:
         wrong.append("epochs: say where the run ends, with epochs=... or max_steps=...")
     return wrong

@@ -20,6 +20,7 @@ from paceline.log.provenance import RunRecord
 from paceline.trainer import blame, decisions, placement, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_settings
+from paceline.trainer.compilation import memory_budget
 from paceline.trainer.events import Events, overrides
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.progress import Progress
@@ -125,11 +126,11 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer.result = Result(stopped_by="nothing yet", complete=False)
     trainer._asked_saves, trainer._settled = [], False
     trainer._stopped = trainer._rewinding = trainer._validating = trainer.muted = False
-    trainer._restore_determinism = None
     trainer._saved_at = None
+    trainer._restore_determinism = None
     trainer.validation = trainer.saver = None
-    trainer.replicas, trainer.validation_calls, trainer.recomputed = [], [], []
-    trainer.while_placed = ExitStack()
+    trainer.replicas, trainer.validation_calls = [], []
+    trainer.recomputed, trainer.compiled, trainer.while_placed = [], [], ExitStack()
     trainer.local_batches = 0
     trainer.on_cpu = trainer.device.type == "cpu"
     trainer.events = Events(trainer, ())
@@ -190,6 +191,13 @@ def _speaking_of(what: str) -> Iterator[None]:
 
 def place(trainer: Trainer) -> None:
     """Modules to the device, compiled and spread over the ranks as the settings say."""
+    budget = trainer.parallel.activation_checkpointing
+    if isinstance(budget, float):
+        trainer.while_placed.enter_context(memory_budget(budget))
+        trainer.plan.add(
+            f"keeps {budget:.0%} of the activations that it would, and computes the rest twice",
+            "parallel.activation_checkpointing",
+        )
     placement.place(trainer)
     if trainer.precision != "fp32":
         dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float16
@@ -315,6 +323,8 @@ def _describe(trainer: Trainer) -> None:
         plan.add("gathers weights in bfloat16, sums their gradients in float32", "precision")
     if trainer.parallel.cpu_offload:
         plan.add("keeps weights in host memory, and steps there", "parallel.cpu_offload")
+    if trainer.compiled:
+        plan.add(f"compiles {len(trainer.compiled)} blocks one by one", "compile")
     if trainer.recomputed:
         blocks = f"{len(trainer.recomputed)} blocks compute their forward pass twice"
         plan.add(blocks, "parallel.activation_checkpointing")

@@ -139,7 +139,7 @@ def take_back(trainer: Trainer) -> None:
                 if isinstance(module, Replica):
                     value[key] = module.module
     trainer.while_placed.close()
-    trainer.recomputed, trainer.replicas = [], []
+    trainer.recomputed, trainer.compiled, trainer.replicas = [], [], []
 
 
 def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -149,18 +149,23 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
             "parallel=Parallel(...) decides how it is spread."
         )
     module.to(trainer.device)
+    trained = any(p.requires_grad for p in module.parameters())
     which = trainer.parallel.activation_checkpointing
-    if which is not None and any(p.requires_grad for p in module.parameters()):
+    if isinstance(which, str) and trained:
         from paceline.trainer.recompute import recompute_blocks
 
-        trainer.recomputed += (blocks := recompute_blocks(module, name, which))
-        for block in blocks:
-            trainer.while_placed.callback(vars(block).pop, "forward", None)
-    if trainer.compile:
+        trainer.recomputed += recompute_blocks(module, name, which)
+    if trainer.compile is True and not (trained and trainer.world.shards > 1):
         module.compile()
+    elif trainer.compile:
+        from paceline.trainer.compilation import compile_blocks
+
+        trainer.compiled += compile_blocks(module, name, trainer.compile)
+    for part in {*trainer.recomputed, *trainer.compiled}:
+        trainer.while_placed.callback(vars(part).pop, "forward", None)
     if trainer.world.size == 1:
         return module
-    if not any(p.requires_grad for p in module.parameters()):
+    if not trained:
         send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
         return module
     if trainer.parallel.is_spread:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from paceline.errors import ConfigError
-from paceline.trainer.sharding import repeated_blocks
+from paceline.trainer.blocks import needed_blocks
 
 _aten = torch.ops.aten
 # What costs far more to compute than to keep: matrix products and attention.
@@ -47,12 +46,8 @@ def recompute_blocks(module: torch.nn.Module, name: str, which: str) -> list[tor
     Raises:
         ConfigError: the model has no repeated blocks.
     """
-    blocks = repeated_blocks(module)
-    if not blocks:
-        raise ConfigError(
-            f"parallel.activation_checkpointing={which!r}: the model {name!r} has no repeated "
-            "blocks: put them into a ModuleList, ModuleDict or Sequential."
-        )
+    setting = f"parallel.activation_checkpointing={which!r}"
+    blocks = needed_blocks(module, name, setting)
     options: dict[str, Any] = {}
     if which == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)

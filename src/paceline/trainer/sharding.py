@@ -10,7 +10,6 @@ precise as the model was made.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from paceline.errors import ConfigError
+from paceline.trainer.blocks import repeated_blocks
 from paceline.trainer.tensor_parallel import split_modules
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World, send
@@ -154,41 +154,6 @@ def call_again(calls: list[Call]) -> None:
     for module, args, kwargs in (made := calls.copy()):
         module(*args, **kwargs)
     calls[:] = made
-
-
-def repeated_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The parts of a model that are sharded, and recomputed, one by one.
-
-    Those are the children of its outermost `ModuleList`, `ModuleDict` and `Sequential` containers
-    whose class is there more than once and whose parameters nobody else uses.
-    """
-    uses = _uses(module)
-    blocks = []
-    for container in _containers(module):
-        classes = Counter(type(child) for child in container.children())
-        for child in container.children():
-            own = _uses(child)
-            if classes[type(child)] > 1 and own and all(uses[p] == n for p, n in own.items()):
-                blocks.append(child)
-    return blocks
-
-
-def _uses(module: torch.nn.Module) -> Counter[int]:
-    """How often each parameter is found, by its `id`; a module in two places counts twice."""
-    parts = module.named_modules(remove_duplicate=False)
-    return Counter(id(p) for _, part in parts for p in part._parameters.values() if p is not None)
-
-
-def _containers(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
-    for child in (module,) if _holds_blocks(module) else module.children():
-        if _holds_blocks(child):
-            yield child
-        else:
-            yield from _containers(child)
-
-
-def _holds_blocks(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict | torch.nn.Sequential)
 
 
 def follow(optimizers: Iterable[torch.optim.Optimizer], renewed: dict[int, Any]) -> None:

@@ -50,7 +50,8 @@ class Trainer(TrainerBase):
         max_grad_norm: clip each optimizer's gradients to this 2-norm.
         precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling). Weights are kept
             as they were made; sharded ones are gathered in bf16.
-        compile: compile the models in place; parameter names stay as they are.
+        compile: compile the models in place, or their repeated "blocks" one by one, as sharded
+            models always are; parameter names stay as they are.
         deterministic: use deterministic algorithms only.
         validate_every: "epoch", or a number of optimizer steps.
         metric_monitor: which metric decides what is best.
@@ -85,7 +86,7 @@ class Trainer(TrainerBase):
         lr_scheduler_interval: Literal["step", "epoch", "metric"] = "step",
         max_grad_norm: float | None = None,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-        compile: bool = False,
+        compile: bool | Literal["blocks"] = False,
         deterministic: bool = False,
         validate_every: Literal["epoch"] | int = "epoch",
         metric_monitor: MetricMonitor | None = None,

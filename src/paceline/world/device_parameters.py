@@ -24,6 +24,8 @@ class DeviceParameters:
         compile_model: compile the models in place.
         checkpoint_activations: keep the inputs of the models' repeated blocks alone, and compute
             the rest once more in the backward pass.
+        activation_memory_budget: the part of its activations, from 0 to 1, that a compiled model
+            keeps; the rest is computed once more.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory.
         dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
         dp_shard: processes over which each copy is sharded (FSDP2); `"auto"` takes all there are.
@@ -37,6 +39,7 @@ class DeviceParameters:
     param_dtype: torch.dtype = torch.float32
     compile_model: bool = False
     checkpoint_activations: bool = False
+    activation_memory_budget: float = 1.0
     cpu_offload: bool = False
     dp_replicate: int | Literal["auto"] = "auto"
     dp_shard: int | Literal["auto"] = 1
@@ -53,18 +56,25 @@ class DeviceParameters:
                 "dp_shard='auto' and dp_replicate='auto' leave open which of them takes the "
                 "processes: give one of them a number."
             )
+        if self.checkpoint_activations and self.activation_memory_budget != 1:
+            raise ConfigError(
+                "checkpoint_activations=True and activation_memory_budget="
+                f"{self.activation_memory_budget}: the first keeps nothing of a block but its "
+                "inputs, the second a part; give one of them."
+            )
         self.parallel  # noqa: B018  refuses a layout that does not exist, before anything is built
 
     @property
     def parallel(self) -> Parallel:
         """The layout, in the world that this process is part of now."""
+        budget = None if self.activation_memory_budget == 1 else self.activation_memory_budget
         return Parallel(
             dp_replicate=self.dp_replicate,
             dp_shard=self._all_but_copies() if self.dp_shard == "auto" else self.dp_shard,
             tensor=self.tensor_parallel,
             context=self.context_parallel,
             pipeline=self.pipeline_parallel,
-            activation_checkpointing="full" if self.checkpoint_activations else None,
+            activation_checkpointing="full" if self.checkpoint_activations else budget,
             cpu_offload=self.cpu_offload,
         )
 

@@ -29,7 +29,8 @@ class Parallel:
         expert: expert-parallel size.
         activation_checkpointing: what the model's repeated blocks compute once more in the
             backward pass, to keep less: "full", all; "selective", all but matrix products and
-            attention; None, nothing.
+            attention; None, nothing. A number from 0 to 1 is the part of its activations that a
+            compiled model keeps.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
             and step there.
         plan: how modules split over the `tensor` processes: a module's name within its model, "*"
@@ -48,7 +49,7 @@ class Parallel:
     context: int = 1
     pipeline: int = 1
     expert: int = 1
-    activation_checkpointing: Literal["full", "selective"] | None = None
+    activation_checkpointing: Literal["full", "selective"] | float | None = None
     cpu_offload: bool = False
     plan: dict[str, Any] | None = None
     timeout: float = 600.0
@@ -67,10 +68,11 @@ class Parallel:
                 "modules (tensor)."
             )
         recomputed = self.activation_checkpointing
-        if recomputed not in (None, "full", "selective"):
+        budget = isinstance(recomputed, float) and 0 <= recomputed <= 1
+        if not budget and recomputed not in (None, "full", "selective"):
             raise ConfigError(
-                f"parallel.activation_checkpointing={recomputed!r}: expected 'full', 'selective' "
-                "or None."
+                f"parallel.activation_checkpointing={recomputed!r}: expected 'full', 'selective', "
+                "a part such as 0.5, or None."
             )
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout!r}: expected seconds, more than 0.")

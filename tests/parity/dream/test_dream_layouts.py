@@ -68,7 +68,7 @@ def test_B49_each_device_parameter_reaches_the_trainer() -> None:
     others: dict[str, Any] = {
         field.name: True if field.default is False else 2 for field in fields(DeviceParameters)
     }
-    others["param_dtype"] = torch.bfloat16
+    others |= {"param_dtype": torch.bfloat16, "activation_memory_budget": 0.5}
     plain = DeviceParameters().settings()
     for name, value in others.items():
         with suppress(ConfigError):

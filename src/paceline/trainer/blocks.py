@@ -1,0 +1,64 @@
+"""The repeated blocks of a model: the units in which it is sharded, compiled and recomputed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from paceline.errors import ConfigError
+
+
+def repeated_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts of a model that are sharded, compiled and recomputed one by one.
+
+    Those are the children of its outermost `ModuleList`, `ModuleDict` and `Sequential` containers
+    whose class is there more than once and whose parameters nobody else uses.
+    """
+    uses = _uses(module)
+    blocks = []
+    for container in _containers(module):
+        classes = Counter(type(child) for child in container.children())
+        for child in container.children():
+            own = _uses(child)
+            if classes[type(child)] > 1 and own and all(uses[p] == n for p, n in own.items()):
+                blocks.append(child)
+    return blocks
+
+
+def needed_blocks(module: torch.nn.Module, name: str, setting: str) -> list[torch.nn.Module]:
+    """The same for a setting that cannot do without.
+
+    Args:
+        module: the model.
+        name: its name, for messages.
+        setting: what needs them, as the user gave it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if blocks := repeated_blocks(module):
+        return blocks
+    raise ConfigError(
+        f"{setting}: the model {name!r} has no repeated blocks: put them into a ModuleList, "
+        "ModuleDict or Sequential."
+    )
+
+
+def _uses(module: torch.nn.Module) -> Counter[int]:
+    """How often each parameter is found, by its `id`; a module in two places counts twice."""
+    parts = module.named_modules(remove_duplicate=False)
+    return Counter(id(p) for _, part in parts for p in part._parameters.values() if p is not None)
+
+
+def _containers(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    for child in (module,) if _holds_blocks(module) else module.children():
+        if _holds_blocks(child):
+            yield child
+        else:
+            yield from _containers(child)
+
+
+def _holds_blocks(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict | torch.nn.Sequential)
