@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,9 +22,9 @@ LIMIT = 240.0  # seconds until a command that hangs is killed
 class Paceline:
     """Runs `paceline` in a folder.
 
-    A command that is only run to its end is forked from a helper that has done the imports. One
-    that is to be signalled or has an environment of its own is started as a shell would, and so are
-    the processes that `--nproc` starts.
+    A command that is only run to its end is forked from a helper that has done the imports; with
+    `--nproc N` that makes N processes, which find what a launcher would tell them. One that is to
+    be signalled or has an environment of its own is started as a shell would.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
@@ -56,6 +57,15 @@ class Paceline:
             process = self.start(*words, **environment)
             out, err = process.communicate(timeout=LIMIT)
             return process.returncode, out, err
+        if "--nproc" not in words:
+            return self.launch(*words)
+        at = words.index("--nproc")
+        kept, size = words[:at] + words[at + 2 :], int(words[at + 1])
+        codes, outs, errors = zip(*self.together([kept] * size, _ranks(size)), strict=True)
+        return next((code for code in codes if code), 0), outs[0], "".join(errors)
+
+    def launch(self, *words: str) -> tuple[int, str, str]:
+        """As a call, but what `--nproc` asks for is left to the launcher."""
         [ended] = self.together([words])
         return ended
 
@@ -86,6 +96,16 @@ class Paceline:
         own = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
         # A killed launcher cannot tidy up.
         return {**os.environ, **own, "TMPDIR": str(self.folder), **more}
+
+
+def _ranks(size: int) -> list[dict[str, str]]:
+    """What a launcher tells each of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["GLOO_SOCKET_IFNAME"] = "lo"
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def be_paceline(

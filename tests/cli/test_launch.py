@@ -34,7 +34,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 def test_two_processes_train_one_run_and_only_rank_0_prints(paceline: Paceline, tmp_path: Path):
     """Given an override that a template would read, then the workers get it as it was written."""
-    code, out, err = paceline("train", "toy.yaml", "--nproc", "2", "run.dir='runs/a$$b'")
+    code, out, err = paceline.launch("train", "toy.yaml", "--nproc", "2", "run.dir='runs/a$$b'")
     assert code == 0, err
     assert "hello from rank 0" in out
     assert "rank 1" not in out
@@ -102,7 +102,7 @@ def test_after_a_failure_all_ranks_start_again_and_go_on(paceline: Paceline, tmp
     assert paceline("train", "toy.yaml", "trainer.epochs=1")[0] == 0
     fails = ("--fresh", "trainer.bad=1", "trainer.how=kill_once", EACH_STEP)
     restarts = ("--nproc", "2", "--max-restarts", "1")
-    code, _, err = paceline("train", "toy.yaml", *fails, *restarts)
+    code, _, err = paceline.launch("train", "toy.yaml", *fails, *restarts)
     assert code == 0, err
     assert "paceline: rank 1 was killed by SIGKILL" in err
     run = record(tmp_path / "runs/p/n")

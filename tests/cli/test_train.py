@@ -55,7 +55,7 @@ def test_a_grown_horizon_goes_on_and_fresh_starts_again(paceline, tmp_path: Path
     ],
 )
 def test_wrong_usage_is_one_message_and_code_2(paceline, tmp_path, words, expected):
-    code, _, err = paceline(*words)
+    code, _, err = paceline.launch(*words)
     assert code == 2, err
     assert expected in err
     assert "Traceback" not in err
