@@ -58,8 +58,10 @@ def run_block(block: Block, page: Path, paceline: Paceline) -> None:
             command, *words = shlex.split(line, comments=True) or [""]
             if command in ("paceline", "torchrun"):
                 # A recipe that ships is shortened.
-                ships = "train" in words and any(w.startswith("recipes/") for w in words)
-                words += ["trainer.epochs=1", "trainer.max_steps=2"] * ships
+                recipe = next((w for w in words if w.startswith("recipes/")), "")
+                if "train" in words and recipe:
+                    words += ["trainer.epochs=1", "trainer.max_steps=2"]
+                    words += ["lr_scheduler.warmup=1", "model.layers=1"] * ("gpt" in recipe)
                 run = paceline if command == "paceline" else paceline.torchrun
                 code, _, err = run(*words)
                 assert code == 0, f"{page}: {line}\n{err}"
