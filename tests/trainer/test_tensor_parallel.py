@@ -66,7 +66,8 @@ class ScaledBetween(Words):
 def fit(model: nn.Module, plan: dict[str, Any] | None = None, **settings: Any) -> Any:
     """Weights in the end, the last rows' losses, and which parameters were split."""
     x = torch.randint(WORDS, (16, 3), generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    way = {name: True for name in (settings.pop("way", None),) if name}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **way)
     tensor = settings.pop("tensor", 2)
 
     class Keep(Trainer):
@@ -105,8 +106,8 @@ VOCABULARY = {"embedding": "rowwise", "head": "colwise_loss"}
 def fit_all() -> list[Any]:
     return [
         fit(Words(), PLAN),
-        fit(OwnPlan()),
-        fit(OwnWay()),
+        fit(OwnPlan(), way="fused"),
+        fit(OwnWay(), way="foreach"),
         fit(Words(), {"up": ColwiseParallel(output_layouts=Shard(-1)), "d*": "rowwise"}),
         fit(Words(), {"head": "colwise_rep", "embedding": "rowwise"}),
         fit(Words(), {**PLAN, **VOCABULARY}),

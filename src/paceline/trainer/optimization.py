@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.placement import check_spread, zero_loss
-from paceline.world.dtensors import clip_gradients, whole
+from paceline.world.dtensors import clip_gradients, groups_by_mesh, whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -42,7 +43,8 @@ class Optimization:
         self._covered = frozenset().union(*(replica.covered for replica in trainer.replicas))
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._found_independent = False  # losses by optimizer name have been checked
-        self._compared = trainer.parallel.tensor == 1  # ranks of a split agree on what is whole
+        self._splits = trainer.parallel.tensor > 1
+        self._compared = not self._splits  # ranks of a split agree on what is whole
         self._pending = False  # gradients were added since the last step
         self._stepping = self._single or ""  # the optimizer whose step is being taken
         self.norms: dict[str, torch.Tensor] = {}  # of each one's gradients, if its step took one
@@ -194,7 +196,8 @@ class Optimization:
         if self.scaler is not None:
             self.scaler.step(optimizer)
             return
-        optimizer.step()
+        with groups_by_mesh(optimizer) if self._splits else nullcontext():
+            optimizer.step()
         vars(optimizer).pop("found_inf", None)  # the guard's mask is for this step alone
 
     def _compare_whole_gradients(self) -> None:

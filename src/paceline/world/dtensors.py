@@ -7,7 +7,9 @@ holds one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,3 +77,21 @@ def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch
     for group in by_mesh(with_gradients):
         clip_grads_with_norm_(group, max_norm, norm)
     return norm
+
+
+@contextmanager
+def groups_by_mesh(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While it lasts, no parameter group has whole parameters and DTensors, or those of two meshes.
+
+    Fused and foreach steps take a group's parameters together.
+    """
+    groups = optimizer.param_groups
+    parts = [[{**g, "params": part} for part in by_mesh(g["params"]) or [[]]] for g in groups]
+    optimizer.param_groups = list(chain.from_iterable(parts))
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+        for group, (first, *_) in zip(groups, parts, strict=True):
+            # What some optimizers count by group.
+            group.update({key: value for key, value in first.items() if key != "params"})
