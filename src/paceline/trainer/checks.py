@@ -18,6 +18,7 @@ from paceline import registry
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, nearest
 from paceline.trainer.events import Callback, misspelt_hooks, overrides
+from paceline.trainer.materialize import without_a_way
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.schedules import takes_metric
 from paceline.trainer.settings import MODES
@@ -380,17 +381,12 @@ def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:
 
 
 def _without_values(models: Any) -> list[str]:
-    empty = [
-        f"{model_name}.{name}"
-        for model_name, model in models.items()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if tensor.is_meta
-    ]
+    empty = [f"{name}.{key}" for name, model in models.items() for key in without_a_way(model)]
     if not empty:
         return []
     return [
-        f"without values: {_some(empty)}. They are on the meta device: make the model on a real "
-        "one, or fill it in configure() (to_empty, then its own initialisation)."
+        f"without values: {_some(empty)}. They are on the meta device, and no reset_parameters() "
+        "of their module, nor an init_weights() around it, could give them any."
     ]
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from paceline.checkpoint.state import parameter_names
 from paceline.errors import ConfigError, LossError
+from paceline.trainer.materialize import Materializer
 from paceline.world.world import send
 
 if TYPE_CHECKING:
@@ -148,7 +149,9 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
             "the model is wrapped in DistributedDataParallel already: give the module itself; "
             "parallel=Parallel(...) decides how it is spread."
         )
-    module.to(trainer.device)
+    materializer = Materializer(module, name, trainer.device, trainer.seed)
+    if not materializer.needed:
+        module.to(trainer.device)
     trained = any(p.requires_grad for p in module.parameters())
     which = trainer.parallel.activation_checkpointing
     if isinstance(which, str) and trained:
@@ -163,13 +166,14 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
         trainer.compiled += compile_blocks(module, name, trainer.compile)
     for part in {*trainer.recomputed, *trainer.compiled}:
         trainer.while_placed.callback(vars(part).pop, "forward", None)
+    if trained and trainer.parallel.is_spread:
+        return _spread(trainer, module, name, materializer)
+    materializer.all()
     if trainer.world.size == 1:
         return module
     if not trained:
         send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
         return module
-    if trainer.parallel.is_spread:
-        return _spread(trainer, module, name)
     device_ids = None if trainer.on_cpu else [trainer.device]
     replica = Replica(module, device_ids=device_ids)
     _settle_buckets(replica)
@@ -177,11 +181,14 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     return replica
 
 
-def _spread(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
+def _spread(
+    trainer: Trainer, module: torch.nn.Module, name: str, materialize: Materializer
+) -> torch.nn.Module:
     from paceline.trainer.sharding import Shards, follow
 
     compute = torch.bfloat16 if trainer.precision == "bf16" else None
-    shards = Shards(module, name, trainer.world, trainer.validation_calls, compute)
+    calls = trainer.validation_calls
+    shards = Shards(module, name, trainer.world, calls, compute, materialize)
     follow(trainer.named_optimizers().values(), shards.renewed)
     trainer.replicas.append(shards)
     return module

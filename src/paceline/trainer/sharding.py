@@ -10,7 +10,7 @@ precise as the model was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Shards:
         world: the ranks.
         calls: takes the calls of a validation, together with other models'.
         compute: the dtype in which parameters are gathered; None for their own.
+        materialize: gives a part of the model memory, if it has none yet.
 
     Attributes:
         module: the model.
@@ -61,6 +62,7 @@ class Shards:
         world: World,
         calls: list[Call],
         compute: torch.dtype | None = None,
+        materialize: Callable[[torch.nn.Module], None] = lambda unit: None,
     ) -> None:
         self.module = module
         self.calls = calls
@@ -68,15 +70,20 @@ class Shards:
         self._probes: list[torch.Tensor] = []
         before = dict(module.named_parameters())
         self._check(before, name, world)
-        send([*before.values(), *module.buffers()])  # all start as rank 0's
-        kept = set(module.state_dict())
-        self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
         units = (*repeated_blocks(module), module)  # which share no parameter, as they are now
-        if world.parallel.tensor > 1:
+        if splits := world.parallel.tensor > 1:
+            for unit in units:
+                materialize(unit)
+            _send_whole(module)
             split_modules(module, name, world)
         self._exchanges = world.dp_size > 1
         for unit in units if self._exchanges else ():
+            if not splits:
+                materialize(unit)
+                _send_whole(unit)
             _shard(unit, world, compute)
+        kept = set(module.state_dict())
+        self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
         self.covered = frozenset(id(p) for p in module.parameters())
         module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
@@ -129,6 +136,11 @@ class Shards:
                 f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
                 "shape [1]."
             )
+
+
+def _send_whole(module: torch.nn.Module) -> None:
+    """What is whole yet starts as rank 0's."""
+    send(t for t in (*module.parameters(), *module.buffers()) if not is_dtensor(t))
 
 
 def _shard(unit: torch.nn.Module, world: World, compute: torch.dtype | None) -> None:

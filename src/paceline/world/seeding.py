@@ -13,7 +13,16 @@ import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
-_LABELS = {"model": 1, "sample": 2, "order": 3, "val": 4, "val-sample": 5, "batch": 6, "loader": 7}
+_LABELS = {
+    "model": 1,
+    "sample": 2,
+    "order": 3,
+    "val": 4,
+    "val-sample": 5,
+    "batch": 6,
+    "loader": 7,
+    "init": 8,
+}
 
 
 def mix(key: int, value: int) -> int:

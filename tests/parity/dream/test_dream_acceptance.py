@@ -114,9 +114,15 @@ def test_DT_06_the_order_of_events_on_each_rank(ranks: Any) -> None:
 
 
 def test_DT_07_a_parameter_without_values_is_named() -> None:
-    """Models are made with their values. One that was left on the meta device has none."""
-    model = nn.Sequential(line(), nn.Linear(1, 1, device="meta"))
-    with pytest.raises(ConfigError, match=r"model\.1\.weight, model\.1\.bias.*meta"):
+    """What is made on the meta device is filled by its own module. This one cannot."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+    model = nn.Sequential(line(), Scale())
+    with pytest.raises(ConfigError, match=r"without values: model\.1\.weight.*meta"):
         Trainer(**settings(model)).fit()
 
 
