@@ -6,7 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("overhead", "streams", "import_time", "dry_run", "memory", "checkpoints", "scaling")
+NAMES = (
+    "overhead",
+    "streams",
+    "import_time",
+    "dry_run",
+    "memory",
+    "memory_on_paper",
+    "checkpoints",
+    "scaling",
+)
 
 if __name__ == "__main__":
     here = Path(__file__).parent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -14,15 +14,11 @@ def most_allocated(work: Callable[[], Any]) -> int:
     """The most bytes of CPU tensors that `work` held at once, what kernels use inside included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    tree: Any = seen.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
-    changes = sorted((event.start_time_ns, event.extra_fields.alloc_size) for event in _of(tree))
-    return max(accumulate(size for _, size in changes))
-
-
-def _of(events: Iterable[Any]) -> Iterable[Any]:
-    ahead = list(events)
+    changes: list[tuple[int, int]] = []  # time, bytes
+    ahead: list[Any] = [*seen.profiler.kineto_results.experimental_event_tree()]  # type: ignore
     while ahead:
         event = ahead.pop()
         if event.tag == _EventType.Allocation:
-            yield event
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
         ahead += event.children
+    return max(accumulate(size for _, size in sorted(changes, key=lambda change: change[0])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from paceline.checkup import FitReport, fits
 from paceline.checkup.fits import parse_devices
 from paceline.errors import ConfigError
 from paceline.recipe import Recipe, build_trainer, load_recipe
+from ranks import Ranks
 
 CODE = """
 import torch
@@ -68,6 +70,13 @@ class Reading(Trainer):
         if not loss.isfinite() or loss.item() < 0:
             raise ValueError("no loss")
         return loss
+
+
+class Attending(Trainer):
+    def loss(self, batch):
+        x, _ = batch
+        scores = torch.nn.functional.linear(self.model(x), torch.ones(64, 64))
+        return scores.softmax(-1).square().mean()
 
 
 class Broken(Trainer):
@@ -136,6 +145,31 @@ def test_the_step_on_paper_takes_what_the_real_one_takes(recipe, words):
     on_paper = fits(recipe(*words), "1xcpu-1GB").peak_bytes
     real = most_allocated(lambda: two_steps(recipe(*words)))
     assert on_paper == pytest.approx(real, rel=0.08)  # the mean of a loss keeps its terms' memory
+
+
+def most_of_a_rank(path: Path, words: list[str]) -> int:
+    """What two real steps take on this rank."""
+    os.chdir(path)
+    recipe = load_recipe("rows.yaml", words)
+    return most_allocated(lambda: two_steps(recipe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+parallel.dp_shard=2"],
+        ["+parallel.dp_shard=2", "+trainer.gradient_accumulation_steps=3"],
+        ["+parallel.dp_shard=2", "+trainer.precision=bf16"],
+        [],
+    ],
+    ids=["sharded", "accumulated", "bf16", "copied"],
+)
+def test_a_rank_of_two_takes_what_it_takes_on_paper(recipe, ranks: Ranks, tmp_path: Path, words):
+    words = [*words, "model.width=128", "model.layers=4", "train_dataloader.batch_size=1000"]
+    on_paper = fits(recipe(*words), "2xcpu-1GB").peak_bytes
+    real = min(ranks(most_of_a_rank, 2, tmp_path, words))  # gloo lets go of a block when it will
+    assert on_paper == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.slow
@@ -217,7 +251,7 @@ def test_a_layout_of_another_size_is_refused_as_at_a_start(recipe):
 
 @pytest.mark.parametrize("word", ["tensor=2", "cpu_offload=true"])
 def test_what_cannot_be_looked_at_yet_is_refused(recipe, word):
-    with pytest.raises(ConfigError, match="do not exist yet on paper"):
+    with pytest.raises(ConfigError, match="cannot be looked at on paper yet"):
         fits(recipe("+parallel.dp_shard=2", f"+parallel.{word}"), "4xH100-80GB")
 
 
@@ -253,3 +287,20 @@ def test_an_error_names_its_stage_and_place(recipe):
     assert "rows.py:" in failed.detail
     assert "Traceback" in report.stack
     assert [c.name for c in report.checks if c.status == "SKIP"][-1] == "memory"
+
+
+def test_a_gpu_updates_all_parameters_at_once_and_a_cpu_one_by_one(recipe):
+    on_cpu, on_gpu = (fits(recipe(), f"1x{name}-80GB") for name in ("cpu", "H100"))
+    assert part(on_gpu, "temporary") >= PARAMETERS > part(on_cpu, "temporary")
+    told = fits(recipe("+optimizer.foreach=false"), "1xH100-80GB")
+    assert part(told, "temporary") == part(on_cpu, "temporary")
+
+
+def test_a_gpu_takes_a_softmax_in_float32_under_autocast(recipe):
+    words = ["+trainer.precision=bf16", "train_dataloader.batch_size=1000",
+             "trainer._target_=rows.Attending"]  # fmt: skip
+    on_cpu, on_gpu = (fits(recipe(*words), f"1x{name}-80GB") for name in ("cpu", "H100"))
+    assert on_cpu.peak_bytes is not None
+    assert on_gpu.peak_bytes is not None
+    # Its numbers are kept with 4 bytes in place of 2.
+    assert on_gpu.peak_bytes - on_cpu.peak_bytes >= 2 * 1000 * 64

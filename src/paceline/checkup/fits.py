@@ -7,6 +7,7 @@ import traceback
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal
 
 from paceline.checkup.ledger import Peak
@@ -22,8 +23,9 @@ NOT_COUNTED = (
     "the device's context, the workspaces of its libraries (cuBLAS, cuDNN, NCCL), and what the "
     "allocator loses to fragments: they depend on the device, so no number is assumed for them",
     "validation, and batches that are larger than the first one",
-    "what compile=True saves, and kernels that keep more or less on that device than on a CPU",
+    "what compile=True saves, and kernels that keep more or less on a GPU than on a CPU",
 )
+_ON_PAPER = {"dp_replicate", "dp_shard", "activation_checkpointing", "timeout"}
 _SCALE = {"MB": 10**6, "GB": 10**9, "GiB": 2**30}
 _DEVICES = re.compile(r"(\d+)x(\S+)-(\d+(?:\.\d+)?)(MB|GB|GiB)", re.ASCII)
 Checkpointing = Literal["full", "selective"] | float | None
@@ -147,11 +149,7 @@ def fits(recipe: Recipe, on: str) -> FitReport:
     devices = parse_devices(on)
     parallel = recipe.settings.get("parallel") or Parallel()
     copies, shards = parallel.sizes(devices.count)
-    if parallel.tensor > 1 or parallel.cpu_offload:
-        raise ConfigError(
-            "--on: parallel.tensor and parallel.cpu_offload do not exist yet on paper; leave them "
-            "out to see what the recipe takes without them."
-        )
+    _check(parallel)
     report = FitReport([Check("recipe", "PASS", str(recipe.composed.path))], devices)
     report.checks += wrong_settings(recipe)
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
@@ -168,6 +166,15 @@ def fits(recipe: Recipe, on: str) -> FitReport:
     search = _Search(one, parallel, devices)
     _judge(report, search)
     return report
+
+
+def _check(parallel: Parallel) -> None:
+    asked = {f.name for f in dataclass_fields(parallel) if getattr(parallel, f.name) != f.default}
+    if unbuilt := sorted(asked - _ON_PAPER):
+        raise ConfigError(
+            f"--on: parallel.{', parallel.'.join(unbuilt)} cannot be looked at on paper yet; leave "
+            "it out to see what the recipe takes without it."
+        )
 
 
 def _parts(peak: Peak) -> list[Part]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from paceline.checkup.as_on_gpu import AutocastAsOnGpu, update_all_at_once
 from paceline.checkup.fake import make_fake, parameters_made_fake
 from paceline.checkup.ledger import Ledger, Peak
 from paceline.data.loader import is_indexed
@@ -50,8 +51,8 @@ class StepOnPaper:
         recipe: what is trained.
         parallel: the layout, in place of the recipe's.
         ranks: how many.
-        on_cpu: whether the devices are CPUs; else optimizers do as torch has them do on an
-            accelerator by default, which is to update all parameters at once.
+        on_cpu: whether the devices are CPUs; else torch does as it does on a GPU, as far as
+            `as_on_gpu.py` knows.
 
     Attributes:
         ledger: what was taken.
@@ -112,7 +113,7 @@ class StepOnPaper:
         follow(optimizers, make_fake(_modules(trainer), self.fake))
         if not self.on_cpu:
             for optimizer in optimizers:
-                _update_all_at_once(optimizer)
+                update_all_at_once(optimizer)
         self.ledger.moment = "placement"
         self.ledger.hold(PARAMETERS, _parameters(trainer))
         self.ledger.hold(OTHER, (b for m in trainer.named_models().values() for b in m.buffers()))
@@ -147,7 +148,8 @@ class StepOnPaper:
 
     def _step(self, trainer: Trainer, draw: Draw) -> None:
         trainer.window = window = trainer._open_window(draw)
-        with self.fake, self.ledger:
+        as_there = nullcontext() if self.on_cpu else AutocastAsOnGpu()
+        with self.fake, self.ledger, as_there:
             trainer.step(window)
             trainer.optimization.end_window()
         states = (
@@ -217,14 +219,3 @@ def _modules(trainer: Trainer) -> Iterator[torch.nn.Module]:
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-
-
-def _update_all_at_once(optimizer: torch.optim.Optimizer) -> None:
-    """Has an optimizer that was not told how do what torch's choose on an accelerator.
-
-    See `torch.optim.optimizer._default_to_fused_or_foreach`.
-    """
-    for group in optimizer.param_groups:
-        told = group.get("foreach", False) is not None or group.get("fused")
-        if not told and not group.get("differentiable"):
-            group["foreach"] = True

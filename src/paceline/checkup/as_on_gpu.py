@@ -1,0 +1,95 @@
+"""What torch does otherwise on a GPU than on a CPU, and what makes a difference to memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+# https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32".
+_IN_FLOAT32 = frozenset(
+    [
+        "__pow__",
+        "__rdiv__",
+        "__rpow__",
+        "__rtruediv__",
+        "acos",
+        "asin",
+        "binary_cross_entropy_with_logits",
+        "cosh",
+        "cosine_embedding_loss",
+        "cdist",
+        "cosine_similarity",
+        "cross_entropy",
+        "cumprod",
+        "cumsum",
+        "dist",
+        "erfinv",
+        "exp",
+        "expm1",
+        "group_norm",
+        "hinge_embedding_loss",
+        "kl_div",
+        "l1_loss",
+        "layer_norm",
+        "log",
+        "log10",
+        "log_softmax",
+        "log1p",
+        "log2",
+        "margin_ranking_loss",
+        "mse_loss",
+        "multilabel_margin_loss",
+        "multi_margin_loss",
+        "nll_loss",
+        "norm",
+        "normalize",
+        "pdist",
+        "poisson_nll_loss",
+        "pow",
+        "prod",
+        "reciprocal",
+        "rsqrt",
+        "sinh",
+        "smooth_l1_loss",
+        "soft_margin_loss",
+        "softmax",
+        "softmin",
+        "softplus",
+        "sum",
+        "renorm",
+        "tan",
+        "triplet_margin_loss",
+    ]
+)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class AutocastAsOnGpu(TorchFunctionMode):
+    """Where autocast is on, computes in float32 what it computes so on a GPU.
+
+    A CPU's autocast leaves some of it in the lower precision: softmax and layer norms, say.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(torch.Tensor, _in_float32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in _HALVES else tensor
+
+
+def update_all_at_once(optimizer: torch.optim.Optimizer) -> None:
+    """Has an optimizer that was not told how do as torch's own choose to on a GPU.
+
+    See `torch.optim.optimizer._default_to_fused_or_foreach`.
+    """
+    for group in optimizer.param_groups:
+        told = group.get("foreach", False) is not None or group.get("fused")
+        if not told and not group.get("differentiable"):
+            group["foreach"] = True
