@@ -11,11 +11,11 @@ from functools import cache
 from pydoc_data.topics import topics
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from paceline import Trainer
+from paceline.world.context import attention, positions
 
 
 @cache
@@ -63,7 +63,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Heads come first in the features, so that ranks may have some of the heads each.
         q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.size)).permute(3, 0, 2, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -121,7 +121,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [batch, length] -> logits [batch, length, alphabet]."""
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        x = self.token(tokens) + self.position(positions(tokens.shape[1], tokens.device))
         return self.norm(self.blocks(x)) @ self.token.weight.T
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.stop import StopAgreement
+from paceline.world.context import Sequences
 from paceline.world.seeding import mix, seed_everything, stream
 from paceline.world.world import World
 
@@ -175,7 +176,7 @@ def _open_data(trainer: Trainer) -> None:
         with _speaking_of("val_dataloader"):
             trainer.validation = open_validation(trainer.val_dataloader, seed, world)
     trainer.counts_items = overrides(trainer, "count_items", TrainerBase)
-    trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.dp_rank)
+    trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.part)
     validation = [] if trainer.validation is None else trainer.validation.plan
     for decision, setting in trainer.source.plan + validation:
         trainer.plan.add(decision, setting)
@@ -202,6 +203,8 @@ def place(trainer: Trainer) -> None:
     if trainer.precision != "fp32":
         dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float16
         trainer.autocast = torch.autocast(trainer.device.type, dtype=dtype)
+    if trainer.world.context_mesh is not None:
+        trainer.autocast = Sequences(trainer.world.context_mesh, trainer.autocast)
     for model in trainer.named_models().values():
         model.train()
 
@@ -353,10 +356,11 @@ def _describe(trainer: Trainer) -> None:
 
 
 def _spread(world: World) -> str:
-    tensor = world.parallel.tensor
-    if world.shards == tensor == 1:
+    tensor, context = world.parallel.tensor, world.parallel.context
+    if world.shards == tensor == context == 1:
         return f"replicated over {world.size} ranks by DDP"
     ways = [f"split over {tensor} ranks by its plan"] * (tensor > 1)
+    ways += [f"given sequences in {context} parts"] * (context > 1)
     ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)
     copies = "" if world.copies == 1 else f", in {world.copies} copies"
     return ", ".join(ways) + copies

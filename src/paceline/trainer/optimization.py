@@ -96,7 +96,7 @@ class Optimization:
         self.norms.pop(name, None)
         for replica in trainer.replicas:
             replica.check_exchanged()
-        if trainer.world.dp_size > 1:
+        if trainer.world.parts > 1:
             check_spread(trainer, optimizer, self._covered)
         if not self._compared:
             self._compare_whole_gradients()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from paceline.checkpoint.state import parameter_names
 from paceline.errors import ConfigError, LossError
@@ -26,18 +27,25 @@ class Replica(DistributedDataParallel):
         called: whether the module was called through it, gradients on, in this micro-batch.
         covered: the `id` of each parameter whose gradient it exchanges.
         sentinel: its smallest trainable parameter, whose gradient tells of the others' NaN.
+        whole_way: whether ranks exchange something within the model too, so that the backward pass
+            of a loss of zero has to take the whole way.
     """
 
     called = False
+    whole_way = False
+    _probes: list[torch.Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
         if torch.is_grad_enabled():
             vars(self)["called"] = True
-        return super().forward(*args, **kwargs)
+            if self.whole_way:
+                vars(self).setdefault("_probes", []).extend(probes(outputs))
+        return outputs
 
     def begin(self, *, exchange: bool) -> None:
         """A micro-batch begins; gradients are exchanged in the window's last."""
-        vars(self).update(called=False, require_backward_grad_sync=exchange)
+        vars(self).update(called=False, require_backward_grad_sync=exchange, _probes=[])
 
     @cached_property
     def covered(self) -> frozenset[int]:
@@ -50,7 +58,8 @@ class Replica(DistributedDataParallel):
 
     def zero_loss(self) -> torch.Tensor:
         """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""
-        return zero_loss(self.module.parameters())
+        zero = zero_loss(self.module.parameters())
+        return zero + zero_of(self._probes) if self.whole_way else zero
 
     def check_exchanged(self) -> None:
         """Refuses gradients that every rank keeps to itself.
@@ -177,6 +186,7 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     device_ids = None if trainer.on_cpu else [trainer.device]
     replica = Replica(module, device_ids=device_ids)
     _settle_buckets(replica)
+    vars(replica)["whole_way"] = trainer.parallel.context > 1
     trainer.replicas.append(replica)
     return replica
 
@@ -225,6 +235,20 @@ def _settle_buckets(replica: Replica) -> None:
 def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """A loss of zero that depends on every parameter: each gets a gradient of zeros."""
     return torch.stack([(p * 0).sum().float() for p in parameters if p.requires_grad]).sum()
+
+
+def probes(outputs: Any) -> list[torch.Tensor]:
+    """One element of each output, copied: the output itself is free to go."""
+    return [
+        leaf.reshape(-1)[:1].sum().float()
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]
+
+
+def zero_of(probes: list[torch.Tensor]) -> torch.Tensor:
+    """A loss of zero whose backward pass goes through all that has made these."""
+    return torch.stack([probe * 0 for probe in probes]).nan_to_num(0, 0, 0).sum()
 
 
 def check_spread(trainer: Trainer, optimizer: torch.optim.Optimizer, covered: Set[int]) -> None:

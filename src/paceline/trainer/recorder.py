@@ -46,7 +46,7 @@ class Recorder:
 
     def row(self) -> dict[str, Any]:
         """The row of the steps since the last one, the same on every rank; starts a new one."""
-        means = merge(self._trainer.world.gather_shares(self.train.sums()))
+        means = merge(self._trainer.world.gather_parts(self.train.sums()))
         self.train.reset()
         return {**self._counters(), **self._rates(), **means}
 
@@ -70,7 +70,7 @@ class Recorder:
     def validation_metrics(self, own: dict[str, float], samples: float) -> dict[str, float]:
         """All metrics of a validation: logged ones, and a trainer's own weighted by items."""
         ours = {name: (float(value) * samples, samples) for name, value in own.items() if samples}
-        parts = self._trainer.world.gather_shares((self.val.sums(), ours))
+        parts = self._trainer.world.gather_parts((self.val.sums(), ours))
         self.val.reset()
         return {**merge([logged for logged, _ in parts]), **merge([given for _, given in parts])}
 
@@ -86,9 +86,9 @@ class Recorder:
                 sink.sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """The open sums of this rank's share of the data and, on rank 0, where its sinks stand."""
+        """The open sums of this rank's part and, on rank 0, where its sinks stand."""
         state: dict[str, Any] = {}
-        if self._trainer.world.leads_share:
+        if self._trainer.world.leads_part:
             state["sums"] = self.train.state_dict()
         if self._main:
             state["sinks"] = {
@@ -100,7 +100,7 @@ class Recorder:
         """Takes back this rank's open sums, or in another layout all of them on rank 0."""
         world = self._trainer.world
         sums = {int(rank): state["sums"] for rank, state in ranks.items() if "sums" in state}
-        if world.all_gather_object(world.leads_share) == [r in sums for r in range(len(ranks))]:
+        if world.all_gather_object(world.leads_part) == [r in sums for r in range(len(ranks))]:
             self.train.load_state_dict(sums.get(world.rank, {}))
         elif self._main:
             totals: dict[str, list[float]] = {}

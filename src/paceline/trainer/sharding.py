@@ -21,10 +21,10 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from paceline.errors import ConfigError
 from paceline.trainer.blocks import repeated_blocks
+from paceline.trainer.placement import probes, zero_of
 from paceline.trainer.tensor_parallel import split_modules
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World, send
@@ -76,7 +76,7 @@ class Shards:
                 materialize(unit)
             _send_whole(module)
             split_modules(module, name, world)
-        self._exchanges = world.dp_size > 1
+        self._exchanges = world.parts > 1
         for unit in units if self._exchanges else ():
             if not splits:
                 materialize(unit)
@@ -103,7 +103,7 @@ class Shards:
 
     def zero_loss(self) -> torch.Tensor:
         """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""
-        return torch.stack([probe * 0 for probe in self._probes]).nan_to_num(0, 0, 0).sum()
+        return zero_of(self._probes)
 
     def _note_call(self, module: Any, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
@@ -115,12 +115,7 @@ class Shards:
         if not torch.is_grad_enabled():
             return
         self.called = True
-        # One element of each output, copied: the output itself is free to go.
-        self._probes += [
-            leaf.reshape(-1)[:1].sum().float()
-            for leaf in tree_leaves(outputs)
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-        ]
+        self._probes += probes(outputs)
 
     @staticmethod
     def _check(parameters: dict[str, torch.nn.Parameter], name: str, world: World) -> None:
@@ -130,7 +125,7 @@ class Shards:
                 "it anew; parallel=Parallel(...) decides how it is spread."
             )
         scalars = [key for key, p in parameters.items() if p.dim() == 0]
-        if scalars and world.dp_size > 1:
+        if scalars and world.parts > 1:
             raise ConfigError(
                 f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
                 f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "

@@ -12,7 +12,7 @@ from paceline.errors import ConfigError, DataError, MetricError
 from paceline.trainer.blame import in_validation
 from paceline.trainer.placement import Replica, share_buffers
 from paceline.trainer.progress import as_number
-from paceline.trainer.window import buffers_kept, to_device
+from paceline.trainer.window import buffers_kept, here
 from paceline.world.dtensors import reshard
 from paceline.world.seeding import mix, seed_everything, stream
 
@@ -35,7 +35,7 @@ def validate(trainer: Trainer) -> dict[str, float] | None:
         for hook in trainer.events.on_validation_start:
             hook()
         samples = _run_batches(trainer)
-        everywhere = trainer.world.gather_shares(samples)
+        everywhere = trainer.world.gather_parts(samples)
         if samples is None or None in everywhere:
             return None
         if sum(everywhere) == 0:
@@ -50,13 +50,12 @@ def validate(trainer: Trainer) -> dict[str, float] | None:
 def _run_batches(trainer: Trainer) -> float | None:
     """This rank's samples, or None if it left early."""
     assert trainer.validation is not None
-    key = stream(trainer.seed, "val", trainer.global_step, trainer.world.dp_rank)
+    key = stream(trainer.seed, "val", trainer.global_step, trainer.world.part)
     events, samples = trainer.events, 0
     for batch_idx, (batch, size) in enumerate(trainer.validation.batches()):
         if trainer.stop_agreement.abandons(2 * trainer.global_step + 1, batch_idx):
             return None
-        if not trainer.on_cpu:
-            batch = to_device(batch, trainer.device)
+        batch = here(trainer, batch)
         if size == 0:  # it only keeps this rank in step with the others
             _stand_in(trainer)
             continue

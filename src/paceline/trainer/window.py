@@ -10,6 +10,7 @@ import torch
 from paceline.data.source import Draw
 from paceline.errors import DataError
 from paceline.trainer.progress import as_number
+from paceline.world.context import part_of
 from paceline.world.seeding import mix, seed_everything
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Window:
         self._first = first_batch_idx
         self._position = 0
         self._batches: list[Any] | None = None
-        self._dp_size = trainer.world.dp_size
+        self._shares = trainer.world.dp_size  # by which the weights add up, as gradients average
         self.samples = draw.samples
         self.counts: list[Any] = draw.sizes
         self.items: Any = draw.samples
@@ -96,7 +97,7 @@ class Window:
             self.batch = batch = self._fetch(j)
             self.stand_in = sizes[j] == 0
             trainer.batch_items = count
-            self.weight = count * self._dp_size / self._whole
+            self.weight = count * self._shares / self._whole
             for replica in trainer.replicas:
                 replica.begin(exchange=j == last)
             seed_everything(mix(key, j))
@@ -115,8 +116,7 @@ class Window:
     def _fetch(self, j: int) -> Any:
         if self._batches is not None:
             return self._batches[j]
-        batch = self._draw.batch(j)
-        return batch if self._trainer.on_cpu else to_device(batch, self._trainer.device)
+        return here(self._trainer, self._draw.batch(j))
 
     def _count(self) -> None:
         """Counts items that only the batches tell: all of them are read before the first is run."""
@@ -129,10 +129,11 @@ class Window:
             self.counts = [as_number(count) for count in self.counts]
         items: Any = sum(self.counts)
         samples = sum(map(_samples_in, real)) if self.samples < 0 else self.samples
-        if self._dp_size > 1:
+        if trainer.world.parts > 1:
+            self._shares = trainer.world.parts
             both = torch.zeros(2, dtype=torch.float64, device=trainer.device)
             both[0], both[1] = items, samples
-            trainer.world.sum_shares(both)
+            trainer.world.sum_parts(both)
             items, shared = map(as_number, both) if trainer.world.reads_are_free else both
             samples = shared if self.samples < 0 else samples
         self.items, self.samples = items, samples
@@ -162,6 +163,13 @@ class buffers_kept:
         with torch.no_grad():
             for buffer, value in self._held:
                 buffer.copy_(value)
+
+
+def here(trainer: Trainer, batch: Any) -> Any:
+    """What this rank computes of a batch, on its device."""
+    if trainer.world.context_mesh is not None:
+        batch = part_of(batch, trainer.world.context_mesh)
+    return batch if trainer.on_cpu else to_device(batch, trainer.device)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

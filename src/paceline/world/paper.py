@@ -32,6 +32,8 @@ class WorldOnPaper(World):
     """
 
     def __init__(self, parallel: Parallel, ranks: int) -> None:
+        if parallel.context > 1:
+            raise ConfigError("parallel.context: what it saves is not reckoned with on paper yet.")
         self.parallel = parallel
         self.ranks = ranks
         self.copies, self.shards = parallel.sizes(ranks)
@@ -40,8 +42,8 @@ class WorldOnPaper(World):
         self.device = torch.device("cpu")
         self.mesh = self.control_group = None
         self.timeout = parallel.timeout
-        self._per_share = ranks // self.dp_size
-        self._shares_group = None
+        self.part, self.parts = 0, ranks // parallel.tensor
+        self.context_mesh = self._parts_group = None
         self._owns_group = False
 
     def open(self) -> WorldOnPaper:

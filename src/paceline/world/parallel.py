@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from paceline.errors import ConfigError
 
-_SIZES = ("dp_replicate", "dp_shard", "tensor")
+_SIZES = ("dp_replicate", "dp_shard", "context", "tensor")
 _BUILT = (*_SIZES, "activation_checkpointing", "cpu_offload", "plan", "timeout")
 
 
@@ -17,14 +17,16 @@ class Parallel:
     """The layout of a run over its processes; the product of the sizes is the world size.
 
     Data parallelism works today, by replication (DDP), sharding (FSDP2) or both (HSDP), and tensor
-    parallelism beside it. Every other dimension is refused with a clear error until it is built.
+    and context parallelism beside it. Every other dimension is refused with a clear error until it
+    is built.
 
     Args:
         dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
         dp_shard: processes over which each copy is sharded (FSDP2). Every process sees samples of
             its own.
         tensor: processes over which modules are split, as `plan` says. They see the same samples.
-        context: context-parallel size.
+        context: processes over which sequences are split. The model asks `paceline.world.context`
+            for attention and positions.
         pipeline: pipeline stages.
         expert: expert-parallel size.
         activation_checkpointing: what the model's repeated blocks compute once more in the
@@ -65,7 +67,7 @@ class Parallel:
             raise ConfigError(
                 f"parallel: {', '.join(unbuilt)} does not exist yet: this version replicates the "
                 "model over the processes (dp_replicate), shards it (dp_shard) and splits its "
-                "modules (tensor)."
+                "modules (tensor) and the sequences (context)."
             )
         recomputed = self.activation_checkpointing
         budget = isinstance(recomputed, float) and 0 <= recomputed <= 1
@@ -107,7 +109,7 @@ class Parallel:
             if size != "auto" and (size > 1 or name == "dp_replicate")
         ]
         if self.dp_replicate == "auto":
-            one_copy = self.dp_shard * self.tensor
+            one_copy = self.dp_shard * self.context * self.tensor
             replicate, rest = divmod(world_size, one_copy)
             if rest or not replicate:
                 raise ConfigError(

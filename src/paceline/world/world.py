@@ -40,9 +40,12 @@ class World:
         device: where this process computes.
         rank, size, local_rank: this process, all processes, this process on its machine.
         dp_rank, dp_size: this process's share of the data and the number of shares.
+        part, parts: this process's part of what the loss is computed on, and the number of parts:
+            shares of the data, and of each sequence with `Parallel(context=...)`.
         copies, shards: copies of each model's state, and shares of the data that share one.
         timeout: seconds that a collective may wait.
-        mesh: the DeviceMesh, or None with one process.
+        mesh: the DeviceMesh over which the models' state is spread, or None with one process.
+        context_mesh: the processes that share this one's sequences, or None.
         control_group: a gloo group for small host-side messages, or None with one process.
     """
 
@@ -57,11 +60,13 @@ class World:
         self.device = _device(self.local_rank)
         self.copies, self.shards = self.parallel.sizes(self.size)
         self.dp_size = self.copies * self.shards
-        self._per_share = self.size // self.dp_size  # ranks that work on the same samples
-        self.dp_rank = self.rank // self._per_share
+        self.dp_rank = self.rank // (self.size // self.dp_size)
+        self.parts = self.size // self.parallel.tensor
+        self.part = self.rank // self.parallel.tensor
         self.mesh: DeviceMesh | None = None
+        self.context_mesh: DeviceMesh | None = None
         self.control_group: Any = None
-        self._shares_group: Any = None
+        self._parts_group: Any = None
         self._owns_group = False
         self.timeout = self.parallel.timeout
 
@@ -71,14 +76,14 @@ class World:
         return self.rank == 0
 
     @property
-    def leads_share(self) -> bool:
-        """Whether this is the process that speaks for its share of the data."""
-        return self.rank % self._per_share == 0
+    def leads_part(self) -> bool:
+        """Whether this is the process that speaks for its part."""
+        return self.rank % self.parallel.tensor == 0
 
     @property
     def dp_mesh(self) -> DeviceMesh | None:
-        """The part of the mesh over which the data are shared out."""
-        if self.mesh is None or self.dp_size == self.size:
+        """The mesh without the dimension over which modules are split."""
+        if self.mesh is None or self.parallel.tensor == 1:
             return self.mesh
         names = tuple(n for n in self.mesh.mesh_dim_names or () if n.startswith("dp_"))
         return self.mesh[names] if names else None
@@ -99,14 +104,21 @@ class World:
             _join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
             self._owns_group = True
         self.control_group = self.new_group()
-        if self.dp_size < self.size:
-            step, size = self._per_share, self.size
-            self._shares_group, _ = dist.new_subgroups_by_enumeration(
+        if self.parts < self.size:
+            step, size = self.parallel.tensor, self.size
+            self._parts_group, _ = dist.new_subgroups_by_enumeration(
                 [list(range(first, size, step)) for first in range(step)],
                 timeout=timedelta(seconds=self.timeout),
             )
         self.mesh = self._make_mesh()
-        for group in self.mesh.get_all_groups():  # which torch gives a timeout of its own
+        groups = self.mesh.get_all_groups()
+        if (context := self.parallel.context) > 1:
+            sizes = (self.dp_size, context, self.parallel.tensor)
+            names = ("data", "context", "tensor")
+            whole = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+            self.context_mesh = whole["context"]
+            groups += whole.get_all_groups()
+        for group in groups:  # which torch gives a timeout of its own
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         return self
 
@@ -116,8 +128,10 @@ class World:
             "dp_shard": self.shards,
             "tensor": self.parallel.tensor,
         }
+        # Ranks that share a sequence share the state as those do that share the data.
+        sizes["dp_shard" if self.shards > 1 else "dp_replicate"] *= self.parallel.context
         # Copies of split modules are kept equal by FSDP2, which takes a mesh with shards.
-        kept = "dp_shard" if self.copies > 1 and self.parallel.tensor > 1 else ""
+        kept = "dp_shard" if sizes["dp_replicate"] > 1 and self.parallel.tensor > 1 else ""
         sizes = {name: size for name, size in sizes.items() if size > 1 or name == kept}
         return init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
@@ -130,9 +144,10 @@ class World:
                 dist.destroy_process_group()
             elif self.control_group is not None:
                 dist.destroy_process_group(self.control_group)
-                if self._shares_group is not None:
-                    dist.destroy_process_group(self._shares_group)
-        self.mesh = self.control_group = self._shares_group = None
+                if self._parts_group is not None:
+                    dist.destroy_process_group(self._parts_group)
+        self.mesh = self.context_mesh = None
+        self.control_group = self._parts_group = None
         self._owns_group = False
 
     def new_group(self) -> Any:
@@ -163,11 +178,11 @@ class World:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
         return tensor
 
-    def sum_shares(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Adds up `tensor` over the shares of the data, in place, and returns it."""
-        if self._shares_group is None:
+    def sum_parts(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds up `tensor` over the parts, in place, and returns it."""
+        if self._parts_group is None:
             return self.all_reduce(tensor)
-        dist.all_reduce(tensor, group=self._shares_group)
+        dist.all_reduce(tensor, group=self._parts_group)
         return tensor
 
     def any(self, flag: bool) -> bool:
@@ -190,9 +205,9 @@ class World:
         dist.all_gather_object(box, value, group=self.control_group)
         return box
 
-    def gather_shares(self, value: Any) -> list[Any]:
-        """One `value` of each share of the data, in their order, on every rank."""
-        return self.all_gather_object(value)[:: self._per_share]
+    def gather_parts(self, value: Any) -> list[Any]:
+        """One `value` of each part, in their order, on every rank."""
+        return self.all_gather_object(value)[:: self.parallel.tensor]
 
 
 @torch.no_grad()
