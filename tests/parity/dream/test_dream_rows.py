@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from parity_rows import Later, unanswered
 
-PIPELINE = Later("no pipeline parallelism yet: Parallel(pipeline=2) is refused by name")
 FP8 = Later("no FP8 recipes; convert modules in configure(), which is before they are placed")
 TOLERANCE = Later("no replica groups that outlive each other; a run stops as one and goes on")
 WANDB = Later("no wandb tracker yet; a Sink of one's own keeps its run's id over a resume")
