@@ -60,7 +60,8 @@ class Optimization:
         if isinstance(loss, dict):
             loss = self._sum_of_independent(loss)
         _check_loss(loss)
-        loss = whole(loss)
+        if self._splits:
+            loss = whole(loss)  # of logits whose classes are split
         if self._scale_is_due:
             self._update_scale()
         window.loss = raw = loss.detach()

@@ -43,6 +43,7 @@ class Window:
         self._first = first_batch_idx
         self._position = 0
         self._batches: list[Any] | None = None
+        self._as_read = trainer.on_cpu and trainer.parallel.context == 1
         self._shares = trainer.world.dp_size  # by which the weights add up, as gradients average
         self.samples = draw.samples
         self.counts: list[Any] = draw.sizes
@@ -116,7 +117,8 @@ class Window:
     def _fetch(self, j: int) -> Any:
         if self._batches is not None:
             return self._batches[j]
-        return here(self._trainer, self._draw.batch(j))
+        batch = self._draw.batch(j)
+        return batch if self._as_read else here(self._trainer, batch)
 
     def _count(self) -> None:
         """Counts items that only the batches tell: all of them are read before the first is run."""
