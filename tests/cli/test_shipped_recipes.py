@@ -39,7 +39,7 @@ def test_the_gpt_learns_and_writes(paceline, tmp_path: Path):
     assert "\nThe " in out
 
 
-KILLED = ("trainer.epochs=3", "optimizer.lr=3e-4", "--nproc", "2")
+KILLED = ("trainer.epochs=3", "optimizer.lr=3e-4", "model.width=8", "--nproc", "2")
 
 
 @pytest.fixture(scope="module")
