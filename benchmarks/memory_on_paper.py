@@ -30,8 +30,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "batches of 16": (1, []),
     "batches of 48": (1, [LARGE]),
     "batches of 48, recomputed": (1, [LARGE, "+parallel.activation_checkpointing=full"]),
-    "two ranks, copies": (2, []),
-    "two ranks, sharded": (2, ["+parallel.dp_shard=2"]),
+    "two ranks, sharded, half as wide": (2, ["+parallel.dp_shard=2", "model.width=256"]),
 }
 
 
@@ -124,6 +123,11 @@ def main() -> None:
             "resident": real("resident", ranks, words),
         }
         print(name, json.dumps(found[name]), flush=True)
+    show(found, at)
+
+
+def show(found: dict[str, dict[str, Any]], at: dict[str, Any]) -> None:
+    """Writes the results."""
     rows = [
         [
             name,
