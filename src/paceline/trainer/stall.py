@@ -51,6 +51,7 @@ class StallReport:
         self._told = False  # where the rank stands now
         self._reports = 0  # equal on all ranks
         self._asked_at: float | None = None  # this rank waits for the others' answers
+        self._stood = 0.0  # seconds, when it asked
 
     def look(self, store: Any, position: Any) -> None:
         """One look, if it is time for one.
@@ -83,6 +84,7 @@ class StallReport:
         self._told = True
         if store.get(self._key("asks")).decode() == rank:
             self._asked_at = time.monotonic()
+            self._stood = self._asked_at - self._since
         else:
             self._reports += 1
 
@@ -98,7 +100,7 @@ class StallReport:
         lines = [f"  {_ranks(ranks)}: {answer}" for answer, ranks in said.items()]
         print(
             f"paceline: rank {self._world.rank} has come no further for "
-            f"{time.monotonic() - self._since:.0f} s; a collective may wait for "
+            f"{self._stood:.0f} s; a collective may wait for "
             f"{self._world.timeout:g} s (parallel.timeout). Where the ranks are:",
             *lines,
             sep="\n",
