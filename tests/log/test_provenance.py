@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -84,6 +85,16 @@ def test_a_crash_while_writing_leaves_the_old_record(
     record.finish("complete")  # a failing disk must not hide why the run ended
     assert (tmp_path / "run.json").read_bytes() == before
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_metrics_that_json_has_no_way_to_write_come_back(tmp_path: Path) -> None:
+    record = started(tmp_path)
+    record.update(metrics={"a": math.inf, "b": -math.inf, "c": math.nan, "d": 0.5})
+    strict = {"parse_constant": lambda text: pytest.fail(f"{text} is no JSON")}
+    assert json.loads((tmp_path / "run.json").read_text(), **strict)["metrics"]["c"] == "nan"
+    back = read_run(tmp_path)["metrics"]
+    assert [back["a"], back["b"], back["d"]] == [math.inf, -math.inf, 0.5]
+    assert math.isnan(back["c"])
 
 
 def test_an_unknown_status_is_refused(tmp_path: Path) -> None:

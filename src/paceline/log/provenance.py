@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from paceline.log.floats import as_text, revived
+
 RUN_FILE = "run.json"
 FORMAT = 1
 STATUSES = ("running", "complete", "stopped", "failed")
@@ -249,7 +251,10 @@ class RunRecord:
     def _write(self) -> None:
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.record, indent=2, default=str)
+        written = dict(self.record)
+        if "metrics" in written:
+            written["metrics"] = {name: as_text(v) for name, v in written["metrics"].items()}
+        text = json.dumps(written, indent=2, default=str)
         with replacing(self.path) as file:
             file.write(text + "\n")
 
@@ -284,6 +289,8 @@ def read_run(run_dir: Path | str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
+    if isinstance(metrics := record.get("metrics"), dict):
+        record["metrics"] = {key: revived(value) for key, value in metrics.items()}
     return record
 
 

@@ -10,7 +10,6 @@ import csv
 import errno
 import json
 import logging
-import math
 import os
 import threading
 from collections import deque
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import CheckpointError, MetricError
+from paceline.log.floats import as_text, revived
 from paceline.log.provenance import regular, replacing, sync_folder
 
 METRICS_FILE = "metrics.jsonl"
@@ -317,7 +317,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                row = {k: _revived(v) for k, v in json.loads(line).items()}
+                row = {k: revived(v) for k, v in json.loads(line).items()}
             except (ValueError, AttributeError) as error:
                 raise MetricError(f"{path}, line {number}: not a row: {error}") from error
             yield row
@@ -348,7 +348,7 @@ def latest_values(path: Path, within: int = 1 << 16) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for line in lines[1:] if start else lines:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            values |= {key: _revived(value) for key, value in json.loads(line).items()}
+            values |= {key: revived(value) for key, value in json.loads(line).items()}
     return values
 
 
@@ -375,17 +375,12 @@ def write_csv(run_dir: Path) -> Path:
     return target
 
 
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
 def _plain(value: Any, path: str) -> Any:
     """`value` as what JSON can hold; non-finite floats become strings."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return as_text(value)
     if isinstance(value, Mapping):
         return {str(k): _plain(v, f"{path}.{k}" if path else str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -393,10 +388,6 @@ def _plain(value: Any, path: str) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy and torch scalars
         return _plain(value.item(), path)
     raise MetricError(f"{path!r} is a {type(value).__name__}: a row holds numbers and strings")
-
-
-def _revived(value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _count_rows(path: Path) -> int:

@@ -1,0 +1,18 @@
+"""Floats that JSON has no way to write: nan and the infinities are text in it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def as_text(value: float) -> float | str:
+    """A finite value as it is; "nan", "inf" or "-inf" for another."""
+    return value if math.isfinite(value) else str(value)
+
+
+def revived(value: Any) -> Any:
+    """What `as_text` was given; anything else as it is."""
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
