@@ -17,7 +17,7 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 3  # on 2 cores: many tests wait
 
 storm: .venv/.dev
 	$(BIN)/python tests/storm.py

@@ -181,6 +181,7 @@ CASES = [
     for batch, accumulation in ((10, 1), (5, 3))
     for tokens in (False, True)
 ]
+SOME = [case for case in CASES if case.rows in (97, 3)]
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -206,7 +207,7 @@ def test_ranks_equal_one_with_as_many_times_the_batch(ranks: Ranks, size: int) -
 def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
     """FSDP2 over all ranks, and two copies of two shards (HSDP); 12 and 5 rows leave shards of
     unequal sizes, and empty ones."""
-    check_ranks(ranks, size, CASES, Parallel(dp_shard=shard))
+    check_ranks(ranks, size, CASES if size == 2 else SOME, Parallel(dp_shard=shard))
 
 
 @pytest.mark.slow
@@ -214,7 +215,7 @@ def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> Non
 def test_ranks_with_split_modules_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
     """Tensor parallelism over two ranks: alone, in two copies, and with FSDP2 over two shares."""
     plan = {"0": "colwise", "2": "rowwise"}
-    check_ranks(ranks, size, CASES, Parallel(dp_shard=shard, tensor=2, plan=plan))
+    check_ranks(ranks, size, SOME, Parallel(dp_shard=shard, tensor=2, plan=plan))
 
 
 def check_ranks(
