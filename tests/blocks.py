@@ -62,6 +62,7 @@ def run_block(block: Block, page: Path, paceline: Paceline) -> None:
                 if "train" in words and recipe:
                     words += ["trainer.epochs=1", "trainer.max_steps=2"]
                     words += ["lr_scheduler.warmup=1", "model.layers=1"] * ("gpt" in recipe)
+                    words += ["model.width=4"] * ("digits" in recipe)
                 run = paceline if command == "paceline" else paceline.torchrun
                 code, _, err = run(*words)
                 assert code == 0, f"{page}: {line}\n{err}"

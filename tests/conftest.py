@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from hypothesis import settings
 
 from builders import (  # noqa: F401  for tests that import them from here
     Noisy,
@@ -23,6 +24,11 @@ from builders import (  # noqa: F401  for tests that import them from here
 from ranks import Ranks
 
 torch.set_num_threads(1)
+
+
+# No test is timed: another process may take the machine at any moment.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def power(t: Any, a: float, rate: float, c: float) -> Any:
     return a * (t / 10) ** -rate + c
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(scales, st.floats(2, 30), ends, st.sampled_from([1, -1]))
 def test_exponentials_end_where_they_end(a: float, rate: float, c: float, sign: int) -> None:
     """Losses of either sign, falling or rising."""
@@ -40,7 +40,7 @@ def test_exponentials_end_where_they_end(a: float, rate: float, c: float, sign: 
     assert error < 1e-2 * a
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(scales, st.floats(0.2, 2), ends, st.sampled_from([1, -1]))
 def test_power_laws_end_where_they_end(a: float, rate: float, c: float, sign: int) -> None:
     value, error = predict_final(list(STEPS), list(power(STEPS, sign * a, rate, c)), HORIZON)
@@ -81,7 +81,7 @@ def test_a_loss_that_rises_steadily_goes_on_to() -> None:
     assert 0.7 < value <= 1.1  # 0.4 at the last row
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=30))
 def test_whatever_the_losses_the_answer_is_finite(losses: list[float]) -> None:
     steps = [5.0 * (i + 1) for i in range(len(losses))]

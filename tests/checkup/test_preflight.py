@@ -255,7 +255,7 @@ def test_the_most_checkpoints_at_once(policy, length, monitored, most):
     assert counted == most
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     every=st.integers(1, 6), keep=st.integers(1, 4), permanent=st.none() | st.integers(1, 6),
     steps=st.integers(1, 40), per_epoch=st.integers(1, 10), better=st.sets(st.integers(1, 40)),

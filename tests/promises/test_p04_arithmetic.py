@@ -83,7 +83,7 @@ def make(n: int, batch: int, ranks: int, accumulation: int, length: int | None, 
     return sources(loader, WindowSize(accumulation, None, length), ranks)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layouts)
 def test_every_sample_once_a_pass(layout: dict[str, Any]) -> None:
     """Over as many epochs as fill whole passes, each pass holds each sample once; within a
@@ -108,7 +108,7 @@ def check_passes(layout: dict[str, Any]) -> None:
     assert len(set(seen[-(len(seen) % n) :])) == len(seen) % n or len(seen) % n == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(layouts, st.integers(0, 2), st.integers(0, 30))
 def test_any_position_is_found_again(layout: dict[str, Any], epoch: int, position: int) -> None:
     """Sources that take over a state draw what the first would have drawn."""
@@ -122,7 +122,7 @@ def test_any_position_is_found_again(layout: dict[str, Any], epoch: int, positio
     assert list(windows(others, epoch + 1)) == list(windows(ranks, epoch + 1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(1, 90),
     st.integers(1, 3),

@@ -28,7 +28,6 @@ EXAMPLES = int(os.environ.get("PACELINE_FUZZ", "100")) // TESTS
 pytestmark = pytest.mark.timeout(300 + EXAMPLES)
 FUZZ = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     derandomize="PACELINE_FUZZ" not in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -110,7 +110,7 @@ def test_ranks_that_wait_for_different_things_are_told_apart(ranks: Ranks) -> No
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_answer_is_named(ranks: Ranks) -> None:
-    *_, report = reports(ranks.outcomes(hang, 2, "is stopped"))
+    *_, report = reports(ranks.outcomes(hang, 2, "is stopped", limit=25))
     assert "\n  rank 1: does not answer\n" in report
 
 
