@@ -87,6 +87,14 @@ def test_a_dry_run_prints_the_recipe_and_builds_nothing(paceline, tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_garbage_is_collected_while_a_run_trains(paceline, tmp_path: Path):
+    with (tmp_path / "toy.py").open("a") as file:
+        file.write("import gc\nFit.on_train_end = lambda self: print('collects', gc.isenabled())\n")
+    code, out, err = paceline("train", "toy.yaml")
+    assert code == 0, err
+    assert "collects True" in out
+
+
 def test_a_failure_in_the_users_code_is_code_1_with_its_stack(paceline):
     code, _, err = paceline("train", "toy.yaml", "trainer.bad=0", "trainer.how=raise")
     assert code == 1

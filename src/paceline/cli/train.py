@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,18 +74,19 @@ def train(
     if fresh and resume != "auto":
         raise ConfigError("--fresh and --resume exclude each other.")
     with _stop_cleanly_before_training():
-        from paceline.recipe.recipe import load_recipe
-        from paceline.trainer.settings import Resume
-        from paceline.world.environment import adopt_slurm
-        from paceline.world.launch import Rendezvous, follow_launcher
+        with _nothing_collected():
+            from paceline.recipe.recipe import load_recipe
+            from paceline.trainer.settings import Resume
+            from paceline.world.environment import adopt_slurm
+            from paceline.world.launch import Rendezvous, follow_launcher
 
-        if nnodes is None:  # else a task of srun is one of the launchers, not of the ranks
-            adopt_slurm()
-        machines = _machines(nnodes, rdzv_endpoint, rdzv_id)
-        started_by_us = follow_launcher()
-        if not started_by_us:
-            _check_launcher(nproc, nnodes, max_restarts)
-        loaded = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+            if nnodes is None:  # else a task of srun is one of the launchers, not of the ranks
+                adopt_slurm()
+            machines = _machines(nnodes, rdzv_endpoint, rdzv_id)
+            started_by_us = follow_launcher()
+            if not started_by_us:
+                _check_launcher(nproc, nnodes, max_restarts)
+            loaded = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
         here = started_by_us or "WORLD_SIZE" in os.environ
         if dry_run:
             _print(loaded)
@@ -96,6 +98,21 @@ def train(
             _train(loaded, Resume(mode=mode, accept=tuple(accept or ()), init_from=init_from))
         else:
             raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keeps Python from looking for garbage while all is imported and read, none of which is any.
+
+    With torch in memory that search takes as long as what it interrupts.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _machines(nnodes: int | None, endpoint: str | None, name: str | None) -> Rendezvous:
