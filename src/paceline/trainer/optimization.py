@@ -9,7 +9,6 @@ is read with the next row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -257,8 +256,3 @@ def _check_loss(loss: Any, which: str = "") -> None:
             f"training_step returned a loss without a gradient{which}: it depends on no trainable "
             "parameter. Is something detached, under torch.no_grad(), or frozen?"
         )
-
-
-def is_finite(value: torch.Tensor) -> bool:
-    """Whether a one-element tensor is finite; waits for its device."""
-    return math.isfinite(value.item())
