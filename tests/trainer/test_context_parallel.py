@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from builders import StopAt, bits
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError, DataError
-from paceline.world.context import attention, positions
+from paceline.world.context import attention, part_of, positions
 from paceline.world.dtensors import whole
+from paceline.world.world import World
 from ranks import Ranks
 
 WORDS, LENGTH = 7, 8
@@ -176,6 +178,13 @@ def test_each_part_drops_places_of_its_own(ranks: Ranks) -> None:
     assert not torch.equal(one, other)
 
 
+class Hidden:
+    """Tensors that only their holder knows of."""
+
+    def to(self, device: Any) -> Any:
+        return self
+
+
 def refuse_all() -> list[str]:
     two, messages = Parallel(context=2), []
     for error, settings in (
@@ -186,14 +195,19 @@ def refuse_all() -> list[str]:
         with pytest.raises(error) as raised:
             fit(Case(), **{"parallel": two, **settings})
         messages.append(str(raised.value))
-    return messages
+    with closing(World(two).open()) as world:
+        assert world.context_mesh is not None
+        with pytest.raises(DataError) as raised:
+            part_of([Hidden()], world.context_mesh)
+    return [*messages, str(raised.value)]
 
 
 @pytest.mark.slow
 def test_what_cannot_be_shared_out_is_refused(ranks: Ranks) -> None:
-    for length, heads, size in ranks(refuse_all, 2):
+    for length, heads, size, hidden in ranks(refuse_all, 2):
         assert (
             "context=2 does not divide the second dimension of a tensor of shape (8, 5)" in length
         )
         assert "parallel.context=2: 1 heads cannot be shared out evenly" in heads
         assert "parallel.context=4 does not fit 2 processes" in size
+        assert "the parts of a Hidden are not known" in hidden

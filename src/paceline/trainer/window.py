@@ -10,6 +10,7 @@ import torch
 from paceline.data.source import Draw
 from paceline.errors import DataError
 from paceline.trainer.progress import as_number
+from paceline.world.batches import each_leaf
 from paceline.world.context import part_of
 from paceline.world.seeding import mix, seed_everything
 
@@ -176,15 +177,13 @@ def here(trainer: Trainer, batch: Any) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on `device`; containers and `.to` objects are followed."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return type(batch)((key, to_device(value, device)) for key, value in batch.items())
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+    return each_leaf(batch, move)
 
 
 def _samples_in(batch: Any) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from paceline.errors import ConfigError, DataError
+from paceline.world.batches import each_leaf
 
 _mesh: DeviceMesh | None = None  # of the ranks that share a sequence, while a batch is computed
 
@@ -92,24 +93,27 @@ def part_of(batch: Any, mesh: DeviceMesh) -> Any:
         mesh: the ranks that share a sequence.
 
     Raises:
-        DataError: a length does not divide.
+        DataError: a length does not divide, or an object holds tensors that cannot be seen.
     """
-    if isinstance(batch, torch.Tensor):
-        if batch.dim() < 2:
-            return batch
-        if batch.shape[1] % mesh.size():
+
+    def part(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            if hasattr(leaf, "to"):
+                raise DataError(
+                    f"parallel.context: the parts of a {type(leaf).__name__} are not known: give "
+                    "its tensors in a dictionary, list or tuple."
+                )
+            return leaf
+        if leaf.dim() < 2:
+            return leaf
+        if leaf.shape[1] % mesh.size():
             raise DataError(
                 f"parallel.context={mesh.size()} does not divide the second dimension of a tensor "
-                f"of shape {tuple(batch.shape)} in the batch: pad sequences to a multiple of it."
+                f"of shape {tuple(leaf.shape)} in the batch: pad sequences to a multiple of it."
             )
-        return batch.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].contiguous()
-    if isinstance(batch, dict):
-        return type(batch)((key, part_of(value, mesh)) for key, value in batch.items())
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(part_of(value, mesh) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(part_of(value, mesh) for value in batch)
-    return batch
+        return leaf.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].contiguous()
+
+    return each_leaf(batch, part)
 
 
 def _exchanged(tensor: torch.Tensor, source: int, target: int, mesh: DeviceMesh) -> torch.Tensor:
