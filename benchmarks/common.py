@@ -76,6 +76,7 @@ class Worker:
 
 # One thread, and no contestant looks for a network or another's settings.
 ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "",  # byte code is kept, as it is anywhere but on machines for tests
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

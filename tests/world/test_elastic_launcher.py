@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from paceline.errors import ConfigError
-from paceline.world.launch import ONE_MACHINE, Rendezvous, launch
+from paceline.world.launch import launch
+from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
 from ranks import Outcome, Ranks
 
 PRELUDE = f"""\

@@ -19,7 +19,7 @@ from paceline.world.signals import handling
 if TYPE_CHECKING:  # torch is imported when it is known to be needed, so that --help is quick
     from paceline.recipe.recipe import Recipe
     from paceline.trainer.settings import Resume
-    from paceline.world.launch import Rendezvous
+    from paceline.world.rendezvous import Rendezvous
 
 
 def train(
@@ -77,8 +77,8 @@ def train(
         with _nothing_collected():
             from paceline.recipe.recipe import load_recipe
             from paceline.trainer.settings import Resume
-            from paceline.world.environment import adopt_slurm
-            from paceline.world.launch import Rendezvous, follow_launcher
+            from paceline.world.environment import adopt_slurm, follow_launcher
+            from paceline.world.rendezvous import ONE_MACHINE
 
             if nnodes is None:  # else a task of srun is one of the launchers, not of the ranks
                 adopt_slurm()
@@ -93,7 +93,7 @@ def train(
         elif slurm:
             alone = (nproc, nnodes, max_restarts) == (None, None, 0) and not here
             _submit(loaded, slurm, alone)
-        elif here or (nproc or 1, machines, max_restarts) == (1, Rendezvous(), 0):
+        elif here or (nproc or 1, machines, max_restarts) == (1, ONE_MACHINE, 0):
             mode = "fresh" if fresh else resume
             _train(loaded, Resume(mode=mode, accept=tuple(accept or ()), init_from=init_from))
         else:
@@ -102,21 +102,23 @@ def train(
 
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Keeps Python from looking for garbage while all is imported and read, none of which is any.
+    """Keeps Python from looking for garbage in what is imported and read here: none of it is any.
 
-    With torch in memory that search takes as long as what it interrupts.
+    With torch in memory each search takes as long as the work that it interrupts, and there is one
+    more at the end of the process.
     """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if was_on:
             gc.enable()
 
 
 def _machines(nnodes: int | None, endpoint: str | None, name: str | None) -> Rendezvous:
-    from paceline.world.launch import Rendezvous
+    from paceline.world.rendezvous import Rendezvous
 
     if nnodes is None and (endpoint or name):
         raise ConfigError(

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Mapping
+
+from paceline.world.orphans import signal_when_parent_dies
+
+LAUNCHER = "PACELINE_LAUNCHER"
+"""The environment variable by which a worker knows the process that launched it."""
 
 # Below the ports that Linux gives to outgoing connections (32768 and up).
 _FIRST_PORT, _PORTS = 10_000, 20_000
@@ -17,6 +23,21 @@ _STARTS = {
     "SLURM_RESTART_COUNT": "SLURM_JOB_ID",
 }
 """Variables that count restarts, and those that name what was restarted."""
+
+
+def follow_launcher() -> bool:
+    """In a worker: stop cleanly should `launch` die, and leave the printing to rank 0.
+
+    Returns:
+        Whether this process is a worker of `launch`, rather than of another launcher or of none.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+    if os.environ.get(LAUNCHER) != str(os.getppid()):
+        return False
+    signal_when_parent_dies(signal.SIGTERM)
+    return True
 
 
 def adopt_slurm() -> None:

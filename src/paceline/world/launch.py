@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -22,67 +19,20 @@ from torch.distributed.elastic.agent.server.api import WorkerState as State
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError
 
-from paceline.errors import ConfigError, PacelineError
-from paceline.world.orphans import signal_when_parent_dies
+from paceline.errors import PacelineError
+from paceline.world.environment import LAUNCHER
+from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
 from paceline.world.signals import handling
 
 PREEMPTED = 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHER = "PACELINE_LAUNCHER"
-"""The environment variable by which a worker knows the process that launched it."""
 
 # The agent ends the other ranks as soon as one has left. After a clean stop that is seconds
 # apart; one that is stuck for longer than this is ended after all.
 _LAST_RANKS_SECONDS = 60.0
 _ELASTIC = "torch.distributed.elastic"
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """How the launchers of several machines find each other. All are given the same.
-
-    Args:
-        nnodes: the number of machines.
-        endpoint: "HOST:PORT" on one of them; None with one machine.
-        id: the run's name there, which keeps it apart from another at the same endpoint.
-
-    Raises:
-        ConfigError: there are several machines and no endpoint, or one that is none.
-    """
-
-    nnodes: int = 1
-    endpoint: str | None = None
-    id: str = "paceline"
-
-    def __post_init__(self) -> None:
-        if self.endpoint is None and self.nnodes > 1:
-            raise ConfigError(
-                f"--nnodes {self.nnodes}: say with --rdzv-endpoint HOST:PORT where the machines "
-                "meet, a free port on one of them, the same on all."
-            )
-        if self.endpoint is not None and not re.fullmatch(r".+:\d{1,5}", self.endpoint):
-            raise ConfigError(f"--rdzv-endpoint {self.endpoint}: it has to be HOST:PORT.")
-
-    def parameters(self) -> RendezvousParameters:
-        """The same for torch."""
-        endpoint, name = self.endpoint, self.id
-        if endpoint is None:
-            endpoint, name = "localhost:0", uuid.uuid4().hex  # a free port
-        host = endpoint.rpartition(":")[0]
-        return RendezvousParameters(
-            backend="c10d",
-            endpoint=endpoint,
-            run_id=name,
-            min_nodes=self.nnodes,
-            max_nodes=self.nnodes,
-            # Else workers are told this machine's name, which it may not know itself.
-            local_addr=host if host in ("localhost", "127.0.0.1") else None,
-        )
-
-
-ONE_MACHINE = Rendezvous()
 
 
 def launch(
@@ -154,21 +104,6 @@ def _meeting(machines: Rendezvous) -> Iterator[None]:
             f"({error}): is it an address of one of them that the others reach, and was the same "
             "command started on each?"
         ) from None
-
-
-def follow_launcher() -> bool:
-    """In a worker: stop cleanly should `launch` die, and leave the printing to rank 0.
-
-    Returns:
-        Whether this process is a worker of `launch`, rather than of another launcher or of none.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-    if os.environ.get(LAUNCHER) != str(os.getppid()):
-        return False
-    signal_when_parent_dies(signal.SIGTERM)
-    return True
 
 
 class _Agent(LocalElasticAgent):
