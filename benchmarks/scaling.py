@@ -1,10 +1,10 @@
 """A step on two ranks beside hand-written loops, with DistributedDataParallel and with FSDP2.
 
-Two processes on gloo, one thread each, train the small GPT in all ways in turn, in the same
-process group, on the same samples. First all must end with equal weights. The time of a step is
-the slope between two run lengths, on rank 0.
+Two processes on gloo, one thread each, train the small GPT in all ways, in the same process group,
+on the same samples. The two loops of a layout take their steps in turn, one each, behind a barrier:
+a step is compared with the one beside it. All must end with equal weights. Timed on rank 0.
 
-    python benchmarks/scaling.py [--rounds 15]
+    python benchmarks/scaling.py [--rounds 60]
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import common
 
-LENGTHS = 2, 8
-CHECKED_STEPS = 4
+WARM_UP = 5
 LAYOUTS = "DDP", "FSDP2"
 
 
-def hand_written(task: Any, dataset: Any, steps: int, layout: str) -> Any:
+def hand_written(task: Any, model: Any, optimizer: Any, dataset: Any, layout: str) -> Iterator[Any]:
     """A loop over this rank's half of each batch of 2 x batch_size samples, in order."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -36,7 +35,6 @@ def hand_written(task: Any, dataset: Any, steps: int, layout: str) -> Any:
 
     size, rank, ranks = task.batch_size, dist.get_rank(), dist.get_world_size()
     mine = [i for i in range(len(dataset)) if i // size % ranks == rank]
-    model, optimizer = task.make()
     if layout == "DDP":
         replica: Any = DistributedDataParallel(model)
     else:
@@ -47,16 +45,12 @@ def hand_written(task: Any, dataset: Any, steps: int, layout: str) -> Any:
         after = {id(before[name]): p for name, p in model.named_parameters()}
         for group in optimizer.param_groups:
             group["params"] = [after[id(p)] for p in group["params"]]
-    step = 0
-    while True:
-        for inputs, targets in DataLoader(Subset(dataset, mine), size):
-            loss = task.loss_fn(replica(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step == steps:
-                return weights(model)
+    for inputs, targets in DataLoader(Subset(dataset, mine), size):
+        loss = task.loss_fn(replica(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
 
 
 def weights(model: Any) -> Any:
@@ -68,25 +62,26 @@ def weights(model: Any) -> Any:
     return torch.cat([tensor.flatten() for tensor in whole])
 
 
-def ours(task: Any, dataset: Any, steps: int, layout: str) -> Any:
+def ours(task: Any, model: Any, optimizer: Any, dataset: Any, layout: str) -> Iterator[Any]:
     """The same with Paceline, which finds the process group there."""
     from torch.utils.data import DataLoader
 
     from paceline import Parallel, Trainer
 
-    model, optimizer = task.make()
-    Trainer(
+    trainer = Trainer(
         model=model,
         optimizer=optimizer,
         loss_fn=task.loss_fn,
         train_dataloader=DataLoader(dataset, task.batch_size),
-        max_steps=steps,
+        epochs=1,
         loggers=[],
         progress=False,
         checkpoint=None,
         parallel=Parallel(dp_shard=2 if layout == "FSDP2" else 1),
-    ).train(seed=0)
-    return weights(model)
+    )
+    for window in trainer.windows():
+        trainer.step(window)
+        yield
 
 
 def rank_program(rounds: int) -> None:
@@ -98,31 +93,34 @@ def rank_program(rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     task = TASKS["gpt"]
-    dataset = task.loader(2 * LENGTHS[1], shuffle=False).dataset
-    contestants = {
-        f"{who}, {layout}": partial(run, layout=layout)
-        for layout in LAYOUTS
-        for who, run in (("hand-written", hand_written), ("Paceline", ours))
-    }
-    ends = [run(task, dataset, CHECKED_STEPS) for run in contestants.values()]
-    apart = max(float((end - ends[0]).abs().max()) for end in ends)
-    slopes: dict[str, list[float]] = {name: [] for name in contestants}
-    for i in range(rounds):
-        for name in list(contestants)[:: 1 if i % 2 else -1]:
-            seconds = []
-            for steps in LENGTHS:
+    dataset = task.loader(2 * (WARM_UP + rounds), shuffle=False).dataset
+    ends: list[Any] = []
+    times: dict[str, list[float]] = {}
+    for layout in LAYOUTS:
+        made = {who: task.make() for who in LOOPS}
+        loops = {who: loop(task, *made[who], dataset, layout) for who, loop in LOOPS.items()}
+        took: dict[str, list[float]] = {who: [] for who in LOOPS}
+        for i in range(WARM_UP + rounds):
+            for who in list(LOOPS)[:: 1 if i % 2 else -1]:
                 dist.barrier()
                 start = time.perf_counter()
-                contestants[name](task, dataset, steps)
-                seconds.append(time.perf_counter() - start)
-            slopes[name].append((seconds[1] - seconds[0]) / (LENGTHS[1] - LENGTHS[0]) * 1e3)
+                next(loops[who])
+                took[who].append((time.perf_counter() - start) * 1e3)
+        for who, loop in loops.items():
+            assert next(loop, "ended") == "ended"
+            times[f"{who}, {layout}"] = took[who][WARM_UP:]
+            ends.append(weights(made[who][0]))
+    apart = max(float((end - ends[0]).abs().max()) for end in ends)
     if dist.get_rank() == 0:
-        print(json.dumps({"apart": apart, "ms": slopes}), flush=True)
+        print(json.dumps({"apart": apart, "ms": times}), flush=True)
     dist.destroy_process_group()
 
 
+LOOPS = {"hand-written": hand_written, "Paceline": ours}
+
+
 def main() -> None:
-    options = common.arguments(__doc__, rounds=15).parse_args()
+    options = common.arguments(__doc__, rounds=60).parse_args()
     at = common.machine()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -5,10 +5,11 @@
 
 Each run trains a small network with dropout, shuffling, augmentation, accumulation, averaged
 weights and validation, and saves after every step or two: in the background or not, on one rank or
-two. It is killed, started again in the same folder, killed again, until it completes. Then weights,
-optimizer state, every other bit of state, the bytes of metrics.jsonl and the sample ids of every
-step must equal those of a run that nobody killed. After each kill the run must go on from the
-newest checkpoint that had been published, or a later one.
+two, which hold a copy of the model each, or share one. It is killed, started again in the same
+folder, killed again, until it completes. Then weights, optimizer state, every other bit of state,
+the bytes of metrics.jsonl and the sample ids of every step must equal those of a run that nobody
+killed. After each kill the run must go on from the newest checkpoint that had been published, or a
+later one.
 
 What kills:
 - "any instant": SIGKILL to all ranks after a random time;
@@ -45,11 +46,12 @@ from typing import Any
 
 import torch
 import torch.distributed.device_mesh
+import torch.distributed.fsdp
 import torch.nn.parallel
 
 from builders import Noisy, Regression, loader, make_model
 from endings import ending, saved_steps
-from paceline import Callback, CheckpointPolicy, MetricMonitor
+from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import manager, storage  # noqa: F401  slow to import
 from paceline.checkpoint.files import Disk
@@ -77,10 +79,12 @@ class Scenario:
     ranks: int
     asynchronous: bool
     every: int  # steps between two saves
+    shards: int = 1  # ranks that share a copy of the model
 
     def __str__(self) -> str:
         kind = "background" if self.asynchronous else "synchronous"
-        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {kind} saves"
+        spread = ", sharded" * (self.shards > 1)
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}{spread}, {kind} saves"
 
 
 SCENARIOS = (
@@ -88,6 +92,7 @@ SCENARIOS = (
     Scenario(1, True, 2),
     Scenario(2, False, 2),
     Scenario(2, True, 1),
+    Scenario(2, True, 2, shards=2),
 )
 
 
@@ -241,6 +246,7 @@ def build(scenario: Scenario, run_dir: Path, *callbacks: Any) -> Noting:
             every_steps=scenario.every, keep_last=1, asynchronous=scenario.asynchronous
         ),
         max_steps=STEPS,
+        parallel=Parallel(dp_shard=scenario.shards),
         progress=False,
         log_every=2,
         run_dir=run_dir,
@@ -569,14 +575,14 @@ def plan_kills(storm: Storm, count: int) -> list[Kill]:
 def report(storms: list[Storm], seconds: float) -> str:
     """The table, for people."""
     lines = [
-        f"{'':28}{'kills':>6}  " + "".join(f"{place:>11}" for place in PLACES) + "   starts  runs",
+        f"{'':35}{'kills':>6}  " + "".join(f"{place:>11}" for place in PLACES) + "   starts  runs",
     ]
     for storm in storms:
         places = Counter[str]()
         for (_, where), number in storm.kills.items():
             places[where] += number
         lines.append(
-            f"{storm.scenario!s:28}{sum(places.values()):6}  "
+            f"{storm.scenario!s:35}{sum(places.values()):6}  "
             + "".join(f"{places[place]:11}" for place in PLACES)
             + f"{storm.starts:9}{storm.runs:6}"
         )
