@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from paceline import Trainer
+from paceline.world.context import attention
 
 
 class Rows(Dataset):
@@ -40,6 +42,11 @@ class Rows(Dataset):
         return self.row, self.row
 
 
+class Texts(Rows):
+    def __getitem__(self, i: int):
+        return torch.zeros(64, self.width), torch.zeros(64, self.width)
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -49,7 +56,19 @@ class Block(nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(x)))
 
 
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return x + attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
 class Net(nn.Module):
+    tp_plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+
     def __init__(self, width: int = 64, layers: int = 4, half: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
@@ -62,6 +81,12 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x * self.scale
+
+
+class Reader(Net):
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__(width, layers)
+        self.blocks = nn.ModuleList(Attention(width) for _ in range(layers))
 
 
 class Reading(Trainer):
@@ -96,6 +121,7 @@ RECIPE: dict[str, Any] = {
         "batch_size": 8,
     },
 }
+TEXTS = ["train_dataloader.dataset._target_=rows.Texts", "train_dataloader.batch_size=32"]
 PARAMETERS = 2 * 4 * (64 * 256 + 256 + 256 * 64 + 64)  # bytes of Net(width=64, layers=2)
 
 
@@ -162,11 +188,13 @@ def most_of_a_rank(path: Path, words: list[str]) -> int:
         ["+parallel.dp_shard=2", "+trainer.gradient_accumulation_steps=3"],
         ["+parallel.dp_shard=2", "+trainer.precision=bf16"],
         [],
+        ["+parallel.tensor=2"],
+        ["+parallel.context=2", "model._target_=rows.Reader", *TEXTS],
     ],
-    ids=["sharded", "accumulated", "bf16", "copied"],
+    ids=["sharded", "accumulated", "bf16", "copied", "split", "parts of sequences"],
 )
 def test_a_rank_of_two_takes_what_it_takes_on_paper(recipe, ranks: Ranks, tmp_path: Path, words):
-    words = [*words, "model.width=128", "model.layers=4", "train_dataloader.batch_size=1000"]
+    words = ["train_dataloader.batch_size=1000", *words, "model.width=128", "model.layers=4"]
     on_paper = fits(recipe(*words), "2xcpu-1GB").peak_bytes
     real = min(ranks(most_of_a_rank, 2, tmp_path, words))  # gloo lets go of a block when it will
     assert on_paper == pytest.approx(real, rel=0.1)
@@ -249,15 +277,55 @@ def test_a_layout_of_another_size_is_refused_as_at_a_start(recipe):
         fits(recipe("+parallel.dp_shard=3"), "4xH100-80GB")
 
 
-@pytest.mark.parametrize("word", ["tensor=2", "cpu_offload=true"])
-def test_what_cannot_be_looked_at_yet_is_refused(recipe, word):
-    with pytest.raises(ConfigError, match="cannot be looked at on paper yet"):
-        fits(recipe("+parallel.dp_shard=2", f"+parallel.{word}"), "4xH100-80GB")
+def test_what_cannot_be_looked_at_yet_is_refused(recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules[fits.__module__], "_ON_PAPER", {"dp_shard"})
+    with pytest.raises(ConfigError, match=r"parallel\.tensor cannot be looked at on paper yet"):
+        fits(recipe("+parallel.dp_shard=2", "+parallel.tensor=2"), "4xH100-80GB")
+
+
+@pytest.mark.slow
+def test_splitting_modules_halves_what_is_split(recipe):
+    words = ["train_dataloader.batch_size=100", "model.layers=4"]
+    one = fits(recipe(*words), "1xH100-80GB")
+    split = fits(recipe(*words, "+parallel.tensor=2"), "2xH100-80GB")
+    both = fits(recipe(*words, "+parallel.tensor=2", "+parallel.dp_shard=2"), "4xH100-80GB")
+    for report, share in ((split, 2), (both, 4)):
+        for name in ("gradients", "optimizer state"):
+            assert part(report, name) == pytest.approx(part(one, name) / share, rel=0.05)
+    assert part(split, "activations") < 0.7 * part(one, "activations")
+    assert "split over 2" in split.layout
+
+
+@pytest.mark.slow
+def test_parts_of_sequences_share_the_activations(recipe):
+    words = ["model._target_=rows.Reader", *TEXTS]
+    one = fits(recipe(*words), "1xH100-80GB")
+    parts = fits(recipe(*words, "+parallel.context=4"), "4xH100-80GB")
+    # Of queries, keys and values, whole sequences of one head are kept beside parts of all heads.
+    assert part(one, "activations") / 4 < part(parts, "activations") < part(one, "activations") / 2
+    assert part(parts, "batch") == part(one, "batch") / 4
+    assert part(parts, "gradients") == part(one, "gradients")
+
+
+@pytest.mark.slow
+def test_what_is_offloaded_lies_on_the_host_and_passes_through_the_device(recipe):
+    words = ["+parallel.dp_shard=2", "model.layers=4"]
+    shard = PARAMETERS  # half of twice as many layers
+    kept, offloaded = (
+        fits(recipe(*words, f"+parallel.cpu_offload={way}"), "2xH100-80GB")
+        for way in ("false", "true")
+    )
+    assert kept.host_bytes == 0
+    assert 4 * shard <= offloaded.host_bytes < 5 * shard  # with gradients and two moments
+    assert part(offloaded, "optimizer state") < 0.01 * shard  # counts of steps
+    assert part(offloaded, "gradients") == shard / 4  # a block's, on its way
+    assert (offloaded.peak_bytes or 0) < (kept.peak_bytes or 0)
+    on_cpu = fits(recipe(*words, "+parallel.cpu_offload=true"), "2xcpu-80GB")
+    assert on_cpu.host_bytes == 0
+    assert part(on_cpu, "optimizer state") == part(kept, "optimizer state")
 
 
 def test_one_batch_is_read_and_nothing_is_left_or_changed(recipe, tmp_path: Path):
-    import sys
-
     checked = recipe("train_dataloader.batch_size=7", "+trainer.gradient_accumulation_steps=5",
                      "+train_dataloader.num_workers=2")  # fmt: skip
     before = sorted(tmp_path.iterdir())

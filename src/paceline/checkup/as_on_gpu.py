@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +85,26 @@ class AutocastAsOnGpu(TorchFunctionMode):
 
 def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in _HALVES else tensor
+
+
+@contextmanager
+def exchanged_as_on_gpu() -> Iterator[None]:
+    """Has DTensors change the dimension along which they are split by an exchange of parts.
+
+    Gloo, and so torch on a CPU, has none: there each rank gathers the whole.
+    """
+    placements: Any = importlib.import_module("torch.distributed.tensor.placement_types")
+    on_cpu = placements.shard_dim_alltoall
+
+    def exchange(tensor: Any, gather_dim: int, shard_dim: int, mesh: Any, mesh_dim: int) -> Any:
+        group = mesh.get_group(mesh_dim).group_name
+        return torch.ops._dtensor.shard_dim_alltoall(tensor, gather_dim, shard_dim, group)
+
+    placements.shard_dim_alltoall = exchange
+    try:
+        yield
+    finally:
+        placements.shard_dim_alltoall = on_cpu
 
 
 def update_all_at_once(optimizer: torch.optim.Optimizer) -> None:

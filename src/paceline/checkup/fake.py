@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # other kinds of tensor stay what they are
 
@@ -44,6 +46,25 @@ def fake_parameter(fake: FakeTensorMode, parameter: Any) -> Any:
         made = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
     vars(made).update(vars(parameter))
     return made
+
+
+@contextmanager
+def meshes_made_real() -> Iterator[None]:
+    """Has meshes that FSDP2 puts together, to shard split modules, be made of real numbers.
+
+    A rank looks for its place among them.
+    """
+    put_together = DeviceMesh._concatenate
+
+    def real(device_mesh_list: Any) -> DeviceMesh:
+        with _disable_current_modes():
+            return put_together(device_mesh_list)
+
+    DeviceMesh._concatenate = staticmethod(real)
+    try:
+        yield
+    finally:
+        DeviceMesh._concatenate = staticmethod(put_together)
 
 
 def make_fake(modules: Iterable[torch.nn.Module], fake: FakeTensorMode) -> dict[int, Any]:

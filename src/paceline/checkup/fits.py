@@ -25,7 +25,10 @@ NOT_COUNTED = (
     "validation, and batches that are larger than the first one",
     "what compile=True saves, and kernels that keep more or less on a GPU than on a CPU",
 )
-_ON_PAPER = {"dp_replicate", "dp_shard", "activation_checkpointing", "timeout"}
+_ON_PAPER = {
+    "dp_replicate", "dp_shard", "tensor", "context", "activation_checkpointing", "cpu_offload",
+    "plan", "timeout",
+}  # fmt: skip
 _SCALE = {"MB": 10**6, "GB": 10**9, "GiB": 2**30}
 _DEVICES = re.compile(r"(\d+)x(\S+)-(\d+(?:\.\d+)?)(MB|GB|GiB)", re.ASCII)
 Checkpointing = Literal["full", "selective"] | float | None
@@ -95,6 +98,7 @@ class FitReport(Report):
         parts: what is taken on each rank, largest first.
         peak_bytes: of all together; None if the step could not be taken.
         moment: at which they are taken.
+        host_bytes: the most in the host's memory for each rank, with `parallel.cpu_offload`.
         ways: settings that make it fit and the bytes that they come to, each computed likewise.
         stack: of the error in the user's own code that ended it; empty if none did.
     """
@@ -104,6 +108,7 @@ class FitReport(Report):
     parts: list[Part] = field(default_factory=list)
     peak_bytes: int | None = None
     moment: str = ""
+    host_bytes: int = 0
     ways: dict[str, int] = field(default_factory=dict)
     stack: str = ""
 
@@ -113,8 +118,10 @@ class FitReport(Report):
             return []
         head = ("on each rank", "at the peak", "at most")
         rows = [(p.name, *map(readable_bytes, (p.at_peak, p.at_most))) for p in self.parts]
-        total = (f"total, in the {self.moment}", readable_bytes(self.peak_bytes), "")
-        table = [f"{a:30}{b:>12}{c:>12}".rstrip() for a, b, c in (head, *rows, total)]
+        rows.append((f"total, in the {self.moment}", readable_bytes(self.peak_bytes), ""))
+        if self.host_bytes:
+            rows.append(("in the host's memory", "", readable_bytes(self.host_bytes)))
+        table = [f"{a:30}{b:>12}{c:>12}".rstrip() for a, b, c in (head, *rows)]
         return [self.layout, "", *table, "", "not counted:", *(f"- {x}" for x in NOT_COUNTED), ""]
 
     def as_json(self) -> dict[str, Any]:
@@ -125,6 +132,7 @@ class FitReport(Report):
             "parts": [asdict(part) for part in self.parts],
             "peak_bytes": self.peak_bytes,
             "moment": self.moment,
+            "host_bytes": self.host_bytes,
             "ways": self.ways,
             "not_counted": list(NOT_COUNTED),
         }
@@ -148,20 +156,20 @@ def fits(recipe: Recipe, on: str) -> FitReport:
     alone("preflight")
     devices = parse_devices(on)
     parallel = recipe.settings.get("parallel") or Parallel()
-    copies, shards = parallel.sizes(devices.count)
+    parallel.sizes(devices.count)
     _check(parallel)
     report = FitReport([Check("recipe", "PASS", str(recipe.composed.path))], devices)
     report.checks += wrong_settings(recipe)
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
     step = StepOnPaper(one, parallel, devices.count, on_cpu=devices.on_cpu)
-    report.layout = f"{devices.count} ranks: {copies} copies of the state, each over {shards}"
+    report.layout = _layout(parallel, devices.count)
     try:
         peak = step.run()
     except Exception as error:  # noqa: BLE001 - whatever the user's code raises is a line
         _fail(report, step, error)
         return report
     report.layout += f"; windows of {step.micro_batches} x {step.samples} samples a rank"
-    report.peak_bytes, report.moment = peak.total, peak.moment
+    report.peak_bytes, report.moment, report.host_bytes = peak.total, peak.moment, peak.on_host
     report.parts = _parts(peak)
     search = _Search(one, parallel, devices)
     _judge(report, search)
@@ -175,6 +183,13 @@ def _check(parallel: Parallel) -> None:
             f"--on: parallel.{', parallel.'.join(unbuilt)} cannot be looked at on paper yet; leave "
             "it out to see what the recipe takes without it."
         )
+
+
+def _layout(parallel: Parallel, ranks: int) -> str:
+    copies, shards = parallel.sizes(ranks)
+    text = f"{ranks} ranks: {copies} copies of the state, each over {shards}"
+    text += f", split over {parallel.tensor}" * (parallel.tensor > 1)
+    return text + f", sequences in {parallel.context} parts" * (parallel.context > 1)
 
 
 def _parts(peak: Peak) -> list[Part]:
@@ -229,8 +244,8 @@ class _Search:
     def ways(self) -> dict[str, int]:
         """The least sharding and the least recomputation that fit, else the least of both."""
         count = self._devices.count
-        _, shards = self._parallel.sizes(count)
-        more = [n for n in range(shards + 1, count + 1) if count % n == 0]
+        copies, shards = self._parallel.sizes(count)
+        more = [n for n in range(shards + 1, copies * shards + 1) if copies * shards % n == 0]
         lighter = _LIGHTER.get(self._parallel.activation_checkpointing, ["full"])
         found = self._least([{"dp_shard": n} for n in more])
         found |= self._least([{"activation_checkpointing": each} for each in lighter])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,14 +20,19 @@ from torch.utils._pytree import tree_leaves
 from paceline.world.dtensors import is_dtensor
 
 _READ = torch.ops.aten._local_scalar_dense.default
+_PASSING = {  # which argument of what FSDP2 does with a block is on its way from the host, or to it
+    "fsdp::all_gather_copy_in": 0,
+    "c10d::_reduce_scatter_base_": 0,
+}
 
 
 @dataclass
 class _Block:
-    """A storage: its present size in bytes, and what it is for."""
+    """A storage: its present size in bytes, what it is for, and whether the host has it."""
 
     size: int
     kind: str
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class Peak:
         moment: when it was.
         parts: bytes by kind at that moment.
         most: the most bytes of each kind at any moment.
+        on_host: the most bytes of all kinds together in the host's memory, which no other counts.
     """
 
     total: int
     moment: str
     parts: dict[str, int] = field(default_factory=dict)
     most: dict[str, int] = field(default_factory=dict)
+    on_host: int = 0
 
 
 class Ledger(TorchDispatchMode):
@@ -58,19 +66,25 @@ class Ledger(TorchDispatchMode):
 
     Args:
         fake: the mode whose tensors count.
+        offloads: what is spread over ranks is held in the host's memory, and on the device only
+            while it is gathered or reduced.
 
     Attributes:
         moment: what is being done, for `Peak.moment`.
+        on_host: whether it is done in the host's memory.
     """
 
     ACTIVATIONS, TEMPORARY, GATHERED = "activations", "temporary", "gathered parameters"
 
-    def __init__(self, fake: FakeTensorMode) -> None:
+    def __init__(self, fake: FakeTensorMode, *, offloads: bool = False) -> None:
         super().__init__()
         self.fake = fake
         self.moment = ""
+        self.on_host = False
+        self.offloads = offloads
         self._blocks: dict[int, tuple[Any, _Block]] = {}  # of live storages, by id
-        self._events: list[tuple[_Block, int, str]] = []  # (of which, bytes more, when)
+        # (of which, bytes more, when, on the device though the host has it)
+        self._events: list[tuple[_Block, int, str, bool]] = []
         self._resize: Any = None
 
     def hold(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
@@ -79,7 +93,8 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             part: Any = tensor._local_tensor if is_dtensor(tensor) else tensor  # pyright: ignore
             if self.counts(part):
-                self._block_of(part, kind).kind = kind
+                block = self._block_of(part, kind)
+                block.kind, block.on_host = kind, self.offloads and is_dtensor(tensor)
 
     def reserve(self, kind: str, size: int) -> None:
         """Adds a block that stays, of `size` bytes, for what torch keeps outside of tensors."""
@@ -91,13 +106,19 @@ class Ledger(TorchDispatchMode):
         now: dict[str, int] = {}
         most: dict[str, int] = {}
         parts: dict[str, int] = {}
-        for block, change, when in self._events:
+        for block, change, when, passing in self._events:
+            if block.on_host != passing:
+                continue
             total += change
             now[block.kind] = now.get(block.kind, 0) + change
             most[block.kind] = max(most.get(block.kind, 0), now[block.kind])
             if total > most_total:
                 most_total, moment, parts = total, when, dict(now)
-        return Peak(most_total, moment, parts, most)
+        return Peak(most_total, moment, parts, most, self._most_on_host())
+
+    def _most_on_host(self) -> int:
+        there = (change for block, change, _, passing in self._events if block.on_host > passing)
+        return max(accumulate(there), default=0)
 
     def __enter__(self) -> Ledger:
         """Listens to sharded models too, which resize what they gather past the dispatcher."""
@@ -124,11 +145,19 @@ class Ledger(TorchDispatchMode):
         if func is _READ and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
         made = func(*args, **(kwargs or {}))
+        if self.offloads and (which := _PASSING.get(func._schema.name)) is not None:
+            self._pass(args[which])
         kind = self.ACTIVATIONS if torch.is_grad_enabled() else self.TEMPORARY
         for leaf in tree_leaves(made):
             if self.counts(leaf):
                 self._block_of(leaf, kind)
         return made
+
+    def _pass(self, tensors: Any) -> None:
+        """Has the device hold what the host has, for a moment."""
+        blocks = [self._block_of(t, self.TEMPORARY) for t in tree_leaves(tensors) if self.counts(t)]
+        self._events += [(block, block.size, self.moment, True) for block in blocks]
+        self._events += [(block, -block.size, self.moment, True) for block in blocks]
 
     def counts(self, thing: Any) -> bool:
         """Whether it is a tensor of ours; DTensor has a mode of its own, for working out shapes."""
@@ -139,7 +168,7 @@ class Ledger(TorchDispatchMode):
         key = id(storage)
         if key in self._blocks:
             return self._blocks[key][1]
-        block = _Block(storage.nbytes(), kind)
+        block = _Block(storage.nbytes(), kind, self.on_host)
 
         def gone(_: Any) -> None:
             del self._blocks[key]
@@ -150,7 +179,7 @@ class Ledger(TorchDispatchMode):
         return block
 
     def _note(self, block: _Block, change: int) -> None:
-        self._events.append((block, change, self.moment))
+        self._events.append((block, change, self.moment, False))
 
 
 def _one(dtype: torch.dtype) -> complex | bool:

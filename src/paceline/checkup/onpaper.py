@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -16,8 +16,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from paceline.checkup.as_on_gpu import AutocastAsOnGpu, update_all_at_once
-from paceline.checkup.fake import make_fake, parameters_made_fake
+from paceline.checkup.as_on_gpu import (
+    AutocastAsOnGpu,
+    exchanged_as_on_gpu,
+    update_all_at_once,
+)
+from paceline.checkup.fake import make_fake, meshes_made_real, parameters_made_fake
 from paceline.checkup.ledger import Ledger, Peak
 from paceline.data.loader import is_indexed
 from paceline.data.source import Draw
@@ -66,7 +70,7 @@ class StepOnPaper:
         self.ranks = ranks
         self.on_cpu = on_cpu
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.ledger = Ledger(self.fake)
+        self.ledger = Ledger(self.fake, offloads=parallel.cpu_offload and not on_cpu)
         self.ledger.moment = STAGES[0]
         self.micro_batches = 0
         self.samples = -1
@@ -111,14 +115,14 @@ class StepOnPaper:
         trainer.compile = False
         optimizers = trainer.named_optimizers().values()
         follow(optimizers, make_fake(_modules(trainer), self.fake))
-        if not self.on_cpu:
+        if not self.on_cpu and not self.ledger.offloads:
             for optimizer in optimizers:
                 update_all_at_once(optimizer)
         self.ledger.moment = "placement"
         self.ledger.hold(PARAMETERS, _parameters(trainer))
         self.ledger.hold(OTHER, (b for m in trainer.named_models().values() for b in m.buffers()))
         assert isinstance(trainer.world, WorldOnPaper)
-        with trainer.world.as_one_of_many(), self.fake, self.ledger:
+        with trainer.world.as_one_of_many(), meshes_made_real(), self.fake, self.ledger:
             setup()
         if self.ranks > 1 and not self.parallel.is_spread:
             trainer.replicas.append(_ReplicaOnPaper(_parameters(trainer)))
@@ -140,7 +144,8 @@ class StepOnPaper:
         draw = trainer.source.draw()
         assert draw is not None  # an empty loader has been refused
         batch = tree_map_only(torch.Tensor, self.fake.from_tensor, draw.batch(0))
-        self.ledger.hold(BATCH, _tensors(batch))
+        if self.on_cpu or self.parallel.context == 1:  # else the device gets its part of it
+            self.ledger.hold(BATCH, _tensors(batch))
         self.micro_batches, self.samples = len(draw.sizes), draw.sizes[0]
         return draw._replace(
             sizes=draw.sizes[:_MICRO_BATCHES], batch=lambda _: batch, ids=lambda _: []
@@ -148,10 +153,16 @@ class StepOnPaper:
 
     def _step(self, trainer: Trainer, draw: Draw) -> None:
         trainer.window = window = trainer._open_window(draw)
-        as_there = nullcontext() if self.on_cpu else AutocastAsOnGpu()
-        with self.fake, self.ledger, as_there:
+        with ExitStack() as there:
+            there.enter_context(self.fake)
+            there.enter_context(self.ledger)
+            if not self.on_cpu:
+                there.enter_context(AutocastAsOnGpu())
+            if not self.on_cpu and self.parallel.context > 1:
+                there.enter_context(exchanged_as_on_gpu())
             trainer.step(window)
             trainer.optimization.end_window()
+        self.ledger.on_host = False
         states = (
             value
             for optimizer in trainer.named_optimizers().values()
@@ -185,7 +196,7 @@ class _ReplicaOnPaper:
 
 
 class _Moments(Callback):
-    """Tells the ledger what the step is at, and which tensors are gradients."""
+    """Tells the ledger what the step is at, and which tensors are the batch's or gradients."""
 
     priority = -(10**9)
 
@@ -194,6 +205,7 @@ class _Moments(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         self._ledger.moment = "forward pass"
+        self._ledger.hold(BATCH, _tensors(batch))
 
     def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
         self._ledger.moment = "backward pass"
@@ -203,6 +215,7 @@ class _Moments(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, optimizer: Any) -> None:
         self._ledger.moment = "optimizer step"
+        self._ledger.on_host = self._ledger.offloads
 
     def _hold_gradients(self, trainer: Trainer) -> None:
         gradients = (p.grad for p in _parameters(trainer))

@@ -32,8 +32,6 @@ class WorldOnPaper(World):
     """
 
     def __init__(self, parallel: Parallel, ranks: int) -> None:
-        if parallel.context > 1:
-            raise ConfigError("parallel.context: what it saves is not reckoned with on paper yet.")
         self.parallel = parallel
         self.ranks = ranks
         self.copies, self.shards = parallel.sizes(ranks)
@@ -47,12 +45,13 @@ class WorldOnPaper(World):
         self._owns_group = False
 
     def open(self) -> WorldOnPaper:
-        """Makes the mesh, if models are spread.
+        """Makes the meshes, if models are spread or sequences are.
 
         Raises:
             ConfigError: this process is in a process group already.
         """
-        if not self.parallel.is_spread or self.mesh is not None:
+        context = self.parallel.context
+        if not (self.parallel.is_spread or context > 1) or self.mesh is not None:
             return self
         if dist.is_initialized():
             raise ConfigError("this process is in a process group: look at a layout outside of it.")
@@ -63,6 +62,7 @@ class WorldOnPaper(World):
         dist.init_process_group("fake", rank=0, world_size=self.ranks, store=FakeStore())
         self._owns_group = True
         self.mesh = self._make_mesh()
+        self.context_mesh = self._make_context_mesh() if context > 1 else None
         return self
 
     @contextmanager

@@ -112,12 +112,9 @@ class World:
             )
         self.mesh = self._make_mesh()
         groups = self.mesh.get_all_groups()
-        if (context := self.parallel.context) > 1:
-            sizes = (self.dp_size, context, self.parallel.tensor)
-            names = ("data", "context", "tensor")
-            whole = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
-            self.context_mesh = whole["context"]
-            groups += whole.get_all_groups()
+        if self.parallel.context > 1:
+            self.context_mesh = self._make_context_mesh()
+            groups += self.context_mesh.get_all_groups()
         for group in groups:  # which torch gives a timeout of its own
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         return self
@@ -136,6 +133,11 @@ class World:
         return init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
+
+    def _make_context_mesh(self) -> DeviceMesh:
+        sizes = (self.dp_size, self.parallel.context, self.parallel.tensor)
+        names = ("data", "context", "tensor")
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)["context"]
 
     def close(self) -> None:
         """Leaves the process group, if this object joined it; else only the groups it made."""
