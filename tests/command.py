@@ -3,94 +3,130 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
-import hydra  # noqa: F401  imported here, so that forked commands need not
-
-import paceline.recipe  # noqa: F401
 from paceline.cli.main import main
-from ranks import Ranks
+from ranks import Ranks, Started
 
 LIMIT = 240.0  # seconds until a command that hangs is killed
+Ended = tuple[int, str, str]  # code, stdout, stderr
+
+
+class Commands:
+    """Commands under way, each in a process of its own.
+
+    Attributes:
+        pids: their process ids.
+    """
+
+    def __init__(self, started: Started, kept: Path) -> None:
+        self.pids = started.pids
+        self.signal = started.signal
+        self._started = started
+        self._kept = kept
+
+    def each(self) -> list[Ended]:
+        """Waits until all have ended."""
+        outcomes, ended = self._started.wait(LIMIT), []
+        for rank, one in enumerate(outcomes):
+            assert one.code is not None, f"command {rank} of {len(outcomes)} hung and was killed"
+            out, err = (
+                (self._kept / f"{name}{rank}").read_text(errors="replace")
+                for name in ("stdout", "stderr")
+            )
+            ended.append((one.code, out, err + one.output))
+        shutil.rmtree(self._kept)
+        return ended
+
+    def end(self) -> Ended:
+        """As one: the first code that is not 0, what the first printed, and all errors."""
+        codes, outs, errors = zip(*self.each(), strict=True)
+        return next((code for code in codes if code), 0), outs[0], "".join(errors)
+
+    def close(self) -> None:
+        """Kills those that nobody has waited for."""
+        if not self._started.ended:
+            self.signal(signal.SIGKILL)
+            self.each()
 
 
 class Paceline:
     """Runs `paceline` in a folder.
 
-    A command that is only run to its end is forked from a helper that has done the imports; with
-    `--nproc N` that makes N processes, which find what a launcher would tell them. One that is to
-    be signalled or has an environment of its own is started as a shell would.
+    A command is forked from a helper that has done the imports; with `--nproc N` that makes N
+    processes, which find what a launcher would tell them.
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder = folder
         self.ranks = ranks
-        self.started: list[subprocess.Popen] = []
+        self._under_way: list[Commands] = []
 
-    def torchrun(self, *words: str) -> tuple[int, str, str]:
-        """Runs torchrun to its end, at a port that is free; returns its code, stdout and stderr."""
-        process = self.start("--standalone", *words, module="torch.distributed.run")
-        out, err = process.communicate(timeout=LIMIT)
-        return process.returncode, out, err
-
-    def start(self, *words: str, module: str = "paceline", **environment: str) -> subprocess.Popen:
-        """Starts a command; what it prints is to be read by `communicate`."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *words],
-            cwd=self.folder,
-            env=self._environment(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
-
-    def __call__(self, *words: str, **environment: str) -> tuple[int, str, str]:
+    def __call__(self, *words: str, **environment: str) -> Ended:
         """Runs a command to its end; returns its code, stdout and stderr."""
-        if environment:  # which the interpreter reads as it starts
-            process = self.start(*words, **environment)
-            out, err = process.communicate(timeout=LIMIT)
-            return process.returncode, out, err
+        if any(name.startswith("PYTHON") for name in environment):  # read as an interpreter starts
+            return self._interpreted("paceline", words, environment)
+        return self.start(*words, **environment).end()
+
+    def start(self, *words: str, **environment: str) -> Commands:
+        """Starts a command, for tests that do something to it."""
         if "--nproc" not in words:
-            return self.launch(*words)
+            return self.start_together([words], [environment])
         at = words.index("--nproc")
         kept, size = words[:at] + words[at + 2 :], int(words[at + 1])
-        codes, outs, errors = zip(*self.together([kept] * size, _ranks(size)), strict=True)
-        return next((code for code in codes if code), 0), outs[0], "".join(errors)
+        return self.start_together([kept] * size, [e | environment for e in _ranks(size)])
 
-    def launch(self, *words: str) -> tuple[int, str, str]:
+    def launch(self, *words: str) -> Ended:
         """As a call, but what `--nproc` asks for is left to the launcher."""
-        [ended] = self.together([words])
-        return ended
+        return self.start_together([words]).end()
 
     def together(
         self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]] = ()
-    ) -> list[tuple[int, str, str]]:
+    ) -> list[Ended]:
         """Runs commands at the same time, each to its end; the code, stdout and stderr of each.
 
         Args:
             commands: the words of each.
             environments: variables of each, beside the usual ones.
         """
-        with TemporaryDirectory() as kept:
-            more = environments or [{}] * len(commands)
-            asked = (self.folder, commands, [self._environment(each) for each in more], Path(kept))
-            ended = []
-            size = len(commands)
-            for rank, one in enumerate(self.ranks.outcomes(be_paceline, size, *asked, limit=LIMIT)):
-                assert one.code is not None, f"paceline {commands[rank]} hung and was killed"
-                out, err = (
-                    (Path(kept) / f"{name}{rank}").read_text(errors="replace")
-                    for name in ("stdout", "stderr")
-                )
-                ended.append((one.code, out, err + one.output))
-            return ended
+        return self.start_together(commands, environments).each()
+
+    def start_together(
+        self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]] = ()
+    ) -> Commands:
+        """As `together`, without waiting."""
+        kept, more = Path(mkdtemp()), environments or [{}] * len(commands)
+        asked = (self.folder, commands, [self._environment(each) for each in more], kept)
+        under_way = Commands(self.ranks.start(be_paceline, len(commands), *asked), kept)
+        self._under_way.append(under_way)
+        return under_way
+
+    def torchrun(self, *words: str) -> Ended:
+        """Runs torchrun to its end, at a port that is free."""
+        return self._interpreted("torch.distributed.run", ("--standalone", *words), {})
+
+    def close(self) -> None:
+        """Leaves nothing behind."""
+        for commands in self._under_way:
+            commands.close()
+
+    def _interpreted(self, module: str, words: Sequence[str], environment: dict[str, str]) -> Ended:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words],
+            cwd=self.folder,
+            env=self._environment(environment),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+        return done.returncode, done.stdout, done.stderr
 
     def _environment(self, more: dict[str, str]) -> dict[str, str]:
         own = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}

@@ -14,6 +14,7 @@ import gc
 import importlib
 import os
 import pickle
+import pkgutil
 import shutil
 import signal
 import socket
@@ -50,6 +51,35 @@ class Outcome:
 
 class RanksFailed(AssertionError):
     """A rank failed or hung; the message has the output of those that did."""
+
+
+class Started:
+    """Ranks that are under way.
+
+    Attributes:
+        pids: their process ids, by rank.
+    """
+
+    def __init__(self, ranks: Ranks, pids: list[int]) -> None:
+        self.pids = pids
+        self._ranks = ranks
+        self._outcomes: list[Outcome] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether somebody has waited for them."""
+        return self._outcomes is not None
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to each, as a launcher would."""
+        for pid in self.pids:
+            os.kill(pid, number)
+
+    def wait(self, limit: float) -> list[Outcome]:
+        """How each ended; those that take longer than so many seconds are killed."""
+        if self._outcomes is None:
+            self._outcomes = self._ranks.ask(("wait", self.pids, limit))
+        return self._outcomes
 
 
 class Ranks:
@@ -94,13 +124,20 @@ class Ranks:
             args: its arguments.
             limit: in place of the attribute.
         """
+        return self.start(function, size, *args).wait(self.limit if limit is None else limit)
+
+    def start(self, function: Callable[..., Any], size: int, *args: Any) -> Started:
+        """Starts ranks and leaves them to themselves, for tests that do something to them."""
+        name = (function.__module__, function.__qualname__)
+        pids = self.ask(("start", sys.path, name, pickle.dumps(args), size, self.mutant))
+        return Started(self, pids)
+
+    def ask(self, request: tuple[Any, ...]) -> Any:
+        """The helper's answer."""
         if self._helper is None:
             self._helper = _start_helper()
         assert self._helper.stdin is not None
         assert self._helper.stdout is not None
-        name = (function.__module__, function.__qualname__)
-        limit = self.limit if limit is None else limit
-        request = (sys.path, name, pickle.dumps(args), size, limit, self.mutant)
         _send(self._helper.stdin, request)
         return _receive(self._helper.stdout)
 
@@ -146,11 +183,19 @@ def _serve() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _import_what_is_slow()
+    folders: dict[int, Path] = {}  # by the first rank's process id
     while True:
         try:
-            path, (module, name), args, size, limit, mutant = _receive(requests)
+            verb, *request = _receive(requests)
         except EOFError:
             return
+        if verb == "wait":
+            pids, limit = request
+            folder = folders.pop(pids[0])
+            _send(replies, _wait(pids, folder, limit))
+            shutil.rmtree(folder)
+            continue
+        path, (module, name), args, size, mutant = request
         sys.path[:] = path
         importlib.import_module(module)
         gc.collect()
@@ -159,14 +204,22 @@ def _serve() -> None:
         pids = _fork(size)
         if isinstance(pids, int):  # a rank
             return _be_a_rank(pids, folder, module, name, args, mutant)
-        _send(replies, _wait(pids, folder, limit))
-        shutil.rmtree(folder)
+        folders[pids[0]] = folder
+        _send(replies, pids)
 
 
 def _import_what_is_slow() -> None:
+    """All that ranks and commands import as they go, which each would otherwise do anew."""
     import torch
     import torch.distributed.checkpoint
+    from hydra.core.plugins import Plugins
 
+    import paceline
+
+    for module in pkgutil.walk_packages(paceline.__path__, "paceline."):
+        if module.name != "paceline.__main__":
+            importlib.import_module(module.name)
+    Plugins.instance()  # imports Hydra's
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     torch.optim.AdamW([parameter]).step()  # imports torch._dynamo

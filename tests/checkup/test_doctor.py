@@ -87,11 +87,6 @@ def test_the_promises_hold_here(name, tmp_path: Path):
     assert check.status == "PASS", check.detail
 
 
-@pytest.mark.slow
-def test_two_processes_see_every_sample_once(tmp_path: Path):
-    assert "7 and 6, each once" in selftest.every_sample_once(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("name", "place", "defect", "said"),
     [

@@ -68,10 +68,7 @@ def paceline(tmp_path: Path, ranks: Ranks):
     (tmp_path / "toy.yaml").write_text(RECIPE)
     runner = Paceline(tmp_path, ranks)
     yield runner
-    for process in runner.started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+    runner.close()
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ def test_json_is_alone_on_stdout(paceline):
 def test_the_self_test_passes_and_one_that_fails_is_code_1(paceline, tmp_path):
     code, out, err = paceline("doctor", "--json", TMPDIR=str(tmp_path))
     assert code == 0, err
-    names = [check["name"] for check in json.loads(out)["checks"] if check["status"] == "PASS"]
-    assert {"P1 exact resume", "P4 every sample once", "P5 a flipped bit"} <= {*names}
+    passed = {c["name"]: c["detail"] for c in json.loads(out)["checks"] if c["status"] == "PASS"}
+    assert {"P1 exact resume", "P5 a flipped bit"} <= {*passed}
+    assert "7 and 6, each once" in passed["P4 every sample once"]
     assert not list(tmp_path.glob("paceline-doctor-*"))
     (tmp_path / "sitecustomize.py").write_text(
         "import socket\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,9 @@ def test_a_signal_ends_it_and_leaves_nothing(paceline, wait_for, tmp_path: Path)
     words = ("trainer.pause=0.5", "trainer.epochs=100")
     process = paceline.start("preflight", "toy.yaml", *words)
     wait_for("three0")
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    process.signal(signal.SIGTERM)
+    code, _, err = process.end()
+    assert code == 1
     assert "SIGTERM" in err
     assert not list(tmp_path.glob(".preflight*"))
     assert not (tmp_path / "runs").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 from pathlib import Path
@@ -59,9 +58,8 @@ def test_killed_and_started_again_the_digits_end_as_ever(
     words = ("train", str(RECIPES / "digits.yaml"), *KILLED)
     process = paceline.start(*words)
     wait_for("runs/digits/baseline/checkpoints/latest")
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == (75 if number == signal.SIGTERM else -number)
+    process.signal(number)
+    assert process.end()[0] == (75 if number == signal.SIGTERM else -number)
     code, _, err = paceline(*words)
     assert code == 0, err
     record = json.loads((tmp_path / "runs/digits/baseline/run.json").read_text())
@@ -76,9 +74,8 @@ def test_a_sharded_gpt_is_killed_and_goes_on_as_one_process(paceline, wait_for, 
     words += ("trainer.max_steps=40", "+checkpoint.every_steps=4", "checkpoint.every_epochs=null")
     process = paceline.start(*words, "--nproc", "2", "parallel.dp_shard=2")
     wait_for("runs/gpt/manual/checkpoints/latest")
-    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(worker), signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.signal(signal.SIGKILL)
+    process.end()
     record = tmp_path / "runs/gpt/manual/run.json"
     assert json.loads(record.read_text())["status"] != "complete"
     code, out, err = paceline(*words)

@@ -106,9 +106,9 @@ def test_a_failure_in_the_users_code_is_code_1_with_its_stack(paceline):
 def test_a_signal_saves_and_leaves_with_75(paceline, wait_for, tmp_path: Path, number: int):
     process = paceline.start("train", "toy.yaml", "trainer.progress=true", *SLOW)
     wait_for("three0")
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75
+    process.signal(number)
+    code, _, err = process.end()
+    assert code == 75
     assert f"({signal.Signals(number).name})" in err.replace("signal ", "")
     assert "saved in runs/p/n: the same again goes on from there" in err
     record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
@@ -121,9 +121,9 @@ def test_a_signal_before_training_leaves_with_75_too(paceline, wait_for, tmp_pat
     (tmp_path / "toy.py").write_text(code)
     process = paceline.start("train", "toy.yaml")
     wait_for("loading")
-    process.terminate()
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 75
+    process.signal(signal.SIGTERM)
+    code, _, err = process.end()
+    assert code == 75
     assert err == ""
 
 
@@ -133,9 +133,9 @@ SEEDS = ("train", "toy.yaml", "seeds=[1,2,3]")
 def test_seeds_with_a_signal_stop_as_one_and_go_on_with_the_same_command(paceline, wait_for):
     process = paceline.start(*SEEDS, *SLOW[1:], "trainer.epochs=3")
     wait_for("three0")
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
+    process.signal(signal.SIGTERM)
+    code, _, err = process.end()
+    assert code == 75, err
     assert "seed 2" not in err
     code, out, err = paceline(*SEEDS, "trainer.epochs=3")
     assert code == 0, err

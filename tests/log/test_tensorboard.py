@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,6 +25,7 @@ from paceline.log.sinks import JsonlSink, read_rows
 from paceline.log.tensorboard import TensorBoard
 from paceline.recipe import build_trainer, load_recipe
 from paceline.registry import lookup
+from ranks import Ranks
 
 STEPS = 12
 
@@ -129,14 +129,13 @@ class KillAt(Callback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 7, 11])
-def test_killed_and_resumed_each_scalar_is_there_once(step: int, tmp_path: Path) -> None:
+def test_killed_and_resumed_each_scalar_is_there_once(
+    step: int, ranks: Ranks, tmp_path: Path
+) -> None:
     """Also where there is no checkpoint yet, and the run begins anew."""
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, __file__, str(killed), str(step)], env=environment, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL
+    [done] = ranks.outcomes(run, 1, killed, KillAt(step))
+    assert done.code == -signal.SIGKILL
     assert written(killed), "something is there that must not come twice"
     run(killed)
     check(killed)
@@ -263,7 +262,3 @@ def test_a_recipe_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     del sys.modules["board_data"]
     assert lookup("logger", "tensorboard") is TensorBoard
     assert {step for tag, step, _ in shown(Path("out")) if tag == "train/loss"} == {1, 2}
-
-
-if __name__ == "__main__":
-    run(Path(sys.argv[1]), KillAt(int(sys.argv[2])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from paceline.starter import new_project
 from ranks import Ranks
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """A Python module as a command in a folder."""
-    return subprocess.run(
-        [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=240
-    )
+def be_pytest(folder: Path) -> None:
+    """Makes this forked process what `pytest` in a folder would be."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider"]))
 
 
 def test_a_project_has_a_recipe_a_module_a_test_and_a_readme(tmp_path: Path) -> None:
@@ -36,15 +37,15 @@ def test_a_project_has_a_recipe_a_module_a_test_and_a_readme(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_its_test_passes_as_generated(tmp_path: Path) -> None:
+def test_its_test_passes_as_generated(tmp_path: Path, ranks: Ranks) -> None:
     new_project("spirals", tmp_path)
-    done = run(tmp_path / "spirals", "pytest", "-q", "-p", "no:cacheprovider")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    [done] = ranks.outcomes(be_pytest, 1, tmp_path / "spirals")
+    assert done.code == 0, done.output
+    assert "1 passed" in done.output
 
 
 @pytest.mark.slow
-def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path) -> None:
+def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path, ranks: Ranks) -> None:
     """Given a model with a counter that no checkpoint has, then the generated test tells."""
     new_project("spirals", tmp_path)
     with (tmp_path / "spirals/spirals.py").open("a") as file:
@@ -54,9 +55,9 @@ def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path) -> None:
             "    return nn.Sequential.forward(self, x) * self.calls\n\n\n"
             "Net.forward = forward\n"
         )
-    done = run(tmp_path / "spirals", "pytest", "-q", "-p", "no:cacheprovider")
-    assert done.returncode == 1
-    assert "1 failed" in done.stdout
+    [done] = ranks.outcomes(be_pytest, 1, tmp_path / "spirals")
+    assert done.code == 1
+    assert "1 failed" in done.output
 
 
 @pytest.mark.slow
@@ -79,7 +80,8 @@ def test_its_readme_shows_only_what_works(tmp_path: Path, ranks: Ranks) -> None:
 def test_it_is_clean_code(tmp_path: Path) -> None:
     new_project("spirals", tmp_path)
     for words in (("check", "--select=E,F,W,I,B,UP,SIM,RUF"), ("format", "--check")):
-        done = run(tmp_path, "ruff", *words, "--isolated", "--no-cache", "spirals")
+        command = [sys.executable, "-m", "ruff", *words, "--isolated", "--no-cache", "spirals"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 

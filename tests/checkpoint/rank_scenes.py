@@ -1,18 +1,11 @@
-"""What each rank does in the tests of several ranks.
-
-A program: for each line `[scene, folder, size]` it plays the scene and prints the exit codes.
-"""
+"""What each rank does in the tests of several ranks."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
-import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -172,37 +165,10 @@ def made(folder: Path, world: World, **policy: Any) -> Checkpoints:
 
 
 def play(scene: str, folder: Path) -> None:
-    """One rank of a scene, as its environment says which."""
+    """One rank of a scene."""
     world = World(Parallel(timeout=40)).open()
     try:
         globals()[scene](folder, world)
         dist.barrier()
     finally:
         world.close()
-
-
-def start(scene: str, folder: Path, size: int) -> list[int]:
-    """Forks the ranks of a scene, which saves them their imports; returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    pids = []
-    for rank in range(size):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            code = 1
-            try:
-                play(scene, folder)
-                code = 0
-            except Exception:  # noqa: BLE001 - a child must not go on as its parent
-                traceback.print_exc()
-            os._exit(code)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
-if __name__ == "__main__":
-    for line in sys.stdin:
-        scene, folder, size = json.loads(line)
-        print(json.dumps(start(scene, Path(folder), size)), flush=True)
