@@ -108,10 +108,19 @@ def test_a_function_in_the_place_of_a_loss_is_the_loss(recipe: Write):
 )
 def test_a_schedule_is_told_the_length_of_the_run(recipe: Write, node, changes, horizon):
     loaded = load_recipe(recipe(lr_scheduler=node), changes)
-    scheduler = build_trainer(loaded).lr_scheduler
+    trainer = build_trainer(loaded)
+    scheduler, [record] = trainer.lr_scheduler, trainer.callbacks
     assert getattr(scheduler, "total_steps", getattr(scheduler, "T_max", None)) == horizon
-    told = [decision for decision, setting in loaded.plan if setting.startswith("lr_scheduler.")]
+    told = [decision for decision, setting in record.plan if setting.startswith("lr_scheduler.")]
     assert len(told) == ("total_steps" not in node)
+
+
+def test_a_recipe_may_be_built_again(recipe: Write):
+    loaded = load_recipe(recipe(lr_scheduler={"type": "warmup_cosine"}))
+    plan = [*loaded.plan]
+    horizons = [build_trainer(loaded).lr_scheduler.total_steps for _ in range(2)]
+    assert horizons == [6, 6]
+    assert loaded.plan == plan
 
 
 def test_one_cycle_may_be_told_its_length_in_epochs(recipe: Write):

@@ -96,8 +96,7 @@ class StepOnPaper:
 
     def _build(self, scratch: Path) -> Trainer:
         alone = {**self.recipe.settings, "parallel": Parallel()}
-        plan = [*self.recipe.plan]
-        recipe = replace(self.recipe, run_dir=scratch, whole=None, plan=plan, settings=alone)
+        recipe = replace(self.recipe, run_dir=scratch, whole=None, settings=alone)
         trainer = build_trainer(recipe, resume="never")
         trainer.parallel = self.parallel
         trainer.world = WorldOnPaper(self.parallel, self.ranks)

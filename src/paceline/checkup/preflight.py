@@ -65,7 +65,7 @@ def preflight(recipe: Recipe) -> PreflightReport:
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
     with _scratch_beside(recipe.run_dir) as scratch:
         # Nothing is recorded for the whole of several seeds: its folder is the run's own.
-        one = replace(one, run_dir=scratch / "run", whole=None, plan=[*one.plan])
+        one = replace(one, run_dir=scratch / "run", whole=None)
         _Preflight(one, recipe.run_dir, len(recipe.seeds) or 1, report).run()
     gc.collect()  # a trainer is full of cycles, and may hold all of the memory
     return report

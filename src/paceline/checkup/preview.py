@@ -15,6 +15,7 @@ from paceline.checkup.settings import Setting, settings_of
 from paceline.checkup.verdicts import samples_in
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
+from paceline.recipe.record import RecordRecipe
 from paceline.trainer.events import overrides
 from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import describe
@@ -78,8 +79,9 @@ def preview(recipe: Recipe) -> Preview:
     alone("preview")
     settings = settings_of(recipe.composed)
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
-    recipe = replace(one, whole=None, plan=[*one.plan])  # building adds to the plan
+    recipe = replace(one, whole=None)
     trainer = build_trainer(recipe, resume="never")
+    [decided] = [each.plan for each in trainer.callbacks if isinstance(each, RecordRecipe)]
     trainer.callbacks, trainer.loggers, trainer.checkpoint_policy = [], [], None
     trainer.run_dir, trainer.show_progress, trainer.compile = None, False, False
     trainer.parallel = replace(trainer.parallel, activation_checkpointing=None)
@@ -97,7 +99,7 @@ def preview(recipe: Recipe) -> Preview:
         components=_components(trainer),
         training=training,
         validation=validation,
-        plan=[*recipe.plan, *trainer.source.plan, *getattr(trainer.validation, "plan", ())],
+        plan=[*decided, *trainer.source.plan, *getattr(trainer.validation, "plan", ())],
         schedules=schedules,
     )
     del trainer, forward

@@ -96,6 +96,7 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     Raises:
         RecipeError: a constructor failed; the message gives its place and error.
     """
+    recipe = replace(recipe, plan=[*recipe.plan])  # which this trainer's decisions join
     builder = Builder(recipe.composed.mistakes().locate)
     parts = recipe.parts
     arguments: dict[str, Any] = dict(recipe.settings)
