@@ -325,6 +325,12 @@ def test_what_is_offloaded_lies_on_the_host_and_passes_through_the_device(recipe
     assert part(on_cpu, "optimizer state") == part(kept, "optimizer state")
 
 
+def test_a_precision_that_cannot_be_looked_at_yet_is_refused(recipe, monkeypatch):
+    monkeypatch.setattr("paceline.recipe.combinations.missing", lambda precision: None)
+    with pytest.raises(ConfigError, match="precision=fp8 cannot be looked at on paper yet"):
+        fits(recipe("+trainer.precision=fp8"), "4xH100-80GB")
+
+
 def test_one_batch_is_read_and_nothing_is_left_or_changed(recipe, tmp_path: Path):
     checked = recipe("train_dataloader.batch_size=7", "+trainer.gradient_accumulation_steps=5",
                      "+train_dataloader.num_workers=2")  # fmt: skip

@@ -88,8 +88,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_grad_norm": 0}, "max_grad_norm=0: expected a positive norm"),
     ({"max_grad_norm": float("nan")}, "max_grad_norm=nan: expected a positive norm"),
     ({"max_grad_norm": "1"}, "max_grad_norm='1': expected a positive norm"),
-    ({"precision": "fp8"}, "precision='fp8': expected one of fp32, bf16, fp16"),
-    ({"precision": 16}, "precision=16: expected one of fp32, bf16, fp16"),
+    ({"precision": "int8"}, "precision='int8': expected one of fp32, bf16, fp16, fp8"),
+    ({"precision": 16}, "precision=16: expected one of fp32, bf16, fp16, fp8"),
     ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore': expected one of raise, stop, skip"),
     (
         {"lr_scheduler_interval": "steps"},
@@ -142,7 +142,7 @@ def test_all_mistakes_are_said_at_once_and_nothing_is_written(tmp_path: Path) ->
     text = message(
         ConfigError,
         epochs=0,
-        precision="fp8",
+        precision="int8",
         early_stop=2,
         loss_fn=None,
         callbacks=[Callback],

@@ -157,7 +157,7 @@ def fits(recipe: Recipe, on: str) -> FitReport:
     devices = parse_devices(on)
     parallel = recipe.settings.get("parallel") or Parallel()
     parallel.sizes(devices.count)
-    _check(parallel)
+    _check(parallel, recipe.setting("precision"))
     report = FitReport([Check("recipe", "PASS", str(recipe.composed.path))], devices)
     report.checks += wrong_settings(recipe)
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
@@ -176,12 +176,17 @@ def fits(recipe: Recipe, on: str) -> FitReport:
     return report
 
 
-def _check(parallel: Parallel) -> None:
+def _check(parallel: Parallel, precision: str | None) -> None:
     asked = {f.name for f in dataclass_fields(parallel) if getattr(parallel, f.name) != f.default}
     if unbuilt := sorted(asked - _ON_PAPER):
         raise ConfigError(
             f"--on: parallel.{', parallel.'.join(unbuilt)} cannot be looked at on paper yet; leave "
             "it out to see what the recipe takes without it."
+        )
+    if precision == "fp8":
+        raise ConfigError(
+            "--on: precision=fp8 cannot be looked at on paper yet; say trainer.precision=bf16 to "
+            "see what the recipe takes with it."
         )
 
 

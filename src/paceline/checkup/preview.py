@@ -161,7 +161,7 @@ def _components(trainer: Trainer) -> dict[str, str]:
     function = trainer.loss_fn
     if function is not None:
         found["loss_fn"] = getattr(function, "__name__", None) or repr(function)
-    found["device"] = f"{trainer.device}, {trainer.precision}"
+    found["device"] = f"{trainer.device}, {trainer.computes_in}"
     return found
 
 

@@ -22,6 +22,7 @@ from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.parts import Part, each, is_several
 from paceline.recipe.schema import Schema
 from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validation
+from paceline.trainer.float8 import missing
 from paceline.trainer.schedules import takes_metric
 from paceline.trainer.trainer import Trainer
 
@@ -46,6 +47,8 @@ def check_combinations(
     for line in lines:
         _note(line, values, mistakes, only_given=not whole)
     values = {**signature_of(Trainer).defaults, **values}
+    if lacking := missing(values["precision"]):
+        mistakes.add(("trainer", "precision"), lacking)
     _check_schedulers(parts, values, mistakes)
     _check_batch_size(parts, values, mistakes)
 

@@ -18,6 +18,7 @@ from paceline.log.plan import Plan
 from paceline.log.provenance import RunRecord
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.events import Events, Hooks
+from paceline.trainer.float8 import Float8Layers
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.placement import components, outermost, unwrap
 from paceline.trainer.progress import Progress
@@ -28,6 +29,13 @@ from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window, count_first_dimension
 from paceline.world.parallel import Parallel
 from paceline.world.world import World
+
+_AUTOCAST = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
 
 
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +78,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     val_dataloader: Any = None
     check_gradients: bool = False  # take each step's gradient norm, to refuse one not finite
 
+    precision: str
     parallel: Parallel
     callbacks: list[Any]
     checkpoint_policy: Any
@@ -96,6 +105,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     model_key: int
     replicas: list[Any]
     validation_calls: list[Any]
+    float8: Float8Layers | None = None
     recomputed: list[torch.nn.Module]
     compiled: list[torch.nn.Module]
     while_placed: ExitStack  # what holds while models are in place
@@ -157,6 +167,16 @@ class TrainerBase(Hooks, AbstractTrainer):
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.world.device
+
+    @property
+    def computes_in(self) -> str:
+        """The run's precision: what was asked for, or what stands in for it on this device."""
+        return "bf16" if self.precision == "fp8" and self.float8 is None else self.precision
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What autocast computes in, and sharded weights are gathered in; None for no autocast."""
+        return _AUTOCAST[self.precision]
 
     @property
     def epochs(self) -> int | None:

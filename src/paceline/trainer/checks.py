@@ -16,8 +16,9 @@ import torch
 
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy
-from paceline.errors import ConfigError, nearest
+from paceline.errors import ConfigError, MissingExtraError, nearest
 from paceline.trainer.events import Callback, misspelt_hooks, overrides
+from paceline.trainer.float8 import missing
 from paceline.trainer.materialize import without_a_way
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.schedules import takes_metric
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _CHOICES = {
     "lr_scheduler_interval": ("step", "epoch", "metric"),
-    "precision": ("fp32", "bf16", "fp16"),
+    "precision": ("fp32", "bf16", "fp16", "fp8"),
     "on_nonfinite": ("raise", "stop", "skip", "rewind"),
 }
 _COUNTS = (
@@ -48,12 +49,15 @@ def check_settings(trainer: Trainer) -> None:
 
     Raises:
         ConfigError: with one line a mistake.
+        MissingExtraError: a setting needs a package that is not installed.
     """
     wrong = wrong_settings(trainer)
     wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer)
     if not _overrides(trainer, "configure"):
         wrong += _wrong_components(trainer)
     _refuse(wrong)
+    if lacking := missing(trainer.precision):
+        raise MissingExtraError(lacking)
 
 
 def check_components(trainer: Trainer) -> None:
@@ -139,6 +143,7 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
         for name, value, setting, size in (
             ("precision", "fp16", "dp_shard", parallel.dp_shard),
             ("precision", "fp16", "tensor", parallel.tensor),
+            ("precision", "fp8", "tensor", parallel.tensor),
             ("compile", trainer.compile, "tensor", parallel.tensor),
         ):
             if value and getattr(trainer, name) == value and size > 1:

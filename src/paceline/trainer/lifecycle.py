@@ -22,6 +22,7 @@ from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_settings
 from paceline.trainer.compilation import memory_budget
 from paceline.trainer.events import Events, overrides
+from paceline.trainer.float8 import float8_layers
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
@@ -132,6 +133,7 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer.validation = trainer.saver = None
     trainer.replicas, trainer.validation_calls = [], []
     trainer.recomputed, trainer.compiled, trainer.while_placed = [], [], ExitStack()
+    trainer.float8 = None
     trainer.local_batches = 0
     trainer.on_cpu = trainer.device.type == "cpu"
     trainer.events = Events(trainer, ())
@@ -199,9 +201,9 @@ def place(trainer: Trainer) -> None:
             f"keeps {budget:.0%} of the activations that it would, and computes the rest twice",
             "parallel.activation_checkpointing",
         )
+    trainer.float8 = float8_layers(trainer)
     placement.place(trainer)
-    if trainer.precision != "fp32":
-        dtype = torch.bfloat16 if trainer.precision == "bf16" else torch.float16
+    if (dtype := trainer.autocast_dtype) is not None:
         trainer.autocast = torch.autocast(trainer.device.type, dtype=dtype)
     if trainer.world.context_mesh is not None:
         trainer.autocast = Sequences(trainer.world.context_mesh, trainer.autocast)
@@ -319,10 +321,12 @@ def _open_sinks(trainer: Trainer) -> None:
 def _describe(trainer: Trainer) -> None:
     """The plan: what was decided, printed and kept in run.json."""
     plan, horizon = trainer.plan, trainer.training_horizon
-    plan.add(f"computes on {trainer.device} in {trainer.precision}", "precision")
+    plan.add(f"computes on {trainer.device} in {trainer.computes_in}", "precision")
+    if trainer.float8 is not None:
+        plan.add(str(trainer.float8), "precision")
     if trainer.world.size > 1:
         plan.add(_spread(trainer.world), "parallel")
-    if trainer.world.shards > 1 and trainer.precision == "bf16":
+    if trainer.world.shards > 1 and trainer.autocast_dtype == torch.bfloat16:
         plan.add("gathers weights in bfloat16, sums their gradients in float32", "precision")
     if trainer.parallel.cpu_offload:
         plan.add("keeps weights in host memory, and steps there", "parallel.cpu_offload")

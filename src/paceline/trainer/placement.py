@@ -149,6 +149,8 @@ def take_back(trainer: Trainer) -> None:
                 if isinstance(module, Replica):
                     value[key] = module.module
     trainer.while_placed.close()
+    if trainer.float8 is not None and not trainer.parallel.is_spread:
+        trainer.float8.take_back()
     trainer.recomputed, trainer.compiled, trainer.replicas = [], [], []
 
 
@@ -162,6 +164,8 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     if not materializer.needed:
         module.to(trainer.device)
     trained = any(p.requires_grad for p in module.parameters())
+    if trainer.float8 is not None and trained:
+        trainer.float8.convert(module, name)
     which = trainer.parallel.activation_checkpointing
     if isinstance(which, str) and trained:
         from paceline.trainer.recompute import recompute_blocks
@@ -196,8 +200,7 @@ def _spread(
 ) -> torch.nn.Module:
     from paceline.trainer.sharding import Shards, follow
 
-    compute = torch.bfloat16 if trainer.precision == "bf16" else None
-    calls = trainer.validation_calls
+    calls, compute = trainer.validation_calls, trainer.autocast_dtype
     shards = Shards(module, name, trainer.world, calls, compute, materialize)
     follow(trainer.named_optimizers().values(), shards.renewed)
     trainer.replicas.append(shards)

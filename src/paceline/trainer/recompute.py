@@ -19,6 +19,7 @@ _KEPT = [
         _aten.addmm,
         _aten.bmm,
         _aten.baddbmm,
+        _aten._scaled_mm,
         _aten.convolution,
         _aten._scaled_dot_product_efficient_attention,
         _aten._scaled_dot_product_flash_attention,

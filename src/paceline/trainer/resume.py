@@ -95,7 +95,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     """
     keys: dict[str, Any] = {
         "seed": trainer.seed,
-        "precision": trainer.precision,
+        "precision": trainer.computes_in,
         "loss_fn": _kind(trainer.loss_fn),
         "max_grad_norm": trainer.max_grad_norm,
         **{f"loss_fn.{key}": value for key, value in _arguments(trainer.loss_fn).items()},

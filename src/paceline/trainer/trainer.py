@@ -48,8 +48,9 @@ class Trainer(TrainerBase):
         lr_scheduler_interval: when schedulers step: "step", "epoch", or "metric" (with the
             monitored metric, after each validation).
         max_grad_norm: clip each optimizer's gradients to this 2-norm.
-        precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling). Weights are kept
-            as they were made; sharded ones are gathered in bf16.
+        precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling), or "fp8": bf16, with
+            linear layers that multiply in float8 where the device can (extra `fp8`). Weights are
+            kept as they were made; sharded ones are gathered in bf16.
         compile: compile the models in place, or their repeated "blocks" one by one, as sharded
             models always are; parameter names stay as they are.
         deterministic: use deterministic algorithms only.
@@ -85,7 +86,7 @@ class Trainer(TrainerBase):
         global_batch_size: int | None = None,
         lr_scheduler_interval: Literal["step", "epoch", "metric"] = "step",
         max_grad_norm: float | None = None,
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32",
         compile: bool | Literal["blocks"] = False,
         deterministic: bool = False,
         validate_every: Literal["epoch"] | int = "epoch",

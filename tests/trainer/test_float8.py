@@ -1,0 +1,254 @@
+"""Linear layers that multiply in float8; on a CPU by torchao's emulation of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from builders import StopAt, bits
+from paceline import Parallel, Trainer
+from paceline.errors import ConfigError, MissingExtraError, ResumeError
+from paceline.trainer import float8
+from paceline.trainer.settings import Resume
+from paceline.world.context import attention
+from paceline.world.dtensors import whole
+from ranks import Ranks
+from small import fitted, settings
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (2, 3, 8)).permute(3, 0, 2, 1, 4)
+        return x + self.out(attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Net(nn.Module):
+    """Two blocks of attention over sequences, and a head whose size is no multiple of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def emulated(device: torch.device) -> Any:
+    from torchao.float8 import Float8LinearConfig
+
+    return Float8LinearConfig(emulate=True, pad_inner_dim=True)
+
+
+class Fit(Trainer):
+    """Remembers each step's loss, what a layer was meanwhile, and the weights at the end."""
+
+    def on_train_start(self) -> None:
+        self.losses: list[float] = []
+        layer: Any = self.get_module("model.blocks.0.out")
+        self.during = type(layer).__name__
+
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss.item())
+
+    def on_train_end(self) -> None:
+        state = self.get_module("model").state_dict()
+        self.ended = {key: whole(value).detach().clone() for key, value in state.items()}
+
+
+def examples() -> TensorDataset:
+    x = torch.randn(28, 4, 16, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x.mean(-1, keepdim=True))
+
+
+def fit(precision: str = "fp8", **changes: Any) -> Fit:
+    model = Net()
+    options: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01),
+        "loss_fn": nn.MSELoss(),
+        "train_dataloader": DataLoader(examples(), 8, shuffle=True),
+        "epochs": 2,
+        "precision": precision,
+        "progress": False,
+    }
+    made = Fit(**(options | changes))
+    made.train(seed=2)
+    return made
+
+
+def plan(made: Trainer) -> list[str]:
+    return [line.decision for line in made.plan]
+
+
+@pytest.fixture
+def emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(float8, "configuration", emulated)
+
+
+# Where it cannot be
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.trainer.checks.missing", lambda precision: None)
+
+
+def test_a_device_without_it_computes_in_bf16_and_says_so_once(
+    installed: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = {"model": nn.Linear(3, 1), "run_dir": tmp_path / "run"}
+    asked = fitted(precision="fp8", **run)
+    lacking = "no float8 on this device (CUDA 8.9 or later, MI300 or later): computes in bf16"
+    assert capsys.readouterr().err.count("float8") == 1
+    assert lacking in plan(asked)
+    assert f"computes on {asked.device} in bf16" in plan(asked)
+    assert asked.identity["precision"] == "bf16"
+
+
+def test_the_fallback_is_bf16_bit_by_bit(installed: None) -> None:
+    assert bits(fit("fp8").ended) == bits(fit("bf16").ended)
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.trainer.float8.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "paceline\[fp8\]"'):
+        fitted(precision="fp8")
+
+
+def test_split_modules_and_it_are_refused_together() -> None:
+    with pytest.raises(ConfigError, match=r"'fp8': does not exist yet with parallel\.tensor"):
+        Trainer(**settings(precision="fp8", parallel=Parallel(tensor=2))).train()
+
+
+# What it is
+
+
+def test_the_layers_whose_sizes_allow_it_multiply_in_float8(emulation: None) -> None:
+    made = fit()
+    assert made.during == "Float8Linear"
+    left = "not model.head (1 x 16, not multiples of 16)"
+    assert f"4 of 5 linear layers multiply in float8; {left}" in plan(made)
+    half = fit("bf16")
+    assert made.ended.keys() == half.ended.keys(), "parameters keep their names"
+    assert made.losses != half.losses
+    assert made.losses == pytest.approx(half.losses, rel=0.1)
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    assert {type(part) for part in made.model.modules()} == {Net, nn.ModuleList, Block, nn.Linear}
+    assert vars(made.model.head).keys() == vars(made.model.blocks[0].out).keys()
+
+
+def test_what_is_no_plain_linear_layer_is_left_alone(emulation: None) -> None:
+    model = Net()
+    model.blocks[0].out = Doubling(16, 16)
+    model.blocks[1].out.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    seen: list[Any] = []
+    made = fit(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert made.during == "Doubling"
+    assert any("model.blocks.0.out (a Doubling)" in line for line in plan(made))
+    assert model.blocks[1].out in seen, "a hook of a layer holds"
+
+
+class Doubling(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("which", ["full", "selective"])
+def test_recomputed_activations_change_no_bit(emulation: None, which: Any) -> None:
+    again = fit(parallel=Parallel(activation_checkpointing=which))
+    assert bits(again.ended) == bits(fit().ended)
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_bits(emulation: None, tmp_path: Path) -> None:
+    stopped = {"run_dir": tmp_path / "run", "callbacks": [StopAt(3)]}
+    fit(**stopped)
+    assert bits(fit(**stopped | {"callbacks": []}).ended) == bits(fit().ended)
+
+
+def test_a_run_goes_on_in_another_precision_only_if_that_is_accepted(
+    emulation: None, tmp_path: Path
+) -> None:
+    fit("bf16", run_dir=tmp_path / "run", epochs=1)
+    with pytest.raises(ResumeError, match="precision: 'bf16' then, 'fp8' now"):
+        fit(run_dir=tmp_path / "run")
+    accepted = Resume(accept=("precision",))
+    assert fit(run_dir=tmp_path / "run", resume=accepted).during == "Float8Linear"
+
+
+def test_what_is_not_finite_never_reaches_the_weights(emulation: None) -> None:
+    x = torch.randn(24, 4, 16, generator=torch.Generator().manual_seed(1))
+    x[9] = torch.inf  # in the second of three batches
+    bad = DataLoader(TensorDataset(x, torch.ones(24, 4, 1)), 8)
+    made = fit(train_dataloader=bad, epochs=1, on_nonfinite="skip")
+    assert made.progress.global_step == 3
+    assert all(value.isfinite().all() for value in made.ended.values())
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"dp_shard": 2, "activation_checkpointing": "full"},
+    {"context": 2},
+]
+
+
+def fit_layouts() -> list[Any]:
+    float8.configuration = emulated
+    runs = []
+    for layout in LAYOUTS:
+        size = 8 if "context" in layout else 4
+        made = fit_by_sgd(size=size, parallel=Parallel(**layout))
+        runs.append((made.ended, made.during))
+    return runs
+
+
+def fit_by_sgd(precision: str = "fp8", size: int = 8, **changes: Any) -> Fit:
+    model = Net()
+    data = DataLoader(examples(), size, shuffle=True)
+    return fit(
+        precision,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.3),
+        train_dataloader=data,
+        **changes,
+    )
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[key] - other[key]).square().sum()) for key in one) ** 0.5
+
+
+@pytest.mark.slow
+def test_every_layout_trains_the_same_up_to_its_rounding(emulation: None, ranks: Ranks) -> None:
+    """Each rank scales what it has by its own largest value."""
+    alone = fit_by_sgd().ended
+    moved = distance(alone, Net().state_dict())
+    for ended, during in ranks(fit_layouts, 2)[0]:
+        assert during == "Float8Linear"
+        assert distance(ended, alone) < 0.05 * moved
+
+
+@pytest.mark.slow
+def test_compiled_blocks_multiply_in_float8_too(
+    emulation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, both passes; what the compiler makes of the trace depends on the device."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    alone, compiled = fit_by_sgd(), fit_by_sgd(compile="blocks")
+    assert compiled.during == "Float8Linear"
+    moved = distance(alone.ended, Net().state_dict())
+    assert distance(compiled.ended, alone.ended) < 0.05 * moved
