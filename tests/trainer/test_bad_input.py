@@ -203,8 +203,9 @@ def test_a_world_that_does_not_fit_the_layout() -> None:
 
 
 def test_what_sharded_models_do_not_have_yet_is_refused() -> None:
-    text = message(ConfigError, parallel=Parallel(dp_shard=2), precision="fp16")
-    assert "does not exist yet with parallel.dp_shard" in text
+    parallel = Parallel(dp_shard=2, cpu_offload=True)
+    text = message(ConfigError, parallel=parallel, precision="fp16")
+    assert "does not exist yet with parallel.cpu_offload" in text
 
 
 # Parameters

@@ -125,12 +125,6 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
 def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
     """The validation source for a user's loader; the arguments are those of `open_training`."""
     if not is_indexed(loader):
-        if world.parallel.is_spread:
-            raise ConfigError(
-                "val_dataloader: with parallel.dp_shard or parallel.tensor every rank validates on "
-                "the same number of batches, which a loader that keeps its own order cannot "
-                "promise: give a DataLoader over a map-style dataset."
-            )
         return StreamedValidation(loader, seed, world)
     order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
@@ -178,12 +172,6 @@ def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> St
         raise DataError(
             "train_dataloader is an iterator, which can be read only once: give an object whose "
             "__iter__ starts again, such as a DataLoader."
-        )
-    if world.dp_size < world.size:
-        raise ConfigError(
-            "train_dataloader: with parallel.tensor several ranks need the same batches, which a "
-            "loader that keeps its own order cannot promise: give a DataLoader over a map-style "
-            "dataset."
         )
     accumulation = size.gradient_accumulation_steps
     if size.global_batch_size is not None:

@@ -1,6 +1,7 @@
 """Data that can only be iterated: streaming sets, torchdata's StatefulDataLoader, generators.
 
-Each rank iterates its own loader, which has to know its share of the data. A loader with
+Each rank iterates its own loader, which has to know its share of the data. Ranks that work on the
+same samples (split modules, parts of sequences) have one share, and are held to it. A loader with
 `state_dict` is asked where it stands; any other is replayed to its place at resume.
 
 Making an iterator and reading its first batch happen under the same random stream on every rank, so
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -100,25 +102,28 @@ class StreamedSource:
     def _level(self, batches: list[Any]) -> int:
         """Adds stand-ins until this rank has as many batches as any; returns that number."""
         world, drawn = self._world, len(batches)
+        alike = world.size // world.dp_size
         # Not the very first batch, which draws the same random numbers on every rank.
         compares = not self._compared and self._in_epoch + drawn > 1
         self._last = batches[-1] if batches else self._last
-        told = world.all_gather_object(
-            (drawn, self._last is _END, _fingerprint(batches) if compares else b"")
-        )
-        longest = max(count for count, _, _ in told)
-        if longest and any(lacks for _, lacks, _ in told):  # it has read nothing since it started
-            lender = next(rank for rank, (count, _, _) in enumerate(told) if count)
+        read = _fingerprint(batches) if compares or alike > 1 else b""
+        told = world.all_gather_object((drawn, self._last is _END, compares, read))
+        _check_alike(told, world)
+        longest = max(held for held, *_ in told)
+        if longest and any(lacks for _, lacks, *_ in told):  # it has read nothing since it started
+            lender = next(rank for rank, (held, *_) in enumerate(told) if held)
             lent = world.all_gather_object(batches[0] if world.rank == lender else None)[lender]
             self._last = lent if self._last is _END else self._last
         batches += [self._last] * (longest - drawn)
-        if all(made for _, _, made in told):
+        shares = [read for *_, compares, read in told[::alike] if compares and read]
+        if len(shares) == world.dp_size:
             self._compared = True
-            if len({made for _, _, made in told}) == 1:
+            if world.dp_size > 1 and len(set(shares)) == 1:
                 warnings.warn(
-                    f"every rank reads the same batches, so each sample is seen {world.size} times "
-                    "a pass: give each rank its share of the data (by RANK and WORLD_SIZE), or use "
-                    "a map-style dataset, which is shared out."
+                    "every rank reads the same batches, so each sample is seen "
+                    f"{world.dp_size} times a pass: give each rank its share of the data "
+                    "(dp_rank of dp_size, of trainer.world), or use a map-style dataset, which is "
+                    "shared out."
                 )
         return longest
 
@@ -221,7 +226,10 @@ class StreamedSource:
 
 
 class StreamedValidation:
-    """Validation over an iterable (`Validation`); each rank iterates its own share."""
+    """Validation over an iterable (`Validation`); each rank iterates its own share.
+
+    Where ranks exchange within a model, one that has no more batches stands in with its last one.
+    """
 
     def __init__(self, loader: Iterable[Any], seed: int, world: World) -> None:
         self.plan: list[tuple[str, str]] = []
@@ -231,6 +239,7 @@ class StreamedValidation:
         self._loader = loader
         self._seed = seed
         self._world = world
+        self._in_step = world.parallel.is_spread or world.parallel.context > 1
         self.length = _length(loader)
         self._reading: Iterator[Any] | None = None
 
@@ -238,16 +247,58 @@ class StreamedValidation:
         seed_everything(stream(self._seed, "loader", -1))
         self._reading = iterate(self._loader)
         try:
-            for i, batch in enumerate(self._reading):
-                yield batch, -1
+            last: Any = _END
+            for i in count():
+                batch = next(self._reading, _END)
+                if not self._goes_on(batch, first=i == 0):
+                    break
+                yield (last, 0) if batch is _END else (batch, -1)
+                last = last if batch is _END else batch
                 seed_everything(_batch_seed(self._seed, "val-sample", 0, i + 1, self._world))
         finally:
             if not getattr(self._loader, "persistent_workers", False):
                 self.close()
 
+    def _goes_on(self, batch: Any, *, first: bool) -> bool:
+        """Whether there is a batch: here, or on any rank that this one has to keep in step with."""
+        if not self._in_step:
+            return batch is not _END
+        alike = self._world.size > self._world.dp_size
+        read = _fingerprint([batch]) if alike else b""
+        told = self._world.all_gather_object((batch is not _END, read))
+        _check_alike(told, self._world)
+        has = [there for there, _ in told]
+        if first and any(has) and not all(has):
+            raise DataError(
+                f"val_dataloader: rank {has.index(False)} yields no batch, and where models are "
+                "spread each rank validates on something."
+            )
+        return any(has)
+
     def close(self) -> None:
         _close(self._loader, self._reading)
         self._reading = None
+
+
+def _check_alike(told: list[Any], world: World) -> None:
+    """Refuses ranks that work on the same samples and have read different ones.
+
+    Args:
+        told: what each rank has read.
+        world: the ranks; those that work on the same samples follow one another.
+
+    Raises:
+        DataError: on every rank.
+    """
+    alike = world.size // world.dp_size
+    for first in range(0, world.size, alike):
+        if len(set(told[first : first + alike])) > 1:
+            raise DataError(
+                f"ranks {first} to {first + alike - 1} work on the same samples (parallel.tensor, "
+                "parallel.context), and their loaders give them different ones: a loader that "
+                "keeps its own order takes the share dp_rank of dp_size (trainer.world), which is "
+                "not RANK of WORLD_SIZE."
+            )
 
 
 def _close(loader: Any, iterator: Any) -> None:

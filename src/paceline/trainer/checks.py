@@ -140,13 +140,12 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
         wrong.append("on_nonfinite='rewind': it goes back to a checkpoint, and none is written.")
     parallel: Any = trainer.parallel
     if isinstance(parallel, Parallel):
-        for name, value, setting, size in (
-            ("precision", "fp16", "dp_shard", parallel.dp_shard),
-            ("precision", "fp16", "tensor", parallel.tensor),
-            ("precision", "fp8", "tensor", parallel.tensor),
-            ("compile", trainer.compile, "tensor", parallel.tensor),
+        for name, value, setting, asked in (
+            ("precision", "fp16", "cpu_offload", parallel.cpu_offload),
+            ("precision", "fp8", "tensor", parallel.tensor > 1),
+            ("compile", trainer.compile, "tensor", parallel.tensor > 1),
         ):
-            if value and getattr(trainer, name) == value and size > 1:
+            if value and getattr(trainer, name) == value and asked:
                 wrong.append(
                     f"{name}={value!r}: does not exist yet with parallel.{setting}; leave one out."
                 )

@@ -326,8 +326,9 @@ def _describe(trainer: Trainer) -> None:
         plan.add(str(trainer.float8), "precision")
     if trainer.world.size > 1:
         plan.add(_spread(trainer.world), "parallel")
-    if trainer.world.shards > 1 and trainer.autocast_dtype == torch.bfloat16:
-        plan.add("gathers weights in bfloat16, sums their gradients in float32", "precision")
+    if trainer.world.shards > 1 and (dtype := trainer.autocast_dtype):
+        kind = str(dtype).removeprefix("torch.")
+        plan.add(f"gathers weights in {kind}, sums their gradients in float32", "precision")
     if trainer.parallel.cpu_offload:
         plan.add("keeps weights in host memory, and steps there", "parallel.cpu_offload")
     if trainer.compiled:

@@ -50,7 +50,7 @@ class Optimization:
         self.scaler: Any = None
         self._scale_is_due = False  # a step was unscaled; the scale may change before the next
         if trainer.precision == "fp16":
-            self.scaler = torch.amp.GradScaler(trainer.device.type)
+            self.scaler = _scaler(trainer)
 
     def backward(self, loss: Any, only: str | None = None) -> None:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items."""
@@ -193,11 +193,11 @@ class Optimization:
                 )
 
     def _advance(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.scaler is not None:
-            self.scaler.step(optimizer)
-            return
         with groups_by_mesh(optimizer) if self._splits else nullcontext():
-            optimizer.step()
+            if self.scaler is not None:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
         vars(optimizer).pop("found_inf", None)  # the guard's mask is for this step alone
 
     def _compare_whole_gradients(self) -> None:
@@ -210,6 +210,14 @@ class Optimization:
         # Once all optimizers of a backward pass have stepped: their gradients have one scale.
         self.scaler.update()
         self._scale_is_due = False
+
+
+def _scaler(trainer: Trainer) -> torch.amp.GradScaler:
+    if not trainer.parallel.is_spread:
+        return torch.amp.GradScaler(trainer.device.type)
+    from paceline.trainer.spread_scaler import SpreadScaler
+
+    return SpreadScaler(trainer.device.type, trainer.world)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -1,0 +1,102 @@
+"""float16 in spread models: the scale, and what overflows, are the same on all ranks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from builders import bits
+from paceline import Parallel, Trainer
+from paceline.trainer.events import Callback
+from paceline.world.dtensors import local_part, whole
+from ranks import Ranks
+
+LAYOUTS = [  # for four ranks, and the batch of each that makes eight samples
+    (Parallel(dp_shard=2), 2),
+    (Parallel(tensor=2, dp_shard=2), 4),
+    (Parallel(tensor=4), 8),
+]
+SGD = {"kind": "SGD", "lr": 2.0, "momentum": 0.9}
+FUSED = {"kind": "AdamW", "lr": 0.01, "fused": True}
+
+
+class Net(nn.Module):
+    tp_plan = {"up": "colwise", "down": "rowwise"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.norm(x)).tanh())
+
+
+class Fit(Trainer):
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        loss = 0.01 * (self.model(x).float() - y).square().mean()
+        alone = self.world.size == 1 or self.world.rank == 2
+        return loss * torch.nan if self.global_step == 3 and alone else loss
+
+
+class Watch(Callback):
+    """Puts an infinity into one rank's part of one gradient, in the second step."""
+
+    def __init__(self) -> None:
+        self.scales: list[float] = []
+        self.weights: list[Any] = []
+
+    def on_after_backward(self, trainer: Any) -> None:
+        if trainer.global_step == 1 and trainer.world.rank == min(1, trainer.world.size - 1):
+            gradient = trainer.get_module("model.up").weight.grad
+            local_part(gradient).view(-1)[0] = torch.inf
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        self.scales.append(trainer.optimization.scaler.get_scale())
+        self.weights.append(bits([*trainer.get_module("model").parameters()]))
+
+    def on_train_end(self, trainer: Any) -> None:
+        self.ended = [whole(p).detach() for p in trainer.get_module("model").parameters()]
+
+
+def fit(parallel: Parallel | None, batch: int, kind: str, **options: Any) -> Any:
+    model, watch = Net(), Watch()
+    x = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
+    Fit(
+        model=model,
+        optimizer=getattr(torch.optim, kind)(model.parameters(), **options),
+        train_dataloader=DataLoader(TensorDataset(x, x.flip(1)), batch, shuffle=True),
+        epochs=1,
+        max_grad_norm=1.0,
+        precision="fp16",
+        on_nonfinite="skip",
+        progress=False,
+        callbacks=[watch],
+        parallel=parallel,
+    ).train(seed=3)
+    return watch.scales, watch.weights, watch.ended
+
+
+def fit_all() -> list[Any]:
+    return [fit(layout, batch, **how) for layout, batch in LAYOUTS for how in (SGD, FUSED)]
+
+
+@pytest.mark.slow
+def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: Ranks) -> None:
+    """So does a loss that is no number. Between those the ranks do what one process does."""
+    alone = [fit(None, 8, **how) for how in (SGD, FUSED)] * len(LAYOUTS)
+    for found in ranks(fit_all, 4):
+        for (scales, weights, ended), (expected, _, wanted) in zip(found, alone, strict=True):
+            assert scales == expected == [2.0**16, 2.0**15, 2.0**15, 2.0**14, 2.0**14, 2.0**14]
+            assert [a == b for a, b in pairwise(weights)] == [
+                True, False, True, False, False,
+            ]  # fmt: skip
+            for a, b in zip(ended, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=0.02, atol=0.01)
