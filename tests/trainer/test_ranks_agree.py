@@ -41,8 +41,22 @@ class Small(Trainer):
         return loss * torch.nan if self.bad and not self.muted and BAD in ids else loss
 
 
+class Rooted(nn.Module):
+    """Nothing repeats; up to 8 ranks have a part of its weight, whose gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x @ self.weight.T - 100).relu())
+
+
 def network(kind: str = "plain") -> nn.Module:
     torch.manual_seed(1)
+    if kind == "rooted":
+        return Rooted().double()
     if kind == "dead":  # a ReLU lets no gradient through, and so no NaN, to the smallest parameter
         first = nn.Linear(3, 1)
         with torch.no_grad():
@@ -372,7 +386,7 @@ def check_not_finite(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "shard"), [("plain", 1), ("dead", 1), ("dead", 2)])
+@pytest.mark.parametrize(("kind", "shard"), [("plain", 1), ("dead", 1), ("dead", 2), ("rooted", 2)])
 def test_raise(ranks: Ranks, tmp_path: Path, kind: str, shard: int) -> None:
     outcomes = check_not_finite(ranks, tmp_path, "raise", shard, kind)
     for outcome in outcomes:
@@ -387,7 +401,8 @@ def test_raise(ranks: Ranks, tmp_path: Path, kind: str, shard: int) -> None:
     ("policy", "shard"), [("skip", 1), ("stop", 1), ("rewind", 1), ("skip", 4), ("rewind", 2)]
 )
 def test_go_on_or_stop(ranks: Ranks, tmp_path: Path, policy: str, shard: int) -> None:
-    outcomes = check_not_finite(ranks, tmp_path, policy, shard)
+    kind = "rooted" if shard == 4 else "plain"
+    outcomes = check_not_finite(ranks, tmp_path, policy, shard, kind)
     for outcome in outcomes:
         assert outcome["stopped_by"] == ("non-finite" if policy == "stop" else "max_steps")
         assert outcome["step"] == (3 if policy == "stop" else 8)
@@ -395,12 +410,63 @@ def test_go_on_or_stop(ranks: Ranks, tmp_path: Path, policy: str, shard: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "shard"), [("raise", 1), ("skip", 1), ("skip", 2)])
-def test_unread_as_on_an_accelerator(ranks: Ranks, tmp_path: Path, policy: str, shard: int) -> None:
+@pytest.mark.parametrize(
+    ("policy", "shard", "kind"),
+    [("raise", 1, "dead"), ("skip", 1, "dead"), ("skip", 2, "dead"), ("skip", 2, "rooted")],
+)
+def test_unread_as_on_an_accelerator(
+    ranks: Ranks, tmp_path: Path, policy: str, shard: int, kind: str
+) -> None:
     """Nothing is read within a step; the verdict masks the step on every rank alike."""
-    for outcome in check_not_finite(ranks, tmp_path, policy, shard, "dead", True):
+    for outcome in check_not_finite(ranks, tmp_path, policy, shard, kind, True):
         assert ("step 3 is not finite" in outcome["error"]) == (policy == "raise")
         assert len(outcome["after"]) == (4 if policy == "raise" else 9)
+
+
+class Partial(Small):
+    """Rank 1's third loss is finite, but the gradient of its first output is not."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y, _ = batch
+        out = self.model(x)
+        loss = (out - y).square().mean()
+        if self.world.rank == 1 and self.global_step == 2 and not self.muted:
+            loss = loss + (out[:, 0] * 0).sqrt().sum()
+        return loss
+
+
+def partly_bad() -> tuple[str, int, int]:
+    exchanges = count_calls("all_reduce")
+    trainer = small(model=network("rooted"), parallel=Parallel(dp_shard=2), validate_every=100)
+    trainer.__class__ = Partial
+    before = len(exchanges)
+    try:
+        trainer.train(seed=1)
+    except NonFiniteError as error:
+        return str(error), trainer.global_step, len(exchanges) - before
+    return "", trainer.global_step, len(exchanges) - before
+
+
+def count_calls(name: str) -> list[str]:
+    """A list that gets an entry for each call of a collective from Python."""
+    calls: list[str] = []
+    collective = getattr(dist, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return collective(*args, **kwargs)
+
+    setattr(dist, name, counted)
+    return calls
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_copy_see_one_anothers_nan_in_what_they_exchange(ranks: Ranks) -> None:
+    """One NaN in a gradient of one rank is every rank's, without an exchange of its own."""
+    for error, step, exchanges in ranks(partly_bad, 2):
+        assert "step 3 is not finite" in error
+        assert "first parameter with a non-finite gradient: model.head.weight" in error
+        assert (step, exchanges) == (2, 0)
 
 
 # Deciding

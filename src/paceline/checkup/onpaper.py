@@ -182,7 +182,7 @@ class _ReplicaOnPaper:
             (https://docs.pytorch.org/docs/stable/notes/ddp.html, "Internal Design").
     """
 
-    called, sentinel = False, None
+    called = False
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         trained = {id(p): p.nbytes for p in parameters if p.requires_grad}

@@ -33,7 +33,8 @@ class NonFiniteGuard:
     On several replicas each decision follows from the exchanged gradients alone, which are the same
     on all of them: a rank that finds a bad loss makes its gradients NaN, whatever the model does to
     a NaN on its way (a ReLU stops it), and so the others' too. Ranks that share a copy see other
-    gradients each, so that one tiny exchange a window has to tell them.
+    gradients each: a parameter of which all have a part tells them. Where there is none, or several
+    models or optimizers are spread, or modules are split, it takes one tiny exchange a window.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -73,26 +74,24 @@ class NonFiniteGuard:
         if isinstance(weight, torch.Tensor):
             loss = torch.where(weight == 0, 0.0, loss)
         clean = loss - loss  # zero, or NaN if the loss is not finite
-        self._raise_flag(clean)
+        self._raise_flag(clean.isnan())
         # The other ranks, and a scaler, learn of it from the gradients alone.
         told = self._ranks > 1 or self._trainer.optimization.scaler is not None
         return self._poisoned(weighted, clean) if told else weighted
 
     def _poisoned(self, weighted: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
-        """Adds a NaN, or zero, that reaches the sentinel's gradient on the shortest way."""
+        """Makes a loss NaN, or leaves it, and has the replica that was called tell the others."""
         called = [replica for replica in self._trainer.replicas if replica.called]
         weighted = weighted * (poison + 1)
         # Of several, not every one need take part in this loss.
-        if len(called) == 1 and called[0].sentinel is not None:
-            weighted = weighted + (called[0].sentinel * poison).sum()
-        return weighted
+        return called[0].tell(weighted, poison) if len(called) == 1 else weighted
 
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a gradient norm that somebody has computed (clipping, a gradient monitor)."""
         if self._trainer.optimization.scaler is not None:
             return  # the scaler's own search for a scale; it skips such steps itself
         if not self._read:
-            self._raise_flag(norm - norm)
+            self._raise_flag(~torch.isfinite(norm))
         elif not math.isfinite(norm.item()):
             self._norm_bad = True
             self._note({"grad_norm": norm.item()})
@@ -161,13 +160,36 @@ class NonFiniteGuard:
             self._keep_batch(window.batch)
 
     def _is_bad_anywhere(self) -> bool:
-        if self._trainer.parallel.is_spread:
+        verdicts = self._verdicts()
+        if self._trainer.parallel.is_spread and not verdicts:
             return self._trainer.world.any(self._found is not None or self._norm_bad)
-        return self._norm_bad or not all(math.isfinite(t.item()) for t in self._sentinel_sums())
+        self._check_heard(bad=self._found is not None)
+        return self._norm_bad or any(map(bool, verdicts))
 
-    def _sentinel_sums(self) -> list[torch.Tensor]:
-        sentinels = (replica.sentinel for replica in self._trainer.replicas)
-        return [s.grad.sum() for s in sentinels if s is not None and s.grad is not None]
+    def _verdicts(self) -> list[torch.Tensor]:
+        """Whether the exchanged gradients tell of a NaN, as on all ranks; empty if they cannot.
+
+        Another optimizer's backward pass leaves a spread model's gradients as they were.
+        """
+        trainer = self._trainer
+        alone = len(trainer.replicas) == len(trainer.optimization.optimizers) == 1
+        if trainer.parallel.is_spread and not alone:
+            return []
+        found = (replica.verdict() for replica in trainer.replicas)
+        return [verdict for verdict in found if verdict is not None]
+
+    def _check_heard(self, *, bad: bool | torch.Tensor) -> None:
+        """Ends a run in which a bad loss would stay this rank's secret.
+
+        Raises:
+            NonFiniteError: the others have not been told of this rank's.
+        """
+        if not all(replica.heard for replica in self._trainer.replicas) and bool(bad):
+            raise NonFiniteError(
+                f"step {self._trainer.global_step + 1}: the loss of rank "
+                f"{self._trainer.world.rank} is not finite, and a backward pass that leaves out "
+                "parts of the model kept it from the other ranks."
+            )
 
     def _discard(self, seen: list[dict[str, Any]]) -> None:
         trainer = self._trainer
@@ -202,19 +224,21 @@ class NonFiniteGuard:
         elif policy == "rewind":
             trainer.request_rewind(step)
 
-    def _raise_flag(self, probe: torch.Tensor) -> None:
-        bad = torch.isnan(probe.detach()).reshape(())
+    def _raise_flag(self, bad: torch.Tensor) -> None:
+        bad = bad.detach().reshape(()).to(self._trainer.device)
         self._flag = bad if self._flag is None else self._flag | bad
 
     def _mask(self, optimizer: torch.optim.Optimizer) -> bool:
         """Leaves the verdict on the device; an optimizer that cannot be masked there is asked."""
         trainer = self._trainer
-        if trainer.optimization.scaler is None:
-            for total in self._sentinel_sums():
-                self._raise_flag(total - total)
+        verdicts = self._verdicts() if trainer.optimization.scaler is None else []
+        for verdict in verdicts:
+            self._raise_flag(verdict)
         if self._flag is None:  # no loss of this window had an item
             self._flag = torch.zeros((), dtype=torch.bool, device=trainer.device)
-        if trainer.parallel.is_spread:
+        if verdicts:
+            self._check_heard(bad=self._flag)
+        elif trainer.parallel.is_spread:
             self._flag = trainer.world.all_reduce(self._flag.float(), "max") > 0
         if self._bad_step is None:
             self._bad_step = torch.full_like(self._flag, -1, dtype=torch.int64)

@@ -27,11 +27,13 @@ class Replica(DistributedDataParallel):
         called: whether the module was called through it, gradients on, in this micro-batch.
         covered: the `id` of each parameter whose gradient it exchanges.
         sentinel: its smallest trainable parameter, whose gradient tells of the others' NaN.
+        heard: whether all that it was told in this window has reached that gradient.
         whole_way: whether ranks exchange something within the model too, so that the backward pass
             of a loss of zero has to take the whole way.
     """
 
     called = False
+    heard = True
     whole_way = False
     _probes: list[torch.Tensor]
 
@@ -55,6 +57,15 @@ class Replica(DistributedDataParallel):
     def sentinel(self) -> torch.nn.Parameter:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         return min(parameters, key=torch.Tensor.numel)
+
+    def tell(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
+        """Adds zero, or NaN, to a loss, so that it reaches the sentinel whatever the model does."""
+        return loss + (self.sentinel * poison).sum()
+
+    def verdict(self) -> torch.Tensor | None:
+        """Whether a rank has told of a NaN in this window; None if no gradient can tell."""
+        gradient = self.sentinel.grad
+        return None if gradient is None else ~torch.isfinite(gradient.sum())
 
     def zero_loss(self) -> torch.Tensor:
         """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""

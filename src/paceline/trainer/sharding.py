@@ -26,7 +26,7 @@ from paceline.errors import ConfigError
 from paceline.trainer.blocks import repeated_blocks
 from paceline.trainer.placement import probes, zero_of
 from paceline.trainer.tensor_parallel import split_modules
-from paceline.world.dtensors import is_dtensor
+from paceline.world.dtensors import is_dtensor, local_part
 from paceline.world.world import World, send
 
 Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -48,12 +48,14 @@ class Shards:
         called: whether it was called, gradients on, in this micro-batch.
         covered: the `id` of each parameter that is sharded.
         renewed: what became of each parameter, by the `id` of what it was.
+        sentinel: a parameter of which each rank has a part, and whose gradient therefore tells each
+            of the others' NaN; None if there is none.
+        heard: whether all that it was told in the window of the last verdict has reached that
+            gradient.
 
     Raises:
         ConfigError: the model cannot be spread.
     """
-
-    sentinel = None  # each rank sees other gradients, so that none of them tells of the others'
 
     def __init__(
         self,
@@ -86,13 +88,25 @@ class Shards:
         self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
         self.covered = frozenset(id(p) for p in module.parameters())
+        self.heard = True
+        self._poison: torch.Tensor | float | None = None  # told, and not yet in a gradient
+        self._lost = False  # some was not, in this window
+        self._gathered: torch.Tensor | None = None  # the sentinel, as the model last computed with
+        of_blocks = {id(p) for unit in units[:-1] for p in unit.parameters()}
+        own = [key for key, p in module.named_parameters() if id(p) not in of_blocks]
+        self._place = None if splits else _sentinel(module, own)
+        self.sentinel = None if self._place is None else module.get_parameter(self._place)
         module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
         module.register_forward_hook(self._note_outputs)
+        if self._place is not None:
+            module.register_forward_pre_hook(self._watch_sentinel)  # behind FSDP2's, which gathers
 
     def begin(self, *, exchange: bool) -> None:
         """A micro-batch begins; gradients are exchanged in the window's last."""
         self.called = False
         self._probes = []
+        self._lost |= self._poison is not None
+        self._poison = None
         self.calls.clear()
         if self._exchanges:
             self.module.reshard()  # a hook's call may have gathered weights from before the step
@@ -100,6 +114,22 @@ class Shards:
 
     def check_exchanged(self) -> None:
         """Nothing to refuse: a sharded parameter that is used without a call is no plain tensor."""
+
+    def tell(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
+        """Has zero, or NaN, added to the sentinel's gradient in the backward pass to come."""
+        self._poison = poison
+        return loss
+
+    def verdict(self) -> torch.Tensor | None:
+        """Whether a rank has told of a NaN in this window; None if no gradient can tell.
+
+        A part of a sum that is too large for its type says nothing: only its own rank sees it.
+        """
+        self.heard = not self._lost and self._poison is None
+        self._lost, self._poison = False, None
+        if self.sentinel is None or self.sentinel.grad is None:
+            return None
+        return local_part(self.sentinel.grad).isnan().any()
 
     def zero_loss(self) -> torch.Tensor:
         """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""
@@ -110,6 +140,17 @@ class Shards:
             send(self._buffers)  # as DDP does: running statistics are rank 0's
         else:
             self.calls.append((module, args, kwargs))
+
+    def _watch_sentinel(self, module: Any, args: Any) -> None:
+        gathered = module.get_parameter(self._place)
+        if torch.is_grad_enabled() and gathered is not self._gathered:
+            gathered.register_hook(self._mark)
+            self._gathered = gathered
+
+    def _mark(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Before the exchange: one NaN in a gradient becomes that of every rank's part of it."""
+        poison, self._poison = self._poison, None
+        return gradient + (gradient * 0).sum() + (0.0 if poison is None else poison)
 
     def _note_outputs(self, module: Any, inputs: Any, outputs: Any) -> None:
         if not torch.is_grad_enabled():
@@ -131,6 +172,19 @@ class Shards:
                 f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
                 "shape [1]."
             )
+
+
+def _sentinel(module: torch.nn.Module, names: list[str]) -> str | None:
+    """The smallest of these trainable parameters of which each rank has a part."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        parameter: Any = module.get_parameter(name)
+        [(at, dim)] = [(i, p.dim) for i, p in enumerate(parameter.placements) if p.is_shard()]
+        length, ranks = parameter.shape[dim], parameter.device_mesh.size(at)
+        everywhere = length and -(-length // -(-length // ranks)) == ranks  # as torch.chunk splits
+        if parameter.requires_grad and everywhere:
+            sizes[name] = parameter.numel()
+    return min(sizes, key=sizes.__getitem__, default=None)
 
 
 def _send_whole(module: torch.nn.Module) -> None:
