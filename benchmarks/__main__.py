@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 NAMES = (
     "overhead",
     "streams",
@@ -15,6 +17,7 @@ NAMES = (
     "memory_on_paper",
     "checkpoints",
     "scaling",
+    *(["gpu"] if torch.cuda.is_available() else []),
 )
 
 if __name__ == "__main__":
