@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paceline.errors import ConfigError
 from paceline.world import environment, world
 from paceline.world.environment import began_before_restart, first_host, from_slurm
 from paceline.world.world import World
@@ -135,3 +136,9 @@ def test_a_restart_goes_on_with_what_it_has_begun_itself(
     monkeypatch.setenv(count, times)
     monkeypatch.setenv(name, "mine")
     assert began_before_restart({} if recorded is None else {name: recorded}) is expected
+
+
+def test_a_replica_group_is_told_that_there_are_none_yet(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://node1:29510")
+    with pytest.raises(ConfigError, match=r"replica groups \(torchft\) do not exist yet"):
+        World().open()

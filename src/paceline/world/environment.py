@@ -11,6 +11,7 @@ import re
 import signal
 from collections.abc import Mapping
 
+from paceline.errors import ConfigError
 from paceline.world.orphans import signal_when_parent_dies
 
 LAUNCHER = "PACELINE_LAUNCHER"
@@ -89,6 +90,20 @@ def _tasks(environment: Mapping[str, str]) -> str:
 def first_host(nodes: str) -> str:
     """The first host of a list as Slurm writes it: `"gpu01"` for `"gpu[01-03,7],cpu2"`."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def refuse_replica_groups() -> None:
+    """Refuses to train as one of torchft's replica groups, each of which would train by itself.
+
+    Raises:
+        ConfigError: this process was told where their lighthouse is.
+    """
+    if "TORCHFT_LIGHTHOUSE" in os.environ:
+        raise ConfigError(
+            "TORCHFT_LIGHTHOUSE is set: fault-tolerant replica groups (torchft) do not exist yet. "
+            "Unset it, and have a run that fails start again from its newest checkpoint "
+            "(--max-restarts)."
+        )
 
 
 def began_before_restart(recorded: Mapping[str, str]) -> bool:
