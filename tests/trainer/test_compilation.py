@@ -27,6 +27,8 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
+    tp_plan = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+
     def __init__(self, depth: int = 3) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -58,7 +60,13 @@ class Fit(Trainer):
         self.ended = bits([*self.named_models()["model"].state_dict().values()])
 
 
-def fit(compiles: Any, which: Any = None, shard: int = 1, model: nn.Module | None = None) -> Fit:
+def fit(
+    compiles: Any,
+    which: Any = None,
+    shard: int = 1,
+    model: nn.Module | None = None,
+    tensor: int = 1,
+) -> Fit:
     x = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
     model = model or Net()
     trainer = Fit(
@@ -66,11 +74,11 @@ def fit(compiles: Any, which: Any = None, shard: int = 1, model: nn.Module | Non
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
         loss_fn=nn.functional.mse_loss,
         train_dataloader=DataLoader(TensorDataset(x, x[:, :1]), 8),
-        val_dataloader=DataLoader(TensorDataset(x, x[:, :1]), 8) if shard == 1 else None,
+        val_dataloader=DataLoader(TensorDataset(x, x[:, :1]), 8) if shard * tensor == 1 else None,
         epochs=1,
         compile=compiles,
         progress=False,
-        parallel=Parallel(dp_shard=shard, activation_checkpointing=which),
+        parallel=Parallel(dp_shard=shard, tensor=tensor, activation_checkpointing=which),
     )
     trainer.train(seed=3)
     assert all("forward" not in vars(part) for part in model.modules()), "the model is as it was"
@@ -126,6 +134,21 @@ def test_sharded_models_are_compiled_by_blocks(ranks: Ranks) -> None:
     for plain, compiled, blocks, whole, lines in ranks(fit_sharded, 2):
         assert compiled == plain
         assert (blocks, whole) == (1, 1)
+        assert "compiles 3 blocks one by one" in lines
+
+
+def fit_split() -> Any:
+    plain = fit(False, tensor=2)
+    compiled = counting()
+    trainer = fit(True, tensor=2)
+    return plain.ended, trainer.ended, compiled, plan(trainer)
+
+
+@pytest.mark.slow
+def test_split_modules_are_compiled_within_their_blocks(ranks: Ranks) -> None:
+    for plain, ended, compiled, lines in ranks(fit_split, 2):
+        assert ended == plain
+        assert len(compiled) == 1
         assert "compiles 3 blocks one by one" in lines
 
 

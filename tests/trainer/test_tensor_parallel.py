@@ -150,7 +150,6 @@ def refuse_all() -> list[str]:
         refused(wide, {"head": "colwise_rep"}),
         refused(Words(), {**PLAN, "head": "colwise_rep"}),
         refused(ScaledBetween(), PLAN),
-        refused(Words(), PLAN, compile=True),
         refused(Words(), PLAN, tensor=4),
     ]
 
@@ -167,7 +166,6 @@ def test_what_cannot_be_split_is_refused(ranks: Ranks) -> None:
                 "parallel.tensor=2 does not divide the sizes of head.weight [7, 4]",
                 "embedding.weight and head.weight of 'model' are one parameter",
                 "the ranks have different gradients of model.scale, which no entry",
-                "compile=True: does not exist yet with parallel.tensor",
                 "parallel.tensor=4 does not fit 2 processes",
             ),
             strict=True,

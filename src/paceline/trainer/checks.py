@@ -143,9 +143,8 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
         for name, value, setting, asked in (
             ("precision", "fp16", "cpu_offload", parallel.cpu_offload),
             ("precision", "fp8", "tensor", parallel.tensor > 1),
-            ("compile", trainer.compile, "tensor", parallel.tensor > 1),
         ):
-            if value and getattr(trainer, name) == value and asked:
+            if getattr(trainer, name) == value and asked:
                 wrong.append(
                     f"{name}={value!r}: does not exist yet with parallel.{setting}; leave one out."
                 )

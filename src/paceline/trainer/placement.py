@@ -182,7 +182,7 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
         from paceline.trainer.recompute import recompute_blocks
 
         trainer.recomputed += recompute_blocks(module, name, which)
-    if trainer.compile is True and not (trained and trainer.world.shards > 1):
+    if trainer.compile is True and not (trained and trainer.parallel.is_spread):
         module.compile()
     elif trainer.compile:
         from paceline.trainer.compilation import compile_blocks

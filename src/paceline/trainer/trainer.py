@@ -50,9 +50,9 @@ class Trainer(TrainerBase):
         max_grad_norm: clip each optimizer's gradients to this 2-norm.
         precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling), or "fp8": bf16, with
             linear layers that multiply in float8 where the device can (extra `fp8`). Weights are
-            kept as they were made; sharded ones are gathered in bf16.
-        compile: compile the models in place, or their repeated "blocks" one by one, as sharded
-            models always are; parameter names stay as they are.
+            kept as they were made; sharded ones are gathered in the lower precision.
+        compile: compile the models in place, or their repeated "blocks" one by one, as sharded and
+            split models always are; parameter names stay as they are.
         deterministic: use deterministic algorithms only.
         validate_every: "epoch", or a number of optimizer steps.
         metric_monitor: which metric decides what is best.
