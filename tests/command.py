@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -108,9 +109,14 @@ class Paceline:
         self._under_way.append(under_way)
         return under_way
 
-    def torchrun(self, *words: str) -> Ended:
-        """Runs torchrun to its end, at a port that is free."""
-        return self._interpreted("torch.distributed.run", ("--standalone", *words), {})
+    def torchrun(self, option: str, size: str, *words: str) -> Ended:
+        """Runs `torchrun --nproc-per-node N` to its end; a script's ranks are forked."""
+        if words[0] == "-m":
+            words = ("--standalone", option, size, *words)
+            return self._interpreted("torch.distributed.run", words, {})
+        outcomes = self.ranks.outcomes(be_script, int(size), self.folder, words, limit=LIMIT)
+        failed = any(one.code != 0 for one in outcomes)
+        return int(failed), "", "".join(one.output for one in outcomes)
 
     def close(self) -> None:
         """Leaves nothing behind."""
@@ -142,6 +148,13 @@ def _ranks(size: int) -> list[dict[str, str]]:
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared["GLOO_SOCKET_IFNAME"] = "lo"
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def be_script(folder: Path, words: Sequence[str]) -> None:
+    """Makes this forked rank what `python SCRIPT` would be."""
+    os.chdir(folder)
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def be_paceline(

@@ -36,6 +36,7 @@ class Fit(Trainer):
         open(f"pid{self.world.rank}", "w").write(str(os.getpid()))
 
     def on_step_end(self, metrics):
+        open(f"stepped{self.world.rank}", "w").close()
         if self.global_step == 3:
             open(f"three{self.world.rank}", "w").close()
             if self.world.rank == self.bad and self.how == "raise":

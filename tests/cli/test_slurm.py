@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ranks import Ranks
 
 SUBMITIT = """\
 import json, pickle
@@ -29,7 +31,6 @@ class AutoExecutor:
         return type("Job", (), {"job_id": "77"})
 """
 SETTINGS = ("--slurm", "slurm_partition=gpu", "--slurm=tasks_per_node=1", "--slurm", "nodes=1")
-TASK = "import pickle; pickle.load(open('job.pickle', 'rb'))()"
 
 
 @pytest.fixture
@@ -40,29 +41,16 @@ def submitit(tmp_path: Path) -> None:
     (tmp_path / "bin/scontrol").chmod(0o755)
 
 
-@pytest.fixture
-def run_task(tmp_path: Path):
-    """Starts the job's one task, as Slurm would for the `restarts`-th time after the first."""
-    started = []
-
-    def run(restarts: int) -> subprocess.Popen:
-        slurm = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_RESTART_COUNT": str(restarts)}
-        path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", TASK],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **slurm, **path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+def be_task(folder: Path, restarts: int) -> None:
+    """Makes this forked process the job's one task, which Slurm starts for the `restarts`-th time
+    after the first."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ |= {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_RESTART_COUNT": str(restarts)}
+    os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    pickle.loads(Path("job.pickle").read_bytes())()  # noqa: S301  our own
 
 
 def test_a_job_is_submitted_with_the_settings_and_the_same_command(paceline, submitit, tmp_path):
@@ -106,7 +94,7 @@ def test_without_submitit_the_extra_is_named(paceline):
 
 @pytest.mark.slow
 def test_a_job_that_is_to_lose_its_place_goes_back_into_the_queue_and_on(
-    paceline, submitit, run_task, wait_for, tmp_path: Path
+    paceline, submitit, ranks: Ranks, wait_for, tmp_path: Path
 ):
     """Given a job that begins afresh, when Slurm warns it, then it saves and is put back; started
     again by Slurm, it goes on from there; cancelled, it is not put back."""
@@ -114,12 +102,12 @@ def test_a_job_that_is_to_lose_its_place_goes_back_into_the_queue_and_on(
     assert paceline("train", "toy.yaml", "--slurm", "nodes=1", "--fresh", *slow)[0] == 0
     for restarts, number, code in ((0, signal.SIGUSR2, 0), (1, signal.SIGTERM, 75)):
         (tmp_path / "three0").unlink(missing_ok=True)
-        (tmp_path / "pid0").unlink(missing_ok=True)
-        task = run_task(restarts)
-        wait_for("pid0" if restarts else "three0")
-        task.send_signal(number)
-        _, err = task.communicate(timeout=60)
-        assert task.returncode == code, err
+        (tmp_path / "stepped0").unlink(missing_ok=True)
+        task = ranks.start(be_task, 1, tmp_path, restarts)
+        wait_for("stepped0" if restarts else "three0")
+        task.signal(number)
+        [ended] = task.wait(60)
+        assert ended.code == code, ended.output
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
     assert [start["stopped_by"] for start in record["starts"]] == ["signal SIGUSR1"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from paceline import Trainer
+from ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -127,33 +126,31 @@ def test_no_worker_outlives_an_error_that_is_kept(where: str) -> None:
     assert held.value.__traceback__ is not None
 
 
-PROGRAM = """
-import os, time, torch
-from pathlib import Path
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from paceline import Trainer
-
 class Slow(Dataset):
-    def __len__(self):
+    """Says which processes read it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
         return 1000
-    def __getitem__(self, index):
-        Path(f"pid-{os.getpid()}").touch()
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        (self.folder / f"pid-{os.getpid()}").touch()
         time.sleep(0.05)
         return torch.ones(1), torch.ones(1)
 
-model = nn.Linear(1, 1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-loader = DataLoader(Slow(), 2, num_workers=2)
-Trainer(model, optimizer, None, nn.MSELoss(), loader, epochs=1, progress=False).train()
-"""
+
+def train_slowly(folder: Path) -> None:
+    train(DataLoader(Slow(folder), 2, num_workers=2))
 
 
-def test_workers_die_with_their_process(tmp_path: Path) -> None:
+def test_workers_die_with_their_process(ranks: Ranks, tmp_path: Path) -> None:
     """Given a run that is killed with SIGKILL, its workers are gone soon after."""
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tmp_path) as process:
-        wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
-        process.kill()
+    run = ranks.start(train_slowly, 1, tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    run.signal(signal.SIGKILL)
+    run.wait(60)
     pids = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
     wait_until(lambda: not any(is_running(pid) for pid in pids))
 

@@ -136,9 +136,9 @@ def test_parts_of_sequences_equal_whole_ones(ranks: Ranks, size: int, parallel: 
     """Losses, norms, metrics and weights, with accumulation, uneven last windows, ragged counts and
     parts in which nothing counts."""
     shares = size // (2 * parallel.tensor)
+    ones = [fit(replace(case, batch=case.batch * shares)) for case in CASES]
     for outcomes in ranks(fits, size, parallel):
-        for case, (weights, rows, metrics) in zip(CASES, outcomes, strict=True):
-            one = fit(replace(case, batch=case.batch * shares))
+        for one, (weights, rows, metrics) in zip(ones, outcomes, strict=True):
             for a, b in zip(weights, one[0], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
             assert [pytest.approx(row, rel=1e-10) for row in one[1]] == rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -296,6 +297,11 @@ def read_run(run_dir: Path | str) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of what a result depends on; None for a package that is not installed."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "paceline", "numpy"):
         try:
