@@ -72,7 +72,7 @@ class Paceline:
 
     def __call__(self, *words: str, **environment: str) -> Ended:
         """Runs a command to its end; returns its code, stdout and stderr."""
-        if any(name.startswith("PYTHON") for name in environment):  # read as an interpreter starts
+        if "PYTHONPATH" in environment:  # read as an interpreter starts
             return self._interpreted("paceline", words, environment)
         return self.start(*words, **environment).end()
 
@@ -174,4 +174,7 @@ def be_paceline(
         file = os.open(kept / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    for stream in (sys.stdout, sys.stderr):  # which were opened before this was said
+        encoding = os.environ.get("PYTHONIOENCODING")
+        stream.reconfigure(encoding=encoding, errors=stream.errors)  # pyright: ignore
     main()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Trainer
+from paceline.errors import PacelineError
 
 
 def points(n: int = 20, width: int = 3, seed: int = 5) -> TensorDataset:
@@ -70,3 +72,15 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 def checkpoints(run_dir: Path) -> list[str]:
     """Names of the checkpoints in a run's folder, oldest first."""
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def message(kind: type[PacelineError], trainer: type[Trainer] = Trainer, **changes: Any) -> str:
+    """The text of the error with which a run ends."""
+    with pytest.raises(kind) as caught:
+        trainer(**settings(**changes)).fit()
+    return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+
+
+def wide(n: int = 8) -> DataLoader:
+    """Rows of 4 numbers, for a model that takes 3."""
+    return DataLoader(TensorDataset(torch.ones(n, 4), torch.ones(n, 1)), 4)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset
 
 from builders import rows
-from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel, Resume, Trainer, Window
+from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel, Resume, Trainer
 from paceline.errors import (
     CheckpointError,
     ConfigError,
-    DataError,
     LossError,
     MetricError,
     MismatchError,
@@ -25,14 +22,7 @@ from paceline.errors import (
     PacelineError,
 )
 from paceline.trainer import checks
-from small import batches, checkpoints, fitted, line, points, same, settings, weights
-
-
-def message(kind: type[PacelineError], trainer: type[Trainer] = Trainer, **changes: Any) -> str:
-    """The text of the error with which a run ends."""
-    with pytest.raises(kind) as caught:
-        trainer(**settings(**changes)).fit()
-    return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+from small import batches, checkpoints, fitted, line, message, points, same, settings, weights, wide
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -250,176 +240,6 @@ def test_a_part_of_a_model_under_a_second_name_is_no_second_model(tmp_path: Path
     trainer.fit()
     assert list(trainer.named_models()) == ["model"]
     assert trainer.head is model[1]
-
-
-# Data
-
-
-class Nothing(Dataset):
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: int) -> Any:
-        raise IndexError(index)
-
-
-class NoBatches:
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [
-        DataLoader(Nothing()),
-        DataLoader(TensorDataset(torch.ones(0, 3), torch.ones(0, 1))),
-        DataLoader(points(), batch_sampler=BatchSampler([], 2, False)),
-        [],
-        NoBatches(),
-    ],
-    ids=["no rows", "no tensor rows", "empty batch sampler", "empty list", "empty iterable"],
-)
-def test_an_empty_loader(loader: Any) -> None:
-    text = message(DataError, train_dataloader=loader)
-    assert "no batch" in text or "empty" in text
-    assert "train" in text
-    assert "val" in message(DataError, val_dataloader=loader)
-
-
-def test_drop_last_that_drops_everything() -> None:
-    loader = batches(3, 4, drop_last=True)
-    text = message(DataError, train_dataloader=loader)
-    assert "drop_last drops everything: the data have 3 samples and batch_size is 4" in text
-
-
-def test_a_batch_without_a_tensor_cannot_be_counted() -> None:
-    class Words:
-        def __iter__(self) -> Iterator[Any]:
-            yield ["a", "b"]
-
-    text = message(DataError, train_dataloader=Words())
-    assert "cannot count the items of a batch of type list" in text
-    assert "override count_items" in text
-
-
-def wide(n: int = 8) -> DataLoader:
-    """Rows of 4 numbers, for a model that takes 3."""
-    return DataLoader(TensorDataset(torch.ones(n, 4), torch.ones(n, 1)), 4)
-
-
-def test_a_first_batch_that_the_model_cannot_take_is_described() -> None:
-    with pytest.raises(DataError) as caught:
-        fitted(train_dataloader=wide())
-    text = str(caught.value)
-    assert "training_step failed on its first batch with RuntimeError: mat1 and mat2" in text
-    assert "step 1, batch 0 of epoch 0, rank 0" in text
-    assert "list[(4, 4) float32, (4, 1) float32]; samples [0, 1, 2, 3]" in text
-    assert isinstance(caught.value.__cause__, RuntimeError)
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError, IndexError, KeyError])
-@pytest.mark.parametrize("where", ["training_step", "validation_step", "loss", "step"])
-def test_what_counts_as_a_batch_that_does_not_fit(kind: type[Exception], where: str) -> None:
-    def fails(*_: Any) -> None:
-        raise kind("odd")
-
-    def step(self: Trainer, window: Window) -> None:
-        for batch, _ in window:
-            fails(batch)
-
-    body = step if where == "step" else fails
-    trainer = type("Mine", (Trainer,), {where: body})
-    text = message(DataError, trainer, val_dataloader=batches(8))
-    assert f"failed on its first batch with {kind.__name__}" in text
-    assert "(4, 3) float32" in text
-
-
-def test_a_later_batch_keeps_its_error_and_gets_a_note() -> None:
-    class Ragged(Dataset):
-        def __len__(self) -> int:
-            return 12
-
-        def __getitem__(self, index: int) -> Any:
-            return torch.ones(3 + (index >= 8)), torch.ones(1)
-
-    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
-        fitted(train_dataloader=DataLoader(Ragged(), 4))
-    assert not isinstance(caught.value, PacelineError)
-    assert caught.value.__notes__ == [
-        "in step 3, batch 2 of epoch 0, rank 0: list[(4, 4) float32, (4, 1) float32]; "
-        "samples [8, 9, 10, 11]"
-    ]
-
-
-def test_a_later_validation_batch_keeps_its_error_and_gets_a_note() -> None:
-    class Fails(Trainer):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            if (self.global_step, batch_idx) in ((10, 0), (10, 1)):
-                raise ValueError("odd")
-
-    with pytest.raises(ValueError, match="odd") as caught:
-        fitted(Fails, val_dataloader=batches(8))
-    assert not isinstance(caught.value, PacelineError)
-    assert caught.value.__notes__[0].startswith("in the validation after step 10, batch 0, rank 0")
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), torch.OutOfMemoryError("x")])
-def test_other_errors_in_the_first_batch_keep_their_type(error: Exception) -> None:
-    trainer = Trainer(**settings())
-
-    def fails(batch: Any, batch_idx: int) -> None:
-        raise error
-
-    trainer.training_step = fails
-    with pytest.raises(type(error)) as caught:
-        trainer.fit()
-    assert "samples [0, 1, 2, 3]" in caught.value.__notes__[0]
-
-
-def test_an_error_of_a_callback_is_no_data_error() -> None:
-    trainer = Trainer(**settings())
-    trainer.on_train_batch_start = lambda batch, batch_idx: {}["mine"]
-    with pytest.raises(KeyError, match="mine"):
-        trainer.fit()
-
-
-def test_an_error_between_windows_blames_no_batch() -> None:
-    trainer = Trainer(**settings())
-    trainer.on_step_end = lambda metrics: {}["mine"]
-    with pytest.raises(KeyError) as caught:
-        trainer.fit()
-    assert not hasattr(caught.value, "__notes__")
-
-
-def test_hooks_that_fail_at_the_end_keep_no_other_from_running() -> None:
-    heard: list[str] = []
-
-    class Fails(Callback):
-        def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-            raise OSError("in on_exception")
-
-        def on_teardown(self, trainer: Trainer) -> None:
-            raise OSError("in on_teardown")
-
-    class Hears(Callback):
-        def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-            heard.append(str(error))
-
-        def on_teardown(self, trainer: Trainer) -> None:
-            heard.append("teardown")
-
-    trainer = Trainer(**settings(callbacks=[Fails(), Hears()]))
-    trainer.on_after_backward = lambda: 1 / 0
-    with pytest.raises(ZeroDivisionError) as caught:
-        trainer.fit()
-    assert heard == ["division by zero", "teardown"]
-    assert caught.value.__notes__[1:] == [
-        "then, as the run ended: OSError: in on_exception",
-        "then, as the run ended: OSError: in on_teardown",
-    ]
-    with pytest.raises(OSError, match="in on_teardown"):
-        fitted(callbacks=[Fails(), Hears()])
-    assert heard[2:] == ["teardown"]
 
 
 # Losses and logged values
