@@ -169,11 +169,13 @@ class NonFiniteGuard:
     def _verdicts(self) -> list[torch.Tensor]:
         """Whether the exchanged gradients tell of a NaN, as on all ranks; empty if they cannot.
 
-        Another optimizer's backward pass leaves a spread model's gradients as they were.
+        Another optimizer's backward pass leaves a spread model's gradients as they were, and under
+        a scaler a rank's part of a sum may overflow to NaN by itself.
         """
         trainer = self._trainer
         alone = len(trainer.replicas) == len(trainer.optimization.optimizers) == 1
-        if trainer.parallel.is_spread and not alone:
+        scales = trainer.optimization.scaler is not None
+        if trainer.parallel.is_spread and (scales or not alone):
             return []
         found = (replica.verdict() for replica in trainer.replicas)
         return [verdict for verdict in found if verdict is not None]
