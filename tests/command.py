@@ -6,7 +6,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from paceline.cli.main import main
-from ranks import Ranks, Started
+from ranks import Ranks, Started, free_port
 
 LIMIT = 240.0  # seconds until a command that hangs is killed
 Ended = tuple[int, str, str]  # code, stdout, stderr
@@ -142,9 +141,7 @@ class Paceline:
 
 def _ranks(size: int) -> list[dict[str, str]]:
     """What a launcher tells each of its processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared["GLOO_SOCKET_IFNAME"] = "lo"
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]

@@ -49,6 +49,13 @@ class Outcome:
     seconds: float
 
 
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class RanksFailed(AssertionError):
     """A rank failed or hung; the message has the output of those that did."""
 
@@ -227,9 +234,7 @@ def _import_what_is_slow() -> None:
 
 def _fork(size: int) -> list[int] | int:
     """The ranks' process ids; in a rank, its number."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    os.environ["MASTER_PORT"] = str(free_port())
     os.environ["WORLD_SIZE"] = str(size)
     pids: list[int] = []
     for rank in range(size):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from builders import code_forgotten
 from paceline.recipe import Recipe, load_recipe
 
 CODE = """
@@ -146,12 +146,8 @@ Write = Callable[..., Recipe]
 @pytest.fixture(autouse=True)
 def _forget_code():
     """Code that recipes load neither stays imported nor on the path."""
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
-        if hasattr(sys.modules[name], "__paceline_code__"):
-            del sys.modules[name]
+    with code_forgotten():
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,11 @@ import pytest
 from torch.distributed import TCPStore
 
 from command import Paceline, be_paceline
-from ranks import Ranks
+from ranks import Ranks, free_port
 
 pytestmark = pytest.mark.slow
 SLOW = ("trainer.epochs=1000", "trainer.pause=0.05")
 EACH_STEP = "+checkpoint={every_steps: 1}"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def record(folder: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ train_dataloader:
 
 
 @pytest.fixture(autouse=True)
-def _forget_code(monkeypatch: pytest.MonkeyPatch):
+def _forget_code():
     """Code that recipes load neither stays imported nor on the path; runs go to tmp_path."""
     with code_forgotten():
         yield

@@ -15,7 +15,7 @@ import pytest
 from paceline.errors import ConfigError
 from paceline.world.launch import launch
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
-from ranks import Outcome, Ranks
+from ranks import Outcome, Ranks, free_port
 
 PRELUDE = f"""\
 #!{sys.executable} -IS
@@ -123,9 +123,7 @@ def test_workers_get_the_words_as_they_were_written_and_know_who_started_them(
 
 
 def test_a_launcher_that_waits_for_others_can_be_stopped(ranks: Ranks, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     waits, _ = ranks.outcomes(wait_and_stop, 2, tmp_path, port)
     assert (waits.code, waits.output) == (75, "")
 
