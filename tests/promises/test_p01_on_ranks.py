@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from builders import Noisy, Recorder, Regression, bits, loader
+from mixture import Mixture
 from paceline import CheckpointPolicy, MetricMonitor, Parallel
 from paceline.callbacks import AveragedWeights
 from paceline.trainer import stop
@@ -47,17 +48,20 @@ class Plan:
     shard: int = 1
     precision: Any = "fp32"
     tensor: int = 1
+    expert: int = 1
 
     def parallel(self) -> Parallel:
         halves = {"5": "colwise", "7": "rowwise"} if self.tensor > 1 else None
-        return Parallel(dp_shard=self.shard, tensor=self.tensor, plan=halves)
+        plan = {"0.1.experts": "experts"} if self.expert > 1 else halves
+        return Parallel(dp_shard=self.shard, tensor=self.tensor, expert=self.expert, plan=plan)
 
 
-def model() -> nn.Module:
+def model(plan: Plan) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(3)
+        stem = nn.Linear(8, 16)
         return nn.Sequential(
-            nn.Linear(8, 16),
+            stem if plan.expert == 1 else nn.Sequential(stem, Mixture(16)),
             nn.Unflatten(1, (4, 4)),
             nn.BatchNorm1d(4),
             nn.Flatten(),
@@ -153,7 +157,7 @@ class OnRanks(Regression):
 def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: Callback) -> Any:
     """Trains on this rank from where the folder's run stands."""
     stop._POLL = 0.01
-    recorder, network = Recorder(), model()
+    recorder, network = Recorder(), model(plan)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     trainer = OnRanks(
         model=network,
@@ -254,6 +258,15 @@ def test_split_and_stopped_again_and_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
     """Modules split over two ranks, alone and with FSDP2."""
+    check_chain(ranks, size, tmp_path, plan, [2, 6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "plan"), [(2, Plan(expert=2)), (4, Plan(shard=2, expert=2))])
+def test_with_some_of_the_experts_and_stopped_again(
+    ranks: Ranks, size: int, plan: Plan, tmp_path: Path
+) -> None:
+    """Experts on one rank each, and in two copies."""
     check_chain(ranks, size, tmp_path, plan, [2, 6])
 
 

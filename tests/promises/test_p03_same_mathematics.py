@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
+from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.errors import LossError, NonFiniteError
 from paceline.trainer.events import Callback
@@ -59,6 +60,8 @@ def network(kind: str) -> nn.Module:
     if kind == "norm":  # over 3 positions, so that a batch of one sample has a variance
         norm = nn.BatchNorm1d(2)
         return nn.Sequential(nn.Unflatten(1, (2, 3)), norm, nn.Flatten(), nn.Linear(6, 5)).double()
+    if kind == "experts":  # of which the last two get few rows
+        return nn.Sequential(nn.Linear(6, 4), Mixture(4, favour=2.0), nn.Linear(4, 5)).double()
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 5)).double()
 
 
@@ -216,6 +219,20 @@ def test_ranks_with_split_modules_equal_one_too(ranks: Ranks, size: int, shard: 
     """Tensor parallelism over two ranks: alone, in two copies, and with FSDP2 over two shares."""
     plan = {"0": "colwise", "2": "rowwise"}
     check_ranks(ranks, size, SOME, Parallel(dp_shard=shard, tensor=2, plan=plan))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "shard", "experts"), [(2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 4, 2), (4, 1, 4)]
+)
+def test_ranks_with_some_of_the_experts_equal_one_too(
+    ranks: Ranks, size: int, shard: int, experts: int
+) -> None:
+    """Expert parallelism over all ranks, and over two of four: the other two have copies or shards.
+    Experts and whole ranks go without rows."""
+    cases = [replace(case, model="experts") for case in SOME]
+    plan = {"*.experts": "experts"}
+    check_ranks(ranks, size, cases, Parallel(dp_shard=shard, expert=experts, plan=plan))
 
 
 def check_ranks(

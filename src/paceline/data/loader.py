@@ -129,9 +129,10 @@ def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validatio
     order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
     layout = Layout(order, batch_size, world.dp_rank, world.dp_size, batched=batched)
-    if world.shards > 1 and layout.units(0) < world.dp_size:
+    if world.parallel.calls_together and layout.units(0) < world.dp_size:
+        setting = "expert" if world.shards == 1 else "dp_shard"
         raise ConfigError(
-            f"val_dataloader: with parallel.dp_shard each of {world.dp_size} ranks validates on "
+            f"val_dataloader: with parallel.{setting} each of {world.dp_size} ranks validates on "
             f"something, and there {'is' if layout.units(0) == 1 else 'are'} {layout.units(0)}."
         )
     single = loader.batch_size is None and not batched

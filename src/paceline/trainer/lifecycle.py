@@ -326,7 +326,7 @@ def _describe(trainer: Trainer) -> None:
         plan.add(str(trainer.float8), "precision")
     if trainer.world.size > 1:
         plan.add(_spread(trainer.world), "parallel")
-    if trainer.world.shards > 1 and (dtype := trainer.autocast_dtype):
+    if trainer.parallel.calls_together and (dtype := trainer.autocast_dtype):
         kind = str(dtype).removeprefix("torch.")
         plan.add(f"gathers weights in {kind}, sums their gradients in float32", "precision")
     if trainer.parallel.cpu_offload:
@@ -361,11 +361,12 @@ def _describe(trainer: Trainer) -> None:
 
 
 def _spread(world: World) -> str:
-    tensor, context = world.parallel.tensor, world.parallel.context
-    if world.shards == tensor == context == 1:
+    tensor, context, expert = (getattr(world.parallel, n) for n in ("tensor", "context", "expert"))
+    if world.shards == tensor == context == expert == 1:
         return f"replicated over {world.size} ranks by DDP"
     ways = [f"split over {tensor} ranks by its plan"] * (tensor > 1)
     ways += [f"given sequences in {context} parts"] * (context > 1)
+    ways += [f"with its experts shared out over {expert} ranks"] * (expert > 1)
     ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)
     copies = "" if world.copies == 1 else f", in {world.copies} copies"
     return ", ".join(ways) + copies

@@ -43,6 +43,7 @@ class Optimization:
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._found_independent = False  # losses by optimizer name have been checked
         self._splits = trainer.parallel.tensor > 1
+        self._several_meshes = trainer.parallel.tensor * trainer.parallel.expert > 1
         self._compared = not self._splits  # ranks of a split agree on what is whole
         self._pending = False  # gradients were added since the last step
         self._stepping = self._single or ""  # the optimizer whose step is being taken
@@ -193,7 +194,7 @@ class Optimization:
                 )
 
     def _advance(self, optimizer: torch.optim.Optimizer) -> None:
-        with groups_by_mesh(optimizer) if self._splits else nullcontext():
+        with groups_by_mesh(optimizer) if self._several_meshes else nullcontext():
             if self.scaler is not None:
                 self.scaler.step(optimizer)
             else:

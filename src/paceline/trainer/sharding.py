@@ -3,7 +3,8 @@
 Under FSDP2 every rank keeps a part of each parameter, its gradient and its optimizer state, and
 gathers the parameters of a block when its turn comes. The blocks are the model's repeated parts;
 what is left is gathered with the model itself. Split modules (`tensor_parallel.py`) are split
-before, and each part is then sharded, or kept equal to its copies. Where the run computes in a
+before, and each part is then sharded, or kept equal to its copies; so are experts that are shared
+out (`expert_parallel.py`). Where the run computes in a
 lower precision, parameters are gathered in it; what is kept, and the sum of gradients, are as
 precise as the model was made.
 """
@@ -20,10 +21,12 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paceline.errors import ConfigError
 from paceline.trainer.blocks import repeated_blocks
+from paceline.trainer.expert_parallel import expert_modules, shard_dimension, share_out
 from paceline.trainer.placement import probes, zero_of
 from paceline.trainer.tensor_parallel import split_modules
 from paceline.world.dtensors import is_dtensor, local_part
@@ -79,10 +82,14 @@ class Shards:
             _send_whole(module)
             split_modules(module, name, world)
         self._exchanges = world.parts > 1
+        experts = expert_modules(module, name, world) if world.expert_mesh is not None else {}
         for unit in units if self._exchanges else ():
             if not splits:
                 materialize(unit)
                 _send_whole(unit)
+            for key, part in experts.items():
+                if any(part is inner for inner in unit.modules()):
+                    _shard_experts(part, key, world, compute)
             _shard(unit, world, compute)
         kept = set(module.state_dict())
         self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
@@ -92,8 +99,8 @@ class Shards:
         self._poison: torch.Tensor | float | None = None  # told, and not yet in a gradient
         self._lost = False  # some was not, in this window
         self._gathered: torch.Tensor | None = None  # the sentinel, as the model last computed with
-        of_blocks = {id(p) for unit in units[:-1] for p in unit.parameters()}
-        own = [key for key, p in module.named_parameters() if id(p) not in of_blocks]
+        others = {id(p) for unit in (*units[:-1], *experts.values()) for p in unit.parameters()}
+        own = [key for key, p in module.named_parameters() if id(p) not in others]
         self._place = None if splits else _sentinel(module, own)
         self.sentinel = None if self._place is None else module.get_parameter(self._place)
         module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
@@ -192,9 +199,24 @@ def _send_whole(module: torch.nn.Module) -> None:
     send(t for t in (*module.parameters(), *module.buffers()) if not is_dtensor(t))
 
 
-def _shard(unit: torch.nn.Module, world: World, compute: torch.dtype | None) -> None:
+def _shard_experts(
+    experts: torch.nn.Module, name: str, world: World, compute: torch.dtype | None
+) -> None:
+    """Shares experts out, and shards each rank's over the ranks that have the same ones."""
+    if isinstance(experts, FSDPModule):
+        return  # with the block that they are a part of
+    assert world.expert_mesh is not None
+    share_out(experts, name, world.expert_mesh["expert"])
+    mesh = world.expert_mesh["dp_replicate", "dp_shard"]
+    dimension = shard_dimension(experts, name, mesh.size(1))
+    _shard(experts, world, compute, mesh=mesh, shard_placement_fn=lambda _: Shard(dimension))
+
+
+def _shard(
+    unit: torch.nn.Module, world: World, compute: torch.dtype | None, **options: Any
+) -> None:
     """Shards a unit; its batch norms are gathered as they are, as their statistics are."""
-    options: dict[str, Any] = {"mesh": world.dp_mesh}
+    options = {"mesh": world.dp_mesh, **options}
     if world.parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
     if compute is not None:

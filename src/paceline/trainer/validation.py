@@ -81,11 +81,11 @@ def _run_batches(trainer: Trainer) -> float | None:
 
 
 def _stand_in(trainer: Trainer) -> None:
-    """Where models are sharded, calls them as the batch before did.
+    """Where other ranks wait for its models, calls them as the batch before did.
 
     The user's step is not run: it may count what it sees.
     """
-    if trainer.world.shards == 1:
+    if not trainer.parallel.calls_together:
         return
     from paceline.trainer.sharding import call_again
 

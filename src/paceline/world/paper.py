@@ -41,7 +41,7 @@ class WorldOnPaper(World):
         self.mesh = self.control_group = None
         self.timeout = parallel.timeout
         self.part, self.parts = 0, ranks // parallel.tensor
-        self.context_mesh = self._parts_group = None
+        self.context_mesh = self.expert_mesh = self._parts_group = None
         self._owns_group = False
 
     def open(self) -> WorldOnPaper:

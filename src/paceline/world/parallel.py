@@ -9,16 +9,16 @@ from typing import Any, Literal
 from paceline.errors import ConfigError
 
 _SIZES = ("dp_replicate", "dp_shard", "context", "tensor")
-_BUILT = (*_SIZES, "activation_checkpointing", "cpu_offload", "plan", "timeout")
+_BUILT = (*_SIZES, "expert", "activation_checkpointing", "cpu_offload", "plan", "timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """The layout of a run over its processes; the product of the sizes is the world size.
 
-    Data parallelism works today, by replication (DDP), sharding (FSDP2) or both (HSDP), and tensor
-    and context parallelism beside it. Every other dimension is refused with a clear error until it
-    is built.
+    Of the sizes `expert` alone adds no processes. Data parallelism works today, by replication
+    (DDP), sharding (FSDP2) or both (HSDP), and tensor, context and expert parallelism beside it.
+    Every other dimension is refused with a clear error until it is built.
 
     Args:
         dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
@@ -28,7 +28,9 @@ class Parallel:
         context: processes over which sequences are split. The model asks `paceline.world.context`
             for attention and positions.
         pipeline: pipeline stages.
-        expert: expert-parallel size.
+        expert: processes over which the experts of a mixture are shared out, as `plan` says. They
+            see samples of their own, as part of the `dp_replicate` x `dp_shard` processes, whose
+            number it divides; the same experts are then replicated or sharded over the others.
         activation_checkpointing: what the model's repeated blocks compute once more in the
             backward pass, to keep less: "full", all; "selective", all but matrix products and
             attention; None, nothing. A number from 0 to 1 is the part of its activations that a
@@ -40,7 +42,8 @@ class Parallel:
             input's are), "colwise_rep" (as colwise, and its output is gathered), "colwise_loss" (as
             colwise; for logits that only a cross-entropy sees, which takes them as they are split)
             or a ParallelStyle of torch's. None asks the model: its `parallelize(mesh)` or
-            `tp_plan`.
+            `tp_plan`. With `expert`: the name of a module of experts -> "experts"; None asks for
+            the model's `ep_plan`.
         timeout: seconds that a process waits for the others, at the start and in each collective,
             before it is an error.
     """
@@ -67,7 +70,7 @@ class Parallel:
             raise ConfigError(
                 f"parallel: {', '.join(unbuilt)} does not exist yet: this version replicates the "
                 "model over the processes (dp_replicate), shards it (dp_shard) and splits its "
-                "modules (tensor) and the sequences (context)."
+                "modules (tensor), the sequences (context) and its experts (expert)."
             )
         recomputed = self.activation_checkpointing
         budget = isinstance(recomputed, float) and 0 <= recomputed <= 1
@@ -78,10 +81,17 @@ class Parallel:
             )
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout!r}: expected seconds, more than 0.")
-        for name in _SIZES:
+        for name in (*_SIZES, "expert"):
             size = getattr(self, name)
             if not (name == "dp_replicate" and size == "auto") and size < 1:
                 raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
+        beside = [f"parallel.{name}" for name in ("tensor", "context") if getattr(self, name) > 1]
+        beside += ["activation_checkpointing='selective'"] * (recomputed == "selective")
+        if self.expert > 1 and beside:
+            raise ConfigError(
+                f"parallel.expert={self.expert}: does not exist yet with {' and '.join(beside)}; "
+                "leave one out."
+            )
         if self.cpu_offload and self.dp_shard == 1:
             raise ConfigError(
                 "parallel.cpu_offload=True: what is offloaded is sharded parameters; share them "
@@ -91,7 +101,12 @@ class Parallel:
     @property
     def is_spread(self) -> bool:
         """Whether a process holds no more than a part of the model's state."""
-        return self.dp_shard * self.tensor > 1
+        return self.dp_shard * self.tensor * self.expert > 1
+
+    @property
+    def calls_together(self) -> bool:
+        """Whether processes that see other samples hold what a call of a model needs."""
+        return self.dp_shard * self.expert > 1
 
     def sizes(self, world_size: int) -> tuple[int, int]:
         """Copies of the model's state, and processes with a share of the data that share one.
@@ -116,14 +131,21 @@ class Parallel:
                     f"parallel.{' x '.join(asked)} does not fit {_processes(world_size)}: start a "
                     f"multiple of {one_copy} (--nproc), or choose a divisor of {world_size}."
                 )
-            return replicate, self.dp_shard
-        if (product := math.prod(given.values())) != world_size:
+        elif (product := math.prod(given.values())) != world_size:
             raise ConfigError(
                 f"parallel.{' x '.join(asked)} does not fit "
                 f"{_processes(world_size)}: start {product} processes (--nproc) or leave "
                 "dp_replicate at 'auto'."
             )
-        return self.dp_replicate, self.dp_shard
+        else:
+            replicate = self.dp_replicate
+        if (shares := replicate * self.dp_shard) % self.expert:
+            raise ConfigError(
+                f"parallel.expert={self.expert} does not divide dp_replicate={replicate} x "
+                f"dp_shard={self.dp_shard}, the {_processes(shares)} with samples of their own: "
+                f"start a multiple of {self.expert} (--nproc), or choose a divisor of {shares}."
+            )
+        return replicate, self.dp_shard
 
 
 def _processes(count: int) -> str:

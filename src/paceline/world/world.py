@@ -46,6 +46,8 @@ class World:
         timeout: seconds that a collective may wait.
         mesh: the DeviceMesh over which the models' state is spread, or None with one process.
         context_mesh: the processes that share this one's sequences, or None.
+        expert_mesh: the same processes as `mesh` as experts lie on them, "expert" those over which
+            these are shared out, or None.
         control_group: a gloo group for small host-side messages, or None with one process.
     """
 
@@ -65,6 +67,7 @@ class World:
         self.part = self.rank // self.parallel.tensor
         self.mesh: DeviceMesh | None = None
         self.context_mesh: DeviceMesh | None = None
+        self.expert_mesh: DeviceMesh | None = None
         self.control_group: Any = None
         self._parts_group: Any = None
         self._owns_group = False
@@ -120,6 +123,9 @@ class World:
         if self.parallel.context > 1:
             self.context_mesh = self._make_context_mesh()
             groups += self.context_mesh.get_all_groups()
+        if self.parallel.expert > 1:
+            self.expert_mesh = self._make_expert_mesh()
+            groups += self.expert_mesh.get_all_groups()
         for group in groups:  # which torch gives a timeout of its own
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         return self
@@ -132,8 +138,9 @@ class World:
         }
         # Ranks that share a sequence share the state as those do that share the data.
         sizes["dp_shard" if self.shards > 1 else "dp_replicate"] *= self.parallel.context
-        # Copies of split modules are kept equal by FSDP2, which takes a mesh with shards.
-        kept = "dp_shard" if sizes["dp_replicate"] > 1 and self.parallel.tensor > 1 else ""
+        # Copies of what is spread are kept equal by FSDP2, which takes a mesh with shards.
+        spread = self.parallel.tensor * self.parallel.expert > 1
+        kept = "dp_shard" if sizes["dp_replicate"] > 1 and spread else ""
         sizes = {name: size for name, size in sizes.items() if size > 1 or name == kept}
         return init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
@@ -144,6 +151,14 @@ class World:
         names = ("data", "context", "tensor")
         return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)["context"]
 
+    def _make_expert_mesh(self) -> DeviceMesh:
+        """Ranks with the same experts shard them among those that share a copy of the model."""
+        experts = self.parallel.expert
+        shards = self.shards // experts if self.shards % experts == 0 else 1
+        sizes = (self.dp_size // (shards * experts), shards, experts)
+        names = ("dp_replicate", "dp_shard", "expert")
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+
     def close(self) -> None:
         """Leaves the process group, if this object joined it; else only the groups it made."""
         if dist.is_initialized():
@@ -153,7 +168,7 @@ class World:
                 dist.destroy_process_group(self.control_group)
                 if self._parts_group is not None:
                     dist.destroy_process_group(self._parts_group)
-        self.mesh = self.context_mesh = None
+        self.mesh = self.context_mesh = self.expert_mesh = None
         self.control_group = self._parts_group = None
         self._owns_group = False
 

@@ -1,0 +1,223 @@
+"""Experts shared out over ranks: what is kept where, what is exchanged, and what cannot be."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.utils.data import DataLoader, TensorDataset
+
+from builders import bits
+from mixture import Experts, Mixture
+from paceline import CheckpointPolicy, Parallel, Trainer
+from paceline.callbacks import AveragedWeights
+from paceline.checkpoint import load_tree
+from paceline.errors import ConfigError, DataError
+from paceline.trainer.events import Callback
+from paceline.trainer.expert_parallel import share_out
+from paceline.world.dtensors import local_part, whole
+from paceline.world.world import World
+from ranks import Ranks
+
+
+class Deep(nn.Module):
+    """Two mixtures of experts, as blocks between a stem and a head."""
+
+    ep_plan = {"blocks.*.experts": "experts"}
+
+    def __init__(self, experts: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([Mixture(4, experts), Mixture(4, experts)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def data(rows: int) -> TensorDataset:
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
+    return TensorDataset(x, x.flip(1))
+
+
+class Final(Callback):
+    """The weights in the end, gathered, and how much of the first one's experts was here."""
+
+    def on_train_end(self, trainer: Any) -> None:
+        named = trainer.model.state_dict()
+        self.weights = {name: whole(p).detach().clone() for name, p in named.items()}
+        self.here = list(local_part(trainer.model.blocks[0].experts.up).shape)
+
+
+def fit(parallel: Parallel, folder: Path | None = None, max_steps: int = 6, **settings: Any) -> Any:
+    model = settings.pop("model", None) or Deep()
+    final = Final()
+    trainer = Trainer(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02, fused=True),
+        loss_fn=nn.MSELoss(),
+        train_dataloader=DataLoader(settings.pop("data", data(24)), 2, shuffle=True),
+        val_dataloader=DataLoader(data(7), 2),
+        callbacks=[final, AveragedWeights(decay=0.5)],
+        parallel=parallel,
+        global_batch_size=8,
+        max_steps=max_steps,
+        max_grad_norm=1.0,
+        progress=False,
+        run_dir=folder,
+        checkpoint=CheckpointPolicy(every_steps=2),
+        **settings,
+    )
+    trainer.train(seed=2)
+    return final.weights, trainer.result.metrics, final.here
+
+
+LAYOUTS = [
+    (2, Parallel(expert=2), [1, 4, 8]),
+    (1, Parallel(), [2, 4, 8]),
+    (4, Parallel(dp_shard=4, expert=2), [1, 2, 8]),  # one expert is sharded within itself
+    (4, Parallel(expert=2), [1, 4, 8]),
+    (1, Parallel(), [2, 4, 8]),
+]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_experts_elsewhere(ranks: Ranks, tmp_path: Path) -> None:
+    """Checkpoints know whole parameters by the names they have on one process: two steps at each
+    layout end as those of one process that never stopped, weights and averages."""
+    for i, (size, parallel, here) in enumerate(LAYOUTS):
+        weights, metrics, kept = ranks(fit, size, parallel, tmp_path, 2 * (i + 1))[0]
+        assert kept == here
+        folder = tmp_path / f"checkpoints/step_{2 * (i + 1):08}"
+        saved = load_tree(folder, parts=("models",))["models"]["model"]
+        assert {key: t.shape for key, t in saved.items()} == {
+            key: t.shape for key, t in Deep().state_dict().items()
+        }
+    expected, plain, _ = fit(Parallel(), None, 2 * len(LAYOUTS))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
+    assert metrics == pytest.approx(plain, rel=1e-4)
+
+
+def reductions() -> int:
+    """How often gradients are exchanged in a window of four micro-batches."""
+    made, reduce = [], _fsdp_param_group.foreach_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return reduce(*args, **kwargs)
+
+    _fsdp_param_group.foreach_reduce = counted
+    fit(Parallel(expert=2), max_steps=1, data=data(8))
+    return len(made)
+
+
+def recomputed(which: Any) -> Any:
+    parallel = Parallel(expert=2, activation_checkpointing=which)
+    return bits(fit(parallel, max_steps=2, precision="bf16")[0])
+
+
+def with_a_bad_row() -> bool:
+    x = torch.ones(24, 4)
+    x[5] = torch.nan
+    rows = TensorDataset(x, x)
+    weights, *_ = fit(Parallel(expert=2), max_steps=2, data=rows, on_nonfinite="skip")
+    return all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def on_two_ranks() -> Any:
+    return reductions(), with_a_bad_row(), recomputed(None), recomputed("full")
+
+
+@pytest.mark.slow
+def test_gradients_are_exchanged_once_and_blocks_may_be_recomputed(ranks: Ranks) -> None:
+    """One reduction a window for each of two blocks, their experts and what is left; a bad row on
+    one rank stops none; a recomputed block sends its rows once more, to the same bits."""
+    for reduced, finite, plain, full in ranks(on_two_ranks, 2):
+        assert reduced == 5
+        assert finite
+        assert plain == full
+
+
+def refused(model: nn.Module, plan: Any = None, expert: int = 2, **settings: Any) -> str:
+    with pytest.raises((ConfigError, DataError)) as raised:
+        fit(Parallel(expert=expert, plan=plan), model=model, **settings)
+    return str(raised.value)
+
+
+def refuse_all() -> list[str]:
+    tied, buffered, odd = Deep(), Deep(), Deep(3)
+    tied.blocks[1] = tied.blocks[0]
+    buffered.blocks[0].experts.register_buffer("seen", torch.zeros(2))  # pyright: ignore
+    return [
+        refused(nn.Linear(4, 4)),
+        refused(Deep(), {"blocks.*.expert": "experts"}),
+        refused(Deep(), {"blocks.*.experts": "colwise"}),
+        refused(nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))), {"0": "experts"}),
+        refused(tied),
+        refused(buffered),
+        refused(odd),
+        refused(Deep(), expert=4),
+        refused(Deep(), compile=True),
+        refused(Deep(), precision="fp16"),
+        refused(Deep(), precision="fp8"),
+        *wrong_calls(),
+    ]
+
+
+def wrong_calls() -> list[str]:
+    experts, rows, counts = Experts(4, 4, 8), torch.ones(2, 4), torch.tensor([1, 0, 0, 1])
+    messages = []
+    with closing(World(Parallel(expert=2)).open()) as world:
+        assert world.expert_mesh is not None
+        share_out(experts, "moe.experts", world.expert_mesh["expert"])
+        for call in ((rows, counts, rows), (rows, counts + 1), (rows, counts / 1), (rows, rows[0])):
+            with pytest.raises(DataError) as raised:
+                experts(*call)
+            messages.append(str(raised.value))
+    return messages
+
+
+@pytest.mark.slow
+def test_what_cannot_be_shared_out_is_refused(ranks: Ranks) -> None:
+    for found in ranks(refuse_all, 2):
+        for message, expected in zip(
+            found,
+            (
+                "parallel.expert=2: nothing says which modules of 'model' hold experts",
+                "'model' has no module 'blocks.*.expert'",
+                "parallel.plan['blocks.*.experts'] is 'colwise'",
+                "'0' cannot be shared out by experts: all it holds has to be parameters of the "
+                "shape [experts, ...]. There are 0.0.weight [8, 4], ",
+                "blocks.0.experts.down is found in more than one place of the model",
+                "and 1 buffers",
+                "parallel.expert=2 does not divide the 3 experts of 'blocks.0.experts'",
+                "parallel.expert=4 does not divide dp_replicate=2 x dp_shard=1, the 2 processes",
+                "compile=True: does not exist yet with parallel.expert",
+                "precision='fp16': does not exist yet with parallel.expert",
+                "precision='fp8': does not exist yet with parallel.expert",
+                "'moe.experts' is called with 3 arguments: experts that are shared out are called "
+                "as experts(rows, rows for each expert)",
+                "'moe.experts': the counts add up to 6 rows, and there are 2",
+                "'moe.experts': the counts of rows by expert are float32 [4]: expected integers",
+                "expected integers, one for each expert of 2 ranks",
+            ),
+            strict=True,
+        ):
+            assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tensor", 2), ("context", 2), ("activation_checkpointing", "selective")]
+)
+def test_layouts_that_do_not_exist_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"does not exist yet with .*{name}"):
+        Parallel(expert=2, **{name: value})
