@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -190,15 +190,18 @@ def _serve() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _import_what_is_slow()
-    folders: dict[int, Path] = {}  # by the first rank's process id
+    under_way: dict[tuple[int, ...], Path] = {}  # folders by the ranks' process ids
     while True:
         try:
             verb, *request = _receive(requests)
         except EOFError:
+            for pids, folder in under_way.items():  # nobody has waited for
+                _wait(pids, folder, 0)
+                shutil.rmtree(folder)
             return
         if verb == "wait":
             pids, limit = request
-            folder = folders.pop(pids[0])
+            folder = under_way.pop(tuple(pids))
             _send(replies, _wait(pids, folder, limit))
             shutil.rmtree(folder)
             continue
@@ -211,7 +214,7 @@ def _serve() -> None:
         pids = _fork(size)
         if isinstance(pids, int):  # a rank
             return _be_a_rank(pids, folder, module, name, args, mutant)
-        folders[pids[0]] = folder
+        under_way[tuple(pids)] = folder
         _send(replies, pids)
 
 
@@ -274,7 +277,7 @@ def _be_a_rank(
     os._exit(code)
 
 
-def _wait(pids: list[int], folder: Path, limit: float) -> list[Outcome]:
+def _wait(pids: Sequence[int], folder: Path, limit: float) -> list[Outcome]:
     start = time.monotonic()
     ended: dict[int, tuple[int | None, float]] = {}
     while len(ended) < len(pids):
