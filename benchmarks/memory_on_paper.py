@@ -31,6 +31,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "batches of 48": (1, [LARGE]),
     "batches of 48, recomputed": (1, [LARGE, "+parallel.activation_checkpointing=full"]),
     "two ranks, sharded, half as wide": (2, ["+parallel.dp_shard=2", "model.width=256"]),
+    "two ranks, modules split, half as wide": (2, ["+parallel.tensor=2", "model.width=256"]),
+    "two ranks, sequences split, half as wide": (2, ["+parallel.context=2", "model.width=256"]),
 }
 
 
