@@ -230,7 +230,8 @@ def test_ranks_with_some_of_the_experts_equal_one_too(
 ) -> None:
     """Expert parallelism over all ranks, and over two of four: the other two have copies or shards.
     Experts and whole ranks go without rows."""
-    cases = [replace(case, model="experts") for case in SOME]
+    some = [case for case in SOME if case.tokens == (case.accumulation > 1)]
+    cases = [replace(case, model="experts") for case in some]
     plan = {"*.experts": "experts"}
     check_ranks(ranks, size, cases, Parallel(dp_shard=shard, expert=experts, plan=plan))
 
