@@ -86,6 +86,18 @@ class Block(nn.Module):
         return x + self.feed_forward(x)
 
 
+class Embedding(nn.Module):
+    """Characters and their positions as vectors."""
+
+    def __init__(self, width: int, block: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(len(manual()[0]), width)
+        self.position = nn.Embedding(block, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token(tokens) + self.position(positions(tokens.shape[1], tokens.device))
+
+
 class GPT(nn.Module):
     """The language model; the embedding of a character is also its output weight.
 
@@ -96,12 +108,14 @@ class GPT(nn.Module):
 
     Attributes:
         tp_plan: how it splits over ranks with `parallel.tensor`.
+        pipeline_order: what computes it in turn, for the stages of `parallel.pipeline`.
     """
 
     tp_plan = {
         "blocks.*.attention.1.qkv": "colwise", "blocks.*.attention.1.out": "rowwise",
         "blocks.*.feed_forward.1": "colwise", "blocks.*.feed_forward.3": "rowwise",
     }  # fmt: skip
+    pipeline_order = ("embedding", "blocks", "norm", "head")
 
     def __init__(
         self, layers: int = 4, width: int = 128, heads: int = 4, block: int = 128,
@@ -109,10 +123,11 @@ class GPT(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.block = block
-        self.token = nn.Embedding(len(manual()[0]), width)
-        self.position = nn.Embedding(block, width)
+        self.embedding = Embedding(width, block)
         self.blocks = nn.Sequential(*[Block(width, heads, dropout) for _ in range(layers)])
         self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, len(manual()[0]), bias=False)
+        self.head.weight = self.embedding.token.weight
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 # What adds to the stream starts smaller the more blocks there are.
@@ -121,14 +136,14 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [batch, length] -> logits [batch, length, alphabet]."""
-        x = self.token(tokens) + self.position(positions(tokens.shape[1], tokens.device))
-        return self.norm(self.blocks(x)) @ self.token.weight.T
+        return self.head(self.norm(self.blocks(self.embedding(tokens))))
 
     @torch.no_grad()
-    def write(self, start: str, length: int, generator: torch.Generator) -> str:
+    def write(
+        self, start: str, length: int, generator: torch.Generator, device: torch.device
+    ) -> str:
         """Goes on from `start` for `length` characters, drawn from the model's distribution."""
         alphabet, _ = manual()
-        device = self.token.weight.device
         tokens = torch.tensor([[alphabet.index(character) for character in start]], device=device)
         for _ in range(length):
             logits = self(tokens[:, -self.block :])[0, -1].float().cpu()
@@ -137,19 +152,19 @@ class GPT(nn.Module):
         return "".join(alphabet[i] for i in tokens[0].tolist())
 
 
+class NextCharacter(nn.CrossEntropyLoss):
+    """Cross-entropy of logits [batch, length, alphabet] and characters [batch, length]."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits.flatten(0, 1), targets.flatten())
+
+
 class GPTTrainer(Trainer):
-    """Next-character prediction; prints a sample of the model's writing at the end."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        inputs, targets = batch
-        return self.loss_fn(self.model(inputs).flatten(0, 1), targets.flatten())
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.log("val/loss", self.training_step(batch, batch_idx))
+    """Prints a sample of the model's writing at the end."""
 
     def on_train_end(self) -> None:
         # On every rank: each may hold a part of the model alone.
         model = self.get_module("model").eval()
-        text = model.write("\nThe ", 600, torch.Generator().manual_seed(0))
+        text = model.write("\nThe ", 600, torch.Generator().manual_seed(0), self.device)
         if self.world.is_main:
             print(text)

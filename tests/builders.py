@@ -101,11 +101,15 @@ class StopAt(Callback):
 def bits(tree: Any) -> Any:
     """A tree with every tensor replaced by its dtype, shape and bytes, for exact comparison.
 
-    Of a tensor that is spread over ranks, the bytes are this rank's.
+    Of a tensor that is spread over ranks, the bytes are this rank's; on the meta device, none.
     """
     if isinstance(tree, torch.Tensor):
         tensor = local_part(tree.detach()).contiguous().reshape(-1)
-        raw = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        raw = (
+            tensor.view(torch.uint8).numpy().tobytes()
+            if tensor.numel() and not tensor.is_meta
+            else b""
+        )
         return (str(tree.dtype), tuple(tree.shape), raw)
     if isinstance(tree, dict):
         return {key: bits(value) for key, value in tree.items()}

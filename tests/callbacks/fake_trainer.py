@@ -33,6 +33,7 @@ class FakeTrainer(Hooks):
         }
         self.world = SimpleNamespace(is_main=is_main)
         self.device = torch.device("cpu")
+        self.pipeline = None
         self.global_step = self.current_epoch = 0
         self.epochs, self.training_horizon = 2, 8
         self.log_every = log_every

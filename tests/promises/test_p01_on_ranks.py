@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from builders import Noisy, Recorder, Regression, bits, loader
 from mixture import Mixture
-from paceline import CheckpointPolicy, MetricMonitor, Parallel
+from paceline import CheckpointPolicy, MetricMonitor, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.trainer import stop
 from paceline.trainer.events import Callback
@@ -49,11 +49,13 @@ class Plan:
     precision: Any = "fp32"
     tensor: int = 1
     expert: int = 1
+    stages: int = 1
 
     def parallel(self) -> Parallel:
         halves = {"5": "colwise", "7": "rowwise"} if self.tensor > 1 else None
         plan = {"0.1.experts": "experts"} if self.expert > 1 else halves
-        return Parallel(dp_shard=self.shard, tensor=self.tensor, expert=self.expert, plan=plan)
+        sizes = {"dp_shard": self.shard, "tensor": self.tensor, "pipeline": self.stages}
+        return Parallel(**sizes, expert=self.expert, plan=plan)
 
 
 def model(plan: Plan) -> nn.Module:
@@ -154,12 +156,31 @@ class OnRanks(Regression):
         self.train_dataloader = training_data(self.data_plan, self.world)
 
 
+class InStages(Trainer):
+    """What is trained in stages takes pairs, and has no step of its own."""
+
+    def configure(self) -> None:
+        self.seen: dict[int, list[int]] = {}
+        self.loss_fn = lambda outputs, targets: ((outputs - targets[0]) ** 2).mean()
+        for name in ("train_dataloader", "val_dataloader"):
+            rows = getattr(self, name) or loader(Noisy(), self.data_plan.batch)
+            setattr(self, name, loader(rows.dataset, rows.batch_size, collate_fn=paired))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen.setdefault(self.global_step, []).extend(batch[1][1].tolist())
+
+
+def paired(rows: list[Any]) -> Any:
+    x, y, ids = zip(*rows, strict=True)
+    return torch.stack(x), (torch.stack(y), torch.tensor(ids))
+
+
 def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: Callback) -> Any:
     """Trains on this rank from where the folder's run stands."""
     stop._POLL = 0.01
     recorder, network = Recorder(), model(plan)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    trainer = OnRanks(
+    trainer = (InStages if plan.stages > 1 else OnRanks)(
         model=network,
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5),
@@ -270,6 +291,18 @@ def test_with_some_of_the_experts_and_stopped_again(
 ) -> None:
     """Experts on one rank each, and in two copies."""
     check_chain(ranks, size, tmp_path, plan, [3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "plan"), [(2, Plan(batch=10, stages=2)), (4, Plan(steps=6, stages=2))]
+)
+def test_in_stages_and_stopped_again_and_again(
+    ranks: Ranks, size: int, plan: Plan, tmp_path: Path
+) -> None:
+    """Two stages, the first with running statistics, the second with dropout; on four ranks two
+    copies of each."""
+    check_chain(ranks, size, tmp_path, plan, [2, 5])
 
 
 class StopInValidation(Callback):

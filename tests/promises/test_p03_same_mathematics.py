@@ -8,6 +8,7 @@ so "equal" means to 1e-10, a thousandth of what float32 could tell.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -127,7 +128,9 @@ class Keep(Callback):
 
     def on_train_end(self, trainer: Any) -> None:
         models = trainer.named_models().values()
-        self.parameters = [whole(p).detach().clone() for m in models for p in m.parameters()]
+        self.parameters = [
+            whole(p).detach().clone() for m in models for p in m.parameters() if not p.is_meta
+        ]
 
 
 def fit(case: Case, *callbacks: Callback, kind: type[Fit] | None = None, **settings: Any) -> Any:
@@ -240,11 +243,89 @@ def check_ranks(
     ranks: Ranks, size: int, cases: list[Case], parallel: Parallel | None = None
 ) -> None:
     outcomes = ranks(fits, size, cases, parallel)
-    shares = size // (parallel.tensor if parallel else 1)
+    shares = size // (parallel.tensor * parallel.pipeline if parallel else 1)
     for i, case in enumerate(cases):
         expected = fit(replace(case, batch=case.batch * shares))
         for rank in range(size):
             assert_same(outcomes[rank][i], expected, (case, f"rank {rank} of {size}"))
+
+
+class FitStages(Trainer):
+    """The same with stages: the loss is loss_fn's, and a batch has what it is computed from."""
+
+    def configure(self) -> None:
+        self.counts_tokens = self.loss_fn is token_error
+
+    def count_items(self, batch: Any) -> Any:
+        return batch[1][1].sum() if self.counts_tokens else len(batch[0])
+
+    def on_train_end(self) -> None:
+        named = self.model.named_parameters()
+        self.weights = {name: p.detach().clone() for name, p in named if not p.is_meta}
+
+
+def error(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+    return (outputs - targets[0]).square().mean()
+
+
+def token_error(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+    y, mask = targets
+    return ((outputs - y).square() * mask).sum() / mask.sum()
+
+
+def paired(rows: list[Any]) -> Any:
+    x, y, mask, _ = (torch.stack(column) for column in zip(*rows, strict=True))
+    return x, (y, mask)
+
+
+def fit_stages(case: Case, parallel: Parallel | None = None) -> Any:
+    keep = Keep()
+    torch.manual_seed(1)
+    sizes = (6, 12, 9, 7, 5)
+    layers = [nn.Linear(*pair).double() for pair in pairwise(sizes)]
+    model = nn.Sequential(*(nn.Sequential(layer, nn.Tanh()) for layer in layers))
+    trainer = FitStages(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        loss_fn=token_error if case.tokens else error,
+        train_dataloader=DataLoader(data(case.rows), case.batch, collate_fn=paired),
+        val_dataloader=DataLoader(data(23, 1), case.batch, collate_fn=paired),
+        epochs=case.epochs,
+        gradient_accumulation_steps=case.accumulation,
+        max_grad_norm=1.0,
+        log_every=1,
+        progress=False,
+        callbacks=[keep],
+        parallel=parallel,
+    )
+    trainer.train(seed=4)
+    return {"rows": keep.rows, "validations": keep.validations, "weights": trainer.weights}
+
+
+def fits_stages(cases: list[Case], parallel: Parallel) -> list[Any]:
+    return [fit_stages(case, parallel) for case in cases]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "stages"), [(2, 2), (4, 2), (4, 4)])
+def test_stages_equal_one_too(ranks: Ranks, size: int, stages: int) -> None:
+    """Pipeline parallelism over two and four stages, and in two copies; windows of one micro-batch
+    and of three, the last one short, with batches of other sizes and without an item."""
+    cases = SOME if size == 2 else [case for case in SOME if case.accumulation > 1]
+    outcomes = ranks(fits_stages, size, cases, Parallel(pipeline=stages))
+    for i, case in enumerate(cases):
+        expected = fit_stages(replace(case, batch=case.batch * size // stages))
+        for rank in range(size):
+            found = outcomes[rank][i]
+            names = found["weights"]
+            mine, theirs = (
+                {**run, "parameters": [run["weights"][n] for n in names]}
+                for run in (found, expected)
+            )
+            assert_same(mine, theirs, (case, f"rank {rank} of {size}"))
+        assert set().union(*(outcomes[rank][i]["weights"] for rank in range(size))) == set(
+            expected["weights"]
+        )
 
 
 def test_metrics_are_means_over_all_items() -> None:

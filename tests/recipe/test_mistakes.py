@@ -96,7 +96,7 @@ def test_a_mistake_in_a_group_file_names_that_file(recipe: Write, tmp_path: Path
         ("checkpoint.every_epochs=0", "checkpoint: checkpoint: every_epochs must be"),
         ("checkpoint.every_epoch=1", "did you mean 'every_epochs'"),
         ("checkpoint=always", "checkpoint: expected a mapping"),
-        ("parallel.pipeline=4", "pipeline=4 does not exist yet"),
+        ("parallel.pipeline=0", "parallel.pipeline=0: expected 1 or more processes"),
         ("parallel.dp_shard=0", "parallel.dp_shard=0: expected 1 or more processes"),
         ("seeds=[1,2,1]", "seeds: expected the seeds of different runs; 1 stand"),
         ("seeds=[]", "seeds: expected the seeds of different runs; the list is empty"),

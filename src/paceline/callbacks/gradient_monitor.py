@@ -41,7 +41,16 @@ class GradientMonitor(Callback):
         self._layers: dict[torch.Tensor, str] = {}
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Settles the names."""
+        """Settles the names.
+
+        Raises:
+            ConfigError: layers are to be told apart, of which each rank has its stage's alone.
+        """
+        if self.per_layer and trainer.pipeline is not None:
+            raise ConfigError(
+                "GradientMonitor(per_layer=True): no rank has the gradients of all layers with "
+                "parallel.pipeline; leave per_layer out."
+            )
         optimizers = dict(trainer.named_optimizers())
         self._names = {
             id(optimizer): "grad_norm" if len(optimizers) == 1 else f"grad_norm/{name}"
@@ -56,9 +65,13 @@ class GradientMonitor(Callback):
         parameters = [
             p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        if not parameters:
+        if not parameters and trainer.pipeline is None:
             return
-        norm = gradient_norm(p.grad for p in parameters)
+        gradients = [p.grad for p in parameters]
+        if trainer.pipeline is None:
+            norm = gradient_norm(gradients)
+        else:
+            norm = trainer.pipeline.total_norm(gradients, gradient_norm)
         trainer.note_gradient_norm(norm)
         trainer.log(self._names[id(optimizer)], norm, weight=1)  # a step counts once
         if self.per_layer:

@@ -47,7 +47,13 @@ class UpdateRatio(Callback):
         self._before: dict[torch.Tensor, torch.Tensor] = {}
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Settles the names."""
+        """Settles the names.
+
+        Raises:
+            ConfigError: each rank has the weights of its stage alone.
+        """
+        if trainer.pipeline is not None:
+            raise ConfigError("UpdateRatio does not exist yet with parallel.pipeline.")
         if self.per == "layer":
             self._names = layer_names(dict(trainer.named_models()))
         else:

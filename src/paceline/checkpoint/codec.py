@@ -51,7 +51,9 @@ _SAFE = " !$&'()*+,;=:@[]<>{}|^-._~#?\"\\`"
 _INT_JSON = 2**63
 
 
-def encode(tree: Any, prefix: tuple[str, ...] = ()) -> tuple[dict[str, torch.Tensor], Any]:
+def encode(
+    tree: Any, prefix: tuple[str, ...] = (), *, elsewhere: bool = False
+) -> tuple[dict[str, torch.Tensor], Any]:
     """Splits a tree of state into tensors and a JSON-able skeleton.
 
     A tree is made of dict, OrderedDict, Counter, list, tuple, torch.Size, tensors (DTensors
@@ -61,6 +63,7 @@ def encode(tree: Any, prefix: tuple[str, ...] = ()) -> tuple[dict[str, torch.Ten
     Args:
         tree: the state. It is not copied: the tensors returned share its memory where they can.
         prefix: the keys that lead to `tree` in a larger tree; they start every name.
+        elsewhere: whether a tensor on the meta device stands for one that another rank holds.
 
     Returns:
         `(tensors, skeleton)`: contiguous tensors by name (`model/layers.0.weight`), and the rest.
@@ -68,7 +71,7 @@ def encode(tree: Any, prefix: tuple[str, ...] = ()) -> tuple[dict[str, torch.Ten
     Raises:
         StateError: something cannot be stored; the message gives its path.
     """
-    encoder = _Encoder()
+    encoder = _Encoder(elsewhere)
     try:
         skeleton = encoder.node(tree, prefix)
     except RecursionError:
@@ -105,8 +108,9 @@ def names_in(skeleton: Any) -> set[str]:
 class _Encoder:
     """One call of `encode`: what was stored so far, and under which names."""
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: bool) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self._elsewhere = elsewhere
         # "__metadata__" is not a tensor in a safetensors header.
         self._taken = {"__metadata__"}
         self._stored: dict[tuple[Any, ...], str] = {}
@@ -201,8 +205,9 @@ class _Encoder:
         plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
         if not plain and not is_dtensor(value):
             _refuse(value, path)
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
-            what = "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+        empty = value.is_meta and not self._elsewhere
+        if value.layout != torch.strided or empty or value.is_quantized:
+            what = "meta" if empty else str(value.layout).removeprefix("torch.")
             raise StateError(f"{_dotted(path)}: a {what} tensor cannot be stored; make it dense")
         if value.dtype not in _STORABLE:
             raise StateError(f"{_dotted(path)}: a tensor of dtype {value.dtype} cannot be stored")
@@ -300,7 +305,9 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
         return None
     # getattr: these are a DTensor's alone.
     layout = (getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None))
-    return (local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), *layout)
+    # What is on the meta device has no address.
+    start = local.untyped_storage()._cdata if local.is_meta else local.data_ptr()
+    return (local.device, start, local.dtype, local.shape, local.stride(), *layout)
 
 
 class _Decoder:

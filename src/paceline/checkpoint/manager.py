@@ -71,6 +71,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.policy = policy
         self._ranks = Ranks(world)
+        self._in_stages = world.parallel.pipeline > 1  # so that no rank holds all tensors
         self._disk = Disk()
         self._staging = Staging()
         self._plan: Any = None
@@ -270,7 +271,10 @@ class Checkpoints:
         rank = str(self._ranks.rank)
         if not isinstance(own, dict) or set(own) - {rank}:
             raise StateError(f"rank: on rank {rank} only the key {rank!r} may stand here")
-        shared, skeleton = encode({key: value for key, value in tree.items() if key != "rank"})
+        shared, skeleton = encode(
+            {key: value for key, value in tree.items() if key != "rank"},
+            elsewhere=self._in_stages,
+        )
         mine, own_skeleton = encode(own, prefix=("rank",))
         return shared | mine, skeleton, own_skeleton if "rank" in tree else None
 

@@ -76,6 +76,7 @@ def load_optimizer_state(
             "state": {
                 index[name]: _spread_state(values, parameters[index[name]])
                 for name, values in stored["state"].items()
+                if not parameters[index[name]].is_meta  # which is another rank's
             },
             "param_groups": [
                 {**group, "params": [index[name] for name in group["params"]]}
@@ -151,5 +152,9 @@ def load_model_state(model: torch.nn.Module, stored: Mapping[str, Any], what: st
 def load_tensors(model: torch.nn.Module, stored: Mapping[str, Any]) -> None:
     """Loads what there is into a model, whole or sharded; what is not there stays as it is."""
     here = model.state_dict()
-    spread = {name: _spread(value, here.get(name)) for name, value in stored.items()}
+    spread = {
+        name: _spread(value, here.get(name))
+        for name, value in stored.items()
+        if not (name in here and here[name].is_meta)  # which is another rank's
+    }
     model.load_state_dict(spread, strict=False)

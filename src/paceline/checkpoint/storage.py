@@ -115,7 +115,8 @@ def plan_writes(tensors: dict[str, torch.Tensor], ranks: Ranks) -> SavePlan:
     """Decides which rank writes what; the plan serves until a name, shape or placement changes.
 
     Args:
-        tensors: all of this rank's, by name; tensors only.
+        tensors: all of this rank's, by name; tensors only. One on the meta device stands for what
+            another rank holds.
         ranks: who writes together. Every rank calls this.
 
     Returns:
@@ -124,15 +125,21 @@ def plan_writes(tensors: dict[str, torch.Tensor], ranks: Ranks) -> SavePlan:
     Raises:
         CheckpointError: on every rank, if one failed.
     """
+    here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer = HuggingFaceStorageWriter("", save_distributed=True)
 
     def local_plan() -> SavePlan:
-        planner.set_up_planner(tensors, writer.storage_meta(), ranks.is_main)
+        planner.set_up_planner(here, writer.storage_meta(), ranks.is_main)
         return planner.create_local_plan()
 
+    def global_plan() -> list[SavePlan]:
+        if missing := set(tensors) - {item.index.fqn for plan in plans for item in plan.items}:
+            raise CheckpointError(f"no rank holds {', '.join(sorted(missing))}")
+        return writer.prepare_global_plan(planner.create_global_plan(plans)[0])
+
     plans = ranks.everywhere(local_plan)
-    return ranks.scatter(lambda: writer.prepare_global_plan(planner.create_global_plan(plans)[0]))
+    return ranks.scatter(global_plan)
 
 
 def planned_names(plan: SavePlan) -> list[str]:

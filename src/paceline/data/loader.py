@@ -125,6 +125,7 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
 def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
     """The validation source for a user's loader; the arguments are those of `open_training`."""
     if not is_indexed(loader):
+        _check_no_stages("val_dataloader", world)
         return StreamedValidation(loader, seed, world)
     order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
@@ -163,6 +164,14 @@ def count_windows(
     return min((n for n in (steps, max_steps) if n is not None), default=None)
 
 
+def _check_no_stages(which: str, world: World) -> None:
+    if world.parallel.pipeline > 1:
+        raise ConfigError(
+            f"{which}: one that keeps its own order does not exist yet with parallel.pipeline: "
+            "give a DataLoader over a map-style dataset."
+        )
+
+
 def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> StreamedSource:
     if not hasattr(loader, "__iter__"):
         raise DataError(
@@ -174,6 +183,7 @@ def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> St
             "train_dataloader is an iterator, which can be read only once: give an object whose "
             "__iter__ starts again, such as a DataLoader."
         )
+    _check_no_stages("train_dataloader", world)
     accumulation = size.gradient_accumulation_steps
     if size.global_batch_size is not None:
         if getattr(loader, "batch_size", None) is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,6 +36,9 @@ _AUTOCAST = {
     "fp16": torch.float16,
     "fp8": torch.bfloat16,
 }
+
+if TYPE_CHECKING:
+    from paceline.trainer.pipeline import Pipeline
 
 
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +107,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     window: Window
     model_key: int
     replicas: list[Any]
+    pipeline: Pipeline | None = None  # what runs the model's stages, if it is cut into some
     validation_calls: list[Any]
     float8: Float8Layers | None = None
     recomputed: list[torch.nn.Module]

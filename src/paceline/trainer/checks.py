@@ -146,6 +146,8 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
             ("precision", "fp16", "expert", parallel.expert > 1),
             ("precision", "fp8", "expert", parallel.expert > 1),
             ("compile", trainer.compile, "expert", trainer.compile and parallel.expert > 1),
+            ("precision", "fp16", "pipeline", parallel.pipeline > 1),
+            ("precision", "fp8", "pipeline", parallel.pipeline > 1),
         ):
             if getattr(trainer, name) == value and asked:
                 wrong.append(
@@ -156,8 +158,31 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
                 f"parallel.activation_checkpointing={budget}: a memory budget is the compiler's to "
                 "keep: set compile=True, or give 'full' or 'selective'."
             )
+        if parallel.pipeline > 1:
+            wrong += _wrong_stages(trainer, parallel)
     if trainer.epochs is None and trainer.max_steps is None:
         wrong.append("epochs: say where the run ends, with epochs=... or max_steps=...")
+    return wrong
+
+
+def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:
+    """What does not go together with stages: the schedule calls the model and `loss_fn` itself."""
+    wrong = [
+        f"parallel.{name}={size}: does not exist yet with parallel.pipeline; leave one out."
+        for name in ("dp_shard", "tensor", "context", "expert")
+        if (size := getattr(parallel, name)) > 1
+    ]
+    if trainer.compile:
+        wrong.append(
+            f"compile={trainer.compile!r}: does not exist yet with parallel.pipeline; leave one of "
+            "them out."
+        )
+    wrong += [
+        f"{name}: with parallel.pipeline no stage computes a loss from a batch by itself: what is "
+        "trained is loss_fn(outputs, targets). Put it into a loss_fn, and leave this as it is."
+        for name in ("step", "training_step", "loss")
+        if _overrides(trainer, name)
+    ]
     return wrong
 
 

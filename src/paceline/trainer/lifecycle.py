@@ -131,7 +131,7 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer._saved_at = None
     trainer._restore_determinism = None
     trainer.validation = trainer.saver = None
-    trainer.replicas, trainer.validation_calls = [], []
+    trainer.replicas, trainer.validation_calls, trainer.pipeline = [], [], None
     trainer.recomputed, trainer.compiled, trainer.while_placed = [], [], ExitStack()
     trainer.float8 = None
     trainer.local_batches = 0
@@ -361,10 +361,12 @@ def _describe(trainer: Trainer) -> None:
 
 
 def _spread(world: World) -> str:
-    tensor, context, expert = (getattr(world.parallel, n) for n in ("tensor", "context", "expert"))
-    if world.shards == tensor == context == expert == 1:
+    sizes = ("tensor", "context", "expert", "pipeline")
+    tensor, context, expert, stages = (getattr(world.parallel, name) for name in sizes)
+    if world.shards == tensor == context == expert == stages == 1:
         return f"replicated over {world.size} ranks by DDP"
-    ways = [f"split over {tensor} ranks by its plan"] * (tensor > 1)
+    ways = [f"cut into {stages} stages"] * (stages > 1)
+    ways += [f"split over {tensor} ranks by its plan"] * (tensor > 1)
     ways += [f"given sequences in {context} parts"] * (context > 1)
     ways += [f"with its experts shared out over {expert} ranks"] * (expert > 1)
     ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)

@@ -16,6 +16,7 @@ import torch
 
 from paceline.errors import ConfigError
 from paceline.trainer.blocks import repeated_blocks
+from paceline.trainer.stages import is_given_up
 from paceline.world.dtensors import is_dtensor
 from paceline.world.seeding import mix, seed_everything, stream
 
@@ -59,7 +60,7 @@ class Materializer:
         if not self.needed:
             return
         self._move(unit)
-        empty = {id(t): t for t in _tensors(unit) if t.is_meta}
+        empty = {id(t): t for t in _tensors(unit) if t.is_meta and not is_given_up(t)}
         if not empty:
             return
         marks = {key: _materialize(tensor, self._device) for key, tensor in empty.items()}
@@ -68,7 +69,7 @@ class Materializer:
         _fill(unit, set(empty), set(empty))
         names = {id(t): f"{self._name}.{key}" for key, t in _named_tensors(self._module)}
         unfilled = [names[key] for key, is_marked in marks.items() if key in names and is_marked()]
-        unfilled += [names[id(t)] for t in _tensors(unit) if t.is_meta]
+        unfilled += [names[key] for key, tensor in empty.items() if tensor.is_meta]
         if unfilled:
             raise ConfigError(
                 f"made on the meta device, and given no values: {', '.join(unfilled[:8])}"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from paceline.checkpoint import encode
 from paceline.errors import NonFiniteError, StateError
 from paceline.trainer.window import describe
-from paceline.world.dtensors import total_norm, whole
+from paceline.world.dtensors import whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -99,7 +99,7 @@ class NonFiniteGuard:
     def check_norm(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the norm of an optimizer's gradients for this check alone."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        self.note_norm(total_norm(gradients))
+        self.note_norm(self._trainer.optimization.norm_of(gradients))
 
     def allows(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer may step; with policy "raise" a bad window ends here.
@@ -175,6 +175,8 @@ class NonFiniteGuard:
         trainer = self._trainer
         alone = len(trainer.replicas) == len(trainer.optimization.optimizers) == 1
         scales = trainer.optimization.scaler is not None
+        if trainer.parallel.pipeline > 1:
+            return []  # of which each has gradients of its stage alone
         if trainer.parallel.is_spread and (scales or not alone):
             return []
         found = (replica.verdict() for replica in trainer.replicas)

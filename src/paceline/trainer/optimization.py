@@ -18,7 +18,7 @@ import torch
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.placement import check_spread, zero_loss
-from paceline.world.dtensors import clip_gradients, groups_by_mesh, whole
+from paceline.world.dtensors import clip_gradients, groups_by_mesh, total_norm, whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -45,6 +45,7 @@ class Optimization:
         self._splits = trainer.parallel.tensor > 1
         self._several_meshes = trainer.parallel.tensor * trainer.parallel.expert > 1
         self._compared = not self._splits  # ranks of a split agree on what is whole
+        self.norm_of = total_norm if trainer.pipeline is None else trainer.pipeline.total_norm
         self._pending = False  # gradients were added since the last step
         self._stepping = self._single or ""  # the optimizer whose step is being taken
         self.norms: dict[str, torch.Tensor] = {}  # of each one's gradients, if its step took one
@@ -59,24 +60,24 @@ class Optimization:
         window = trainer.window
         if isinstance(loss, dict):
             loss = self._sum_of_independent(loss)
-        _check_loss(loss)
+        check_loss(loss)
         if self._splits:
             loss = whole(loss)  # of logits whose classes are split
         if self._scale_is_due:
             self._update_scale()
         window.loss = raw = loss.detach()
         trainer.log_loss(raw)
-        weighted = self._weighted(loss, window)
+        share = self._weighted(loss, window)
         for hook in trainer.events.on_before_backward:
-            hook(weighted)
+            hook(share)
         if not window.weighs_nothing:
-            weighted = self.guard.guarded(weighted, raw)
+            share = self.guard.guarded(share, raw)
         if self.scaler is not None:
-            weighted = self.scaler.scale(weighted)
+            share = self.scaler.scale(share)
         if only is None:
-            weighted.backward()
+            share.backward()
         else:
-            self._backward_for(only, weighted)
+            self._backward_for(only, share)
         self._pending = True
         for hook in trainer.events.on_after_backward:
             hook()
@@ -107,7 +108,7 @@ class Optimization:
         for hook in trainer.events.on_before_optimizer_step:
             hook(optimizer)
         if trainer.max_grad_norm is not None:
-            norm = clip_gradients(_parameters(optimizer), trainer.max_grad_norm)
+            norm = clip_gradients(_parameters(optimizer), trainer.max_grad_norm, self.norm_of)
             trainer.log("grad_norm", norm, weight=1)
             self.note_norm(norm)
         elif trainer.check_gradients or isinstance(trainer.window.weight, torch.Tensor):
@@ -138,16 +139,13 @@ class Optimization:
 
     def _weighted(self, loss: torch.Tensor, window: Window) -> torch.Tensor:
         """A micro-batch's part of the window's mean; of no items the loss may be anything."""
-        weight = window.weight
-        if isinstance(weight, torch.Tensor):
-            return torch.where(weight == 0, 0.0, loss * weight)
         if window.weighs_nothing:
             called = [replica for replica in self._trainer.replicas if replica.called]
             if called:
                 return torch.stack([replica.zero_loss() for replica in called]).sum()
             models = self._trainer.named_models().values()
             return zero_loss(p for model in models for p in model.parameters())
-        return loss if weight == 1.0 else loss * weight
+        return weighted(loss, window.weight)
 
     def end_window(self) -> None:
         """Leaves nothing of a window behind: a checkpoint holds no gradients."""
@@ -173,7 +171,7 @@ class Optimization:
         """One loss from those by optimizer name, whose gradients must not mix."""
         _check_names(losses, self.optimizers, "training_step")
         for name, part in losses.items():
-            _check_loss(part, f" for {name!r}")
+            check_loss(part, f" for {name!r}")
             self._trainer.log(f"train/loss/{name}", part)
             if not self._found_independent:
                 self._check_independent(name, part)
@@ -249,19 +247,36 @@ def _check_names(names: Iterable[str], known: dict[str, Any], where: str) -> Non
         )
 
 
-def _check_loss(loss: Any, which: str = "") -> None:
+def weighted(loss: torch.Tensor, weight: Any) -> torch.Tensor:
+    """A mean loss times its weight in the window; of no items it may be anything."""
+    if isinstance(weight, torch.Tensor):
+        return torch.where(weight == 0, 0.0, loss * weight)
+    return loss if weight == 1.0 else loss * weight
+
+
+def check_loss(loss: Any, which: str = "", giver: str = "training_step") -> None:
+    """Refuses what is no loss of a micro-batch.
+
+    Args:
+        loss: what was given for it.
+        which: which of several, for messages.
+        giver: who gave it.
+
+    Raises:
+        LossError: it is not one number, or has no gradient.
+    """
     if not isinstance(loss, torch.Tensor):
         raise LossError(
-            f"training_step returned {loss!r:.80}{which} of type {type(loss).__name__}; it returns "
+            f"{giver} returned {loss!r:.80}{which} of type {type(loss).__name__}; it returns "
             "the mean loss over the batch's items, a tensor of one element."
         )
     if loss.numel() != 1:
         raise LossError(
-            f"training_step returned a tensor of shape {tuple(loss.shape)}{which}; the loss is one "
+            f"{giver} returned a tensor of shape {tuple(loss.shape)}{which}; the loss is one "
             "number, the mean over the batch's items. Take its mean() (reduction='mean')."
         )
     if not loss.requires_grad:
         raise LossError(
-            f"training_step returned a loss without a gradient{which}: it depends on no trainable "
+            f"{giver} returned a loss without a gradient{which}: it depends on no trainable "
             "parameter. Is something detached, under torch.no_grad(), or frozen?"
         )

@@ -172,9 +172,10 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
             "parallel=Parallel(...) decides how it is spread."
         )
     materializer = Materializer(module, name, trainer.device, trainer.seed)
-    if not materializer.needed:
-        module.to(trainer.device)
     trained = any(p.requires_grad for p in module.parameters())
+    staged = trained and trainer.parallel.pipeline > 1
+    if not materializer.needed and not staged:
+        module.to(trainer.device)
     if trainer.float8 is not None and trained:
         trainer.float8.convert(module, name)
     which = trainer.parallel.activation_checkpointing
@@ -190,6 +191,11 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
         trainer.compiled += compile_blocks(module, name, trainer.compile)
     for part in {*trainer.recomputed, *trainer.compiled}:
         trainer.while_placed.callback(vars(part).pop, "forward", None)
+    if staged:
+        from paceline.trainer.pipeline import place_stages
+
+        trainer.pipeline = place_stages(trainer, module, name, materializer)
+        return module
     if trained and trainer.parallel.is_spread:
         return _spread(trainer, module, name, materializer)
     materializer.all()
@@ -198,8 +204,13 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     if not trained:
         send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
         return module
+    return replicate(trainer, module)
+
+
+def replicate(trainer: Trainer, module: torch.nn.Module, group: Any = None) -> Replica:
+    """Has DDP keep the copies of a module equal, on all ranks or those of a group."""
     device_ids = None if trainer.on_cpu else [trainer.device]
-    replica = Replica(module, device_ids=device_ids)
+    replica = Replica(module, device_ids=device_ids, process_group=group)
     _settle_buckets(replica)
     vars(replica)["whole_way"] = trainer.parallel.context > 1
     trainer.replicas.append(replica)
@@ -296,7 +307,12 @@ def check_spread(trainer: Trainer, optimizer: torch.optim.Optimizer, covered: Se
 
 
 def share_buffers(trainer: Trainer) -> None:
-    """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway."""
+    """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway.
+
+    Of a model in stages, every copy of a stage gets the first one's.
+    """
     if trainer.world.size == 1:
         return
+    if trainer.pipeline is not None:
+        return trainer.pipeline.share_buffers()
     send(chain.from_iterable(model.buffers() for model in trainer.named_models().values()))

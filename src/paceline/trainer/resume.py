@@ -178,12 +178,15 @@ def gather_state(trainer: Trainer) -> dict[str, Any]:
     if trainer.source.per_rank:
         rank["data"] = source
     monitor, scaler = trainer.metric_monitor, trainer.optimization.scaler
+    optimizers = {
+        name: optimizer_state(optimizer, names)
+        for name, optimizer in trainer.named_optimizers().items()
+    }
+    if trainer.pipeline is not None:
+        trainer.pipeline.complete(optimizers)
     return {
         "models": {name: model.state_dict() for name, model in models.items()},
-        "optimizers": {
-            name: optimizer_state(optimizer, names)
-            for name, optimizer in trainer.named_optimizers().items()
-        },
+        "optimizers": optimizers,
         "schedulers": {
             name: scheduler.state_dict()
             for name, scheduler in (trainer.named_schedulers() or {}).items()

@@ -215,6 +215,9 @@ class Trainer(TrainerBase):
         One of your own loops over the window, calls `backward` and `optimizer_step`, and computes
         losses `with self.autocast`. Gradients that it leaves end with the window.
         """
+        if self.pipeline is not None:
+            self.pipeline.run(window)
+            return self.optimizer_step()
         for batch, batch_idx in window:
             with self.autocast:
                 loss = self.training_step(batch, batch_idx)

@@ -91,15 +91,11 @@ class Window:
                 "a window's batches are read once: do all that a batch is for in one pass over "
                 "the window (self.backward(loss, only=...) keeps several losses apart)."
             )
-        trainer, events, sizes = self._trainer, self._trainer.events, self._draw.sizes
+        trainer, events = self._trainer, self._trainer.events
         key = mix(trainer.model_key, trainer.global_step)
-        last = len(sizes) - 1
-        for j, count in enumerate(self.counts):
-            self._position = j
-            self.batch = batch = self._fetch(j)
-            self.stand_in = sizes[j] == 0
-            trainer.batch_items = count
-            self.weight = count * self._shares / self._whole
+        last = len(self) - 1
+        for j in range(len(self)):
+            batch = self.present(j)
             for replica in trainer.replicas:
                 replica.begin(exchange=j == last)
             seed_everything(mix(key, j))
@@ -115,6 +111,21 @@ class Window:
                 hook(batch, self._first + j, self.loss)
         trainer.batch_items = None
 
+    def present(self, j: int) -> Any:
+        """Makes a micro-batch the one at hand, and returns its batch."""
+        self._position = j
+        self.batch = self._fetch(j)
+        self.stand_in = self._draw.sizes[j] == 0
+        self._trainer.batch_items = self.counts[j]
+        self.weight = self.counts[j] * self._shares / self._whole
+        return self.batch
+
+    def read(self) -> list[Any]:
+        """All micro-batches, read before the first is run."""
+        if self._batches is None:
+            self._batches = [self._fetch(j) for j in range(len(self))]
+        return self._batches
+
     def _fetch(self, j: int) -> Any:
         if self._batches is not None:
             return self._batches[j]
@@ -124,8 +135,7 @@ class Window:
     def _count(self) -> None:
         """Counts items that only the batches tell: all of them are read before the first is run."""
         trainer, sizes = self._trainer, self._draw.sizes
-        self._batches = [self._fetch(j) for j in range(len(sizes))]
-        real = [batch for batch, size in zip(self._batches, sizes, strict=True) if size != 0]
+        real = [batch for batch, size in zip(self.read(), sizes, strict=True) if size != 0]
         counted = iter([trainer.count_items(batch) for batch in real])
         self.counts = [next(counted) if size != 0 else 0 for size in sizes]
         if trainer.world.reads_are_free:

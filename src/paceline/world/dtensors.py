@@ -7,7 +7,7 @@ holds one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -70,10 +70,14 @@ def total_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     return norms[0] if len(norms) == 1 else get_total_norm(norms)
 
 
-def clip_gradients(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+def clip_gradients(
+    parameters: Iterable[torch.Tensor],
+    max_norm: float,
+    norm_of: Callable[[Iterable[torch.Tensor | None]], torch.Tensor] = total_norm,
+) -> torch.Tensor:
     """`torch.nn.utils.clip_grad_norm_`, for parameters of several meshes too; returns the norm."""
     with_gradients = [p for p in parameters if p.grad is not None]
-    norm = total_norm(p.grad for p in with_gradients)
+    norm = norm_of(p.grad for p in with_gradients)
     for group in by_mesh(with_gradients):
         clip_grads_with_norm_(group, max_norm, norm)
     return norm

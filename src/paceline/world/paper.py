@@ -32,6 +32,8 @@ class WorldOnPaper(World):
     """
 
     def __init__(self, parallel: Parallel, ranks: int) -> None:
+        if parallel.pipeline > 1:
+            raise ConfigError("parallel.pipeline: stages cannot be looked at on paper yet.")
         self.parallel = parallel
         self.ranks = ranks
         self.copies, self.shards = parallel.sizes(ranks)
@@ -41,6 +43,7 @@ class WorldOnPaper(World):
         self.mesh = self.control_group = None
         self.timeout = parallel.timeout
         self.part, self.parts = 0, ranks // parallel.tensor
+        self.stage, self._stage_size = 0, ranks
         self.context_mesh = self.expert_mesh = self._parts_group = None
         self._owns_group = False
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from paceline.errors import ConfigError
 
-_SIZES = ("dp_replicate", "dp_shard", "context", "tensor")
-_BUILT = (*_SIZES, "expert", "activation_checkpointing", "cpu_offload", "plan", "timeout")
+_SIZES = ("dp_replicate", "dp_shard", "context", "tensor", "pipeline")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """The layout of a run over its processes; the product of the sizes is the world size.
 
-    Of the sizes `expert` alone adds no processes. Data parallelism works today, by replication
-    (DDP), sharding (FSDP2) or both (HSDP), and tensor, context and expert parallelism beside it.
-    Every other dimension is refused with a clear error until it is built.
+    Of the sizes `expert` alone adds no processes.
 
     Args:
         dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
@@ -27,7 +24,9 @@ class Parallel:
         tensor: processes over which modules are split, as `plan` says. They see the same samples.
         context: processes over which sequences are split. The model asks `paceline.world.context`
             for attention and positions.
-        pipeline: pipeline stages.
+        pipeline: stages that a model is cut into, each on processes of its own, which pass a
+            window's micro-batches on to each other. The model is a `Sequential`, or says in
+            `pipeline_order` which of its modules compute it, one after the other.
         expert: processes over which the experts of a mixture are shared out, as `plan` says. They
             see samples of their own, as part of the `dp_replicate` x `dp_shard` processes, whose
             number it divides; the same experts are then replicated or sharded over the others.
@@ -60,18 +59,6 @@ class Parallel:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        default = {f.name: f.default for f in fields(self)}
-        unbuilt = [
-            f"{name}={getattr(self, name)!r}"
-            for name in default
-            if name not in _BUILT and getattr(self, name) != default[name]
-        ]
-        if unbuilt:
-            raise ConfigError(
-                f"parallel: {', '.join(unbuilt)} does not exist yet: this version replicates the "
-                "model over the processes (dp_replicate), shards it (dp_shard) and splits its "
-                "modules (tensor), the sequences (context) and its experts (expert)."
-            )
         recomputed = self.activation_checkpointing
         budget = isinstance(recomputed, float) and 0 <= recomputed <= 1
         if not budget and recomputed not in (None, "full", "selective"):
@@ -101,7 +88,7 @@ class Parallel:
     @property
     def is_spread(self) -> bool:
         """Whether a process holds no more than a part of the model's state."""
-        return self.dp_shard * self.tensor * self.expert > 1
+        return self.dp_shard * self.tensor * self.expert * self.pipeline > 1
 
     @property
     def calls_together(self) -> bool:
@@ -124,7 +111,7 @@ class Parallel:
             if size != "auto" and (size > 1 or name == "dp_replicate")
         ]
         if self.dp_replicate == "auto":
-            one_copy = self.dp_shard * self.context * self.tensor
+            one_copy = self.dp_shard * self.context * self.tensor * self.pipeline
             replicate, rest = divmod(world_size, one_copy)
             if rest or not replicate:
                 raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +40,7 @@ class World:
         device: where this process computes.
         rank, size, local_rank: this process, all processes, this process on its machine.
         dp_rank, dp_size: this process's share of the data and the number of shares.
+        stage: this process's stage of the model, with `Parallel(pipeline=...)`; else 0.
         part, parts: this process's part of what the loss is computed on, and the number of parts:
             shares of the data, and of each sequence with `Parallel(context=...)`.
         copies, shards: copies of each model's state, and shares of the data that share one.
@@ -62,14 +63,17 @@ class World:
         self.device = _device(self.local_rank)
         self.copies, self.shards = self.parallel.sizes(self.size)
         self.dp_size = self.copies * self.shards
-        self.dp_rank = self.rank // (self.size // self.dp_size)
-        self.parts = self.size // self.parallel.tensor
-        self.part = self.rank // self.parallel.tensor
+        self._stage_size = self.size // self.parallel.pipeline
+        self.stage, place = divmod(self.rank, self._stage_size)
+        self.dp_rank = place // (self._stage_size // self.dp_size)
+        self.parts = self._stage_size // self.parallel.tensor
+        self.part = place // self.parallel.tensor
         self.mesh: DeviceMesh | None = None
         self.context_mesh: DeviceMesh | None = None
         self.expert_mesh: DeviceMesh | None = None
         self.control_group: Any = None
         self._parts_group: Any = None
+        self._stage_groups: list[Any] = []
         self._owns_group = False
         self.timeout = self.parallel.timeout
 
@@ -81,14 +85,16 @@ class World:
     @property
     def leads_part(self) -> bool:
         """Whether this is the process that speaks for its part."""
-        return self.rank % self.parallel.tensor == 0
+        return self.stage == 0 and self.rank % self.parallel.tensor == 0
 
     @property
     def dp_mesh(self) -> DeviceMesh | None:
-        """The mesh without the dimension over which modules are split."""
-        if self.mesh is None or self.parallel.tensor == 1:
-            return self.mesh
+        """The mesh without the dimensions over which modules are split, and the model is cut."""
+        if self.mesh is None:
+            return None
         names = tuple(n for n in self.mesh.mesh_dim_names or () if n.startswith("dp_"))
+        if len(names) == self.mesh.ndim:
+            return self.mesh
         return self.mesh[names] if names else None
 
     @property
@@ -113,9 +119,13 @@ class World:
             self._owns_group = True
         self.control_group = self.new_group()
         if self.parts < self.size:
-            step, size = self.parallel.tensor, self.size
+            step, size = self.parallel.tensor, self._stage_size
             self._parts_group, _ = dist.new_subgroups_by_enumeration(
-                [list(range(first, size, step)) for first in range(step)],
+                [
+                    list(range(stage + first, stage + size, step))
+                    for stage in range(0, self.size, size)
+                    for first in range(step)
+                ],
                 timeout=timedelta(seconds=self.timeout),
             )
         self.mesh = self._make_mesh()
@@ -132,6 +142,7 @@ class World:
 
     def _make_mesh(self) -> DeviceMesh:
         sizes = {
+            "pipeline": self.parallel.pipeline,
             "dp_replicate": self.copies,
             "dp_shard": self.shards,
             "tensor": self.parallel.tensor,
@@ -159,6 +170,19 @@ class World:
         names = ("dp_replicate", "dp_shard", "expert")
         return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
 
+    def group_of_stages(self, stages: Sequence[int]) -> Any:
+        """The ranks of some stages that have this rank's place in them, or None if it has none.
+
+        Every rank calls it, with the same stages.
+        """
+        size = self._stage_size
+        group, _ = dist.new_subgroups_by_enumeration(
+            [[stage * size + place for stage in stages] for place in range(size)],
+            timeout=timedelta(seconds=self.timeout),
+        )
+        self._stage_groups.append(group)
+        return group
+
     def close(self) -> None:
         """Leaves the process group, if this object joined it; else only the groups it made."""
         if dist.is_initialized():
@@ -166,10 +190,12 @@ class World:
                 dist.destroy_process_group()
             elif self.control_group is not None:
                 dist.destroy_process_group(self.control_group)
-                if self._parts_group is not None:
-                    dist.destroy_process_group(self._parts_group)
+                for group in (self._parts_group, *self._stage_groups):
+                    if group is not None:
+                        dist.destroy_process_group(group)
         self.mesh = self.context_mesh = self.expert_mesh = None
         self.control_group = self._parts_group = None
+        self._stage_groups = []
         self._owns_group = False
 
     def new_group(self) -> Any:
@@ -229,16 +255,16 @@ class World:
 
     def gather_parts(self, value: Any) -> list[Any]:
         """One `value` of each part, in their order, on every rank."""
-        return self.all_gather_object(value)[:: self.parallel.tensor]
+        return self.all_gather_object(value)[: self._stage_size : self.parallel.tensor]
 
 
 @torch.no_grad()
-def send(tensors: Iterable[torch.Tensor]) -> None:
-    """Gives every rank rank 0's values."""
+def send(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
+    """Gives every rank of a group, or all ranks, its first one's values."""
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # gloo knows no other
         whole = real.contiguous()
-        dist.broadcast(whole, src=0)
+        dist.broadcast(whole, group=group, group_src=0)
         if whole is not real:
             real.copy_(whole)
 

@@ -1,0 +1,469 @@
+"""Pipeline parallelism: a model's stages on ranks of their own, run by torch's schedules.
+
+The micro-batches of a schedule are those of the window. All ranks of a pipeline read the same ones;
+the first stage takes their inputs, the last one their targets, and tells the others the losses.
+What a schedule hands around as input and target is the number of a micro-batch, so that batches may
+be of any structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.utils._pytree import tree_leaves, tree_map
+
+from paceline.errors import ConfigError, DataError, LossError
+from paceline.trainer.blocks import repeated_blocks
+from paceline.trainer.materialize import Materializer
+from paceline.trainer.optimization import check_loss, weighted
+from paceline.trainer.placement import probes, replicate, zero_of
+from paceline.trainer.stages import give_up, is_given_up, stages_of, tensors_of
+from paceline.trainer.window import buffers_kept
+from paceline.world.dtensors import total_norm
+from paceline.world.seeding import mix, seed_everything
+from paceline.world.world import World, send
+
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+    from paceline.trainer.window import Window
+
+_KEPT = 16  # schedules, each for one number of micro-batches and their shapes
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is to be known of a tensor that another rank holds."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _Form:
+        return _Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def empty(self, device: Any = "meta") -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+class _Layers(torch.nn.Module):
+    """The layers of a stage, one after the other.
+
+    Args:
+        layers: in order.
+        take: makes of what the stage is given what its first layer takes.
+        context: what they compute in.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[torch.nn.Module],
+        take: Callable[..., Any],
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+        self._take = take
+        self._context = context
+
+    def forward(self, *given: Any) -> Any:
+        x = self._take(*given)
+        with self._context():
+            for layer in self.layers:
+                x = layer(x)
+        return x
+
+
+class _Stage(PipelineStage):
+    """torch's stage, which says which micro-batch begins, and what came of it.
+
+    Attributes:
+        begins: is told the number of each micro-batch before it is computed.
+        ends: is given what was computed of it.
+        added: is told when its gradients are there.
+        exchanges: whether copies of the stage exchange gradients in a schedule's last backward.
+    """
+
+    begins: Callable[[int], None]
+    ends: Callable[[Any], None]
+    added: Callable[[], None]
+    exchanges = True
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.begins(fwd_chunk_id)
+        try:
+            outputs = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        except RuntimeError as error:
+            # torch's own message shows all arguments, and hides what the model said.
+            raise (error if error.__cause__ is None else error.__cause__) from None
+        self.ends(outputs)
+        return outputs
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(*args, **kwargs)
+        if self.has_backward:
+            self.added()
+
+    def backward_maybe_with_nosync(
+        self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> Any:
+        last = last_backward and self.exchanges
+        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last)
+
+
+class Pipeline:
+    """The stages of a model, seen from the loop.
+
+    Args:
+        trainer: whose model it is.
+        model: the whole model, of which other stages' parts are on the meta device.
+        layers: those of this rank's stage.
+        shared: parameters that other stages have too, each with the group of those stages' ranks
+            and whether this rank speaks for it.
+
+    Attributes:
+        covered: the `id` of each parameter of this stage.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: torch.nn.Module,
+        layers: Iterable[torch.nn.Module],
+        shared: Sequence[tuple[torch.nn.Parameter, Any, bool]],
+    ) -> None:
+        world = trainer.world
+        assert world.mesh is not None
+        self._trainer = trainer
+        self._model = model
+        self._index, self._stages = world.stage, world.parallel.pipeline
+        self._is_first, self._is_last = self._index == 0, self._index == self._stages - 1
+        self._group = world.mesh["pipeline"].get_group()
+        self._layers = _Layers(layers, self._taken, lambda: trainer.autocast)
+        self._replica: torch.nn.Module | None = None
+        self._shared = shared
+        self._schedules: dict[Any, tuple[Any, _Stage]] = {}
+        # Of the schedule at hand:
+        self._numbers: Sequence[int] = ()  # its micro-batches, by their number in the window
+        self._inputs: Sequence[Any] = ()
+        self._targets: Sequence[Any] = ()
+        self._weights: Sequence[Any] = ()
+        self._losses: Any = None  # [micro-batches of the window]
+        self._outputs: Any = None
+        self._at: int | None = None  # the micro-batch computed; None while torch asks for shapes
+        self._measured: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were then
+
+    def replicate(self) -> None:
+        """Has DDP keep the copies of this stage equal."""
+        mesh = self._trainer.world.dp_mesh
+        if mesh is not None and any(p.requires_grad for p in self._layers.parameters()):
+            self._replica = replicate(self._trainer, self._layers, mesh.get_group())
+
+    # A window
+
+    def run(self, window: Window) -> None:
+        """Adds the gradients of a window's mean loss."""
+        trainer = self._trainer
+        self.share_buffers()
+        pairs = [_pair(batch) for batch in window.read()]
+        self._weights, real = [], []
+        for j in range(len(window)):
+            batch = window.present(j)
+            self._weights.append(window.weight)
+            if not window.stand_in:
+                real.append(j)
+                for hook in trainer.events.on_train_batch_start:
+                    hook(batch, window.batch_idx)
+        self._losses = torch.zeros(len(window), dtype=torch.float64, device=trainer.device)
+        for replica in trainer.replicas:
+            replica.begin(exchange=False)  # the stage's to begin
+        # Copies of a stage wait for each other's gradients, so that each computes something.
+        with nullcontext() if real else buffers_kept(trainer):
+            runs = [list(run) for _, run in groupby(real or [0], lambda j: _shapes(pairs[j][0]))]
+            for run in runs:
+                self._run(run, pairs, last=run is runs[-1])
+        for parameter, group, _ in self._shared:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=group)
+        dist.broadcast(self._losses, group=self._group, group_src=self._stages - 1)
+        self._end(window, real)
+
+    def _run(self, numbers: list[int], pairs: list[tuple[Any, Any]], *, last: bool) -> None:
+        """Takes micro-batches of equal shapes through a schedule."""
+        schedule, stage = self._schedule(numbers, _shapes(pairs[numbers[0]][0]))
+        stage.exchanges = last
+        self._numbers, self._at = numbers, None
+        self._inputs, self._targets = zip(*(pairs[j] for j in numbers), strict=True)
+        counted = torch.arange(len(numbers))
+        given = (counted,) if self._is_first else ()
+        target = counted if self._is_last else None
+        schedule.step(*given, target=target, return_outputs=False)
+        self._inputs = self._targets = ()
+        self._outputs = None
+
+    def _end(self, window: Window, real: list[int]) -> None:
+        trainer = self._trainer
+        for j in real:
+            batch = window.present(j)
+            window.loss = loss = self._losses[j]
+            trainer.log_loss(loss)
+            if self._is_last and not window.weighs_nothing:
+                trainer.optimization.guard.guarded(loss, loss)
+            trainer.local_batches += 1
+            for hook in trainer.events.on_train_batch_end:
+                hook(batch, window.batch_idx, loss)
+        trainer.batch_items = None
+
+    def _loss(self, outputs: Any, number: torch.Tensor) -> torch.Tensor:
+        trainer = self._trainer
+        with trainer.autocast:
+            loss = trainer.loss_fn(outputs, self._targets[int(number)])
+        check_loss(loss, giver="loss_fn")
+        if self._at is None:
+            return loss
+        self._losses[self._at] = loss.detach()
+        weight = self._weights[self._at]
+        if not isinstance(weight, torch.Tensor) and weight == 0:
+            share = zero_of(probes(outputs))
+        else:
+            share = weighted(loss, weight)
+        for hook in trainer.events.on_before_backward:
+            hook(share)
+        return share
+
+    # A call of the model
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The whole model's outputs, on every rank of the pipeline; takes the place of its own.
+
+        Raises:
+            LossError: gradients are on.
+            ConfigError: it is called with anything but one argument.
+        """
+        if torch.is_grad_enabled():
+            raise LossError(
+                "with parallel.pipeline the schedule trains the model: call it under "
+                "torch.no_grad() only."
+            )
+        if named or len(inputs) != 1:
+            raise ConfigError("with parallel.pipeline a model is called with its inputs alone.")
+        schedule, _ = self._schedule(None, _shapes(inputs[0]))
+        self._numbers, self._inputs, self._at = (), inputs, None
+        schedule.step(*((torch.arange(1),) if self._is_first else ()), return_outputs=False)
+        outputs, self._inputs, self._outputs = self._outputs, (), None
+        return self._told(outputs)
+
+    def _told(self, outputs: Any) -> Any:
+        """The last stage's outputs, on every rank."""
+        last = self._stages - 1
+        if self._is_last:
+            outputs = tree_map(torch.Tensor.contiguous, outputs)
+        box = [tree_map(_Form.of, outputs) if self._is_last else None]
+        dist.broadcast_object_list(box, group=self._group, group_src=last)
+        if not self._is_last:
+            outputs = tree_map(lambda form: form.empty(self._trainer.device), box[0])
+        for leaf in tree_leaves(outputs):
+            dist.broadcast(leaf, group=self._group, group_src=last)
+        return outputs
+
+    # Schedules
+
+    def _schedule(self, numbers: list[int] | None, shapes: Any) -> tuple[Any, _Stage]:
+        """A schedule for micro-batches of these shapes: torch's stages settle theirs once.
+
+        Args:
+            numbers: the micro-batches; None to compute the outputs of one alone.
+            shapes: of the inputs of each of them.
+        """
+        trained = sum(p.requires_grad for p in self._model.parameters())
+        key = (None if numbers is None else len(numbers), shapes, trained)
+        if key not in self._schedules:
+            if len(self._schedules) == _KEPT:
+                self._schedules.clear()
+            self._schedules[key] = self._make_schedule(numbers)
+        return self._schedules[key]
+
+    def _make_schedule(self, numbers: list[int] | None) -> tuple[Any, _Stage]:
+        module = self._layers if numbers is None or self._replica is None else self._replica
+        device = self._trainer.device
+        stage = _Stage(module, self._index, self._stages, device, group=self._group)
+        stage.begins, stage.ends, stage.added = self._begin, self._keep, self._added
+        if numbers is None:
+            return ScheduleGPipe(stage, 1), stage
+        # 1F1B keeps fewer activations, and wants a micro-batch for each stage at least.
+        kind = Schedule1F1B if len(numbers) >= self._stages else ScheduleGPipe
+        return kind(stage, len(numbers), self._loss, scale_grads=False), stage
+
+    def _taken(self, *given: Any) -> Any:
+        """What the first layer takes: inputs by their number, or what the stage before has sent."""
+        if self._at is None and torch.is_grad_enabled():
+            self._measured = [(b, b.clone()) for b in self._layers.buffers()]
+        if self._is_first:
+            return self._inputs[int(given[0])]
+        (x,) = given if len(given) == 1 else (given,)
+        return x
+
+    def _begin(self, number: int) -> None:
+        with torch.no_grad():
+            for buffer, value in self._measured:
+                buffer.copy_(value)
+        self._measured = []
+        if not self._numbers:
+            return
+        self._at = self._numbers[number]
+        key = mix(self._trainer.model_key, self._trainer.global_step)
+        seed_everything(mix(mix(key, self._at), self._index))
+
+    def _keep(self, outputs: Any) -> None:
+        if self._is_last and not self._numbers:
+            self._outputs = outputs
+
+    def _added(self) -> None:
+        for hook in self._trainer.events.on_after_backward:
+            hook()
+
+    # What the stages agree on
+
+    def total_norm(
+        self,
+        gradients: Iterable[torch.Tensor | None],
+        norm_of: Callable[[Iterable[torch.Tensor | None]], torch.Tensor] = total_norm,
+    ) -> torch.Tensor:
+        """The 2-norm of the gradients of all stages as one vector; `norm_of` takes one stage's."""
+        others = {id(p.grad) for p, _, speaks in self._shared if not speaks}
+        norm = norm_of(g for g in gradients if g is not None and id(g) not in others)
+        square = norm.to(self._trainer.device, torch.float64).square()
+        dist.all_reduce(square, group=self._group)
+        return square.sqrt().to(norm.dtype)
+
+    def share_buffers(self) -> None:
+        """Gives every copy of a stage the first one's buffers."""
+        if (mesh := self._trainer.world.dp_mesh) is not None:
+            send(self._layers.buffers(), mesh.get_group())
+
+    def complete(self, states: dict[str, dict[str, Any]]) -> None:
+        """Adds to optimizers' states what other stages have of them, on the meta device.
+
+        Args:
+            states: by the optimizers' names, as `optimizer_state` gives them; changed in place.
+                Every rank calls this.
+        """
+        parameters = dict(self._model.named_parameters())
+        name = self._trainer.get_name_by_model(self._model)
+        elsewhere = {f"{name}.{key}" for key, p in parameters.items() if is_given_up(p)}
+        for state in states.values():
+            mine = {key: v for key, v in state["state"].items() if key not in elsewhere}
+            forms = {key: _emptied(values) for key, values in mine.items()}
+            known: dict[str, Any] = {}
+            for theirs in self._trainer.world.all_gather_object(forms):
+                known = {key: _restored(form) for key, form in theirs.items()} | known
+            known |= mine
+            order = (key for group in state["groups"] for key in group["params"])
+            state["state"] = {key: known[key] for key in order if key in known}
+
+
+def place_stages(
+    trainer: Trainer, model: torch.nn.Module, name: str, materialize: Materializer
+) -> Pipeline:
+    """Leaves this rank with the weights of its stage, and the model with the pipeline's forward.
+
+    Args:
+        trainer: whose model it is.
+        model: whole; what is of other stages loses its memory.
+        name: the model's name, for messages.
+        materialize: gives parts of the model memory, if they have none yet.
+
+    Raises:
+        ConfigError: the model cannot be cut, is cut already, or is not the only one.
+    """
+    world = trainer.world
+    if trainer.pipeline is not None:
+        raise ConfigError("parallel.pipeline: several trained models do not exist yet beside it.")
+    if any(is_given_up(tensor) for tensor in tensors_of(model)):
+        raise ConfigError(f"the model {name!r} is cut already, by an earlier run: build it anew.")
+    stages = stages_of(model, name, world.parallel.pipeline)
+    held = [{id(t): t for layer in s.values() for t in tensors_of(layer)} for s in stages]
+    _take_part(model, held[world.stage], materialize, trainer.device)
+    pipeline = Pipeline(trainer, model, stages[world.stage].values(), _shared(world, held))
+    pipeline.replicate()
+    own = vars(model).get("forward")
+    model.forward = pipeline.forward
+    trainer.while_placed.callback(_put_back, model, own)
+    for i, layers in enumerate(stages):
+        ends = [*layers][:1] + [*layers][1:][-1:]
+        trainer.plan.add(f"stage {i} of {name}: {' to '.join(ends)}", "parallel.pipeline")
+    return pipeline
+
+
+def _take_part(
+    model: torch.nn.Module, mine: dict[int, Any], materialize: Materializer, device: torch.device
+) -> None:
+    """Block by block: memory, the first rank's values, and nothing of it kept that is not ours."""
+    seen: set[int] = set()
+    for unit in (*repeated_blocks(model), model):
+        materialize(unit)
+        fresh = {id(t): t for t in tensors_of(unit) if id(t) not in seen and not t.is_meta}
+        for tensor in fresh.values():
+            tensor.data = tensor.data.to(device)
+        send(tensor.detach() for tensor in fresh.values())  # a group may keep what it was given
+        for key, tensor in fresh.items():
+            if key not in mine:
+                give_up(tensor)
+        seen |= fresh.keys()
+
+
+def _shared(
+    world: World, held: list[dict[int, torch.Tensor]]
+) -> list[tuple[torch.nn.Parameter, Any, bool]]:
+    """The parameters of this rank's stage that others have too; see `Pipeline`."""
+    groups: dict[tuple[int, ...], Any] = {}
+    found = []
+    for key, tensor in {key: t for tensors in held for key, t in tensors.items()}.items():
+        stages = tuple(i for i, tensors in enumerate(held) if key in tensors)
+        if len(stages) == 1 or not isinstance(tensor, torch.nn.Parameter):
+            continue
+        if stages not in groups:
+            groups[stages] = world.group_of_stages(stages)
+        if world.stage in stages:
+            found.append((tensor, groups[stages], world.stage == stages[0]))
+    return found
+
+
+def _put_back(model: torch.nn.Module, own: Any) -> None:
+    vars(model).pop("forward", None)
+    if own is not None:
+        model.forward = own
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise DataError(
+        "with parallel.pipeline batches are pairs (inputs, targets), for the first stage and the "
+        f"last one; this one is a {type(batch).__name__}."
+    )
+
+
+def _shapes(inputs: Any) -> tuple[Any, ...]:
+    leaves = tree_leaves(inputs)
+    return tuple((*t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in leaves)
+
+
+def _emptied(values: Any) -> Any:
+    """A parameter's optimizer state, to tell others of: of a tensor its form alone."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _Form.of(v) if isinstance(v, torch.Tensor) else v for key, v in values.items()}
+
+
+def _restored(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: v.empty() if isinstance(v, _Form) else v for key, v in values.items()}

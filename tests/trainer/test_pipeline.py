@@ -1,0 +1,273 @@
+"""Stages of a model on ranks of their own: who is cut how, what is kept, and what cannot be."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from paceline import CheckpointPolicy, Parallel, Trainer
+from paceline.callbacks import GradientMonitor
+from paceline.errors import ConfigError
+from paceline.trainer.stages import balanced, layers_of
+from ranks import Ranks
+
+WORDS = 7
+
+
+class Words(nn.Module):
+    """Tokens to logits; the embedding is the head's weight too, so that two stages have it."""
+
+    pipeline_order = ("embedding", "blocks", "head")
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(WORDS, 4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(3), nn.Tanh()) for _ in range(2)
+        )
+        self.head = nn.Linear(4, WORDS, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class NextWord(nn.CrossEntropyLoss):
+    """A word 6 at the beginning makes a loss that is not finite."""
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        bad = torch.where(targets[:, 0] == 6, torch.nan, 0.0).sum()
+        return super().forward(logits.flatten(0, 1), targets.flatten()) + bad
+
+
+class Keep(Trainer):
+    """Notes the weights that this rank has in the end, and the rows."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.rows: list[Any] = []
+
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        self.rows.append(metrics)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        tokens, targets = batch
+        logits = self.model(tokens)  # on every rank
+        self.log("val/loss", self.loss_fn(logits, targets))
+        self.log("val/right", (logits.argmax(-1) == targets).double().mean())
+
+    def on_train_end(self) -> None:
+        state = self.model.state_dict()
+        self.mine = {k: t.detach().clone() for k, t in state.items() if not t.is_meta}
+
+
+def fit(stages: int, steps: int | None = None, folder: Path | None = None, **settings: Any) -> Any:
+    """Weights, metrics and rows of a run; windows of 3 batches of 4, the last one of 4, 4 and 2."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(WORDS - 1, (22, 3), generator=generator)
+    if settings.pop("bad", False):
+        x[5, 2] = WORDS - 1  # the first of the targets
+    data = TensorDataset(x, x.flip(1))
+    model = settings.pop("model", None) or Words().double()
+    trainer = Keep(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.05),
+        loss_fn=settings.pop("loss_fn", None) or NextWord(),
+        train_dataloader=DataLoader(data, 4, shuffle=True),
+        val_dataloader=DataLoader(data, 5),
+        epochs=2,
+        max_steps=steps,
+        gradient_accumulation_steps=3,
+        max_grad_norm=settings.pop("max_grad_norm", 0.5),
+        parallel=Parallel(pipeline=stages),
+        checkpoint=CheckpointPolicy(every_steps=1) if folder else None,
+        run_dir=folder,
+        loggers=[],
+        log_every=1,
+        progress=False,
+        **settings,
+    )
+    trainer.train(seed=0)
+    return getattr(trainer, "mine", {}), trainer.result.metrics, trainer.rows
+
+
+def assert_same(found: list[Any], expected: Any) -> None:
+    """The ranks together have each weight, equal to one process's; metrics are equal on all."""
+    weights, metrics, rows = expected
+    assert set().union(*(mine for mine, *_ in found)) == set(weights)
+    for mine, measured, seen in found:
+        assert len(mine) < len(weights)
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-9)
+        assert measured == pytest.approx(metrics, rel=1e-9, nan_ok=True)
+        assert len(seen) == len(rows)
+        for row, like in zip(seen, rows, strict=True):
+            assert row == pytest.approx(like, rel=1e-9, nan_ok=True)
+
+
+def fit_in_ways(stages: int) -> list[Any]:
+    monitored = {"callbacks": [GradientMonitor()], "max_grad_norm": None}
+    return [
+        fit(stages),
+        fit(stages, bad=True, on_nonfinite="skip", **monitored),
+        fit(stages, model=on_meta()),
+    ]
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Embedding(WORDS, 8), nn.Linear(8, 8), nn.Linear(8, WORDS)).double()
+
+
+@pytest.mark.slow
+def test_a_weight_of_two_stages_is_trained_as_one(ranks: Ranks) -> None:
+    """Tied weights, running statistics, metrics of a validation step of one's own, a window that is
+    left out, gradient norms, and values drawn for a model on the meta device: all as on one."""
+    expected = fit_in_ways(1)
+    for i, outcome in enumerate(zip(*ranks(fit_in_ways, 2, 2), strict=True)):
+        assert_same(list(outcome), expected[i])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_read_with_and_without_stages(ranks: Ranks, tmp_path: Path) -> None:
+    """Given a run stopped at step 1 on one process and at step 3 on two stages, it ends on either
+    as one that never stopped; names in the checkpoint are the whole model's."""
+    expected = fit(1)
+    fit(1, 1, tmp_path / "run")
+    ranks(fit, 2, 2, 3, tmp_path / "run")
+    assert_same(ranks(fit, 2, 2, None, tmp_path / "run"), (*expected[:2], expected[2][3:]))
+    ranks(fit, 2, 2, 3, tmp_path / "other")
+    mine, metrics, _ = fit(1, None, tmp_path / "other")
+    assert metrics == pytest.approx(expected[1], rel=1e-9)
+    for name, tensor in expected[0].items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-9, atol=1e-9)
+
+
+class Loose(Words):
+    """A parameter of no stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class Broken(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("a mistake of the model's")
+
+
+def refused(stages: int, **settings: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        fit(stages, **settings)
+    return str(raised.value)
+
+
+def refuse_all() -> list[str]:
+    used = nn.Sequential(nn.Embedding(WORDS, 4), nn.Linear(4, WORDS))
+    fit(2, 1, model=used)
+    return [
+        refused(2, model=nn.Sequential(nn.Linear(1, 1))),
+        refused(2, model=Loose()),
+        refused(2, model=used),
+        refused(2, callbacks=[GradientMonitor(per_layer=True)]),
+    ]
+
+
+def fail(kind: str) -> None:
+    if kind == "loss":
+        fit(2, loss_fn=lambda logits, targets: logits.sum(0))
+    fit(2, model=nn.Sequential(nn.Embedding(WORDS, 4), nn.Linear(4, 4), Broken()))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_cut_is_refused(ranks: Ranks) -> None:
+    expected = (
+        "parallel.pipeline=2: 'model' has 1 layers to share out, 0, and each stage needs one",
+        "parallel.pipeline: scale of 'model' belong to none of the modules that compute it",
+        "the model 'model' is cut already, by an earlier run: build it anew",
+        "GradientMonitor(per_layer=True): no rank has the gradients of all layers",
+    )
+    for found in ranks(refuse_all, 2):
+        for message, part in zip(found, expected, strict=True):
+            assert part in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("loss", "loss_fn returned a tensor of shape (3, 7)"), ("model", "a mistake of the model's")],
+)
+def test_a_mistake_in_a_stage_is_shown_as_it_is(ranks: Ranks, kind: str, expected: str) -> None:
+    """What the model or the loss says, not what torch's schedule says of it; both ranks end."""
+    outcomes = ranks.outcomes(fail, 2, kind)
+    assert all(one.code for one in outcomes)
+    assert any(expected in one.output for one in outcomes)
+    assert not any("failed to run forward" in one.output for one in outcomes)
+
+
+def test_an_order_that_is_not_known_is_refused() -> None:
+    for module, expected in (
+        (nn.Linear(2, 2), "nothing says in which order"),
+        (type("Wrong", (Words,), {"pipeline_order": ("embeding",)})(), "embeding"),
+        (type("Twice", (Words,), {"pipeline_order": ("head", "head")})(), "twice"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            layers_of(module, "model")
+    nested = nn.Sequential(nn.Linear(2, 2), Words(), nn.Sequential(nn.ReLU(), nn.Tanh()))
+    parts = [f"1.{key}" for key in layers_of(Words(), "model")]
+    assert list(layers_of(nested, "model")) == ["0", *parts, "2.0", "2.1"]
+
+
+def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
+    class Own(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any: ...
+
+    trainer = Own(
+        model=Words(),
+        optimizer=None,
+        epochs=1,
+        precision="fp16",
+        compile=True,
+        parallel=Parallel(pipeline=2),
+    )
+    layouts = Parallel(pipeline=2, dp_shard=2, tensor=2, context=2)
+    messages = []
+    for parallel in (trainer.parallel, layouts):
+        trainer.parallel = parallel
+        with pytest.raises(ConfigError) as raised:
+            trainer.train()
+        messages.append(str(raised.value))
+    assert "training_step: with parallel.pipeline no stage computes a loss" in messages[0]
+    assert "precision='fp16': does not exist yet with parallel.pipeline" in messages[0]
+    assert "compile=True: does not exist yet with parallel.pipeline" in messages[0]
+    for name in ("dp_shard", "tensor", "context"):
+        assert f"parallel.{name}=2: does not exist yet with parallel.pipeline" in messages[1]
+
+
+@given(st.data())
+def test_the_heaviest_stage_is_as_light_as_can_be(data: Any) -> None:
+    weights = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=9))
+    stages = data.draw(st.integers(1, len(weights)))
+
+    def heaviest(runs: list[range]) -> int:
+        return max(sum(weights[i] for i in run) for run in runs)
+
+    runs = balanced(weights, stages)
+    assert [i for run in runs for i in run] == list(range(len(weights)))
+    assert len(runs) == stages
+    assert all(runs)
+    ways = combinations(range(1, len(weights)), stages - 1)
+    cuts = [[0, *way, len(weights)] for way in ways]
+    assert heaviest(runs) == min(heaviest([range(*pair) for pair in pairwise(cut)]) for cut in cuts)
