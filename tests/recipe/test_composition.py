@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,13 @@ def test_defaults_lists_nest_override_and_are_packaged_as_in_hydra(grouped: Path
     assert values["run"] == {"name": "common"}
     assert resolved(grouped, "model@second=small")["second"]["width"] == 2
     assert resolved(grouped, "optimizer=base")["optimizer"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["model/huge", "\x80yã/\x03"])
+def test_a_default_that_does_not_exist_is_named_with_its_line(tmp_path: Path, name: str):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({"trainer": {"epochs": 3}, "defaults": [name]}, indent=1))
+    assert f"r.yaml:6: {name.partition('/')[0]}: there is no {name}.yaml" in refusal(path)
 
 
 def test_a_key_that_nothing_refers_to_is_not_the_recipes_own(tmp_path: Path):

@@ -26,7 +26,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -234,22 +234,26 @@ def _without_missing(
     if culprits:
         noted.add(path, text, f"override {culprits[0].text!r}", known=False)
         return [each for each in taken if each not in culprits]
-    noted.add(path, text, _place_of_default(file, option), known=False)
+    noted.add(path, text, _place_of_default(file, {option, name}), known=False)
     if not group or any(each.lenient == f"~{group}" for each in taken):
         noted.raise_any(file)
-    override = OverridesParser.create().parse_override(f"~{group}")
+    try:
+        override = OverridesParser.create().parse_override(f"~{group}")
+    except HydraException:  # a name for which there are no overrides
+        noted.raise_any(file)
+        raise
     return [*taken, Taken(f"~{group}", override, f"~{group}")]
 
 
-def _place_of_default(file: FilePath, option: str) -> str | None:
-    """The line of the recipe's defaults list on which an option stands."""
+def _place_of_default(file: FilePath, names: set[str]) -> str | None:
+    """The line of the recipe's defaults list on which an option stands, alone or with its group."""
     root = read_node(file)
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
         if key.value != "defaults" or not isinstance(value, yaml.SequenceNode):
             continue
         for item in value.value:
             values = [v for _, v in item.value] if isinstance(item, yaml.MappingNode) else [item]
-            if any(str(v.value).removesuffix(".yaml") == option for v in values):
+            if any(str(v.value).removesuffix(".yaml") in names for v in values):
                 return f"{file}:{item.start_mark.line + 1}"
     return None
 
