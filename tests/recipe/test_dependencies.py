@@ -127,9 +127,10 @@ def sequential(**changes: Any) -> dict[str, Any]:
 
 def test_schedulers_that_follow_each_other_know_their_stretch(recipe: Write):
     loaded = load_recipe(recipe(lr_scheduler=sequential()))
-    scheduler: Any = build_trainer(loaded).lr_scheduler
-    assert scheduler._schedulers[1].T_max == 6 - 2
-    assert "lr_scheduler.schedulers.1.T_max" in [setting for _, setting in loaded.plan]
+    trainer: Any = build_trainer(loaded)
+    [record] = trainer.callbacks
+    assert trainer.lr_scheduler._schedulers[1].T_max == 6 - 2
+    assert "lr_scheduler.schedulers.1.T_max" in [setting for _, setting in record.plan]
     assert build_trainer(loaded).train(seed=0).complete
 
 

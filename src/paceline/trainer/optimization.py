@@ -22,7 +22,6 @@ from paceline.world.dtensors import clip_gradients, groups_by_mesh, total_norm, 
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
-    from paceline.trainer.window import Window
 
 
 class Optimization:
@@ -67,10 +66,11 @@ class Optimization:
             self._update_scale()
         window.loss = raw = loss.detach()
         trainer.log_loss(raw)
-        share = self._weighted(loss, window)
+        nothing = window.weighs_nothing
+        share = self._zero_loss() if nothing else weighted(loss, window.weight)
         for hook in trainer.events.on_before_backward:
             hook(share)
-        if not window.weighs_nothing:
+        if not nothing:
             share = self.guard.guarded(share, raw)
         if self.scaler is not None:
             share = self.scaler.scale(share)
@@ -137,15 +137,13 @@ class Optimization:
             for scheduler in schedulers:
                 scheduler.step(*(() if metric is None else (metric,)))
 
-    def _weighted(self, loss: torch.Tensor, window: Window) -> torch.Tensor:
-        """A micro-batch's part of the window's mean; of no items the loss may be anything."""
-        if window.weighs_nothing:
-            called = [replica for replica in self._trainer.replicas if replica.called]
-            if called:
-                return torch.stack([replica.zero_loss() for replica in called]).sum()
-            models = self._trainer.named_models().values()
-            return zero_loss(p for model in models for p in model.parameters())
-        return weighted(loss, window.weight)
+    def _zero_loss(self) -> torch.Tensor:
+        """In the place of a loss over no items, which may be anything."""
+        called = [replica for replica in self._trainer.replicas if replica.called]
+        if called:
+            return torch.stack([replica.zero_loss() for replica in called]).sum()
+        models = self._trainer.named_models().values()
+        return zero_loss(p for model in models for p in model.parameters())
 
     def end_window(self) -> None:
         """Leaves nothing of a window behind: a checkpoint holds no gradients."""

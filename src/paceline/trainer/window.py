@@ -93,11 +93,11 @@ class Window:
             )
         trainer, events = self._trainer, self._trainer.events
         key = mix(trainer.model_key, trainer.global_step)
-        last = len(self) - 1
-        for j in range(len(self)):
+        count = len(self._draw.sizes)
+        for j in range(count):
             batch = self.present(j)
             for replica in trainer.replicas:
-                replica.begin(exchange=j == last)
+                replica.begin(exchange=j == count - 1)
             seed_everything(mix(key, j))
             if self.stand_in:
                 with buffers_kept(trainer):
