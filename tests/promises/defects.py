@@ -22,17 +22,23 @@ from paceline.trainer.window import Window
 from paceline.world.seeding import seed_everything
 from paceline.world.world import World
 
+_present = Window.present
+
 
 def nothing(*_: Any, **__: Any) -> None:
     """In place of something that matters."""
 
 
-def same_weight(self: Any, loss: torch.Tensor, window: Window) -> torch.Tensor:
-    return loss / len(window)
+def same_weight(self: Any, j: int) -> Any:
+    batch = _present(self, j)
+    self.weight = 1 / len(self)
+    return batch
 
 
-def one_rank_s_weight(self: Any, loss: torch.Tensor, window: Window) -> torch.Tensor:
-    return loss * window.weight / self._trainer.world.dp_size
+def one_rank_s_weight(self: Any, j: int) -> Any:
+    batch = _present(self, j)
+    self.weight /= self._trainer.world.dp_size
+    return batch
 
 
 def mean_of_means(parts: list[dict[str, tuple[float, float]]]) -> dict[str, float]:

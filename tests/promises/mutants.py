@@ -28,7 +28,6 @@ from paceline.recipe.mistakes import Mistakes
 from paceline.trainer import events, placement, recorder, resume, validation, window
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
-from paceline.trainer.optimization import Optimization
 from paceline.trainer.placement import Replica
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
@@ -85,7 +84,7 @@ def chain(size: int, *stops: int, **plan: Any) -> dict[str, Any]:
 MUTANTS = [
     Mutant(
         "every micro-batch of a window weighs the same",
-        ((Optimization, "_weighted"),),
+        ((Window, "present"),),
         defects.same_weight,
         f"{P3}:test_micro_batches_equal_one_batch",
         {"tokens": False},
@@ -99,7 +98,7 @@ MUTANTS = [
     ),
     Mutant(
         "DDP's mean over ranks is taken for the mean over items",
-        ((Optimization, "_weighted"),),
+        ((Window, "present"),),
         defects.one_rank_s_weight,
         f"{P3}:check_ranks",
         {"size": 2, "cases": [Sum()]},
