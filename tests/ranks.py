@@ -15,6 +15,7 @@ import importlib
 import os
 import pickle
 import pkgutil
+import random
 import shutil
 import signal
 import socket
@@ -50,10 +51,16 @@ class Outcome:
 
 
 def free_port() -> int:
-    """A port of this machine at which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port of this machine at which nobody listens.
+
+    Not one of those that the system hands out by itself, which another test's ranks could be given
+    before anybody listens here.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class RanksFailed(AssertionError):

@@ -32,7 +32,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import struct
 import sys
 import tempfile
@@ -56,6 +55,7 @@ from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import manager, storage  # noqa: F401  slow to import
 from paceline.checkpoint.files import Disk
 from paceline.log import sinks
+from ranks import free_port
 
 STEPS = 24
 PAUSE = 0.005  # seconds a batch, so that not only saves are killed
@@ -329,9 +329,7 @@ def start(
 ) -> Attempt:
     """Forks the ranks of one attempt, kills them if they are to be killed from here, and waits."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     pids: list[int] = []
     for rank in range(scenario.ranks):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from builders import Noisy, Regression, loader, make_model
+from endings import saved_steps
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights, TimeLimit
 from paceline.checkpoint import manager
@@ -31,6 +32,7 @@ class Sent:
         to: "me", or "group" (this rank and its loader workers).
         rank: which rank does it.
         operation: at "save": the file operation before which it comes.
+        behind: a step whose checkpoint, written in the background, has to be there before.
     """
 
     at: str = "nowhere"
@@ -39,6 +41,7 @@ class Sent:
     rank: int = 0
     operation: int = 5
     pause: float = 0.0
+    behind: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Sender:
             os.close(os.open(self.folder / "sent", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
+        while self.sent.behind not in (None, *saved_steps(self.folder / "run")):
+            time.sleep(0.01)
         for number in self.sent.numbers:
             if self.sent.to == "group":
                 os.killpg(os.getpgid(self.main), number)

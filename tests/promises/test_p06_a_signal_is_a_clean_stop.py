@@ -146,7 +146,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_one_step(
 def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_is_intact(
     ranks: Ranks, unbroken: Any, tmp_path: Path, at: str, numbers: tuple[int, ...]
 ) -> None:
-    sent = Sent(at, numbers, pause=2.1 if numbers == (TERM, TERM) else 0.1)
+    sent = Sent(at, numbers, pause=2.1 if numbers == (TERM, TERM) else 0.1, behind=4)
     first = ranks.outcomes(train, 1, tmp_path, Run(pause=0.05), sent)
     assert codes(first) == [-numbers[1]], output(first)
     assert saved_steps(tmp_path / "run") == [4]
@@ -181,7 +181,7 @@ def test_a_time_limit_stops_again_and_again_and_the_end_is_the_same(
     ranks: Ranks, unbroken: Any, tmp_path: Path, size: int
 ) -> None:
     run, reasons = Run(limit=0.3, pause=0.04), []
-    while reasons[-1:] != ["max_steps"] and len(reasons) < 40:
+    while reasons[-1:] != ["max_steps"] and len(reasons) < 60:  # each does a step or a batch
         reasons += ranks(train, size, tmp_path, run, Sent())[:1]
     assert reasons[-1] == "max_steps"
     assert reasons[:-1] == ["time limit"] * (len(reasons) - 1) != []

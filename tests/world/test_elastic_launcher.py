@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from paceline.errors import ConfigError
-from paceline.world.launch import launch
+from paceline.world.launch import _Agent, launch
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
 from ranks import Outcome, Ranks, free_port
 
@@ -108,7 +109,9 @@ def test_the_launcher_answers_with_the_code_of_whoever_failed_and_names_it(
 def test_workers_start_again_after_a_failure_but_not_after_a_clean_stop(
     launched: Any, tmp_path: Path, code: int, restarts: int, answer: int, starts: int
 ) -> None:
-    program = f"say('start')\nsys.exit({code} * (os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'))"
+    # Each waits for the other, which is ended as soon as this one has failed.
+    program = "say('start')\nwait_for('start', 1 - int(rank))\n"
+    program += f"sys.exit({code} * (os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'))"
     assert launched(program, max_restarts=restarts).value == answer
     assert (tmp_path / "said0").read_text() == starts * "start\n"
 
@@ -123,8 +126,7 @@ def test_workers_get_the_words_as_they_were_written_and_know_who_started_them(
 
 
 def test_a_launcher_that_waits_for_others_can_be_stopped(ranks: Ranks, tmp_path: Path) -> None:
-    port = free_port()
-    waits, _ = ranks.outcomes(wait_and_stop, 2, tmp_path, port)
+    waits, _ = ranks.outcomes(wait_and_stop, 2, tmp_path, free_port())
     assert (waits.code, waits.output) == (75, "")
 
 
@@ -133,16 +135,36 @@ def wait_and_stop(folder: Path, port: int) -> int:
     if os.environ["RANK"] == "0":
         (folder / "pid").write_text(str(os.getpid()))
         return be_launcher(folder, 1, (), Rendezvous(2, f"localhost:{port}"), 0)
-    while not listens(port):
-        time.sleep(0.05)
+    while not (folder / "pid").exists() or not (pid := (folder / "pid").read_text()):
+        time.sleep(0.01)
+    while not catches(int(pid), signal.SIGTERM):
+        time.sleep(0.01)
     time.sleep(0.5)
-    os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
+    os.kill(int(pid), signal.SIGTERM)
     return 0
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def test_a_launcher_that_is_stopped_before_it_waits_for_others_does_not_wait(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    [stopped] = ranks.outcomes(be_stopped_early, 1, tmp_path, free_port())
+    assert (stopped.code, stopped.output) == (75, "")
+
+
+def be_stopped_early(folder: Path, port: int) -> int:
+    def run(agent: Any, role: str = "default") -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return LocalElasticAgent.run(agent, role)
+
+    _Agent.run = run  # type: ignore[method-assign]
+    return be_launcher(folder, 1, (), Rendezvous(2, f"localhost:{port}"), 0)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    [caught] = re.findall(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def test_launchers_meet_under_the_name_they_are_given() -> None:

@@ -134,6 +134,8 @@ class _Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._meets = True
         try:
+            if self._received is not None:  # it came before this began to wait for anybody
+                raise SystemExit(PREEMPTED)
             super()._rendezvous(worker_group)  # pyright: ignore
         finally:
             self._meets = False
