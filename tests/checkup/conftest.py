@@ -104,6 +104,11 @@ class Penalised(Fit):
         return self.loss_fn(outputs, y) + (slope**2).mean()
 
 
+class Quiet(Fit):
+    def __init__(self, callbacks, **settings):
+        super().__init__(**settings)
+
+
 class Sequenced(Fit):
     def configure(self):
         linear = torch.optim.lr_scheduler.LinearLR

@@ -125,6 +125,11 @@ def test_a_forward_pass_that_fails_leaves_the_rest(recipe):
     assert shown.training["batch"] == "list[(8, 6) float32, (8,) int64]"
 
 
+def test_a_trainer_of_ones_own_that_takes_no_callbacks_is_previewed(recipe) -> None:
+    shown = preview(recipe("trainer._target_=toy.Quiet"))
+    assert [layer.name for layer in shown.layers] == ["model", "model.first", "model.last"]
+
+
 def test_nothing_is_written_and_the_same_is_shown_again(recipe, tmp_path: Path):
     checked = recipe()
     before = {p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts}

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import CheckpointPolicy, Parallel, Trainer
-from paceline.callbacks import GradientMonitor
+from paceline.callbacks import GradientExplosion, GradientMonitor
 from paceline.errors import ConfigError
 from paceline.trainer.stages import balanced, layers_of
 from ranks import Ranks
@@ -119,10 +119,11 @@ def assert_same(found: list[Any], expected: Any) -> None:
 
 def fit_in_ways(stages: int) -> list[Any]:
     monitored = {"callbacks": [GradientMonitor()], "max_grad_norm": None}
+    judged = {"callbacks": [GradientExplosion()], "max_grad_norm": None}
     return [
         fit(stages),
         fit(stages, bad=True, on_nonfinite="skip", **monitored),
-        fit(stages, model=on_meta()),
+        fit(stages, model=on_meta(), **judged),
     ]
 
 

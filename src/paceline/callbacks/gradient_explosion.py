@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.callbacks.gradient_monitor import gradient_norm
+from paceline.callbacks.gradient_monitor import norm_of_all_stages
 from paceline.errors import ConfigError
 from paceline.log.accumulator import Held
 from paceline.trainer.events import Callback
@@ -72,8 +72,8 @@ class GradientExplosion(Callback):
         self._stepped.append(name)
         if trainer.max_grad_norm is None and name not in trainer.optimization.norms:
             held = [p.grad for g in optimizer.param_groups for p in g["params"]]
-            if any(gradient is not None for gradient in held):
-                trainer.note_gradient_norm(gradient_norm(held))
+            if trainer.pipeline is not None or any(gradient is not None for gradient in held):
+                trainer.note_gradient_norm(norm_of_all_stages(trainer, held))
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Keeps the norms; judges all there are if a row is due."""

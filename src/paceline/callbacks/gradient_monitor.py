@@ -67,11 +67,7 @@ class GradientMonitor(Callback):
         ]
         if not parameters and trainer.pipeline is None:
             return
-        gradients = [p.grad for p in parameters]
-        if trainer.pipeline is None:
-            norm = gradient_norm(gradients)
-        else:
-            norm = trainer.pipeline.total_norm(gradients, gradient_norm)
+        norm = norm_of_all_stages(trainer, [p.grad for p in parameters])
         trainer.note_gradient_norm(norm)
         trainer.log(self._names[id(optimizer)], norm, weight=1)  # a step counts once
         if self.per_layer:
@@ -86,6 +82,16 @@ class GradientMonitor(Callback):
             trainer.log(f"grad_norm/{name}", gradient_norm(p.grad for p in members), weight=1)
 
 
+def norm_of_all_stages(trainer: Trainer, gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """`gradient_norm`, of what all stages have where the model is cut into some.
+
+    Then every rank calls it, also without gradients.
+    """
+    if trainer.pipeline is None:
+        return gradient_norm(gradients)
+    return trainer.pipeline.total_norm(gradients, gradient_norm)
+
+
 @torch.no_grad()
 def gradient_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     """The 2-norm of all gradients as one vector, sqrt(sum of g_i^2), a 0-dim device tensor.
@@ -94,9 +100,11 @@ def gradient_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     norm of 65504, and that would look like a non-finite gradient.
 
     Args:
-        gradients: at least one; dense, sparse, complex or distributed tensors of any shape.
+        gradients: dense, sparse, complex or distributed tensors of any shape; zero of none.
     """
     dense = [_dense(gradient) for gradient in gradients if gradient is not None]
+    if not dense:
+        return torch.zeros(())
     dtype = reduce(torch.promote_types, {gradient.dtype for gradient in dense}, torch.float32)
     totals = []
     for group in by_mesh(dense):

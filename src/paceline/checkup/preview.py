@@ -81,7 +81,8 @@ def preview(recipe: Recipe) -> Preview:
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
     recipe = replace(one, whole=None)
     trainer = build_trainer(recipe, resume="never")
-    [decided] = [each.plan for each in trainer.callbacks if isinstance(each, RecordRecipe)]
+    records = (each for each in trainer.callbacks if isinstance(each, RecordRecipe))
+    decided = next(records, recipe).plan  # a trainer of one's own may drop callbacks
     trainer.callbacks, trainer.loggers, trainer.checkpoint_policy = [], [], None
     trainer.run_dir, trainer.show_progress, trainer.compile = None, False, False
     trainer.parallel = replace(trainer.parallel, activation_checkpointing=None)

@@ -1,9 +1,11 @@
-"""The repeated blocks of a model: the units in which it is sharded, compiled and recomputed."""
+"""Parts of a model: its repeated blocks, which are sharded, compiled and recomputed one by one, and
+the modules that an entry of a plan names."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -25,6 +27,23 @@ def repeated_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
             if classes[type(child)] > 1 and own and all(uses[p] == n for p, n in own.items()):
                 blocks.append(child)
     return blocks
+
+
+def planned_modules(model: torch.nn.Module, name: str, pattern: str) -> dict[str, torch.nn.Module]:
+    """The modules that an entry of `parallel.plan` means, by their names within the model.
+
+    Args:
+        model: the model.
+        name: its name, for messages.
+        pattern: a module's name, in which "*" stands for anything.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    meant = {key: part for key, part in model.named_modules() if fnmatchcase(key, pattern)}
+    if not meant:
+        raise ConfigError(f"parallel.plan: {name!r} has no module {pattern!r}.")
+    return meant
 
 
 def needed_blocks(module: torch.nn.Module, name: str, setting: str) -> list[torch.nn.Module]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils.stateless import _reparametrize_module
 
 from paceline.errors import ConfigError, DataError
+from paceline.trainer.blocks import planned_modules
 from paceline.trainer.placement import outermost
 from paceline.world.dtensors import local_part
 from paceline.world.experts import dispatch
@@ -51,10 +51,7 @@ def expert_modules(model: torch.nn.Module, name: str, world: World) -> dict[str,
             raise ConfigError(
                 f"parallel.plan[{pattern!r}] is {style!r}: with parallel.expert it is 'experts'."
             )
-        meant = {key: part for key, part in model.named_modules() if fnmatchcase(key, pattern)}
-        if not meant:
-            raise ConfigError(f"parallel.plan: {name!r} has no module {pattern!r}.")
-        found |= meant
+        found |= planned_modules(model, name, pattern)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for key, module in (found := outermost(found)).items():
         _check(key, module, uses, world)

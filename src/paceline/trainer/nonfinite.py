@@ -92,9 +92,9 @@ class NonFiniteGuard:
             return  # the scaler's own search for a scale; it skips such steps itself
         if not self._read:
             self._raise_flag(~torch.isfinite(norm))
-        elif not math.isfinite(norm.item()):
+        elif not math.isfinite(value := norm.item()):
             self._norm_bad = True
-            self._note({"grad_norm": norm.item()})
+            self._note({"grad_norm": value})
 
     def check_norm(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the norm of an optimizer's gradients for this check alone."""

@@ -7,7 +7,6 @@ split, and has to come by the same gradient on each: `check_whole_gradients` see
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from paceline.errors import ConfigError
+from paceline.trainer.blocks import planned_modules
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
 
@@ -114,9 +114,7 @@ def _styles(plan: dict[str, Any], model: torch.nn.Module, name: str) -> dict[str
     """
     styles: dict[str, ParallelStyle] = {}
     for pattern, style in plan.items():
-        meant = {key: part for key, part in model.named_modules() if fnmatchcase(key, pattern)}
-        if not meant:
-            raise ConfigError(f"parallel.plan: {name!r} has no module {pattern!r}.")
+        meant = planned_modules(model, name, pattern)
         if isinstance(style, str) and style in _STYLES:
             for key, part in meant.items():
                 if not isinstance(part, torch.nn.Linear | torch.nn.Embedding):

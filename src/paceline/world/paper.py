@@ -32,8 +32,6 @@ class WorldOnPaper(World):
     """
 
     def __init__(self, parallel: Parallel, ranks: int) -> None:
-        if parallel.pipeline > 1:
-            raise ConfigError("parallel.pipeline: stages cannot be looked at on paper yet.")
         self.parallel = parallel
         self.ranks = ranks
         self.copies, self.shards = parallel.sizes(ranks)
