@@ -145,6 +145,44 @@ def test_parts_of_sequences_equal_whole_ones(ranks: Ranks, size: int, parallel: 
             assert metrics == pytest.approx(one[2], rel=1e-10)
 
 
+class Readers(nn.Module):
+    """Two blocks of attention, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.token = nn.Embedding(WORDS, WORDS)
+        self.blocks = nn.ModuleList([Looking() for _ in range(2)])
+        self.double()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.token(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Looking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WORDS, 24), nn.Linear(8, WORDS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, 2)).permute(3, 0, 2, 1, 4)
+        return x + self.out(attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def fits_with_less(kinds: list[Any]) -> list[Any]:
+    layouts = [Parallel(context=2, activation_checkpointing=kind) for kind in kinds]
+    return [fit(Case(), layout, model=Readers())[0] for layout in layouts]
+
+
+@pytest.mark.slow
+def test_blocks_that_are_computed_twice_see_whole_sequences_both_times(ranks: Ranks) -> None:
+    kept, *recomputed = ranks(fits_with_less, 2, [None, "full", "selective"])[0]
+    assert [bits(weights) for weights in recomputed] == [bits(kept)] * 2
+
+
 def resumed(folder: Path, stop_after: int | None) -> Any:
     callbacks = [StopAt(stop_after)] if stop_after else []
     case = Case(dropout=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from paceline.trainer.blocks import needed_blocks
+from paceline.world.context import as_now
 
 _aten = torch.ops.aten
 # What costs far more to compute than to keep: matrix products and attention.
@@ -53,6 +55,12 @@ def recompute_blocks(module: torch.nn.Module, name: str, which: str) -> list[tor
     if which == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
     for block in blocks:
-        again = partial(checkpoint, block.forward, use_reentrant=False, **options)
-        vars(block)["forward"] = again
+        vars(block)["forward"] = _twice(block.forward, options)
     return blocks
+
+
+def _twice(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(as_now(forward), *args, use_reentrant=False, **options, **kwargs)
+
+    return computed

@@ -7,7 +7,8 @@ https://arxiv.org/abs/2309.14509).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,29 @@ def positions(length: int, device: torch.device | None = None) -> torch.Tensor:
     """
     rank = 0 if _mesh is None else _mesh.get_local_rank()
     return torch.arange(rank * length, (rank + 1) * length, device=device)
+
+
+def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as it would compute now, for whenever it is called: a backward pass, say."""
+    mesh = _mesh
+    if mesh is None:
+        return function
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with _shared_over(mesh):
+            return function(*args, **kwargs)
+
+    return computed
+
+
+@contextmanager
+def _shared_over(mesh: DeviceMesh) -> Iterator[None]:
+    global _mesh
+    before, _mesh = _mesh, mesh
+    try:
+        yield
+    finally:
+        _mesh = before
 
 
 class Sequences:
