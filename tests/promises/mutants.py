@@ -34,7 +34,7 @@ from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import Window
 from paceline.world.world import World
-from storm import Kill
+from storm_ranks import Kill
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ MUTANTS = [
         "a bad loss is told to the others through the model alone",
         ((NonFiniteGuard, "_poisoned"),),
         defects.scaled_only,
-        f"{AGREE}:test_raise",
+        "test_nonfinite_on_ranks:test_one_ranks_loss_is_every_ranks_error",
         {"kind": "dead", "shard": 1},
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Ranks act as one: they stop together, fail together, and judge a bad window together."""
+"""Ranks act as one: they stop together, fail together, and decide together."""
 
 from __future__ import annotations
 
@@ -14,76 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_runs import Small, small
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import CheckpointPolicy, MetricMonitor, Parallel, Trainer
-from paceline.errors import NonFiniteError, PeerError
+from paceline import MetricMonitor, Parallel
+from paceline.errors import PeerError
 from paceline.trainer import stop
 from paceline.trainer.events import Callback
-from paceline.world.dtensors import whole
 from paceline.world.world import World
 from ranks import Ranks
-
-BAD = 17  # the sample whose loss is not a number
-
-
-class Small(Trainer):
-    """Squares; sample BAD's loss is NaN if `bad` says so."""
-
-    bad = False
-    jitter = 0.0
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        x, y, ids = batch
-        time.sleep(random.Random(time.monotonic()).random() * self.jitter)
-        loss = (self.model(x) - y).square().mean()
-        return loss * torch.nan if self.bad and not self.muted and BAD in ids else loss
-
-
-class Rooted(nn.Module):
-    """Nothing repeats; up to 8 ranks have a part of its weight, whose gradient is zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 3))
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head((x @ self.weight.T - 100).relu())
-
-
-def network(kind: str = "plain") -> nn.Module:
-    torch.manual_seed(1)
-    if kind == "rooted":
-        return Rooted().double()
-    if kind == "dead":  # a ReLU lets no gradient through, and so no NaN, to the smallest parameter
-        first = nn.Linear(3, 1)
-        with torch.no_grad():
-            first.bias.fill_(-100.0)
-        return nn.Sequential(first, nn.ReLU(), nn.Linear(1, 2)).double()
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
-
-def small(*callbacks: Callback, rows: int = 24, batch: int = 2, **settings: Any) -> Small:
-    generator = torch.Generator().manual_seed(3)
-    x, y = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (3, 2))
-    data = TensorDataset(x, y, torch.arange(rows))
-    model = settings.pop("model", None) or network()
-    fused = settings.pop("fused", False)
-    return Small(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused),
-        train_dataloader=DataLoader(data, batch),
-        val_dataloader=DataLoader(data, batch),
-        callbacks=list(callbacks),
-        **{"max_steps": 12, "progress": False, **settings},
-    )
-
-
-def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [whole(p.detach()).clone() for p in trainer.named_models()["model"].parameters()]
-
 
 # Stopping
 
@@ -311,162 +250,6 @@ def test_a_rank_that_fails_ends_the_others(
             assert f"rank {rank} failed: {error}" in outcome.output
         else:
             assert outcome.code != 0
-
-
-# Not finite
-
-
-class Skipped(Callback):
-    """The weights before and after each window, and in the end."""
-
-    def __init__(self) -> None:
-        self.after: list[list[torch.Tensor]] = []
-        self.last: list[torch.Tensor] = []
-
-    def on_train_start(self, trainer: Any) -> None:
-        self.after.append(weights(trainer))
-
-    def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
-        self.after.append(weights(trainer))
-
-    def on_teardown(self, trainer: Any) -> None:
-        self.last = weights(trainer)
-
-
-def not_finite(
-    folder: Path, policy: str, batch: int, shard: int, kind: str = "plain", device: bool = False
-):
-    """Sample 17 is the last one's of 4 ranks in the third window of 8 (accumulation 2)."""
-    if device:  # as on an accelerator: no value is read in a step, the fused optimizer is masked
-        World.reads_are_free = property(lambda self: False)  # pyright: ignore
-    kept = Skipped()
-    trainer = small(
-        kept,
-        rows=32,
-        batch=batch,
-        model=network(kind),
-        fused=device,
-        gradient_accumulation_steps=2,
-        on_nonfinite=policy,
-        checkpoint=CheckpointPolicy(every_steps=1),
-        max_steps=8,
-        log_every=2,
-        run_dir=folder,
-        parallel=Parallel(dp_shard=shard),
-    )
-    trainer.bad = True
-    error = ""
-    try:
-        trainer.train(seed=1)
-    except NonFiniteError as raised:
-        error = str(raised)
-    return {
-        "error": error,
-        "after": kept.after,
-        "weights": kept.last,
-        "step": trainer.global_step,
-        "stopped_by": trainer.result.stopped_by,
-        "skips": trainer.progress.skips,
-    }
-
-
-def check_not_finite(
-    ranks: Ranks, folder: Path, policy: str, shard: int = 1, *kind: Any
-) -> list[Any]:
-    """4 ranks agree with one another and with one rank of 4 times the batch."""
-    (one,) = ranks(not_finite, 1, folder / "one", policy, 4, 1, *kind)
-    outcomes = ranks(not_finite, 4, folder / "four", policy, 1, shard, *kind)
-    for outcome in outcomes:
-        for key in ("step", "stopped_by", "skips"):
-            assert outcome[key] == one[key], key
-        assert all(torch.isfinite(p).all() for p in outcome["weights"])
-        for a, b in zip(outcome["weights"], one["weights"], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    return outcomes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "shard"), [("plain", 1), ("dead", 1), ("dead", 2), ("rooted", 2)])
-def test_raise(ranks: Ranks, tmp_path: Path, kind: str, shard: int) -> None:
-    outcomes = check_not_finite(ranks, tmp_path, "raise", shard, kind)
-    for outcome in outcomes:
-        assert "step 3 is not finite" in outcome["error"]
-        assert "rank 1, batch 4: loss nan; samples [17]" in outcome["error"]
-        before = outcome["after"][-1]
-        assert all(torch.equal(a, b) for a, b in zip(before, outcome["weights"], strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("policy", "shard"), [("skip", 1), ("stop", 1), ("rewind", 1), ("skip", 4), ("rewind", 2)]
-)
-def test_go_on_or_stop(ranks: Ranks, tmp_path: Path, policy: str, shard: int) -> None:
-    kind = "rooted" if shard == 4 else "plain"
-    outcomes = check_not_finite(ranks, tmp_path, policy, shard, kind)
-    for outcome in outcomes:
-        assert outcome["stopped_by"] == ("non-finite" if policy == "stop" else "max_steps")
-        assert outcome["step"] == (3 if policy == "stop" else 8)
-        assert outcome["skips"] == ([2, 6] if policy == "rewind" else [])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("policy", "shard", "kind"),
-    [("raise", 1, "dead"), ("skip", 1, "dead"), ("skip", 2, "dead"), ("skip", 2, "rooted")],
-)
-def test_unread_as_on_an_accelerator(
-    ranks: Ranks, tmp_path: Path, policy: str, shard: int, kind: str
-) -> None:
-    """Nothing is read within a step; the verdict masks the step on every rank alike."""
-    for outcome in check_not_finite(ranks, tmp_path, policy, shard, kind, True):
-        assert ("step 3 is not finite" in outcome["error"]) == (policy == "raise")
-        assert len(outcome["after"]) == (4 if policy == "raise" else 9)
-
-
-class Partial(Small):
-    """Rank 1's third loss is finite, but the gradient of its first output is not."""
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        x, y, _ = batch
-        out = self.model(x)
-        loss = (out - y).square().mean()
-        if self.world.rank == 1 and self.global_step == 2 and not self.muted:
-            loss = loss + (out[:, 0] * 0).sqrt().sum()
-        return loss
-
-
-def partly_bad() -> tuple[str, int, int]:
-    exchanges = count_calls("all_reduce")
-    trainer = small(model=network("rooted"), parallel=Parallel(dp_shard=2), validate_every=100)
-    trainer.__class__ = Partial
-    before = len(exchanges)
-    try:
-        trainer.train(seed=1)
-    except NonFiniteError as error:
-        return str(error), trainer.global_step, len(exchanges) - before
-    return "", trainer.global_step, len(exchanges) - before
-
-
-def count_calls(name: str) -> list[str]:
-    """A list that gets an entry for each call of a collective from Python."""
-    calls: list[str] = []
-    collective = getattr(dist, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(name)
-        return collective(*args, **kwargs)
-
-    setattr(dist, name, counted)
-    return calls
-
-
-@pytest.mark.slow
-def test_ranks_that_share_a_copy_see_one_anothers_nan_in_what_they_exchange(ranks: Ranks) -> None:
-    """One NaN in a gradient of one rank is every rank's, without an exchange of its own."""
-    for error, step, exchanges in ranks(partly_bad, 2):
-        assert "step 3 is not finite" in error
-        assert "first parameter with a non-finite gradient: model.head.weight" in error
-        assert (step, exchanges) == (2, 0)
 
 
 # Deciding
