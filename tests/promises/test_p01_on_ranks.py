@@ -295,13 +295,18 @@ def test_with_some_of_the_experts_and_stopped_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "plan"), [(2, Plan(batch=10, stages=2)), (4, Plan(steps=6, stages=2))]
+    ("size", "plan"),
+    [
+        (2, Plan(batch=10, stages=2)),
+        (4, Plan(steps=6, stages=2)),
+        (4, Plan(steps=6, stages=2, shard=2)),
+    ],
 )
 def test_in_stages_and_stopped_again_and_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
     """Two stages, the first with running statistics, the second with dropout; on four ranks two
-    copies of each."""
+    copies of each, or two shards."""
     check_chain(ranks, size, tmp_path, plan, [2, 5])
 
 

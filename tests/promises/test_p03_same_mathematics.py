@@ -261,7 +261,7 @@ class FitStages(Trainer):
 
     def on_train_end(self) -> None:
         named = self.model.named_parameters()
-        self.weights = {name: p.detach().clone() for name, p in named if not p.is_meta}
+        self.weights = {name: whole(p.detach()).clone() for name, p in named if not p.is_meta}
 
 
 def error(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
@@ -307,12 +307,13 @@ def fits_stages(cases: list[Case], parallel: Parallel) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "stages"), [(2, 2), (4, 2), (4, 4)])
-def test_stages_equal_one_too(ranks: Ranks, size: int, stages: int) -> None:
-    """Pipeline parallelism over two and four stages, and in two copies; windows of one micro-batch
-    and of three, the last one short, with batches of other sizes and without an item."""
+@pytest.mark.parametrize(("size", "stages", "shard"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)])
+def test_stages_equal_one_too(ranks: Ranks, size: int, stages: int, shard: int) -> None:
+    """Pipeline parallelism over two and four stages, in two copies, and with each stage sharded
+    over two ranks; windows of one micro-batch and of three, the last one short, with batches of
+    other sizes and without an item."""
     cases = SOME if size == 2 else [case for case in SOME if case.accumulation > 1]
-    outcomes = ranks(fits_stages, size, cases, Parallel(pipeline=stages))
+    outcomes = ranks(fits_stages, size, cases, Parallel(pipeline=stages, dp_shard=shard))
     for i, case in enumerate(cases):
         expected = fit_stages(replace(case, batch=case.batch * size // stages))
         for rank in range(size):

@@ -17,9 +17,11 @@ from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientExplosion, GradientMonitor
 from paceline.errors import ConfigError
 from paceline.trainer.stages import balanced, layers_of
+from paceline.world.dtensors import whole
 from ranks import Ranks
 
 WORDS = 7
+LAYOUT = ("dp_shard", "activation_checkpointing")
 
 
 class Words(nn.Module):
@@ -27,12 +29,15 @@ class Words(nn.Module):
 
     pipeline_order = ("embedding", "blocks", "head")
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_norm: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(WORDS, 4)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(3), nn.Tanh()) for _ in range(2)
+            nn.Sequential(
+                nn.Linear(4, 4), nn.BatchNorm1d(3) if batch_norm else nn.LayerNorm(4), nn.Tanh()
+            )
+            for _ in range(2)
         )
         self.head = nn.Linear(4, WORDS, bias=False)
         self.head.weight = self.embedding.weight
@@ -70,11 +75,15 @@ class Keep(Trainer):
 
     def on_train_end(self) -> None:
         state = self.model.state_dict()
-        self.mine = {k: t.detach().clone() for k, t in state.items() if not t.is_meta}
+        self.mine = {k: whole(t.detach()).clone() for k, t in state.items() if not t.is_meta}
 
 
 def fit(stages: int, steps: int | None = None, folder: Path | None = None, **settings: Any) -> Any:
-    """Weights, metrics and rows of a run; windows of 3 batches of 4, the last one of 4, 4 and 2."""
+    """Weights, metrics and rows of a run; windows of 3 batches of 4, the last one of 4, 4 and 2.
+
+    With `dp_shard` each of the ranks that share a stage has its part of every batch.
+    """
+    layout = {key: settings.pop(key) for key in LAYOUT if key in settings}
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(WORDS - 1, (22, 3), generator=generator)
     if settings.pop("bad", False):
@@ -85,13 +94,13 @@ def fit(stages: int, steps: int | None = None, folder: Path | None = None, **set
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.05),
         loss_fn=settings.pop("loss_fn", None) or NextWord(),
-        train_dataloader=DataLoader(data, 4, shuffle=True),
+        train_dataloader=DataLoader(data, 4 // layout.get("dp_shard", 1), shuffle=True),
         val_dataloader=DataLoader(data, 5),
         epochs=2,
         max_steps=steps,
         gradient_accumulation_steps=3,
         max_grad_norm=settings.pop("max_grad_norm", 0.5),
-        parallel=Parallel(pipeline=stages),
+        parallel=Parallel(pipeline=stages, **layout),
         checkpoint=CheckpointPolicy(every_steps=1) if folder else None,
         run_dir=folder,
         loggers=[],
@@ -154,6 +163,80 @@ def test_a_checkpoint_is_read_with_and_without_stages(ranks: Ranks, tmp_path: Pa
     assert metrics == pytest.approx(expected[1], rel=1e-9)
     for name, tensor in expected[0].items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-9, atol=1e-9)
+
+
+def fit_sharded_in_ways(stages: int, **layout: Any) -> list[Any]:
+    monitored = {"callbacks": [GradientMonitor()], "max_grad_norm": None}
+    judged = {"callbacks": [GradientExplosion()], "max_grad_norm": None}
+    return [
+        fit(stages, model=Words(batch_norm=False).double(), **layout),
+        fit(
+            stages,
+            model=Words(batch_norm=False).double(),
+            bad=True,
+            on_nonfinite="skip",
+            **monitored,
+            **layout,
+        ),
+        fit(stages, model=on_meta(), **judged, **layout),
+    ]
+
+
+def fit_shards() -> list[Any]:
+    return fit_sharded_in_ways(2, dp_shard=2)
+
+
+@pytest.mark.slow
+def test_each_stage_is_sharded(ranks: Ranks) -> None:
+    """The same with each stage sharded over two ranks, which have no sums of one process's."""
+    expected = fit_sharded_in_ways(1)
+    for i, outcome in enumerate(zip(*ranks(fit_shards, 4), strict=True)):
+        assert_same(list(outcome), expected[i])
+
+
+def go_on(stages: int, shard: int, steps: int | None, folder: Path | None) -> Any:
+    return fit(stages, steps, folder, dp_shard=shard, model=Words(batch_norm=False).double())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_read_with_and_without_shards_of_stages(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Given a run stopped at step 1 on one process and at step 3 on two stages of two shards each,
+    it ends on two stages as one that never stopped."""
+    expected = go_on(1, 1, None, None)
+    go_on(1, 1, 1, tmp_path)
+    ranks(go_on, 4, 2, 2, 3, tmp_path)
+    assert_same(ranks(go_on, 2, 2, 1, None, tmp_path), (*expected[:2], expected[2][3:]))
+
+
+class Counted(Words):
+    """Counts the calls of its blocks' first layers."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=False)
+        self.calls = 0
+        for block in self.blocks:
+            block[0].register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.calls += torch.is_grad_enabled()
+
+
+def fit_counted(which: str | None) -> Any:
+    model = Counted().double()
+    return *fit(2, model=model, activation_checkpointing=which), model.calls
+
+
+@pytest.mark.slow
+def test_blocks_of_a_stage_compute_their_forward_pass_twice(ranks: Ranks) -> None:
+    """A block is cut into no parts where it is to repeat its forward pass as a whole."""
+    plain, recomputed = (ranks(fit_counted, 2, which) for which in (None, "full"))
+    for (weights, *rest, calls), (expected, *others, once) in zip(recomputed, plain, strict=True):
+        assert calls >= 1.5 * once
+        assert rest == others
+        for name in weights.keys() & expected.keys():
+            assert torch.equal(weights[name], expected[name])
 
 
 class Loose(Words):
@@ -231,6 +314,16 @@ def test_an_order_that_is_not_known_is_refused() -> None:
     assert list(layers_of(nested, "model")) == ["0", *parts, "2.0", "2.1"]
 
 
+def test_blocks_stay_whole_if_they_are_to() -> None:
+    model = Words()
+    names = ["embedding", "blocks.0", "blocks.1", "head"]
+    assert list(layers_of(model, "model", model.blocks)) == names
+    in_parts = tuple(f"blocks.{i}.{j}" for i in range(2) for j in range(3))
+    model.pipeline_order = ("embedding", *in_parts, "head")
+    with pytest.raises(ConfigError, match="names parts of the repeated blocks of 'model'"):
+        layers_of(model, "model", model.blocks)
+
+
 def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
     class Own(Trainer):
         def training_step(self, batch: Any, batch_idx: int) -> Any: ...
@@ -243,7 +336,7 @@ def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
         compile=True,
         parallel=Parallel(pipeline=2),
     )
-    layouts = Parallel(pipeline=2, dp_shard=2, tensor=2, context=2)
+    layouts = Parallel(pipeline=2, dp_shard=2, tensor=2, context=2, cpu_offload=True)
     messages = []
     for parallel in (trainer.parallel, layouts):
         trainer.parallel = parallel
@@ -253,8 +346,8 @@ def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
     assert "training_step: with parallel.pipeline no stage computes a loss" in messages[0]
     assert "precision='fp16': does not exist yet with parallel.pipeline" in messages[0]
     assert "compile=True: does not exist yet with parallel.pipeline" in messages[0]
-    for name in ("dp_shard", "tensor", "context"):
-        assert f"parallel.{name}=2: does not exist yet with parallel.pipeline" in messages[1]
+    for setting in ("tensor=2", "context=2", "cpu_offload=True"):
+        assert f"parallel.{setting}: does not exist yet with parallel.pipeline" in messages[1]
 
 
 @given(st.data())

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 
 from paceline.errors import StateError
-from paceline.world.dtensors import is_dtensor, local_part
+from paceline.world.dtensors import local_part
 
 _ROOM = 1 << 20
 """Bytes asked for beyond the tensors, for the JSON files and the file system's own needs."""
 
 
-def forms(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """All that a plan of who writes what depends on."""
+def forms(tensors: dict[str, torch.Tensor], *, staged: bool = False) -> dict[str, str]:
+    """All that a plan of who writes what depends on.
+
+    Args:
+        tensors: by name.
+        staged: whether some stand for what only other ranks hold, and so know how it is spread.
+    """
     return {
-        name: f"{tensor.dtype} {tuple(tensor.shape)} {getattr(tensor, 'placements', '')}"
+        name: f"{tensor.dtype} {tuple(tensor.shape)} "
+        f"{'' if staged else getattr(tensor, 'placements', '')}"
         for name, tensor in tensors.items()
     }
 
@@ -63,15 +69,13 @@ def _difference(one: Any, other: Any, path: str) -> str | None:
 
 
 def sizes(tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """Bytes of what every rank has alike, and of what this one alone has to write."""
+    """Bytes of what all ranks together write, and of what this one alone has to write."""
     shared = own = 0
     for name, tensor in tensors.items():
-        if is_dtensor(tensor):
+        if name.startswith("rank/"):
             own += local_part(tensor).nbytes
-        elif name.startswith("rank/"):
-            own += tensor.nbytes
         else:
-            shared += tensor.nbytes
+            shared += tensor.numel() * tensor.element_size()  # of a DTensor the whole
     return shared, own
 
 

@@ -288,7 +288,7 @@ class Checkpoints:
             if encode(info)[0]:
                 raise StateError("info: only plain values go to the manifest, no tensors")
             job.tensors, job.shared, own = self._encode(tree)
-            job.forms = agreement.forms(job.tensors)
+            job.forms = agreement.forms(job.tensors, staged=self._in_stages)
             digest = agreement.digest(job.forms, job.shared) if self._ranks.size > 1 else ""
             return own, agreement.sizes(job.tensors), digest, job.forms == self._planned_for
 

@@ -20,17 +20,16 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paceline.errors import ConfigError, DataError, LossError
-from paceline.trainer.blocks import repeated_blocks
-from paceline.trainer.materialize import Materializer
 from paceline.trainer.optimization import check_loss, weighted
 from paceline.trainer.placement import probes, replicate, zero_of
-from paceline.trainer.stages import give_up, is_given_up, stages_of, tensors_of
+from paceline.trainer.stages import is_given_up
 from paceline.trainer.window import buffers_kept
-from paceline.world.dtensors import total_norm
+from paceline.world.dtensors import local_part, reshard, total_norm
 from paceline.world.seeding import mix, seed_everything
-from paceline.world.world import World, send
+from paceline.world.world import send
 
 if TYPE_CHECKING:
+    from paceline.trainer.sharding import StageShards
     from paceline.trainer.trainer import Trainer
     from paceline.trainer.window import Window
 
@@ -81,6 +80,21 @@ class _Layers(torch.nn.Module):
         return x
 
 
+class _Apart(torch.nn.Module):
+    """Calls a module that is no part of it.
+
+    torch's stages take sharded modules into their own hands, for one schedule an optimizer step,
+    and drop what waits for the end of a window of several.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self._call = module.__call__
+
+    def forward(self, *given: Any) -> Any:
+        return self._call(*given)
+
+
 class _Stage(PipelineStage):
     """torch's stage, which says which micro-batch begins, and what came of it.
 
@@ -88,13 +102,16 @@ class _Stage(PipelineStage):
         begins: is told the number of each micro-batch before it is computed.
         ends: is given what was computed of it.
         added: is told when its gradients are there.
-        exchanges: whether copies of the stage exchange gradients in a schedule's last backward.
+        exchanges: whether ranks that have the stage exchange gradients in a schedule's last
+            backward.
+        shards: what they share it as, if they do.
     """
 
     begins: Callable[[int], None]
     ends: Callable[[Any], None]
     added: Callable[[], None]
     exchanges = True
+    shards: StageShards | None
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.begins(fwd_chunk_id)
@@ -115,6 +132,8 @@ class _Stage(PipelineStage):
         self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> Any:
         last = last_backward and self.exchanges
+        if last and self.shards is not None:
+            self.shards.begin(exchange=True)
         return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last)
 
 
@@ -125,19 +144,20 @@ class Pipeline:
         trainer: whose model it is.
         model: the whole model, of which other stages' parts are on the meta device.
         layers: those of this rank's stage.
-        shared: parameters that other stages have too, each with the group of those stages' ranks
-            and whether this rank speaks for it.
 
     Attributes:
-        covered: the `id` of each parameter of this stage.
+        module: what computes this rank's stage.
+        shared: parameters that other stages have too, each with the group of those stages' ranks
+            and whether this rank speaks for it.
     """
+
+    shared: Sequence[tuple[torch.nn.Parameter, Any, bool]] = ()
 
     def __init__(
         self,
         trainer: Trainer,
         model: torch.nn.Module,
         layers: Iterable[torch.nn.Module],
-        shared: Sequence[tuple[torch.nn.Parameter, Any, bool]],
     ) -> None:
         world = trainer.world
         assert world.mesh is not None
@@ -146,9 +166,9 @@ class Pipeline:
         self._index, self._stages = world.stage, world.parallel.pipeline
         self._is_first, self._is_last = self._index == 0, self._index == self._stages - 1
         self._group = world.mesh["pipeline"].get_group()
-        self._layers = _Layers(layers, self._taken, lambda: trainer.autocast)
+        self.module = _Layers(layers, self._taken, lambda: trainer.autocast)
         self._replica: torch.nn.Module | None = None
-        self._shared = shared
+        self._shards: StageShards | None = None
         self._schedules: dict[Any, tuple[Any, _Stage]] = {}
         # Of the schedule at hand:
         self._numbers: Sequence[int] = ()  # its micro-batches, by their number in the window
@@ -163,8 +183,13 @@ class Pipeline:
     def replicate(self) -> None:
         """Has DDP keep the copies of this stage equal."""
         mesh = self._trainer.world.dp_mesh
-        if mesh is not None and any(p.requires_grad for p in self._layers.parameters()):
-            self._replica = replicate(self._trainer, self._layers, mesh.get_group())
+        if mesh is not None and any(p.requires_grad for p in self.module.parameters()):
+            self._replica = replicate(self._trainer, self.module, mesh.get_group())
+
+    def share(self, shards: StageShards) -> None:
+        """Has the ranks that have this stage share it."""
+        self._shards = shards
+        self._trainer.replicas.append(shards)
 
     # A window
 
@@ -189,9 +214,10 @@ class Pipeline:
             runs = [list(run) for _, run in groupby(real or [0], lambda j: _shapes(pairs[j][0]))]
             for run in runs:
                 self._run(run, pairs, last=run is runs[-1])
-        for parameter, group, _ in self._shared:
+        reshard([self.module])
+        for parameter, group, _ in self.shared:
             if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=group)
+                dist.all_reduce(local_part(parameter.grad), group=group)
         dist.broadcast(self._losses, group=self._group, group_src=self._stages - 1)
         self._end(window, real)
 
@@ -254,10 +280,13 @@ class Pipeline:
             )
         if named or len(inputs) != 1:
             raise ConfigError("with parallel.pipeline a model is called with its inputs alone.")
+        if self._shards is not None:
+            self._trainer.validation_calls.append((self._model, inputs, {}))
         schedule, _ = self._schedule(None, _shapes(inputs[0]))
         self._numbers, self._inputs, self._at = (), inputs, None
         schedule.step(*((torch.arange(1),) if self._is_first else ()), return_outputs=False)
         outputs, self._inputs, self._outputs = self._outputs, (), None
+        reshard([self.module])
         return self._told(outputs)
 
     def _told(self, outputs: Any) -> Any:
@@ -291,10 +320,13 @@ class Pipeline:
         return self._schedules[key]
 
     def _make_schedule(self, numbers: list[int] | None) -> tuple[Any, _Stage]:
-        module = self._layers if numbers is None or self._replica is None else self._replica
+        module: torch.nn.Module = self.module if self._shards is None else _Apart(self.module)
+        if numbers is not None and self._replica is not None:
+            module = self._replica
         device = self._trainer.device
         stage = _Stage(module, self._index, self._stages, device, group=self._group)
         stage.begins, stage.ends, stage.added = self._begin, self._keep, self._added
+        stage.shards = self._shards
         if numbers is None:
             return ScheduleGPipe(stage, 1), stage
         # 1F1B keeps fewer activations, and wants a micro-batch for each stage at least.
@@ -304,7 +336,7 @@ class Pipeline:
     def _taken(self, *given: Any) -> Any:
         """What the first layer takes: inputs by their number, or what the stage before has sent."""
         if self._at is None and torch.is_grad_enabled():
-            self._measured = [(b, b.clone()) for b in self._layers.buffers()]
+            self._measured = [(b, b.clone()) for b in self.module.buffers()]
         if self._is_first:
             return self._inputs[int(given[0])]
         (x,) = given if len(given) == 1 else (given,)
@@ -337,7 +369,7 @@ class Pipeline:
         norm_of: Callable[[Iterable[torch.Tensor | None]], torch.Tensor] = total_norm,
     ) -> torch.Tensor:
         """The 2-norm of the gradients of all stages as one vector; `norm_of` takes one stage's."""
-        others = {id(p.grad) for p, _, speaks in self._shared if not speaks}
+        others = {id(p.grad) for p, _, speaks in self.shared if not speaks}
         norm = norm_of(g for g in gradients if g is not None and id(g) not in others)
         square = norm.to(self._trainer.device, torch.float64).square()
         dist.all_reduce(square, group=self._group)
@@ -345,8 +377,9 @@ class Pipeline:
 
     def share_buffers(self) -> None:
         """Gives every copy of a stage the first one's buffers."""
-        if (mesh := self._trainer.world.dp_mesh) is not None:
-            send(self._layers.buffers(), mesh.get_group())
+        mesh = self._trainer.world.dp_mesh
+        for group in () if mesh is None else reversed(mesh.get_all_groups()):
+            send(self.module.buffers(), group)
 
     def complete(self, states: dict[str, dict[str, Any]]) -> None:
         """Adds to optimizers' states what other stages have of them, on the meta device.
@@ -367,79 +400,6 @@ class Pipeline:
             known |= mine
             order = (key for group in state["groups"] for key in group["params"])
             state["state"] = {key: known[key] for key in order if key in known}
-
-
-def place_stages(
-    trainer: Trainer, model: torch.nn.Module, name: str, materialize: Materializer
-) -> Pipeline:
-    """Leaves this rank with the weights of its stage, and the model with the pipeline's forward.
-
-    Args:
-        trainer: whose model it is.
-        model: whole; what is of other stages loses its memory.
-        name: the model's name, for messages.
-        materialize: gives parts of the model memory, if they have none yet.
-
-    Raises:
-        ConfigError: the model cannot be cut, is cut already, or is not the only one.
-    """
-    world = trainer.world
-    if trainer.pipeline is not None:
-        raise ConfigError("parallel.pipeline: several trained models do not exist yet beside it.")
-    if any(is_given_up(tensor) for tensor in tensors_of(model)):
-        raise ConfigError(f"the model {name!r} is cut already, by an earlier run: build it anew.")
-    stages = stages_of(model, name, world.parallel.pipeline)
-    held = [{id(t): t for layer in s.values() for t in tensors_of(layer)} for s in stages]
-    _take_part(model, held[world.stage], materialize, trainer.device)
-    pipeline = Pipeline(trainer, model, stages[world.stage].values(), _shared(world, held))
-    pipeline.replicate()
-    own = vars(model).get("forward")
-    model.forward = pipeline.forward
-    trainer.while_placed.callback(_put_back, model, own)
-    for i, layers in enumerate(stages):
-        ends = [*layers][:1] + [*layers][1:][-1:]
-        trainer.plan.add(f"stage {i} of {name}: {' to '.join(ends)}", "parallel.pipeline")
-    return pipeline
-
-
-def _take_part(
-    model: torch.nn.Module, mine: dict[int, Any], materialize: Materializer, device: torch.device
-) -> None:
-    """Block by block: memory, the first rank's values, and nothing of it kept that is not ours."""
-    seen: set[int] = set()
-    for unit in (*repeated_blocks(model), model):
-        materialize(unit)
-        fresh = {id(t): t for t in tensors_of(unit) if id(t) not in seen and not t.is_meta}
-        for tensor in fresh.values():
-            tensor.data = tensor.data.to(device)
-        send(tensor.detach() for tensor in fresh.values())  # a group may keep what it was given
-        for key, tensor in fresh.items():
-            if key not in mine:
-                give_up(tensor)
-        seen |= fresh.keys()
-
-
-def _shared(
-    world: World, held: list[dict[int, torch.Tensor]]
-) -> list[tuple[torch.nn.Parameter, Any, bool]]:
-    """The parameters of this rank's stage that others have too; see `Pipeline`."""
-    groups: dict[tuple[int, ...], Any] = {}
-    found = []
-    for key, tensor in {key: t for tensors in held for key, t in tensors.items()}.items():
-        stages = tuple(i for i, tensors in enumerate(held) if key in tensors)
-        if len(stages) == 1 or not isinstance(tensor, torch.nn.Parameter):
-            continue
-        if stages not in groups:
-            groups[stages] = world.group_of_stages(stages)
-        if world.stage in stages:
-            found.append((tensor, groups[stages], world.stage == stages[0]))
-    return found
-
-
-def _put_back(model: torch.nn.Module, own: Any) -> None:
-    vars(model).pop("forward", None)
-    if own is not None:
-        model.forward = own
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -192,7 +192,7 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     for part in {*trainer.recomputed, *trainer.compiled}:
         trainer.while_placed.callback(vars(part).pop, "forward", None)
     if staged:
-        from paceline.trainer.pipeline import place_stages
+        from paceline.trainer.stage_placement import place_stages
 
         trainer.pipeline = place_stages(trainer, module, name, materializer)
         return module

@@ -74,7 +74,7 @@ class Shards:
         self.called = False
         self._probes: list[torch.Tensor] = []
         before = dict(module.named_parameters())
-        self._check(before, name, world)
+        check_unspread(before, name, world)
         units = (*repeated_blocks(module), module)  # which share no parameter, as they are now
         if splits := world.parallel.tensor > 1:
             for unit in units:
@@ -165,20 +165,88 @@ class Shards:
         self.called = True
         self._probes += probes(outputs)
 
-    @staticmethod
-    def _check(parameters: dict[str, torch.nn.Parameter], name: str, world: World) -> None:
-        if any(is_dtensor(p) for p in parameters.values()):
-            raise ConfigError(
-                f"the model {name!r} is spread already, by an earlier run or by yourself: build "
-                "it anew; parallel=Parallel(...) decides how it is spread."
-            )
-        scalars = [key for key, p in parameters.items() if p.dim() == 0]
-        if scalars and world.parts > 1:
-            raise ConfigError(
-                f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
-                f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
-                "shape [1]."
-            )
+
+class StageShards:
+    """A stage spread over the ranks that have it; one of `Trainer.replicas`, as `Shards` are.
+
+    Its parameters are gathered by the first micro-batch of a window, and stay so until gradients
+    are exchanged in the last one's backward pass. In between no rank waits for another that has the
+    stage: they may have other numbers of micro-batches, and take them in another order.
+
+    Args:
+        stage: what computes the stage; it is spread in place, which makes its parameters new ones.
+        world: the ranks.
+        compute: the dtype in which parameters are gathered; None for their own.
+
+    Attributes:
+        covered: the `id` of each parameter that is sharded.
+        renewed: what became of each parameter, by the `id` of what it was.
+    """
+
+    called = False  # by a schedule alone, which needs no word of a replica on a NaN
+    heard = True
+
+    def __init__(self, stage: Any, world: World, compute: torch.dtype | None) -> None:
+        self._stage = stage
+        self._world = world
+        self._compute = compute
+        self._before = dict(stage.named_parameters())
+        self._parts = {id(part) for part in stage.modules()}
+        self.renewed: dict[int, torch.nn.Parameter] = {}
+        self.covered: frozenset[int] = frozenset()
+
+    def shard_block(self, block: torch.nn.Module) -> None:
+        """Shards a block if it is one of the stage's."""
+        if id(block) in self._parts:
+            self._shard(block)
+
+    def shard_rest(self, model: torch.nn.Module) -> None:
+        """Shards what is left, once all blocks are; `model` gets the parameters that came of it."""
+        self._shard(self._stage)
+        now = dict(self._stage.named_parameters())
+        self.renewed = {id(p): now[key] for key, p in self._before.items()}
+        self.covered = frozenset(map(id, now.values()))
+        for part in model.modules():  # another stage's may use them too
+            for key, parameter in part._parameters.items():
+                if id(parameter) in self.renewed:
+                    part._parameters[key] = self.renewed[id(parameter)]
+
+    def begin(self, *, exchange: bool) -> None:
+        """A window begins, or the last backward pass of it, in which gradients are exchanged."""
+        self._stage.set_is_last_backward(exchange)
+        self._stage.set_reshard_after_backward(exchange)
+        self._stage.set_requires_gradient_sync(exchange)
+
+    def check_exchanged(self) -> None:
+        """Nothing to refuse: the schedule makes all calls."""
+
+    def _shard(self, unit: torch.nn.Module) -> None:
+        _shard(unit, self._world, self._compute, reshard_after_forward=False)
+
+
+def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: World) -> None:
+    """Refuses a model that cannot be spread.
+
+    Args:
+        parameters: of the model, by name.
+        name: the model's name, for messages.
+        world: the ranks.
+
+    Raises:
+        ConfigError: it is spread already, or has parameters that cannot be sharded.
+    """
+    if any(is_dtensor(p) for p in parameters.values()):
+        raise ConfigError(
+            f"the model {name!r} is spread already, by an earlier run or by yourself: build "
+            "it anew; parallel=Parallel(...) decides how it is spread."
+        )
+    scalars = [key for key, p in parameters.items() if p.dim() == 0]
+    if scalars and world.parts > 1:
+        raise ConfigError(
+            f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
+            f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
+            "shape [1]."
+        )
 
 
 def _sentinel(module: torch.nn.Module, names: list[str]) -> str | None:

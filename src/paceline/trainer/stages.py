@@ -6,7 +6,7 @@ What is of other stages stays on the meta device, where it has a shape and no me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cache
 from itertools import accumulate, chain, pairwise
 
@@ -15,7 +15,9 @@ import torch
 from paceline.errors import ConfigError
 
 
-def layers_of(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Module]:
+def layers_of(
+    model: torch.nn.Module, name: str, uncut: Iterable[torch.nn.Module] = ()
+) -> dict[str, torch.nn.Module]:
     """The modules that compute a model, each from what the one before it gives, by name.
 
     Those are the children of a `Sequential`, or what a model's `pipeline_order` names: modules of
@@ -25,11 +27,13 @@ def layers_of(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Module]:
     Args:
         model: a `Sequential`, or a module with `pipeline_order`.
         name: its name, for messages.
+        uncut: parts of it that are one layer each, or belong to one.
 
     Raises:
         ConfigError: nothing says the order, a name is no module's, or something is left out.
     """
-    in_order = list(_in_order(model, ""))
+    uncut = list(uncut)
+    in_order = list(_in_order(model, "", {id(part) for part in uncut}))
     layers = dict(in_order)
     if len(layers) < len(in_order):
         raise ConfigError(f"pipeline_order of {name!r} names a module twice: {', '.join(layers)}.")
@@ -46,11 +50,22 @@ def layers_of(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Module]:
             f"parallel.pipeline: {', '.join(left)} of {name!r} belong to none of the modules that "
             f"compute it: {', '.join(layers)}."
         )
+    inside = {id(part) for layer in layers.values() for part in layer.modules()}
+    if any(id(part) not in inside for part in uncut):
+        raise ConfigError(
+            f"parallel.pipeline: pipeline_order names parts of the repeated blocks of {name!r}, "
+            "which are sharded, recomputed or compiled as they are called: name the blocks."
+        )
     return layers
 
 
-def _in_order(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module]]:
+def _in_order(
+    module: torch.nn.Module, path: str, uncut: Set[int]
+) -> Iterator[tuple[str, torch.nn.Module]]:
     order: Iterable[str]
+    if id(module) in uncut:
+        yield path, module
+        return
     if (given := getattr(module, "pipeline_order", None)) is not None:
         order = tuple(given)
     elif isinstance(module, torch.nn.ModuleList) or (
@@ -66,7 +81,7 @@ def _in_order(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.n
             part = module.get_submodule(key)
         except AttributeError as error:
             raise ConfigError(f"pipeline_order of {type(module).__name__}: {error}.") from None
-        yield from _in_order(part, f"{path}.{key}".lstrip("."))
+        yield from _in_order(part, f"{path}.{key}".lstrip("."), uncut)
 
 
 def tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -102,13 +117,21 @@ def balanced(weights: Sequence[int], stages: int) -> list[range]:
     return [range(*pair) for pair in pairwise(cuts)]
 
 
-def stages_of(model: torch.nn.Module, name: str, stages: int) -> list[dict[str, torch.nn.Module]]:
+def stages_of(
+    model: torch.nn.Module, name: str, stages: int, uncut: Iterable[torch.nn.Module] = ()
+) -> list[dict[str, torch.nn.Module]]:
     """The layers of each stage, cut so that the one with most parameters has as few as can be.
+
+    Args:
+        model: as for `layers_of`.
+        name: its name, for messages.
+        stages: number of them.
+        uncut: parts of it that are in one stage each.
 
     Raises:
         ConfigError: there are more stages than layers, or the layers are not known.
     """
-    layers = layers_of(model, name)
+    layers = layers_of(model, name, uncut)
     if len(layers) < stages:
         raise ConfigError(
             f"parallel.pipeline={stages}: {name!r} has {len(layers)} layers to share out, "
