@@ -278,6 +278,9 @@ def test_a_layout_of_another_size_is_refused_as_at_a_start(recipe):
 
 
 def test_what_cannot_be_looked_at_yet_is_refused(recipe, monkeypatch: pytest.MonkeyPatch):
+    ring = recipe("+parallel.context=2", "+parallel.context_attention=ring")
+    with pytest.raises(ConfigError, match=r"parallel\.context_attention cannot be looked at on"):
+        fits(ring, "2xH100-80GB")
     monkeypatch.setattr(sys.modules[fits.__module__], "_ON_PAPER", {"dp_shard"})
     with pytest.raises(ConfigError, match=r"parallel\.tensor cannot be looked at on paper yet"):
         fits(recipe("+parallel.dp_shard=2", "+parallel.tensor=2"), "4xH100-80GB")

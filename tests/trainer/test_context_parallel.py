@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,28 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from builders import StopAt, bits
+from emulated_ring import emulate
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError, DataError
-from paceline.world.context import attention, part_of, positions
+from paceline.world.context import (
+    Sequences,
+    attention,
+    part_of,
+    positions,
+    ring_attention,
+    why_no_ring,
+)
 from paceline.world.dtensors import whole
 from paceline.world.world import World
 from ranks import Ranks
 
 WORDS, LENGTH = 7, 8
+RING = Parallel(context=2, context_attention="ring")
+
+
+both_ways = pytest.mark.parametrize(
+    "layout", [Parallel(context=2), RING], ids=["all to all", "ring"]
+)
 
 
 class Reader(nn.Module):
@@ -118,6 +132,8 @@ def fit(case: Case, parallel: Parallel | None = None, *callbacks: Any, **setting
 
 
 def fits(parallel: Parallel) -> list[Any]:
+    if parallel.rings:
+        emulate(exact=True)
     return [fit(case, parallel) for case in CASES]
 
 
@@ -125,17 +141,20 @@ def fits(parallel: Parallel) -> list[Any]:
 @pytest.mark.parametrize(
     ("size", "parallel"),
     [
-        (2, Parallel(context=2)),
-        (4, Parallel(context=2)),
-        (4, Parallel(context=2, dp_shard=2)),
-        (4, Parallel(context=2, tensor=2)),
+        pytest.param(2, Parallel(context=2), id="alone"),
+        pytest.param(4, Parallel(context=2), id="in copies"),
+        pytest.param(4, Parallel(context=2, dp_shard=2), id="with shards"),
+        pytest.param(4, Parallel(context=2, tensor=2), id="with split modules"),
+        pytest.param(2, RING, id="by ring"),
+        pytest.param(4, replace(RING, context=4), id="by ring of four"),
+        pytest.param(4, replace(RING, dp_shard=2), id="by ring, with shards"),
+        pytest.param(4, replace(RING, tensor=2), id="by ring, with split modules"),
     ],
-    ids=["alone", "in copies", "with shards", "with split modules"],
 )
 def test_parts_of_sequences_equal_whole_ones(ranks: Ranks, size: int, parallel: Parallel) -> None:
     """Losses, norms, metrics and weights, with accumulation, uneven last windows, ragged counts and
     parts in which nothing counts."""
-    shares = size // (2 * parallel.tensor)
+    shares = size // (parallel.context * parallel.tensor)
     ones = [fit(replace(case, batch=case.batch * shares)) for case in CASES]
     for outcomes in ranks(fits, size, parallel):
         for one, (weights, rows, metrics) in zip(ones, outcomes, strict=True):
@@ -172,29 +191,38 @@ class Looking(nn.Module):
         return x + self.out(attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def fits_with_less(kinds: list[Any]) -> list[Any]:
-    layouts = [Parallel(context=2, activation_checkpointing=kind) for kind in kinds]
-    return [fit(Case(), layout, model=Readers())[0] for layout in layouts]
+def fits_with_less(layout: Parallel, kinds: list[Any]) -> list[Any]:
+    if layout.rings:
+        emulate()
+    layouts = [replace(layout, activation_checkpointing=kind) for kind in kinds]
+    return [fit(Case(), each, model=Readers())[0] for each in layouts]
 
 
 @pytest.mark.slow
-def test_blocks_that_are_computed_twice_see_whole_sequences_both_times(ranks: Ranks) -> None:
-    kept, *recomputed = ranks(fits_with_less, 2, [None, "full", "selective"])[0]
+@both_ways
+def test_blocks_that_are_computed_twice_see_whole_sequences_both_times(
+    ranks: Ranks, layout: Parallel
+) -> None:
+    kept, *recomputed = ranks(fits_with_less, 2, layout, [None, "full", "selective"])[0]
     assert [bits(weights) for weights in recomputed] == [bits(kept)] * 2
 
 
-def resumed(folder: Path, stop_after: int | None) -> Any:
+def resumed(layout: Parallel, folder: Path, stop_after: int | None) -> Any:
     callbacks = [StopAt(stop_after)] if stop_after else []
-    case = Case(dropout=0.3)
-    weights, rows, _ = fit(case, Parallel(context=2), *callbacks, run_dir=folder)
+    if layout.rings:
+        emulate()
+    weights, rows, _ = fit(Case(dropout=0.3), layout, *callbacks, run_dir=folder)
     return bits(weights), rows
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_it_ends_the_same(ranks: Ranks, tmp_path: Path) -> None:
-    unbroken = ranks(resumed, 2, tmp_path / "whole", None)
-    first = ranks(resumed, 2, tmp_path / "broken", 3)
-    second = ranks(resumed, 2, tmp_path / "broken", None)
+@both_ways
+def test_stopped_and_resumed_it_ends_the_same(
+    ranks: Ranks, tmp_path: Path, layout: Parallel
+) -> None:
+    unbroken = ranks(resumed, 2, layout, tmp_path / "whole", None)
+    first = ranks(resumed, 2, layout, tmp_path / "broken", 3)
+    second = ranks(resumed, 2, layout, tmp_path / "broken", None)
     for rank in range(2):
         assert second[rank][0] == unbroken[rank][0]
         assert first[rank][1] + second[rank][1] == unbroken[rank][1]
@@ -214,6 +242,127 @@ def test_each_part_drops_places_of_its_own(ranks: Ranks) -> None:
     one, other = ranks(dropped, 2)
     assert one.shape == other.shape
     assert not torch.equal(one, other)
+
+
+# torch's ring
+
+
+def fit_in_float32_and_with_one_head() -> Any:
+    emulate()
+    weights, _, metrics = fit(Case(), RING, model=Reader(heads=1))
+    return weights, metrics
+
+
+@pytest.mark.slow
+def test_the_ring_adds_up_in_float32_and_takes_any_number_of_heads(ranks: Ranks) -> None:
+    weights, _, metrics = fit(Case(), model=Reader(heads=1))
+    for ringed, told in ranks(fit_in_float32_and_with_one_head, 2):
+        for a, b in zip(ringed, weights, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert told == pytest.approx(metrics, rel=1e-5)
+
+
+def attend_in_groups() -> tuple[Any, Any]:
+    """What this rank computes of queries that share keys, and what one process does."""
+    emulate(exact=True)
+    torch.manual_seed(0)
+    whole = [torch.randn(2, heads, LENGTH, 4, dtype=torch.float64) for heads in (6, 2, 2)]
+    options: Any = {"is_causal": True, "scale": 0.3, "enable_gqa": True}
+    with closing(World(RING).open()) as world, ring_attention():
+        assert world.context_mesh is not None
+        with Sequences(world.context_mesh, nullcontext(), ring=True):
+            here = positions(LENGTH // 2)
+            parts = [t[:, :, here].requires_grad_() for t in whole]
+            out = attention(*parts, **options)
+        out.square().sum().backward()
+    for t in whole:
+        t.requires_grad_()
+    wanted = attention(*whole, **options)
+    wanted.square().sum().backward()
+    gradients = [t.grad for t in whole if t.grad is not None]
+    return [out.detach(), *[t.grad for t in parts]], [
+        t[:, :, here] for t in (wanted.detach(), *gradients)
+    ]
+
+
+@pytest.mark.slow
+def test_queries_of_the_ring_may_share_keys(ranks: Ranks) -> None:
+    for found, wanted in ranks(attend_in_groups, 2):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+class Asking(Reader):
+    """Asks for attention with other options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        q = self.token(tokens).unsqueeze(1)
+        return self.head(attention(q, q, q, **self.options).squeeze(1))
+
+
+def refuse_rings() -> list[str]:
+    messages = []
+    for settings in (
+        {"data": data(9, 6)},
+        {"model": Asking()},
+        {"model": Asking(is_causal=True, dropout_p=0.1)},
+    ):
+        emulate()
+        with pytest.raises((ConfigError, DataError)) as raised:
+            fit(Case(), RING, **settings)
+        messages.append(str(raised.value))
+    return messages
+
+
+@pytest.mark.slow
+def test_what_the_ring_cannot_do_is_refused(ranks: Ranks) -> None:
+    for length, mask, dropout in ranks(refuse_rings, 2):
+        assert "context=2, in two pieces each for the ring, does not divide" in length
+        assert "shape (8, 6)" in length
+        assert "attention(is_causal=False) does not exist with parallel.context_attention" in mask
+        assert "attention(dropout_p=...) does not exist" in dropout
+
+
+class Configured(Fit):
+    """Would make its parts by itself."""
+
+    def configure(self) -> None:
+        raise AssertionError("it came so far")
+
+
+def ring_without_emulation() -> str:
+    with pytest.raises(ConfigError) as raised:
+        fit(Case(Configured), RING)
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_cpu_has_no_ring_and_says_so_before_anything_is_made(ranks: Ranks) -> None:
+    for message in ranks(ring_without_emulation, 2):
+        assert "context_attention='ring': torch's ring attention has no CPU kernel" in message
+        assert "say 'all_to_all'" in message
+
+
+def test_a_torch_without_a_ring_and_a_compiled_one_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert why_no_ring(torch.device("cuda")) is None
+    name = "torch.distributed.tensor.experimental._attention._enable_context_parallel_dispatcher"
+    monkeypatch.delattr(name)
+    assert "is too old for its ring" in str(why_no_ring(torch.device("cuda")))
+    with pytest.raises(ConfigError, match=r"compile=True: does not exist yet with parallel\.conte"):
+        fit(Case(), RING, compile=True)
+    with pytest.raises(ConfigError, match=r"context_attention='rings': expected 'all_to_all' or"):
+        Parallel(context_attention="rings")  # pyright: ignore[reportArgumentType]
+
+
+def test_one_process_has_no_use_for_a_ring() -> None:
+    alone = Parallel(context_attention="ring")
+    assert bits(fit(Case(), alone)[0]) == bits(fit(Case())[0])
 
 
 class Hidden:

@@ -23,6 +23,7 @@ from paceline.trainer.materialize import without_a_way
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.schedules import takes_metric
 from paceline.trainer.settings import MODES
+from paceline.world import context
 from paceline.world.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def check_settings(trainer: Trainer) -> None:
     if not _overrides(trainer, "configure"):
         wrong += _wrong_components(trainer)
     _refuse(wrong)
+    _refuse(_wrong_device(trainer))
     if lacking := missing(trainer.precision):
         raise MissingExtraError(lacking)
 
@@ -158,11 +160,25 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
                 f"parallel.activation_checkpointing={budget}: a memory budget is the compiler's to "
                 "keep: set compile=True, or give 'full' or 'selective'."
             )
+        if trainer.compile and parallel.rings:
+            wrong.append(
+                f"compile={trainer.compile!r}: does not exist yet with "
+                "parallel.context_attention='ring'; leave one out."
+            )
         if parallel.pipeline > 1:
             wrong += _wrong_stages(trainer, parallel)
     if trainer.epochs is None and trainer.max_steps is None:
         wrong.append("epochs: say where the run ends, with epochs=... or max_steps=...")
     return wrong
+
+
+def _wrong_device(trainer: Trainer) -> list[str]:
+    """What this process's device cannot do."""
+    parallel: Any = trainer.parallel
+    if not (isinstance(parallel, Parallel) and parallel.rings):
+        return []
+    why = context.why_no_ring(trainer.device)
+    return [f"parallel.context_attention='ring': {why}; say 'all_to_all'."] if why else []
 
 
 def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:

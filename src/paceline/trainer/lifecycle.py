@@ -205,8 +205,8 @@ def place(trainer: Trainer) -> None:
     placement.place(trainer)
     if (dtype := trainer.autocast_dtype) is not None:
         trainer.autocast = torch.autocast(trainer.device.type, dtype=dtype)
-    if trainer.world.context_mesh is not None:
-        trainer.autocast = Sequences(trainer.world.context_mesh, trainer.autocast)
+    if (mesh := trainer.world.context_mesh) is not None:
+        trainer.autocast = Sequences(mesh, trainer.autocast, ring=trainer.parallel.rings)
     for model in trainer.named_models().values():
         model.train()
 
@@ -367,7 +367,8 @@ def _spread(world: World) -> str:
         return f"replicated over {world.size} ranks by DDP"
     ways = [f"cut into {stages} stages"] * (stages > 1)
     ways += [f"split over {tensor} ranks by its plan"] * (tensor > 1)
-    ways += [f"given sequences in {context} parts"] * (context > 1)
+    ring = ", with attention by torch's ring" * world.parallel.rings
+    ways += [f"given sequences in {context} parts{ring}"] * (context > 1)
     ways += [f"with its experts shared out over {expert} ranks"] * (expert > 1)
     ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)
     copies = "" if world.copies == 1 else f", in {world.copies} copies"

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from paceline.checkpoint.state import parameter_names
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.materialize import Materializer
+from paceline.world.context import ring_attention
 from paceline.world.world import send
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def place(trainer: Trainer) -> None:
         from torch.distributed.tensor.parallel import loss_parallel
 
         trainer.while_placed.enter_context(loss_parallel())  # of logits whose classes are split
+    if trainer.parallel.rings:
+        trainer.while_placed.enter_context(ring_attention())
     mine = {id(m): n for n, m in outermost(components(trainer, torch.nn.Module)).items()}
     placed: dict[int, torch.nn.Module] = {}
 

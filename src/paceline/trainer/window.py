@@ -181,7 +181,7 @@ class buffers_kept:
 def here(trainer: Trainer, batch: Any) -> Any:
     """What this rank computes of a batch, on its device."""
     if trainer.world.context_mesh is not None:
-        batch = part_of(batch, trainer.world.context_mesh)
+        batch = part_of(batch, trainer.world.context_mesh, ring=trainer.parallel.rings)
     return batch if trainer.on_cpu else to_device(batch, trainer.device)
 
 

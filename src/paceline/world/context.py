@@ -1,8 +1,14 @@
 """Context parallelism: sequences in parts, one on each rank of a group, and attention over all.
 
-Each rank has its part of every sequence, and all heads. For attention the ranks exchange: each gets
-whole sequences of some of the heads, and gives them back after (Ulysses; Jacobs et al., 2023,
-https://arxiv.org/abs/2309.14509).
+Each rank has its part of every sequence, and all heads. For attention the ranks exchange, in one of
+two ways:
+
+- all-to-all: each gets whole sequences of some of the heads, and gives them back after (Ulysses;
+  Jacobs et al., 2023, https://arxiv.org/abs/2309.14509).
+- ring: each keeps its queries, and the keys and values of one rank after the other come by (Liu et
+  al., 2023, https://arxiv.org/abs/2310.01889). It is torch's
+  `torch.distributed.tensor.experimental.context_parallel`. A rank has an early and a late piece of
+  each sequence, so that causal attention is as much work on each.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from paceline.errors import ConfigError, DataError
 from paceline.world.batches import each_leaf
 
-_mesh: DeviceMesh | None = None  # of the ranks that share a sequence, while a batch is computed
+_entered: Sequences | None = None  # while a batch of parts is computed
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
@@ -35,21 +41,18 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **opt
         [batch, heads, length, size] of the same part.
 
     Raises:
-        ConfigError: the ranks cannot share the heads out evenly, or a mask is given for parts.
+        ConfigError: the ranks cannot share the heads out evenly, a mask is given for parts, or the
+            ring cannot compute it.
     """
-    if _mesh is None:
+    if _entered is None:
         return F.scaled_dot_product_attention(query, key, value, **options)
     if options.get("attn_mask") is not None:
         raise ConfigError(
             "attention(attn_mask=...) does not exist yet with parallel.context: use is_causal=True."
         )
-    uneven = [t.shape[1] for t in (query, key, value) if t.shape[1] % _mesh.size()]
-    if uneven:
-        raise ConfigError(
-            f"parallel.context={_mesh.size()}: {uneven[0]} heads cannot be shared out evenly."
-        )
-    q, k, v = (_exchanged(t, 2, 1, _mesh) for t in (query, key, value))
-    return _exchanged(F.scaled_dot_product_attention(q, k, v, **options), 1, 2, _mesh)
+    if _entered.ring:
+        return _by_ring(query, key, value, _entered.mesh, **options)
+    return _by_all_to_all(query, key, value, _entered.mesh, **options)
 
 
 def positions(length: int, device: torch.device | None = None) -> torch.Tensor:
@@ -59,31 +62,33 @@ def positions(length: int, device: torch.device | None = None) -> torch.Tensor:
         length: elements that are here.
         device: of the indices, int64 [length].
     """
-    rank = 0 if _mesh is None else _mesh.get_local_rank()
-    return torch.arange(rank * length, (rank + 1) * length, device=device)
+    if _entered is None:
+        return torch.arange(length, device=device)
+    whole = torch.arange(length * _entered.mesh.size(), device=device)
+    return _part(whole, 0, _entered.mesh, _entered.ring)
 
 
 def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function as it would compute now, for whenever it is called: a backward pass, say."""
-    mesh = _mesh
-    if mesh is None:
+    now = _entered
+    if now is None:
         return function
 
     def computed(*args: Any, **kwargs: Any) -> Any:
-        with _shared_over(mesh):
+        with _speaking_of(now):
             return function(*args, **kwargs)
 
     return computed
 
 
 @contextmanager
-def _shared_over(mesh: DeviceMesh) -> Iterator[None]:
-    global _mesh
-    before, _mesh = _mesh, mesh
+def _speaking_of(sequences: Sequences) -> Iterator[None]:
+    global _entered
+    before, _entered = _entered, sequences
     try:
         yield
     finally:
-        _mesh = before
+        _entered = before
 
 
 class Sequences:
@@ -92,33 +97,39 @@ class Sequences:
     Args:
         mesh: the ranks that share a sequence.
         inner: another context, entered within; reusable, as this one is.
+        ring: whether attention is torch's ring, and parts are cut for it; see `ring_attention`.
     """
 
-    def __init__(self, mesh: DeviceMesh, inner: AbstractContextManager[Any]) -> None:
-        self._mesh = mesh
+    def __init__(
+        self, mesh: DeviceMesh, inner: AbstractContextManager[Any], *, ring: bool = False
+    ) -> None:
+        self.mesh = mesh
+        self.ring = ring
         self._inner = inner
 
     def __enter__(self) -> None:
-        global _mesh
-        _mesh = self._mesh
+        global _entered
+        _entered = self
         self._inner.__enter__()
 
     def __exit__(self, *raised: Any) -> None:
-        global _mesh
-        _mesh = None
+        global _entered
+        _entered = None
         self._inner.__exit__(*raised)
 
 
-def part_of(batch: Any, mesh: DeviceMesh) -> Any:
+def part_of(batch: Any, mesh: DeviceMesh, *, ring: bool = False) -> Any:
     """This rank's part of a batch: of each tensor [batch, length, ...] its share of the length.
 
     Args:
         batch: tensors, in lists, tuples and dictionaries; those of fewer dimensions stay whole.
         mesh: the ranks that share a sequence.
+        ring: whether parts are cut for torch's ring attention.
 
     Raises:
         DataError: a length does not divide, or an object holds tensors that cannot be seen.
     """
+    pieces = mesh.size() * (2 if ring else 1)
 
     def part(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -130,14 +141,69 @@ def part_of(batch: Any, mesh: DeviceMesh) -> Any:
             return leaf
         if leaf.dim() < 2:
             return leaf
-        if leaf.shape[1] % mesh.size():
+        if leaf.shape[1] % pieces:
+            each = ", in two pieces each for the ring," if ring else ""
             raise DataError(
-                f"parallel.context={mesh.size()} does not divide the second dimension of a tensor "
-                f"of shape {tuple(leaf.shape)} in the batch: pad sequences to a multiple of it."
+                f"parallel.context={mesh.size()}{each} does not divide the second dimension of a "
+                f"tensor of shape {tuple(leaf.shape)} in the batch: pad sequences to a multiple of "
+                f"{pieces}."
             )
-        return leaf.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].contiguous()
+        return _part(leaf, 1, mesh, ring)
 
     return each_leaf(batch, part)
+
+
+def why_no_ring(device: torch.device) -> str | None:
+    """Why torch's ring attention cannot be had here; None if it can."""
+    from torch.distributed.tensor.experimental import _attention
+
+    if device.type != "cuda":
+        return f"torch's ring attention has no {device.type.upper()} kernel"
+    if not hasattr(_attention, "_enable_context_parallel_dispatcher"):
+        return f"torch {torch.__version__} is too old for its ring attention"
+    return None
+
+
+@contextmanager
+def ring_attention() -> Iterator[None]:
+    """While it is entered, torch computes attention of sequences in parts by its ring.
+
+    It holds for backward passes too, and so for longer than `Sequences`.
+    """
+    from torch.distributed.tensor.experimental import _attention as torchs
+
+    options = torchs._cp_options
+    before, options.enable_load_balance = options.enable_load_balance, True
+    torchs._enable_context_parallel_dispatcher()
+    try:
+        yield
+    finally:
+        torchs._disable_context_parallel_dispatcher()
+        options.enable_load_balance = before
+
+
+def _part(tensor: torch.Tensor, dim: int, mesh: DeviceMesh, ring: bool) -> torch.Tensor:
+    """This rank's share; for the ring an early and a late piece, which make as much work on each.
+
+    It is the order of torch's `_HeadTailLoadBalancer`.
+    """
+    size, rank = mesh.size(), mesh.get_local_rank()
+    if not ring:
+        return tensor.chunk(size, dim)[rank].contiguous()
+    pieces = tensor.chunk(2 * size, dim)
+    return torch.cat([pieces[rank], pieces[-1 - rank]], dim)
+
+
+def _by_all_to_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mesh: DeviceMesh, **options: Any
+) -> torch.Tensor:
+    uneven = [t.shape[1] for t in (query, key, value) if t.shape[1] % mesh.size()]
+    if uneven:
+        raise ConfigError(
+            f"parallel.context={mesh.size()}: {uneven[0]} heads cannot be shared out evenly."
+        )
+    q, k, v = (_exchanged(t, 2, 1, mesh) for t in (query, key, value))
+    return _exchanged(F.scaled_dot_product_attention(q, k, v, **options), 1, 2, mesh)
 
 
 def _exchanged(tensor: torch.Tensor, source: int, target: int, mesh: DeviceMesh) -> torch.Tensor:
@@ -146,3 +212,32 @@ def _exchanged(tensor: torch.Tensor, source: int, target: int, mesh: DeviceMesh)
 
     spread = DTensor.from_local(tensor.contiguous(), mesh, [Shard(source)], run_check=False)
     return spread.redistribute(placements=[Shard(target)]).to_local()
+
+
+def _by_ring(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mesh: DeviceMesh, **options: Any
+) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if not options.pop("is_causal", False):
+        _refuse("is_causal=False", "its parts are cut for causal attention")
+    if options.pop("dropout_p", 0.0):
+        _refuse("dropout_p=...", "its backward pass does not know what each step has dropped")
+    if options.pop("enable_gqa", False):
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    q, k, v = (
+        DTensor.from_local(t, mesh, [Shard(2)], run_check=False) for t in (query, key, value)
+    )
+    # The other kernel, torch's MATH, takes parts for what follows one another in the sequence.
+    fused = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    with sdpa_kernel([*fused]):
+        out: Any = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    return out.to_local()
+
+
+def _refuse(argument: str, why: str) -> None:
+    raise ConfigError(
+        f"attention({argument}) does not exist with parallel.context_attention='ring': {why}; "
+        "'all_to_all' has it."
+    )

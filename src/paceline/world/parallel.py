@@ -24,6 +24,9 @@ class Parallel:
         tensor: processes over which modules are split, as `plan` says. They see the same samples.
         context: processes over which sequences are split. The model asks `paceline.world.context`
             for attention and positions.
+        context_attention: how attention sees whole sequences: "all_to_all", each process computes
+            some of the heads; "ring", torch's ring, on CUDA alone: keys and values go round, heads
+            need not divide, and attention has to be causal.
         pipeline: stages that a model is cut into, each on processes of its own, which pass a
             window's micro-batches on to each other. The model is a `Sequential`, or says in
             `pipeline_order` which of its modules compute it, one after the other.
@@ -51,6 +54,7 @@ class Parallel:
     dp_shard: int = 1
     tensor: int = 1
     context: int = 1
+    context_attention: Literal["all_to_all", "ring"] = "all_to_all"
     pipeline: int = 1
     expert: int = 1
     activation_checkpointing: Literal["full", "selective"] | float | None = None
@@ -65,6 +69,11 @@ class Parallel:
             raise ConfigError(
                 f"parallel.activation_checkpointing={recomputed!r}: expected 'full', 'selective', "
                 "a part such as 0.5, or None."
+            )
+        if self.context_attention not in ("all_to_all", "ring"):
+            raise ConfigError(
+                f"parallel.context_attention={self.context_attention!r}: expected 'all_to_all' or "
+                "'ring'."
             )
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout!r}: expected seconds, more than 0.")
@@ -84,6 +93,11 @@ class Parallel:
                 "parallel.cpu_offload=True: what is offloaded is sharded parameters; share them "
                 "over parallel.dp_shard=2 processes or more, or leave it out."
             )
+
+    @property
+    def rings(self) -> bool:
+        """Whether sequences are in parts, and attention is torch's ring."""
+        return self.context > 1 and self.context_attention == "ring"
 
     @property
     def is_spread(self) -> bool:
