@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from paceline import Trainer
+from paceline.checkpoint.files import Disk
 
 class Points(Dataset):
     def __init__(self, n: int = 64):
@@ -41,6 +42,8 @@ class Fit(Trainer):
             open(f"three{self.world.rank}", "w").close()
             if self.world.rank == self.bad and self.how == "raise":
                 raise ValueError("a fault on purpose")
+            if self.world.rank == self.bad and self.how == "fill_disk":
+                Disk.free_bytes = lambda *_: 100
             if self.world.rank == self.bad and self.how == "stop_launcher":
                 os.kill(os.getppid(), signal.SIGTERM)
             if self.world.rank == self.bad and self.how == "kill_once":

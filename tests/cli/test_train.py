@@ -102,6 +102,15 @@ def test_a_failure_in_the_users_code_is_code_1_with_its_stack(paceline):
     assert "toy.py" in err
 
 
+def test_a_full_disk_is_code_1_and_one_message(paceline):
+    words = ("train", "toy.yaml", "trainer.bad=0", "trainer.how=fill_disk")
+    code, _, err = paceline(*words)
+    assert code == 1
+    assert "the checkpoint of step 32 could not be written: a checkpoint needs" in err
+    assert "0.1 kB are free" in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_with_75(paceline, wait_for, tmp_path: Path, number: int):
     process = paceline.start("train", "toy.yaml", "trainer.progress=true", *SLOW)

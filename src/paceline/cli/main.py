@@ -17,7 +17,7 @@ from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
 from paceline.cli.runs import runs
 from paceline.cli.train import train
-from paceline.errors import ConfigError, PacelineError
+from paceline.errors import CheckpointError, ConfigError, PacelineError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,7 +77,10 @@ def _show(error: PacelineError) -> None:
 
     console = Console(stderr=True, soft_wrap=True)
     cause = error.__cause__
-    if cause is not None and not isinstance(error, ConfigError):
+    while isinstance(cause, PacelineError):  # which says what it has to say in its message
+        cause = cause.__cause__
+    of_disk = isinstance(error, CheckpointError) and isinstance(cause, OSError)
+    if cause is not None and not of_disk and not isinstance(error, ConfigError):
         lines = traceback.format_exception(cause)
         console.print(Text("".join(lines).rstrip()), style="dim")
     where = f"{_rank()}: " if _rank() else ""
