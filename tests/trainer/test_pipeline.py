@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,75 @@ def test_blocks_of_a_stage_compute_their_forward_pass_twice(ranks: Ranks) -> Non
             assert torch.equal(weights[name], expected[name])
 
 
+def fit_compiled(shard: int) -> Any:
+    """By a backend that notes what it gets and changes nothing."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile = partial(torch.compile, backend=backend)
+    setups: list[Any] = [{}, {"compile": True}]
+    plain, ended = (
+        fit(2, 2, dp_shard=shard, model=Words(batch_norm=False).double(), **settings)
+        for settings in setups
+    )
+    return plain, ended, len(compiled)
+
+
+@pytest.mark.slow
+def test_blocks_of_a_stage_are_compiled(ranks: Ranks) -> None:
+    for (weights, *rest), (expected, *others), compiled in ranks(fit_compiled, 2, 1):
+        assert compiled
+        assert rest == others
+        assert weights.keys() <= expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+
+
+class Half(Keep):
+    """Notes the scale of losses, the first of which overflow when they are scaled."""
+
+    def on_train_start(self) -> None:
+        self.scales: list[float] = []
+
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        self.scales.append(self.optimization.scaler.get_scale())
+
+
+def fit_half(stages: int, shard: int = 1, times: int = 30) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    trainer = Half(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        loss_fn=lambda outputs, targets: times * (outputs.float() - targets).square().mean(),
+        train_dataloader=DataLoader(TensorDataset(x, x.flip(1)), 4 // shard),
+        epochs=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=1.0,
+        precision="fp16",
+        parallel=Parallel(pipeline=stages, dp_shard=shard),
+        progress=False,
+    )
+    trainer.train(seed=0)
+    return trainer.mine, trainer.scales
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [1, 2])
+def test_an_overflow_in_one_stage_skips_the_step_in_all(ranks: Ranks, shard: int) -> None:
+    # Of half as many samples each has twice the part in the mean; norms are clipped to the same.
+    expected, scales = fit_half(1, times=30 * shard)
+    assert scales[0] == 2.0**15
+    assert scales[-2:] == [scales[-1]] * 2
+    for mine, found in ranks(fit_half, 2 * shard, 2, shard):
+        assert found == scales
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=0.01)
+
+
 class Loose(Words):
     """A parameter of no stage."""
 
@@ -266,6 +336,7 @@ def refuse_all() -> list[str]:
         refused(2, model=Loose()),
         refused(2, model=used),
         refused(2, callbacks=[GradientMonitor(per_layer=True)]),
+        refused(2, compile=True, model=nn.Sequential(nn.Embedding(WORDS, 4), nn.Linear(4, WORDS))),
     ]
 
 
@@ -282,6 +353,7 @@ def test_what_cannot_be_cut_is_refused(ranks: Ranks) -> None:
         "parallel.pipeline: scale of 'model' belong to none of the modules that compute it",
         "the model 'model' is cut already, by an earlier run: build it anew",
         "GradientMonitor(per_layer=True): no rank has the gradients of all layers",
+        "compile=True: the model 'model' has no repeated blocks",
     )
     for found in ranks(refuse_all, 2):
         for message, part in zip(found, expected, strict=True):
@@ -332,8 +404,7 @@ def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
         model=Words(),
         optimizer=None,
         epochs=1,
-        precision="fp16",
-        compile=True,
+        precision="fp8",
         parallel=Parallel(pipeline=2),
     )
     layouts = Parallel(pipeline=2, dp_shard=2, tensor=2, context=2, cpu_offload=True)
@@ -344,8 +415,7 @@ def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
             trainer.train()
         messages.append(str(raised.value))
     assert "training_step: with parallel.pipeline no stage computes a loss" in messages[0]
-    assert "precision='fp16': does not exist yet with parallel.pipeline" in messages[0]
-    assert "compile=True: does not exist yet with parallel.pipeline" in messages[0]
+    assert "precision='fp8': does not exist yet with parallel.pipeline" in messages[0]
     for setting in ("tensor=2", "context=2", "cpu_offload=True"):
         assert f"parallel.{setting}: does not exist yet with parallel.pipeline" in messages[1]
 

@@ -148,7 +148,6 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
             ("precision", "fp16", "expert", parallel.expert > 1),
             ("precision", "fp8", "expert", parallel.expert > 1),
             ("compile", trainer.compile, "expert", trainer.compile and parallel.expert > 1),
-            ("precision", "fp16", "pipeline", parallel.pipeline > 1),
             ("precision", "fp8", "pipeline", parallel.pipeline > 1),
         ):
             if getattr(trainer, name) == value and asked:
@@ -188,11 +187,6 @@ def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:
         for name in ("tensor", "context", "expert", "cpu_offload")
         if (size := getattr(parallel, name)) is True or size > 1
     ]
-    if trainer.compile:
-        wrong.append(
-            f"compile={trainer.compile!r}: does not exist yet with parallel.pipeline; leave one of "
-            "them out."
-        )
     wrong += [
         f"{name}: with parallel.pipeline no stage computes a loss from a batch by itself: what is "
         "trained is loss_fn(outputs, targets). Put it into a loss_fn, and leave this as it is."

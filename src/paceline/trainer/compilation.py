@@ -10,7 +10,9 @@ import torch
 from paceline.trainer.blocks import needed_blocks, repeated_blocks
 
 
-def compile_blocks(module: torch.nn.Module, name: str, which: object) -> list[torch.nn.Module]:
+def compile_blocks(
+    module: torch.nn.Module, name: str, which: object, *, staged: bool = False
+) -> list[torch.nn.Module]:
     """Compiles each repeated block of a model; blocks of a kind share what is compiled.
 
     A block's hooks stay outside, those by which it is sharded above all: a model is compiled block
@@ -20,6 +22,7 @@ def compile_blocks(module: torch.nn.Module, name: str, which: object) -> list[to
         module: the model.
         name: its name, for messages.
         which: "blocks", or True for a model that is compiled as one if it has none.
+        staged: whether no process calls the model as one.
 
     Returns:
         What is compiled; each has a `forward` of its own in its `__dict__` now.
@@ -27,10 +30,10 @@ def compile_blocks(module: torch.nn.Module, name: str, which: object) -> list[to
     Raises:
         ConfigError: it is to be compiled by its blocks, is trained, and has none.
     """
-    if which != "blocks":
+    if which != "blocks" and not staged:
         parts = repeated_blocks(module) or [module]
     elif any(p.requires_grad for p in module.parameters()):
-        parts = needed_blocks(module, name, "compile='blocks'")
+        parts = needed_blocks(module, name, f"compile={which!r}")
     else:
         parts = repeated_blocks(module)
     for part in parts:

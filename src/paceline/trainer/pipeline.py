@@ -207,6 +207,8 @@ class Pipeline:
                 for hook in trainer.events.on_train_batch_start:
                     hook(batch, window.batch_idx)
         self._losses = torch.zeros(len(window), dtype=torch.float64, device=trainer.device)
+        if (scaler := trainer.optimization.scaler) is not None:
+            scaler.scale(self._losses)  # by which it is made, on stages without a loss too
         for replica in trainer.replicas:
             replica.begin(exchange=False)  # the stage's to begin
         # Copies of a stage wait for each other's gradients, so that each computes something.
@@ -262,7 +264,8 @@ class Pipeline:
             share = weighted(loss, weight)
         for hook in trainer.events.on_before_backward:
             hook(share)
-        return share
+        scaler = trainer.optimization.scaler
+        return share if scaler is None else scaler.scale(share)
 
     # A call of the model
 

@@ -191,7 +191,7 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
     elif trainer.compile:
         from paceline.trainer.compilation import compile_blocks
 
-        trainer.compiled += compile_blocks(module, name, trainer.compile)
+        trainer.compiled += compile_blocks(module, name, trainer.compile, staged=staged)
     for part in {*trainer.recomputed, *trainer.compiled}:
         trainer.while_placed.callback(vars(part).pop, "forward", None)
     if staged:
