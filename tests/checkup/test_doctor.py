@@ -79,6 +79,9 @@ def test_one_of_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         doctor()
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://node1:29510")
+    with pytest.raises(ConfigError, match="not exist for replica groups"):
+        doctor()
 
 
 @pytest.mark.parametrize("name", ["P1 exact resume", "P5 a flipped bit", "P12 any place at once"])

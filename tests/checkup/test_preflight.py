@@ -297,6 +297,9 @@ def test_one_of_several_processes_is_refused(recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         preflight(checked)
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://node1:29510")
+    with pytest.raises(ConfigError, match="not exist for replica groups"):
+        preflight(checked)
 
 
 def test_the_report_is_plain_json(recipe):

@@ -123,6 +123,14 @@ def test_a_recipe_may_be_built_again(recipe: Write):
     assert loaded.plan == plan
 
 
+def test_a_schedule_is_as_long_as_the_run_of_all_replica_groups(recipe: Write, monkeypatch):
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://node1:29510")
+    monkeypatch.setenv("REPLICA_GROUP_ID", "0")
+    monkeypatch.setenv("NUM_REPLICA_GROUPS", "2")
+    trainer = build(recipe(lr_scheduler={"type": "warmup_cosine"}))
+    assert trainer.lr_scheduler.total_steps == 4  # of 8 of 10 rows, twice, and the rest
+
+
 def test_one_cycle_may_be_told_its_length_in_epochs(recipe: Write):
     node = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 1.0}
     trainer = build(recipe(lr_scheduler=node | {"epochs": 3, "steps_per_epoch": 7}))

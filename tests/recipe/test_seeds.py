@@ -50,6 +50,13 @@ def test_each_seed_has_the_run_that_it_would_have_alone(recipe: Write):
     assert weights(RUNS / "seed_1") != weights(RUNS / "seed_2")
 
 
+def test_replica_groups_train_one_run_alone(recipe: Write, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://node1:29510")
+    loaded = load_recipe(recipe(seeds=[1, 2]))
+    with pytest.raises(ConfigError, match="several `seeds` do not exist for replica groups"):
+        train_seeds(loaded, Resume())
+
+
 def test_the_summary_is_over_the_seeds_that_were_asked_for(recipe: Write, capsys):
     """Given finished seeds 1 and 2, when 2 and 3 are asked for, then 2 is skipped, 3 is trained,
     and mean and deviation are over 2 and 3 alone."""

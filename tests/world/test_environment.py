@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 
 from paceline.errors import ConfigError
 from paceline.world import environment, world
-from paceline.world.environment import began_before_restart, first_host, from_slurm
+from paceline.world.environment import (
+    ReplicaGroup,
+    began_before_restart,
+    first_host,
+    from_slurm,
+)
 from paceline.world.world import World
 from ranks import Ranks
 
@@ -138,7 +143,26 @@ def test_a_restart_goes_on_with_what_it_has_begun_itself(
     assert began_before_restart({} if recorded is None else {name: recorded}) is expected
 
 
-def test_a_replica_group_is_told_that_there_are_none_yet(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("number", "groups", "told"),
+    [
+        (None, "2", "REPLICA_GROUP_ID has to be a whole number from 0 on, and is 'not set'"),
+        ("1", "two", "NUM_REPLICA_GROUPS has to be a whole number from 1 on, and is 'two'"),
+        ("2", "2", "NUM_REPLICA_GROUPS=2 groups have the numbers 0 to 1"),
+    ],
+)
+def test_a_replica_group_knows_which_it_is(
+    number: str | None, groups: str, told: str, monkeypatch: pytest.MonkeyPatch
+):
+    assert environment.replica_group() is None
     monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://node1:29510")
-    with pytest.raises(ConfigError, match=r"replica groups \(torchft\) do not exist yet"):
-        World().open()
+    monkeypatch.setenv("REPLICA_GROUP_ID", "1")
+    monkeypatch.setenv("NUM_REPLICA_GROUPS", "4")
+    assert environment.replica_group() == ReplicaGroup("http://node1:29510", 1, 4)
+    monkeypatch.setenv("NUM_REPLICA_GROUPS", groups)
+    if number is None:
+        monkeypatch.delenv("REPLICA_GROUP_ID")
+    else:
+        monkeypatch.setenv("REPLICA_GROUP_ID", number)
+    with pytest.raises(ConfigError, match=told):
+        environment.replica_group()

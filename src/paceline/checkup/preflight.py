@@ -26,7 +26,7 @@ from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError,
 from paceline.recipe.builder import build_trainer, origin
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.settings import Resume
-from paceline.world.environment import adopt_slurm
+from paceline.world.environment import adopt_slurm, refuse_replica_groups
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -75,9 +75,10 @@ def alone(command: str) -> None:
     """Refuses to look at a recipe as one of several processes.
 
     Raises:
-        ConfigError: this process is one of several.
+        ConfigError: this process is one of several, or one of several replica groups.
     """
     adopt_slurm()
+    refuse_replica_groups(f"`paceline {command}` does")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(f"{command} runs in one process: start it without a launcher.")
 

@@ -59,6 +59,13 @@ class Layout:
         """Micro-batches a rank sees in `epoch`."""
         return -(-self.units(epoch) // self.chunk)
 
+    def share_out(self, rank: int, ranks: int) -> bool:
+        """Splits from now on among so many; returns whether that is new."""
+        is_new = (rank, ranks) != (self._rank, self._ranks)
+        self.chunk = self.chunk // self._ranks * ranks
+        self._rank, self._ranks = rank, ranks
+        return is_new
+
     def share(self, start: int, stop: int) -> tuple[int, int]:
         """This rank's part of the units [start, stop); ranks differ by one unit at most."""
         if self._ranks == 1:
@@ -209,6 +216,11 @@ class IndexedSource:
         if not self._reader.persistent:
             self._batches = None
         self._end = self._layout.units(epoch)
+
+    def share_out(self, rank: int, ranks: int) -> None:
+        """Splits the same windows among another number of ranks from here on."""
+        if self._layout.share_out(rank, ranks):
+            self.close()
 
     def draw(self) -> Draw | None:
         start, stop = self._offset, min(self._offset + self._window, self._end)

@@ -33,7 +33,7 @@ class FolderLock:
         Raises:
             ConfigError: another process goes on training there.
         """
-        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = _opened(folder)
         deadline = time.monotonic() + _PATIENCE
         waiting = False
         while not _locked(handle):
@@ -48,6 +48,18 @@ class FolderLock:
                 say(f"waiting for another process ({owner}) to leave {folder}.")
             waiting = True
             time.sleep(0.1)
+        self._sign(handle)
+
+    def try_to_take(self, folder: Path) -> bool:
+        """Takes the lock of `folder`, which exists, if it is free. Not while this object has it."""
+        handle = _opened(folder)
+        if not _locked(handle):
+            os.close(handle)
+            return False
+        self._sign(handle)
+        return True
+
+    def _sign(self, handle: int) -> None:
         with contextlib.suppress(OSError):  # a full disk: nobody will read who it was
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -82,6 +94,10 @@ def is_free(folder: Path) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def _opened(folder: Path) -> int:
+    return os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
 def _locked(handle: int) -> bool:

@@ -13,6 +13,7 @@ from paceline.recipe.mistakes import dotted
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.resume import kept_global_batch_size
 from paceline.trainer.settings import Resume
+from paceline.world.environment import replica_group
 from paceline.world.parallel import Parallel
 from paceline.world.world import World
 
@@ -111,7 +112,7 @@ class Horizon:
             or kept_global_batch_size(self.recipe.run_dir, self.resume, self.loader, accumulation),
             epoch_length=setting("epoch_length"),
         )
-        world = World(self.recipe.settings.get("parallel") or Parallel())
-        return count_windows(
-            self.loader, size, setting("epochs"), setting("max_steps"), world.dp_size
-        )
+        shares = World(self.recipe.settings.get("parallel") or Parallel()).dp_size
+        if (place := replica_group()) is not None:
+            shares *= place.groups
+        return count_windows(self.loader, size, setting("epochs"), setting("max_steps"), shares)

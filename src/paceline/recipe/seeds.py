@@ -24,6 +24,7 @@ from paceline.trainer.result import Result
 from paceline.trainer.settings import Resume
 from paceline.trainer.stop import TO_BE_RESUMED
 from paceline.trainer.trainer import Trainer
+from paceline.world.environment import refuse_replica_groups
 from paceline.world.world import World
 
 SEEDS_FILE = "seeds.json"
@@ -121,9 +122,11 @@ def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> S
         build: makes the Trainer of one; `build_trainer` unless given.
 
     Raises:
-        ConfigError: `resume` asks for one checkpoint, of which there is one a seed.
+        ConfigError: `resume` asks for one checkpoint, of which there is one a seed; or this process
+            is a replica group.
         SystemExit: with code 75, if a run was stopped: the same call goes on.
     """
+    refuse_replica_groups("several `seeds` do")
     if resume.path is not None or resume.mode == "must":
         raise ConfigError(
             f"--resume {resume.mode}: each seed has a run of its own. Leave it out to go on with "

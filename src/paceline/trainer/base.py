@@ -39,6 +39,7 @@ _AUTOCAST = {
 
 if TYPE_CHECKING:
     from paceline.trainer.pipeline import Pipeline
+    from paceline.trainer.replica_groups import ReplicaGroups
 
 
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,6 +108,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     window: Window
     model_key: int
     replicas: list[Any]
+    replica_groups: ReplicaGroups | None = None  # of torchft, one of which this process is
     pipeline: Pipeline | None = None  # what runs the model's stages, if it is cut into some
     validation_calls: list[Any]
     float8: Float8Layers | None = None

@@ -21,6 +21,7 @@ from paceline.trainer.events import Callback, misspelt_hooks, overrides
 from paceline.trainer.float8 import missing
 from paceline.trainer.materialize import without_a_way
 from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.replica_groups import missing_for_groups, wrong_with_groups
 from paceline.trainer.schedules import takes_metric
 from paceline.trainer.settings import MODES
 from paceline.world import context
@@ -53,12 +54,12 @@ def check_settings(trainer: Trainer) -> None:
         MissingExtraError: a setting needs a package that is not installed.
     """
     wrong = wrong_settings(trainer)
-    wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer)
+    wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer) + wrong_with_groups(trainer)
     if not _overrides(trainer, "configure"):
         wrong += _wrong_components(trainer)
     _refuse(wrong)
     _refuse(_wrong_device(trainer))
-    if lacking := missing(trainer.precision):
+    if lacking := missing(trainer.precision) or missing_for_groups():
         raise MissingExtraError(lacking)
 
 

@@ -26,11 +26,11 @@ from paceline.trainer.float8 import float8_layers
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
+from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
 from paceline.trainer.stop import StopAgreement
 from paceline.world.context import Sequences
 from paceline.world.seeding import mix, seed_everything, stream
-from paceline.world.world import World
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -111,6 +111,8 @@ def start(trainer: Trainer) -> None:
     for hook in trainer.events.on_setup:
         hook()
     _load(trainer)
+    if trainer.replica_groups is not None:
+        trainer.replica_groups.settle()
     _on_disk(trainer, _open_sinks)
     _describe(trainer)
     trainer.stop_agreement.open(_first_point(trainer))
@@ -134,6 +136,7 @@ def _reset(trainer: Trainer, seed: int | None) -> None:
     trainer.replicas, trainer.validation_calls, trainer.pipeline = [], [], None
     trainer.recomputed, trainer.compiled, trainer.while_placed = [], [], ExitStack()
     trainer.float8 = None
+    trainer.replica_groups = groups_of(trainer)
     trainer.local_batches = 0
     trainer.on_cpu = trainer.device.type == "cpu"
     trainer.events = Events(trainer, ())
@@ -173,7 +176,9 @@ def _open_data(trainer: Trainer) -> None:
         )
     size = WindowSize(accumulation, global_batch_size, trainer.epoch_length)
     with _speaking_of("train_dataloader"):
-        trainer.source = open_training(trainer.train_dataloader, size, seed, world)
+        groups = trainer.replica_groups
+        opened_by = open_training if groups is None else groups.open_training
+        trainer.source = opened_by(trainer.train_dataloader, size, seed, world)
     if trainer.val_dataloader is not None:
         with _speaking_of("val_dataloader"):
             trainer.validation = open_validation(trainer.val_dataloader, seed, world)
@@ -257,6 +262,8 @@ def _make_folder(trainer: Trainer) -> None:
     if trainer.resume.mode == "fresh":
         _move_aside(trainer)
     trainer.run_dir.mkdir(parents=True, exist_ok=True)
+    if trainer.replica_groups is not None:
+        return trainer.replica_groups.open_folder()
     trainer.folder_lock.take(trainer.run_dir, trainer.say)
     trainer.record = RunRecord(trainer.run_dir)
 
@@ -325,7 +332,7 @@ def _describe(trainer: Trainer) -> None:
     if trainer.float8 is not None:
         plan.add(str(trainer.float8), "precision")
     if trainer.world.size > 1:
-        plan.add(_spread(trainer.world), "parallel")
+        plan.add(placement.layout(trainer.world), "parallel")
     if trainer.parallel.calls_together and (dtype := trainer.autocast_dtype):
         kind = str(dtype).removeprefix("torch.")
         plan.add(f"gathers weights in {kind}, sums their gradients in float32", "precision")
@@ -358,21 +365,6 @@ def _describe(trainer: Trainer) -> None:
         trainer.say(f"the run in {trainer.run_dir} is complete ({trainer.progress.ended_by}).")
     elif trainer.show_progress and trainer.world.is_main:
         plan.show()
-
-
-def _spread(world: World) -> str:
-    sizes = ("tensor", "context", "expert", "pipeline")
-    tensor, context, expert, stages = (getattr(world.parallel, name) for name in sizes)
-    if world.shards == tensor == context == expert == stages == 1:
-        return f"replicated over {world.size} ranks by DDP"
-    ways = [f"cut into {stages} stages"] * (stages > 1)
-    ways += [f"split over {tensor} ranks by its plan"] * (tensor > 1)
-    ring = ", with attention by torch's ring" * world.parallel.rings
-    ways += [f"given sequences in {context} parts{ring}"] * (context > 1)
-    ways += [f"with its experts shared out over {expert} ranks"] * (expert > 1)
-    ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)
-    copies = "" if world.copies == 1 else f", in {world.copies} copies"
-    return ", ".join(ways) + copies
 
 
 def _start_record(trainer: Trainer) -> None:

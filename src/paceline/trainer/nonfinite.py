@@ -57,6 +57,16 @@ class NonFiniteGuard:
         if self._buffers is not None:
             self._buffers.take()
 
+    @property
+    def found(self) -> dict[str, Any] | None:
+        """What is not finite in this window, as seen here or heard of."""
+        return self._found
+
+    def hear(self, found: dict[str, Any]) -> None:
+        """Takes what another replica group has found in its part of this window."""
+        if self._found is None:
+            self._found = found
+
     def guarded(self, weighted: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Looks at a micro-batch's loss; returns what to send backward, NaN if it is bad.
 

@@ -96,6 +96,10 @@ class Optimization:
         optimizer, trainer = self.optimizers[name], self._trainer
         self._stepping = name
         self.norms.pop(name, None)
+        if trainer.replica_groups is not None and not trainer.replica_groups.commit(optimizer):
+            optimizer.zero_grad()
+            self._pending = False
+            return
         for replica in trainer.replicas:
             replica.check_exchanged()
         if trainer.world.parts > 1:

@@ -15,7 +15,7 @@ from paceline.checkpoint.state import parameter_names
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.materialize import Materializer
 from paceline.world.context import ring_attention
-from paceline.world.world import send
+from paceline.world.world import World, send
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -319,3 +319,19 @@ def share_buffers(trainer: Trainer) -> None:
     if trainer.pipeline is not None:
         return trainer.pipeline.share_buffers()
     send(chain.from_iterable(model.buffers() for model in trainer.named_models().values()))
+
+
+def layout(world: World) -> str:
+    """How the models lie over the ranks, as a line of the plan."""
+    sizes = ("tensor", "context", "expert", "pipeline")
+    tensor, context, expert, stages = (getattr(world.parallel, name) for name in sizes)
+    if world.shards == tensor == context == expert == stages == 1:
+        return f"replicated over {world.size} ranks by DDP"
+    ways = [f"cut into {stages} stages"] * (stages > 1)
+    ways += [f"split over {tensor} ranks by its plan"] * (tensor > 1)
+    ring = ", with attention by torch's ring" * world.parallel.rings
+    ways += [f"given sequences in {context} parts{ring}"] * (context > 1)
+    ways += [f"with its experts shared out over {expert} ranks"] * (expert > 1)
+    ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)
+    copies = "" if world.copies == 1 else f", in {world.copies} copies"
+    return ", ".join(ways) + copies

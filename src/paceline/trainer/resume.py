@@ -204,7 +204,13 @@ def gather_state(trainer: Trainer) -> dict[str, Any]:
         "rank": {str(trainer.world.rank): rank},
         "identity": trainer.identity,
         "horizon": horizon(trainer),
+        **_of_groups(trainer),
     }
+
+
+def _of_groups(trainer: Trainer) -> dict[str, Any]:
+    groups = trainer.replica_groups
+    return {} if groups is None else {"replica_groups": groups.state_dict()}
 
 
 def load_state(trainer: Trainer, tree: dict[str, Any]) -> None:
@@ -228,6 +234,8 @@ def load_state(trainer: Trainer, tree: dict[str, Any]) -> None:
     _load_named(trainer, "callback", named_callbacks(trainer.callbacks), tree["callbacks"])
     _load_named(trainer, "checkpoint object", trainer.named_objects(), tree["objects"])
     trainer.recorder.load_state_dict(tree["rank"])
+    if trainer.replica_groups is not None:
+        trainer.replica_groups.load_state_dict(tree.get("replica_groups", {}))
 
 
 def _check_fits(trainer: Trainer, tree: dict[str, Any]) -> None:
@@ -427,6 +435,8 @@ def find(trainer: Trainer) -> Checkpoint | None:
     saver, mode = trainer.saver, trainer.resume.mode
     if saver is None:
         return None
+    if trainer.replica_groups is not None and not trainer.replica_groups.writes:
+        return trainer.replica_groups.newest()
     saver.recover()
     if trainer.resume.path is not None:
         wanted = trainer.resume.path.resolve()

@@ -50,8 +50,10 @@ def rewind(trainer: Trainer) -> None:
     """Goes back to the newest checkpoint, with the bad window on the list of those to skip.
 
     Raises:
-        ConfigError: there is no checkpoint yet.
+        ConfigError: there is no checkpoint yet, or there are replica groups.
     """
+    if trainer.replica_groups is not None:
+        raise ConfigError("going back to a checkpoint does not exist yet with replica groups.")
     saver, step = trainer.saver, trainer._rewind_step
     assert saver is not None
     saver.wait()

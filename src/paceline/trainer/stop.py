@@ -90,6 +90,11 @@ class StopAgreement:
         self.reason: str | None = None
 
     @property
+    def wish(self) -> str | None:
+        """Why a stop was asked for here, if it was."""
+        return self._request
+
+    @property
     def by_signal(self) -> bool:
         """Whether the run stops for a signal, to this rank or another."""
         return self.reason is not None and self.reason.startswith("signal ")

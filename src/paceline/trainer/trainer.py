@@ -45,14 +45,12 @@ class Trainer(TrainerBase):
         epoch_length: micro-batches a rank sees in an epoch; None for the loader's own length.
         gradient_accumulation_steps: micro-batches in a window.
         global_batch_size: samples of all ranks in a window; the accumulation follows from it.
-        lr_scheduler_interval: when schedulers step: "step", "epoch", or "metric" (with the
-            monitored metric, after each validation).
+        lr_scheduler_interval: "step", "epoch", or "metric" (each validation's monitored metric).
         max_grad_norm: clip each optimizer's gradients to this 2-norm.
         precision: "fp32", or autocast to "bf16" or "fp16" (with loss scaling), or "fp8": bf16, with
             linear layers that multiply in float8 where the device can (extra `fp8`). Weights are
             kept as they were made; sharded ones are gathered in the lower precision.
-        compile: compile the models in place, or their repeated "blocks" one by one, as sharded and
-            split models always are; parameter names stay as they are.
+        compile: compile models in place, or their repeated "blocks", as sharded ones always are.
         deterministic: use deterministic algorithms only.
         validate_every: "epoch", or a number of optimizer steps.
         metric_monitor: which metric decides what is best.
@@ -268,6 +266,8 @@ class Trainer(TrainerBase):
             self.window = window = self._open_window(draw)
             if progress.global_step not in progress.skips:
                 yield window
+            if self.replica_groups is not None and not self.replica_groups.committed:
+                continue  # it did not count, and is drawn once more
             self._close_window(window)
             if self._rewinding:
                 saving.rewind(self)

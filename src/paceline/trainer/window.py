@@ -149,6 +149,11 @@ class Window:
             trainer.world.sum_parts(both)
             items, shared = map(as_number, both) if trainer.world.reads_are_free else both
             samples = shared if self.samples < 0 else samples
+        elif trainer.replica_groups is not None:
+            both = torch.tensor([items, samples], dtype=torch.float64)
+            trainer.replica_groups.add_up(both)
+            items, shared = map(as_number, both)
+            samples = shared if self.samples < 0 else samples
         self.items, self.samples = items, samples
         if isinstance(items, torch.Tensor):
             exact = torch.float32 if items.device.type == "mps" else torch.float64

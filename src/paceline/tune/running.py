@@ -15,6 +15,7 @@ from paceline.trainer.schedules import takes_metric
 from paceline.trainer.settings import Resume
 from paceline.trainer.trainer import Trainer
 from paceline.tune.run_config import RunConfig
+from paceline.world.environment import refuse_replica_groups
 from paceline.world.seeding import seed_everything
 from paceline.world.world import World
 
@@ -46,9 +47,11 @@ def run(
         The mean over the seeds of each last validation's loss.
 
     Raises:
-        ConfigError: of the loaders only one is given, or no loss was measured.
+        ConfigError: of the loaders only one is given, or no loss was measured; or this process is a
+            replica group.
         Preempted: a run was stopped, and saved: the same call goes on.
     """
+    refuse_replica_groups("runs for several seeds do")
     config.validate_for_execution()
     if (dl_train is None) != (dl_val is None):
         raise ConfigError("run(config, dl_train, dl_val): give both loaders or neither.")

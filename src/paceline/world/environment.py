@@ -10,6 +10,7 @@ import os
 import re
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from paceline.errors import ConfigError
 from paceline.world.orphans import signal_when_parent_dies
@@ -92,17 +93,57 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
-def refuse_replica_groups() -> None:
-    """Refuses to train as one of torchft's replica groups, each of which would train by itself.
+@dataclass(frozen=True)
+class ReplicaGroup:
+    """A process's place among the replica groups of a run, as torchft's examples name it.
+
+    Attributes:
+        lighthouse: the address of torchft's lighthouse, at which the groups meet.
+        number: this group's, which no other has.
+        groups: how many there are when all of them run; a step sees as many shares of samples.
+    """
+
+    lighthouse: str
+    number: int
+    groups: int
+
+
+def replica_group() -> ReplicaGroup | None:
+    """Which replica group this process is; None if `TORCHFT_LIGHTHOUSE` is not set.
 
     Raises:
-        ConfigError: this process was told where their lighthouse is.
+        ConfigError: it is, but not which of how many groups this is.
+    """
+    lighthouse = os.environ.get("TORCHFT_LIGHTHOUSE")
+    if lighthouse is None:
+        return None
+    numbers: list[int] = []
+    for name, least in (("REPLICA_GROUP_ID", 0), ("NUM_REPLICA_GROUPS", 1)):
+        text = os.environ.get(name, "")
+        if not text.isdecimal() or int(text) < least:
+            raise ConfigError(
+                f"TORCHFT_LIGHTHOUSE is set, so this is one of several replica groups: {name} has "
+                f"to be a whole number from {least} on, and is {text or 'not set'!r}. Unset "
+                "TORCHFT_LIGHTHOUSE to train without them."
+            )
+        numbers.append(int(text))
+    if numbers[0] >= numbers[1]:
+        raise ConfigError(
+            f"REPLICA_GROUP_ID={numbers[0]}: NUM_REPLICA_GROUPS={numbers[1]} groups have the "
+            f"numbers 0 to {numbers[1] - 1}."
+        )
+    return ReplicaGroup(lighthouse, *numbers)
+
+
+def refuse_replica_groups(what: str) -> None:
+    """Refuses what is no single run, which is all that replica groups train together.
+
+    Raises:
+        ConfigError: this process is one of them.
     """
     if "TORCHFT_LIGHTHOUSE" in os.environ:
         raise ConfigError(
-            "TORCHFT_LIGHTHOUSE is set: fault-tolerant replica groups (torchft) do not exist yet. "
-            "Unset it, and have a run that fails start again from its newest checkpoint "
-            "(--max-restarts)."
+            f"TORCHFT_LIGHTHOUSE is set, and {what} not exist for replica groups: unset it."
         )
 
 

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from paceline.errors import ConfigError, PeerError
-from paceline.world.environment import adopt_slurm, is_srun_task, refuse_replica_groups
+from paceline.world.environment import adopt_slurm, is_srun_task
 from paceline.world.parallel import Parallel
 
 # Where this process met the others, by address: kept while the process lives, so that one run after
@@ -103,12 +103,7 @@ class World:
         return self.device.type == "cpu"
 
     def open(self) -> World:
-        """Joins the process group; does nothing in a world of one.
-
-        Raises:
-            ConfigError: the processes were started to be something that does not exist yet.
-        """
-        refuse_replica_groups()
+        """Joins the process group; does nothing in a world of one."""
         if self.size == 1 or self.mesh is not None:
             return self
         if self.device.type == "cuda":
