@@ -16,6 +16,7 @@ import torch
 from builders import bits, rows
 from paceline import CheckpointPolicy, Trainer
 from paceline.trainer import replica_groups
+from paceline.world import quorum
 from paceline.world.quorum import Quorum
 from ranks import Ranks
 from small import batches, checkpoints, settings, weights
@@ -23,6 +24,11 @@ from small import batches, checkpoints, settings, weights
 SAMPLES, EPOCHS = 49, 3
 STEPS = EPOCHS * 7  # of 8 samples, the last of each epoch of 1, which one group goes without
 DIES_AT, GOES_ON_TO = 9, 13  # steps done: in the second epoch; before the last one
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_extra() -> None:
+    assert quorum.missing() is None, 'not installed: pip install "paceline[torchft]"'
 
 
 def whole(run_dir: Path, batch: int, **changes: Any) -> dict[str, Any]:
