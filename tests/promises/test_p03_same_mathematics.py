@@ -313,6 +313,8 @@ def test_stages_equal_one_too(ranks: Ranks, size: int, stages: int, shard: int) 
     over two ranks; windows of one micro-batch and of three, the last one short, with batches of
     other sizes and without an item."""
     cases = SOME if size == 2 else [case for case in SOME if case.accumulation > 1]
+    if shard > 1:  # in the last window one rank of a stage has batches of one size, one of two
+        cases = [Case(59, 5, 3), *cases]
     outcomes = ranks(fits_stages, size, cases, Parallel(pipeline=stages, dp_shard=shard))
     for i, case in enumerate(cases):
         expected = fit_stages(replace(case, batch=case.batch * size // stages))

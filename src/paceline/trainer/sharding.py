@@ -203,6 +203,11 @@ class StageShards:
     def shard_rest(self, model: torch.nn.Module) -> None:
         """Shards what is left, once all blocks are; `model` gets the parameters that came of it."""
         self._shard(self._stage)
+        for part in self._stage.modules():
+            if isinstance(part, FSDPModule):
+                # Itself, which is there: what torch takes for the next one may be gone, and ranks
+                # with other micro-batches take other ones for it.
+                part.set_modules_to_backward_prefetch([part])
         now = dict(self._stage.named_parameters())
         self.renewed = {id(p): now[key] for key, p in self._before.items()}
         self.covered = frozenset(map(id, now.values()))
