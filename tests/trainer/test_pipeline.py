@@ -297,13 +297,12 @@ def fit_half(stages: int, shard: int = 1, times: int = 30) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [1, 2])
-def test_an_overflow_in_one_stage_skips_the_step_in_all(ranks: Ranks, shard: int) -> None:
+def test_an_overflow_in_one_stage_skips_the_step_in_all(ranks: Ranks) -> None:
     # Of half as many samples each has twice the part in the mean; norms are clipped to the same.
-    expected, scales = fit_half(1, times=30 * shard)
+    expected, scales = fit_half(1, times=60)
     assert scales[0] == 2.0**15
     assert scales[-2:] == [scales[-1]] * 2
-    for mine, found in ranks(fit_half, 2 * shard, 2, shard):
+    for mine, found in ranks(fit_half, 4, 2, 2):
         assert found == scales
         for name, tensor in mine.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=0.01)
