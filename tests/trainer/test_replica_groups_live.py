@@ -193,6 +193,8 @@ def test_a_group_that_waits_for_others_stops_at_a_signal(ranks: Ranks, tmp_path:
         groups.close()
     assert ended.code == 75, ended.output
     assert checkpoints(tmp_path / "run") == ["step_00000000"]
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["status"], record["stopped_by"]) == ("stopped", "signal SIGTERM")
 
 
 @pytest.mark.slow

@@ -330,7 +330,8 @@ class ReplicaGroups:
             quorum.stands_at(trainer.global_step)
             quorum.give_up("this group has gone on from a checkpoint")
             quorum.agree()
-        trainer._leave(pending=[])
+        if trainer.stop_agreement.reached(2 * trainer.global_step + 1):
+            trainer._leave(pending=[])
         return False
 
     def _join(self) -> None:
