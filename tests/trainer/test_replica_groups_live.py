@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from builders import bits, rows
-from paceline import CheckpointPolicy, Trainer
+from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.trainer import replica_groups
 from paceline.world import quorum
 from paceline.world.quorum import Quorum
@@ -100,7 +100,7 @@ def keep_lighthouse(folder: Path, at_least: int) -> None:
     time.sleep(1000)
 
 
-def be_a_group(folder: Path, number: int, life: str) -> Any:
+def be_a_group(folder: Path, number: int, life: str, timeout: float = 600.0) -> Any:
     """One group's life; returns its weights, and whether it has written."""
     torch.set_num_threads(1)
     os.environ |= {
@@ -117,7 +117,8 @@ def be_a_group(folder: Path, number: int, life: str) -> Any:
 
     Quorum.open = and_tell
     replica_groups.ROWS = 3
-    trainer = Member(**whole(folder / "run", 2, gradient_accumulation_steps=2))
+    parallel = Parallel(timeout=timeout)
+    trainer = Member(**whole(folder / "run", 2, gradient_accumulation_steps=2, parallel=parallel))
     trainer.folder, trainer.life = folder, life
     trainer.fit(seed=1)
     assert trainer.replica_groups is not None
@@ -178,6 +179,26 @@ def check_each_once(notes: list[dict[str, Any]]) -> None:
         steps = range(7 * epoch + 1, 7 * epoch + 8)
         seen = Counter(i for note in notes if note["step"] in steps for i in note["ids"])
         assert seen == Counter(range(SAMPLES))
+
+
+@pytest.mark.slow
+def test_without_a_lighthouse_nothing_is_trained(ranks: Ranks, tmp_path: Path):
+    (tmp_path / "address").write_text("http://localhost:1")
+    outcome = ranks.start(be_a_group, 1, tmp_path, 0, "", 1.0).wait(60)[0]
+    assert outcome.code == 1
+    assert "TORCHFT_LIGHTHOUSE=http://localhost:1: there is no lighthouse" in outcome.output
+
+
+@pytest.mark.slow
+def test_a_group_that_nobody_joins_gives_up(ranks: Ranks, tmp_path: Path):
+    groups = Groups(ranks, tmp_path, at_least=2)
+    try:
+        (tmp_path / "joined_1").touch()
+        outcome = ranks.start(be_a_group, 1, tmp_path, 0, "", 1.0).wait(60)[0]
+    finally:
+        groups.close()
+    assert outcome.code == 1
+    assert "PeerError: replica group 0 has not met the others within 0:00:01" in outcome.output
 
 
 @pytest.mark.slow

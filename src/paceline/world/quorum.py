@@ -20,6 +20,7 @@ from paceline.world.environment import ReplicaGroup
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _POLL = 0.1  # seconds between a waiting group's looks whether it is to stop
+_CONNECT = timedelta(seconds=10)
 _ATTEMPTS = 20  # to take one step, before a group gives up
 
 
@@ -103,7 +104,7 @@ class Quorum:
                 use_async_quorum=False,
                 timeout=self._timeout,
                 quorum_timeout=self._timeout,
-                connect_timeout=timedelta(seconds=10),
+                connect_timeout=min(self._timeout, _CONNECT),
                 rank=0,
                 world_size=1,
                 store_addr=host,
@@ -145,12 +146,12 @@ class Quorum:
                 wait([asked], _POLL)
             try:
                 asked.result()
-            except TimeoutError:
+            except (RuntimeError, TimeoutError) as error:
                 raise PeerError(
-                    f"replica group {self.place.number} has waited {self._timeout} for the others "
-                    f"at {self.place.lighthouse}: does the lighthouse ask for more than there are "
-                    "(--min_replicas)?"
-                ) from None
+                    f"replica group {self.place.number} has not met the others within "
+                    f"{self._timeout} ({error}): is the lighthouse at {self.place.lighthouse} "
+                    "still there, and does it ask for more groups than there are (--min_replicas)?"
+                ) from error
             self.rank = self._manager.participating_rank()
             self.size = self._manager.num_participants()
             if self._manager.errored() is None:
