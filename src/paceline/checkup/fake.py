@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -65,6 +66,25 @@ def meshes_made_real() -> Iterator[None]:
         yield
     finally:
         DeviceMesh._concatenate = staticmethod(put_together)
+
+
+@contextmanager
+def whole_shapes_found_apart() -> Iterator[None]:
+    """Has DTensors work out the shape of a whole tensor apart from the fake mode that is entered.
+
+    They do it with fake tensors, in that mode if there is one, though nobody ever has the whole.
+    """
+    find = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def apart(self: ShardingPropagator, op_schema: Any) -> Any:
+        with _disable_current_modes():
+            return find(self, op_schema)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = apart
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = find
 
 
 def make_fake(modules: Iterable[torch.nn.Module], fake: FakeTensorMode) -> dict[int, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -21,7 +21,12 @@ from paceline.checkup.as_on_gpu import (
     exchanged_as_on_gpu,
     update_all_at_once,
 )
-from paceline.checkup.fake import make_fake, meshes_made_real, parameters_made_fake
+from paceline.checkup.fake import (
+    make_fake,
+    meshes_made_real,
+    parameters_made_fake,
+    whole_shapes_found_apart,
+)
 from paceline.checkup.ledger import Ledger, Peak
 from paceline.data.loader import is_indexed
 from paceline.data.source import Draw
@@ -121,7 +126,7 @@ class StepOnPaper:
         self.ledger.hold(PARAMETERS, _parameters(trainer))
         self.ledger.hold(OTHER, (b for m in trainer.named_models().values() for b in m.buffers()))
         assert isinstance(trainer.world, WorldOnPaper)
-        with trainer.world.as_one_of_many(), meshes_made_real(), self.fake, self.ledger:
+        with trainer.world.as_one_of_many(), meshes_made_real(), self._on_paper():
             setup()
         if self.ranks > 1 and not self.parallel.is_spread:
             trainer.replicas.append(_ReplicaOnPaper(_parameters(trainer)))
@@ -143,18 +148,26 @@ class StepOnPaper:
         draw = trainer.source.draw()
         assert draw is not None  # an empty loader has been refused
         batch = tree_map_only(torch.Tensor, self.fake.from_tensor, draw.batch(0))
-        if self.on_cpu or self.parallel.context == 1:  # else the device gets its part of it
+        if self.parallel.context == 1:
             self.ledger.hold(BATCH, _tensors(batch))
+
+        def read(_: int) -> Any:
+            if self.parallel.context == 1:
+                return batch
+            return tree_map_only(torch.Tensor, torch.clone, batch)  # gone when its part is cut
+
         self.micro_batches, self.samples = len(draw.sizes), draw.sizes[0]
-        return draw._replace(
-            sizes=draw.sizes[:_MICRO_BATCHES], batch=lambda _: batch, ids=lambda _: []
-        )
+        return draw._replace(sizes=draw.sizes[:_MICRO_BATCHES], batch=read, ids=lambda _: [])
+
+    @contextmanager
+    def _on_paper(self) -> Iterator[None]:
+        with whole_shapes_found_apart(), self.fake, self.ledger:
+            yield
 
     def _step(self, trainer: Trainer, draw: Draw) -> None:
         trainer.window = window = trainer._open_window(draw)
         with ExitStack() as there:
-            there.enter_context(self.fake)
-            there.enter_context(self.ledger)
+            there.enter_context(self._on_paper())
             if not self.on_cpu:
                 there.enter_context(AutocastAsOnGpu())
             if not self.on_cpu and self.parallel.context > 1:
