@@ -180,7 +180,17 @@ def fit_sharded_in_ways(stages: int, **layout: Any) -> list[Any]:
             **layout,
         ),
         fit(stages, model=on_meta(), **judged, **layout),
+        fit(stages, model=half_frozen(), **layout),
     ]
+
+
+def half_frozen() -> nn.Module:
+    """The first of two stages has nothing to train."""
+    model = Words(batch_norm=False)
+    model.head = nn.Linear(4, WORDS)
+    model.embedding.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    return model.double()
 
 
 def fit_shards() -> list[Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,7 @@ class Pipeline:
         self._index, self._stages = world.stage, world.parallel.pipeline
         self._is_first, self._is_last = self._index == 0, self._index == self._stages - 1
         self._group = world.mesh["pipeline"].get_group()
+        self._norm_dtype = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
         self.module = _Layers(layers, self._taken, lambda: trainer.autocast)
         self._replica: torch.nn.Module | None = None
         self._shards: StageShards | None = None
@@ -376,7 +378,8 @@ class Pipeline:
         norm = norm_of(g for g in gradients if g is not None and id(g) not in others)
         square = norm.to(self._trainer.device, torch.float64).square()
         dist.all_reduce(square, group=self._group)
-        return square.sqrt().to(norm.dtype)
+        # On a stage without gradients nothing tells the type that the others' norms have.
+        return square.sqrt().to(self._norm_dtype)
 
     def share_buffers(self) -> None:
         """Gives every copy of a stage the first one's buffers."""
