@@ -94,7 +94,7 @@ class SharedSource:
         return getattr(self._source, name)
 
     def draw(self) -> Draw | None:
-        """This group's part of the next window; None where the epoch, or the run, goes no on."""
+        """This group's part of the next window; None where the epoch or the run ends."""
         return self._groups.draw(self._source)
 
 
@@ -315,7 +315,7 @@ class ReplicaGroups:
     # Meeting
 
     def _meet(self) -> bool:
-        """Finds those who take the next window; False where the epoch or the run goes no on."""
+        """Finds those who take the next window; False where the epoch or the run ends."""
         trainer, quorum = self._trainer, self._quorum
         if not quorum.is_open:
             self._join()
@@ -390,6 +390,8 @@ class ReplicaGroups:
         plan = trainer.plan.as_list()
         trainer.record.start(seed=trainer.seed, plan=plan, world_size=trainer.world.size)
         trainer.say(f"writes from step {trainer.global_step} on, in place of another group.")
+        if goes_on and trainer.progress.pending:
+            trainer._boundary()
         return goes_on
 
     def _write_on(self, found: Checkpoint | None) -> None:
