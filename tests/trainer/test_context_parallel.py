@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -242,6 +243,25 @@ def test_each_part_drops_places_of_its_own(ranks: Ranks) -> None:
     one, other = ranks(dropped, 2)
     assert one.shape == other.shape
     assert not torch.equal(one, other)
+
+
+def warned_of() -> list[list[str]]:
+    """For a model that knows of parts, and for one that does not."""
+    strange = nn.Sequential(nn.Embedding(WORDS, 8), nn.Linear(8, WORDS)).double()
+    told = []
+    for model in (Reader(), strange):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(Case(FitSamples), Parallel(context=2), model=model)
+        told.append([str(w.message) for w in caught if "parallel.context" in str(w.message)])
+    return told
+
+
+@pytest.mark.slow
+def test_a_model_that_never_asks_for_attention_is_warned_of_once(ranks: Ranks) -> None:
+    known, (strange,) = ranks(warned_of, 2)[0]
+    assert known == []
+    assert "this model has not called paceline.world.context.attention" in strange
 
 
 # torch's ring

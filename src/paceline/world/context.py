@@ -13,6 +13,7 @@ two ways:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **opt
     """
     if _entered is None:
         return F.scaled_dot_product_attention(query, key, value, **options)
+    _entered.attends = True
     if options.get("attn_mask") is not None:
         raise ConfigError(
             "attention(attn_mask=...) does not exist yet with parallel.context: use is_causal=True."
@@ -98,6 +100,9 @@ class Sequences:
         mesh: the ranks that share a sequence.
         inner: another context, entered within; reusable, as this one is.
         ring: whether attention is torch's ring, and parts are cut for it; see `ring_attention`.
+
+    Attributes:
+        attends: whether `attention` has been called; if not by its first end, a warning says so.
     """
 
     def __init__(
@@ -105,6 +110,8 @@ class Sequences:
     ) -> None:
         self.mesh = mesh
         self.ring = ring
+        self.attends = False
+        self._told = False
         self._inner = inner
 
     def __enter__(self) -> None:
@@ -116,6 +123,14 @@ class Sequences:
         global _entered
         _entered = None
         self._inner.__exit__(*raised)
+        if not (self.attends or self._told or any(raised)):
+            self._told = True
+            warnings.warn(
+                f"parallel.context={self.mesh.size()}: this model has not called "
+                "paceline.world.context.attention. If it attends by other means, each process sees "
+                "its own part of a sequence alone.",
+                stacklevel=2,
+            )
 
 
 def part_of(batch: Any, mesh: DeviceMesh, *, ring: bool = False) -> Any:
