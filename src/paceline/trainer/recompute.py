@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from paceline.trainer.blocks import needed_blocks
@@ -34,8 +35,9 @@ _KEPT = [
 def recompute_blocks(module: torch.nn.Module, name: str, which: str) -> list[torch.nn.Module]:
     """Has each repeated block of a model repeat its forward pass during the backward pass.
 
-    Random numbers are drawn as the first time, so losses and gradients stay bit for bit the same.
-    Parameters keep their names.
+    Random numbers are drawn as the first time, and buffers that a pass changes, such as running
+    statistics, hold again what they held then and are changed once. So losses, gradients and
+    buffers stay bit for bit the same. Parameters keep their names.
 
     Args:
         module: the model, not sharded yet.
@@ -55,12 +57,44 @@ def recompute_blocks(module: torch.nn.Module, name: str, which: str) -> list[tor
     if which == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
     for block in blocks:
-        vars(block)["forward"] = _twice(block.forward, options)
+        vars(block)["forward"] = _twice(block, options)
     return blocks
 
 
-def _twice(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _twice(block: torch.nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    forward = block.forward
+
     def computed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(as_now(forward), *args, use_reentrant=False, **options, **kwargs)
+        function = forward
+        # A compiled pass repeats values alone: it changes each buffer once, at its end.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            function = _Pass(block, forward)
+        return checkpoint(as_now(function), *args, use_reentrant=False, **options, **kwargs)
 
     return computed
+
+
+class _Pass:
+    """One forward pass of a block: its first call is the true one, a later one repeats it.
+
+    Args:
+        block: whose pass it is.
+        forward: what computes it.
+    """
+
+    def __init__(self, block: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        self._block = block
+        self._forward = forward
+        self._buffers: dict[str, torch.Tensor] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._buffers is None:
+            # All of them: some operations, such as batch norm's, change one and tell nobody.
+            self._buffers = _copied(dict(self._block.named_buffers()))
+            return self._forward(*args, **kwargs)
+        with _reparametrize_module(self._block, _copied(self._buffers)):
+            return self._forward(*args, **kwargs)
+
+
+def _copied(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in buffers.items()}
