@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,6 +30,8 @@ DIES_AT, GOES_ON_TO = 9, 13  # steps done: in the second epoch; before the last 
 
 @pytest.fixture(autouse=True)
 def _needs_the_extra() -> None:
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("torchft is packaged for Linux on x86-64 alone")
     assert quorum.missing() is None, 'not installed: pip install "paceline[torchft]"'
 
 
