@@ -5,7 +5,7 @@ from __future__ import annotations
 from parity_rows import Later, unanswered
 
 FP8 = "test_the_layers_whose_sizes_allow_it_multiply_in_float8"
-TOLERANCE = Later("no replica groups that outlive each other; a run stops as one and goes on")
+TOLERANCE = "test_a_group_that_is_killed_comes_back"
 WANDB = Later("no wandb tracker yet; a Sink of one's own keeps its run's id over a resume")
 GRAPH = Later("no such tool; TORCH_LOGS=graph_breaks is torch's own and needs no trainer")
 MEDIA = Later("no media logging; a callback writes pictures to its own tracker")
