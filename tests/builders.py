@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,12 @@ def bits(tree: Any) -> Any:
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_each_says(messages: Sequence[str], *parts: str) -> None:
+    """There are as many messages as parts, and each has its own in it."""
+    for message, part in zip(messages, parts, strict=True):
+        assert part in message, f"{part!r} is not in {message!r}"
 
 
 def loader(dataset: Dataset, batch_size: int = 10, **options: Any) -> DataLoader:

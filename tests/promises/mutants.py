@@ -11,8 +11,8 @@ from typing import Any
 
 import defects
 import pytest
+from mathematics import Case as Sum
 from test_p01_on_ranks import Plan
-from test_p03_same_mathematics import Case as Sum
 from test_p04_every_sample_once import Case as Pass
 from test_p05_a_kill_loses_nothing import DAMAGE, HARMLESS
 

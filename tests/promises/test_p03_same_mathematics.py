@@ -1,59 +1,29 @@
 """P3 The same mathematics at any layout: how a window is split over micro-batches and ranks is
 nobody's business but the clock's.
 
-Models and data are in double precision and plain SGD keeps rounding errors as small as they are,
-so "equal" means to 1e-10, a thousandth of what float32 could tell.
+Models and data are in double precision and plain SGD keeps rounding errors as small as they are.
+Stages are in a file of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from mathematics import CASES, SOME, TOLERANCE, Case, Keep, assert_same, data
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.errors import LossError, NonFiniteError
 from paceline.trainer.events import Callback
 from paceline.trainer.placement import Replica
-from paceline.world.dtensors import whole
 from paceline.world.world import World
 from ranks import Ranks
-
-TOLERANCE = 1e-10
-SIZES = (97, 1, 3, 8)  # samples; batch sizes are 10, 5 and 2 or so, which divide none of it
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run. `rows` of data in batches of `batch`; `tokens` counts items by a mask."""
-
-    rows: int = 97
-    batch: int = 10
-    accumulation: int = 1
-    tokens: bool = False
-    model: str = "plain"
-    precision: str = "fp32"
-    epochs: int = 2
-    shuffle: bool = True
-
-
-def data(rows: int, shift: int = 0) -> TensorDataset:
-    """(inputs, targets, mask, index); many rows have no item in their mask, the first ten above
-    all, and the others up to 5."""
-    generator = torch.Generator().manual_seed(5 + shift)
-    x = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
-    y = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
-    length = torch.randint(0, 6, (rows,), generator=generator)
-    length[:10] = 0
-    mask = torch.arange(5) < length[:, None]
-    return TensorDataset(x, y, mask, torch.arange(rows))
 
 
 def network(kind: str) -> nn.Module:
@@ -108,31 +78,6 @@ class FitTokens(Fit):
         self.log("val/tokens", ((self.model(x) - y).square() * mask).sum() / mask.sum())
 
 
-class Keep(Callback):
-    """Keeps rows, validations, and the buffers after each window."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.validations: list[dict[str, float]] = []
-        self.buffers: list[list[torch.Tensor]] = []
-        self.stood_in: list[bool] = []
-        self.parameters: list[torch.Tensor] = []
-
-    def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
-        self.rows.append(dict(metrics))
-        self.buffers.append([b.clone() for b in trainer.model.buffers()])
-        self.stood_in.append(trainer.window.stand_in)
-
-    def on_metrics(self, trainer: Any, metrics: dict[str, float]) -> None:
-        self.validations.append(dict(metrics))
-
-    def on_train_end(self, trainer: Any) -> None:
-        models = trainer.named_models().values()
-        self.parameters = [
-            whole(p).detach().clone() for m in models for p in m.parameters() if not p.is_meta
-        ]
-
-
 def fit(case: Case, *callbacks: Callback, kind: type[Fit] | None = None, **settings: Any) -> Any:
     """Runs a case on this rank; returns all that is to be the same."""
     model, keep = network(case.model), Keep()
@@ -167,27 +112,6 @@ def fit(case: Case, *callbacks: Callback, kind: type[Fit] | None = None, **setti
 def fits(cases: list[Case], parallel: Parallel | None = None) -> list[Any]:
     """Runs cases one after another in one process, as a script with a loop would."""
     return [fit(case, parallel=parallel) for case in cases]
-
-
-def assert_same(one: Any, other: Any, what: Any = "") -> None:
-    """Two runs' losses, norms, metrics, counts and parameters are equal to the tolerance."""
-    for key in ("rows", "validations"):
-        assert len(one[key]) == len(other[key]), (what, key)
-        for a, b in zip(one[key], other[key], strict=True):
-            assert a == pytest.approx(b, rel=TOLERANCE, abs=TOLERANCE), (what, key)
-    for a, b in zip(one["parameters"], other["parameters"], strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m: f"{what} {m}"
-        )
-
-
-CASES = [
-    Case(rows, batch, accumulation, tokens)
-    for rows in SIZES
-    for batch, accumulation in ((10, 1), (5, 3))
-    for tokens in (False, True)
-]
-SOME = [case for case in CASES if case.rows in (97, 3)]
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -248,87 +172,6 @@ def check_ranks(
         expected = fit(replace(case, batch=case.batch * shares))
         for rank in range(size):
             assert_same(outcomes[rank][i], expected, (case, f"rank {rank} of {size}"))
-
-
-class FitStages(Trainer):
-    """The same with stages: the loss is loss_fn's, and a batch has what it is computed from."""
-
-    def configure(self) -> None:
-        self.counts_tokens = self.loss_fn is token_error
-
-    def count_items(self, batch: Any) -> Any:
-        return batch[1][1].sum() if self.counts_tokens else len(batch[0])
-
-    def on_train_end(self) -> None:
-        named = self.model.named_parameters()
-        self.weights = {name: whole(p.detach()).clone() for name, p in named if not p.is_meta}
-
-
-def error(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
-    return (outputs - targets[0]).square().mean()
-
-
-def token_error(outputs: torch.Tensor, targets: Any) -> torch.Tensor:
-    y, mask = targets
-    return ((outputs - y).square() * mask).sum() / mask.sum()
-
-
-def paired(rows: list[Any]) -> Any:
-    x, y, mask, _ = (torch.stack(column) for column in zip(*rows, strict=True))
-    return x, (y, mask)
-
-
-def fit_stages(case: Case, parallel: Parallel | None = None) -> Any:
-    keep = Keep()
-    torch.manual_seed(1)
-    sizes = (6, 12, 9, 7, 5)
-    layers = [nn.Linear(*pair).double() for pair in pairwise(sizes)]
-    model = nn.Sequential(*(nn.Sequential(layer, nn.Tanh()) for layer in layers))
-    trainer = FitStages(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
-        loss_fn=token_error if case.tokens else error,
-        train_dataloader=DataLoader(data(case.rows), case.batch, collate_fn=paired),
-        val_dataloader=DataLoader(data(23, 1), case.batch, collate_fn=paired),
-        epochs=case.epochs,
-        gradient_accumulation_steps=case.accumulation,
-        max_grad_norm=1.0,
-        log_every=1,
-        progress=False,
-        callbacks=[keep],
-        parallel=parallel,
-    )
-    trainer.train(seed=4)
-    return {"rows": keep.rows, "validations": keep.validations, "weights": trainer.weights}
-
-
-def fits_stages(cases: list[Case], parallel: Parallel) -> list[Any]:
-    return [fit_stages(case, parallel) for case in cases]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "stages", "shard"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)])
-def test_stages_equal_one_too(ranks: Ranks, size: int, stages: int, shard: int) -> None:
-    """Pipeline parallelism over two and four stages, in two copies, and with each stage sharded
-    over two ranks; windows of one micro-batch and of three, the last one short, with batches of
-    other sizes and without an item."""
-    cases = SOME if size == 2 else [case for case in SOME if case.accumulation > 1]
-    if shard > 1:  # in the last window one rank of a stage has batches of one size, one of two
-        cases = [Case(59, 5, 3), *cases]
-    outcomes = ranks(fits_stages, size, cases, Parallel(pipeline=stages, dp_shard=shard))
-    for i, case in enumerate(cases):
-        expected = fit_stages(replace(case, batch=case.batch * size // stages))
-        for rank in range(size):
-            found = outcomes[rank][i]
-            names = found["weights"]
-            mine, theirs = (
-                {**run, "parameters": [run["weights"][n] for n in names]}
-                for run in (found, expected)
-            )
-            assert_same(mine, theirs, (case, f"rank {rank} of {size}"))
-        assert set().union(*(outcomes[rank][i]["weights"] for rank in range(size))) == set(
-            expected["weights"]
-        )
 
 
 def test_metrics_are_means_over_all_items() -> None:

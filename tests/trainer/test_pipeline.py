@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from builders import assert_each_says
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientExplosion, GradientMonitor
 from paceline.errors import ConfigError
@@ -365,8 +366,7 @@ def test_what_cannot_be_cut_is_refused(ranks: Ranks) -> None:
         "compile=True: the model 'model' has no repeated blocks",
     )
     for found in ranks(refuse_all, 2):
-        for message, part in zip(found, expected, strict=True):
-            assert part in message
+        assert_each_says(found, *expected)
 
 
 @pytest.mark.slow
