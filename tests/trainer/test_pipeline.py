@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from builders import assert_each_says
-from paceline import CheckpointPolicy, Parallel, Trainer
+from paceline import Callback, CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientExplosion, GradientMonitor
 from paceline.errors import ConfigError
 from paceline.trainer.stages import balanced, layers_of
@@ -181,8 +181,19 @@ def fit_sharded_in_ways(stages: int, **layout: Any) -> list[Any]:
             **layout,
         ),
         fit(stages, model=on_meta(), **judged, **layout),
-        fit(stages, model=half_frozen(), **layout),
+        fit(stages, model=half_frozen(), validate_every=1, callbacks=[Forgetting()], **layout),
     ]
+
+
+class Forgetting(Callback):
+    """Sees that FSDP2 notes the calls of one window, and not those of a whole run."""
+
+    def on_step_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        if trainer.pipeline is not None:
+            noted = trainer.pipeline.module._get_fsdp_state()._comm_ctx.post_forward_order
+            assert (
+                len(noted) <= 10
+            )  # of the stage and its block, in three micro-batches of two shapes
 
 
 def half_frozen() -> nn.Module:

@@ -218,12 +218,22 @@ class StageShards:
 
     def begin(self, *, exchange: bool) -> None:
         """A window begins, or the last backward pass of it, in which gradients are exchanged."""
+        if not exchange:
+            self._forget_calls()
         self._stage.set_is_last_backward(exchange)
         self._stage.set_reshard_after_backward(exchange)
         self._stage.set_requires_gradient_sync(exchange)
 
     def check_exchanged(self) -> None:
         """Nothing to refuse: the schedule makes all calls."""
+
+    def _forget_calls(self) -> None:
+        """torch notes all calls until a backward pass ends, and a frozen stage never has one."""
+        context = self._stage._get_fsdp_state()._comm_ctx
+        noted = vars(context).get("post_forward_order", [])  # there from the first call on
+        for group in noted:
+            group._post_forward_indices.clear()
+        noted.clear()
 
     def _shard(self, unit: torch.nn.Module) -> None:
         _shard(unit, self._world, self._compute, reshard_after_forward=False)
