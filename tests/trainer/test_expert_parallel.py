@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import assert_each_says, bits
+from builders import assert_each_says
 from mixture import Experts, Mixture
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
@@ -120,11 +120,6 @@ def reductions() -> int:
     return len(made)
 
 
-def recomputed(which: Any) -> Any:
-    parallel = Parallel(expert=2, activation_checkpointing=which)
-    return bits(fit(parallel, max_steps=2, precision="bf16")[0])
-
-
 def with_a_bad_row() -> bool:
     x = torch.ones(24, 4)
     x[5] = torch.nan
@@ -134,17 +129,15 @@ def with_a_bad_row() -> bool:
 
 
 def on_two_ranks() -> Any:
-    return reductions(), with_a_bad_row(), recomputed(None), recomputed("full")
+    return reductions(), with_a_bad_row()
 
 
 @pytest.mark.slow
-def test_gradients_are_exchanged_once_and_blocks_may_be_recomputed(ranks: Ranks) -> None:
-    """One reduction a window for each of two blocks, their experts and what is left; a bad row on
-    one rank stops none; a recomputed block sends its rows once more, to the same bits."""
-    for reduced, finite, plain, full in ranks(on_two_ranks, 2):
+def test_gradients_are_exchanged_once_and_a_bad_row_stops_nobody(ranks: Ranks) -> None:
+    """One reduction a window for each of two blocks, their experts and what is left."""
+    for reduced, finite in ranks(on_two_ranks, 2):
         assert reduced == 5
         assert finite
-        assert plain == full
 
 
 def refused(model: nn.Module, plan: Any = None, expert: int = 2, **settings: Any) -> str:
@@ -166,7 +159,6 @@ def refuse_all() -> list[str]:
         refused(buffered),
         refused(odd),
         refused(Deep(), expert=4),
-        refused(Deep(), compile=True),
         refused(Deep(), precision="fp16"),
         refused(Deep(), precision="fp8"),
         *wrong_calls(),
@@ -211,9 +203,7 @@ def test_what_cannot_be_shared_out_is_refused(ranks: Ranks) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("tensor", 2), ("context", 2), ("activation_checkpointing", "selective")]
-)
-def test_layouts_that_do_not_exist_are_refused_by_name(name: str, value: Any) -> None:
+@pytest.mark.parametrize("name", ["tensor", "context"])
+def test_layouts_that_do_not_exist_are_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=f"does not exist yet with .*{name}"):
-        Parallel(expert=2, **{name: value})
+        Parallel(expert=2, **{name: 2})

@@ -148,7 +148,6 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
             ("precision", "fp8", "tensor", parallel.tensor > 1),
             ("precision", "fp16", "expert", parallel.expert > 1),
             ("precision", "fp8", "expert", parallel.expert > 1),
-            ("compile", trainer.compile, "expert", trainer.compile and parallel.expert > 1),
             ("precision", "fp8", "pipeline", parallel.pipeline > 1),
         ):
             if getattr(trainer, name) == value and asked:

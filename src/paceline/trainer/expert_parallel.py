@@ -95,6 +95,8 @@ def share_out(module: torch.nn.Module, name: str, mesh: DeviceMesh) -> None:
                 mine = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
                 part.register_parameter(key, torch.nn.Parameter(mine, whole.requires_grad))
     vars(module)["forward"] = partial(_call, module, name, module.forward, mesh)
+    # A compiled block leaves this call be: how many rows come is another number each time.
+    module._compiled_call_impl = torch.compiler.disable(module._call_impl)
 
 
 def _call(

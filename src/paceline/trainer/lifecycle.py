@@ -339,7 +339,9 @@ def _describe(trainer: Trainer) -> None:
     if trainer.parallel.cpu_offload:
         plan.add("keeps weights in host memory, and steps there", "parallel.cpu_offload")
     if trainer.compiled:
-        plan.add(f"compiles {len(trainer.compiled)} blocks one by one", "compile")
+        line = f"compiles {len(trainer.compiled)} blocks one by one"
+        beside = ", but for their experts" * (trainer.parallel.expert > 1)
+        plan.add(line + beside, "compile")
     if trainer.recomputed:
         blocks = f"{len(trainer.recomputed)} blocks compute their forward pass twice"
         plan.add(blocks, "parallel.activation_checkpointing")

@@ -181,17 +181,14 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
         module.to(trainer.device)
     if trainer.float8 is not None and trained:
         trainer.float8.convert(module, name)
-    which = trainer.parallel.activation_checkpointing
-    if isinstance(which, str) and trained:
-        from paceline.trainer.recompute import recompute_blocks
-
-        trainer.recomputed += recompute_blocks(module, name, which)
-    if trainer.compile is True and not (trained and trainer.parallel.is_spread):
-        module.compile()
-    elif trainer.compile:
-        from paceline.trainer.compilation import compile_blocks
-
-        trainer.compiled += compile_blocks(module, name, trainer.compile, staged=staged)
+    if trained and trainer.parallel.expert > 1:
+        # The exchange of rows breaks graphs, which nothing that is repeated within one may do.
+        _compile(trainer, module, name, staged=staged)
+        _recompute(trainer, module, name)
+    else:
+        if trained:
+            _recompute(trainer, module, name)
+        _compile(trainer, module, name, staged=staged)
     for part in {*trainer.recomputed, *trainer.compiled}:
         trainer.while_placed.callback(vars(part).pop, "forward", None)
     if staged:
@@ -208,6 +205,24 @@ def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Mo
         send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
         return module
     return replicate(trainer, module)
+
+
+def _recompute(trainer: Trainer, module: torch.nn.Module, name: str) -> None:
+    which = trainer.parallel.activation_checkpointing
+    if isinstance(which, str):
+        from paceline.trainer.recompute import recompute_blocks
+
+        trainer.recomputed += recompute_blocks(module, name, which)
+
+
+def _compile(trainer: Trainer, module: torch.nn.Module, name: str, *, staged: bool) -> None:
+    trained = any(p.requires_grad for p in module.parameters())
+    if trainer.compile is True and not (trained and trainer.parallel.is_spread):
+        module.compile()
+    elif trainer.compile:
+        from paceline.trainer.compilation import compile_blocks
+
+        trainer.compiled += compile_blocks(module, name, trainer.compile, staged=staged)
 
 
 def replicate(trainer: Trainer, module: torch.nn.Module, group: Any = None) -> Replica:

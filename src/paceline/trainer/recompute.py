@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from paceline.trainer.blocks import needed_blocks
 from paceline.world.context import as_now
 
 _aten = torch.ops.aten
-# What costs far more to compute than to keep: matrix products and attention.
+# What costs far more to compute than to keep: matrix products, attention, rows of other ranks.
 _KEPT = [
     operation.default
     for operation in (
@@ -23,11 +23,13 @@ _KEPT = [
         _aten.bmm,
         _aten.baddbmm,
         _aten._scaled_mm,
+        _aten._grouped_mm,
         _aten.convolution,
         _aten._scaled_dot_product_efficient_attention,
         _aten._scaled_dot_product_flash_attention,
         _aten._scaled_dot_product_flash_attention_for_cpu,
         _aten._scaled_dot_product_cudnn_attention,
+        torch.ops._c10d_functional.all_to_all_single,
     )
 ]
 
@@ -42,8 +44,8 @@ def recompute_blocks(module: torch.nn.Module, name: str, which: str) -> list[tor
     Args:
         module: the model, not sharded yet.
         name: its name, for messages.
-        which: "full" keeps a block's inputs alone; "selective" its matrix products and attention
-            too, so that only what is cheap is repeated.
+        which: "full" keeps a block's inputs alone; "selective" its matrix products, attention and
+            rows of other ranks too, so that only what is cheap is repeated.
 
     Returns:
         The blocks; each has a `forward` of its own in its `__dict__` now.
@@ -55,7 +57,7 @@ def recompute_blocks(module: torch.nn.Module, name: str, which: str) -> list[tor
     blocks = needed_blocks(module, name, setting)
     options: dict[str, Any] = {}
     if which == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
+        options["context_fn"] = _contexts
     for block in blocks:
         vars(block)["forward"] = _twice(block, options)
     return blocks
@@ -72,6 +74,36 @@ def _twice(block: torch.nn.Module, options: dict[str, Any]) -> Callable[..., Any
         return checkpoint(as_now(function), *args, use_reentrant=False, **options, **kwargs)
 
     return computed
+
+
+def _contexts() -> tuple[Any, Any]:
+    """What keeps, in a block's first pass, and gives back, in the one that repeats it."""
+    keeping, giving_back = create_selective_checkpoint_contexts(_KEPT)
+    return keeping, _GivingBack(giving_back)
+
+
+class _GivingBack(TorchDispatchMode):
+    """torch's mode, asked for what is kept alone; it counts the rest as well.
+
+    FSDP2 gathers parameters of experts within a block, by other operations the second time.
+
+    Args:
+        kept: torch's mode.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__()
+        self._kept = kept
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """As torch's mode: what is compiled runs as a whole."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KEPT:
+            return self._kept.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 class _Pass:

@@ -34,9 +34,9 @@ class Parallel:
             see samples of their own, as part of the `dp_replicate` x `dp_shard` processes, whose
             number it divides; the same experts are then replicated or sharded over the others.
         activation_checkpointing: what the model's repeated blocks compute once more in the
-            backward pass, to keep less: "full", all; "selective", all but matrix products and
-            attention; None, nothing. A number from 0 to 1 is the part of its activations that a
-            compiled model keeps.
+            backward pass, to keep less: "full", all; "selective", all but matrix products,
+            attention and rows of other processes; None, nothing. A number from 0 to 1 is the part
+            of its activations that a compiled model keeps.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
             and step there.
         plan: how modules split over the `tensor` processes: a module's name within its model, "*"
@@ -82,7 +82,6 @@ class Parallel:
             if not (name == "dp_replicate" and size == "auto") and size < 1:
                 raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
         beside = [f"parallel.{name}" for name in ("tensor", "context") if getattr(self, name) > 1]
-        beside += ["activation_checkpointing='selective'"] * (recomputed == "selective")
         if self.expert > 1 and beside:
             raise ConfigError(
                 f"parallel.expert={self.expert}: does not exist yet with {' and '.join(beside)}; "

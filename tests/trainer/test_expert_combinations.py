@@ -1,0 +1,187 @@
+"""Experts shared out, beside what else is done to a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from builders import bits
+from mixture import Mixture
+from paceline import Parallel, Trainer
+from paceline.world.context import attention
+from paceline.world.dtensors import whole
+from ranks import Ranks
+
+
+class Block(nn.Module):
+    """Attention, then two of four experts for each position; the last two get few rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.qkv, self.mixture = nn.Linear(8, 24), Mixture(8, favour=1.0)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.training:
+            self.calls += 1
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (2, 3, 4)).permute(3, 0, 2, 1, 4)
+        rows = x + attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        z = z + self.mixture.router(rows).logsumexp(-1).square().mean()
+        return rows + self.mixture(rows.flatten(0, 1)).view_as(x), z
+
+
+class Net(nn.Module):
+    """Its second output is a mean over positions: the routers' z-loss."""
+
+    ep_plan = {"blocks.*.mixture.experts": "experts"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, z = self.stem(x), x.new_zeros(())
+        for block in self.blocks:
+            x, z = block(x, z)
+        return self.head(x), z
+
+
+class Count(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+class Fit(Trainer):
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        out, z = self.model(x)
+        self.log("train/z", z.detach())
+        return (out - y).square().mean() + 0.01 * z
+
+    def on_train_end(self) -> None:
+        state = self.named_models()["model"].state_dict()
+        self.ended = {key: whole(value).detach().clone() for key, value in state.items()}
+
+
+def fit(parallel: Parallel | None = None, kind: type[Fit] = Fit, **settings: Any) -> Any:
+    """Four steps of eight sequences, in float64 where nothing lower is asked for."""
+    model = Net()
+    x = torch.randn(24, 4, 8, generator=torch.Generator().manual_seed(1))
+    if settings.get("precision", "fp32") == "fp32":
+        model, x = model.double(), x.double()
+    options: dict[str, Any] = {
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.02, fused=True),
+        "val_dataloader": DataLoader(TensorDataset(x, x[..., :1]), 4),
+        "max_steps": 4,
+        "max_grad_norm": 1.0,
+        "log_every": 1,
+    }
+    made = kind(
+        model=model,
+        train_dataloader=DataLoader(TensorDataset(x, x[..., :1]), 2, shuffle=True),
+        global_batch_size=8,
+        progress=False,
+        parallel=parallel,
+        **options | settings,
+    )
+    made.train(seed=3)
+    return made
+
+
+# Recomputed
+
+
+class Counting(Fit):
+    """Counts the operations of its last backward pass."""
+
+    def backward(self, loss: Any, only: str | None = None) -> None:
+        with Count() as count:
+            super().backward(loss, only)
+        self.calls = count.calls
+
+
+def fit_recomputed() -> Any:
+    whiches: Any = (None, "full", "selective")
+    layouts = [Parallel(expert=2, activation_checkpointing=which) for which in whiches]
+    made = [fit(layout, Counting, precision="bf16") for layout in layouts]
+    sent = [m.calls["_c10d_functional.all_to_all_single"] for m in made]
+    products = [m.calls["aten.mm"] + m.calls.get("aten.addmm", 0) for m in made]
+    return [bits(m.ended) for m in made], sent, products
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_send_their_rows_again_or_keep_what_came(ranks: Ranks) -> None:
+    """Rows go to other experts on each rank, whose passes are repeated all the same: not a bit of
+    the result is different. In a backward pass two blocks send gradients twice; "full" sends
+    counts, rows and results once more."""
+    for (plain, full, selective), sent, products in ranks(fit_recomputed, 2):
+        assert full == selective == plain
+        assert sent == [4, 10, 4]
+        assert products[2] == products[0] < products[1]
+
+
+# Compiled
+
+
+class Compiling(Fit):
+    """Notes after each step how much has been compiled."""
+
+    graphs: list[str]
+
+    def on_train_start(self) -> None:
+        self.numbers: list[int] = []
+
+    def on_step_end(self, metrics: Any) -> None:
+        self.numbers.append(len(self.graphs))
+
+
+def fit_compiled() -> Any:
+    """Blocks are compiled by a backend that notes what it gets and changes nothing."""
+    Compiling.graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        Compiling.graphs.append(str(graph.graph))
+        return graph.forward
+
+    settings: Any = {"max_steps": 2, "val_dataloader": None}
+    plain = fit(Parallel(expert=2), **settings)
+    torch.compile = partial(torch.compile, backend=backend)
+    found = []
+    for which, how in (None, "blocks"), ("full", True), ("selective", True):
+        torch.compiler.reset()
+        Compiling.graphs.clear()
+        parallel: Any = Parallel(expert=2, activation_checkpointing=which)
+        made = fit(parallel, Compiling, compile=how, **settings)
+        found.append((made.numbers, bits(made.ended)))
+    return bits(plain.ended), found, made.graphs, [line.decision for line in made.plan]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_leave_their_experts_out_and_later_steps_compile_nothing(
+    ranks: Ranks,
+) -> None:
+    """Other numbers of rows in each step are none of the compiler's business."""
+    for plain, found, graphs, plan in ranks(fit_compiled, 2):
+        for numbers, ended in found:
+            assert numbers == [len(graphs)] * 2
+            assert ended == plain
+        assert any("scaled_dot_product_attention" in graph for graph in graphs)
+        assert not any("all_to_all" in graph or "matmul" in graph for graph in graphs)
+        assert "compiles 2 blocks one by one, but for their experts" in plan
