@@ -53,6 +53,25 @@ class OwnWay(Words):
         parallelize_module(self, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
+class HeadsAsInTransformers(Words):
+    """A norm of each head, as its models have, split by a plan in its words."""
+
+    tp_plan = {
+        "embedding": "embedding_rowwise",
+        "up": "colwise",
+        "heads": "replicated_with_grad_allreduce",
+        "down": "rowwise",
+        "head": "colwise_gather_output",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.LayerNorm(3)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads(x.unflatten(-1, (-1, 3))).flatten(-2).tanh()
+
+
 class ScaledBetween(Words):
     """A parameter in the middle of what is split: each rank sees half of what it works on."""
 
@@ -132,6 +151,18 @@ def test_all_ways_to_say_how_train_as_one_process_does(ranks: Ranks) -> None:
             for name, tensor in expected.items():
                 torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
             assert measured == pytest.approx(metrics, rel=1e-5)
+
+
+def fit_heads() -> Any:
+    return fit(HeadsAsInTransformers())
+
+
+def test_a_plan_in_the_words_of_transformers(ranks: Ranks) -> None:
+    """What each rank's heads say of the one norm is added up."""
+    expected, metrics, _ = fit(HeadsAsInTransformers(), tensor=1)
+    for weights, measured, _ in ranks(fit_heads, 2):
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+        assert measured == pytest.approx(metrics, rel=1e-5)
 
 
 def refused(*args: Any, **settings: Any) -> str:

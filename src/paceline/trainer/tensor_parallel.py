@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
@@ -24,11 +25,20 @@ from paceline.trainer.blocks import planned_modules
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
 
-_STYLES = {
+_GATHERED = partial(ColwiseParallel, output_layouts=Replicate())
+_OF_MATRICES = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
-    "colwise_rep": partial(ColwiseParallel, output_layouts=Replicate()),
+    "colwise_rep": _GATHERED,
     "colwise_loss": partial(ColwiseParallel, output_layouts=Shard(-1), use_local_output=False),
+    # as plans of Hugging Face Transformers call them:
+    "colwise_gather_output": _GATHERED,
+    "embedding_rowwise": RowwiseParallel,
+}
+_OF_NORMS = {  # likewise; of what a norm gets, any dimension but the last may be the split one
+    "replicated_with_grad_allreduce": partial(
+        SequenceParallel, sequence_dim=-2, use_local_output=True
+    ),
 }
 
 
@@ -115,17 +125,20 @@ def _styles(plan: dict[str, Any], model: torch.nn.Module, name: str) -> dict[str
     styles: dict[str, ParallelStyle] = {}
     for pattern, style in plan.items():
         meant = planned_modules(model, name, pattern)
-        if isinstance(style, str) and style in _STYLES:
+        if isinstance(style, str) and style in _OF_NORMS:
+            style = _OF_NORMS[style]()
+        elif isinstance(style, str) and style in _OF_MATRICES:
             for key, part in meant.items():
                 if not isinstance(part, torch.nn.Linear | torch.nn.Embedding):
                     raise ConfigError(
                         f"parallel.plan: {style!r} does not fit the {type(part).__name__} {key!r}, "
                         "which is no Linear and no Embedding."
                     )
-            style = _STYLES[style](**_inputs(style, meant.values()))
+            style = _OF_MATRICES[style](**_inputs(style, meant.values()))
         if not isinstance(style, ParallelStyle):
             raise ConfigError(
-                f"parallel.plan[{pattern!r}] is {style!r}: expected {', '.join(_STYLES)} or a "
+                f"parallel.plan[{pattern!r}] is {style!r}: expected "
+                f"{', '.join(_OF_MATRICES | _OF_NORMS)} or a "
                 "torch.distributed.tensor.parallel.ParallelStyle."
             )
         styles[pattern] = style
@@ -134,7 +147,8 @@ def _styles(plan: dict[str, Any], model: torch.nn.Module, name: str) -> dict[str
 
 def _inputs(style: str, parts: Iterable[torch.nn.Module]) -> dict[str, Any]:
     """A Linear split by its rows takes split features; an Embedding, the same tokens on all."""
-    whole = style == "rowwise" and any(isinstance(part, torch.nn.Embedding) for part in parts)
+    by_rows = _OF_MATRICES[style] is RowwiseParallel
+    whole = by_rows and any(isinstance(part, torch.nn.Embedding) for part in parts)
     return {"input_layouts": Replicate()} if whole else {}
 
 
