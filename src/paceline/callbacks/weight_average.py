@@ -9,7 +9,7 @@ import torch
 
 from paceline.callbacks.exchanged_weights import ExchangedWeights
 from paceline.errors import ConfigError, MismatchError
-from paceline.world.dtensors import local_part, reshard, spread_like
+from paceline.world.dtensors import copied, copy_into, local_part, reshard
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -139,7 +139,7 @@ class WeightAverage(ExchangedWeights):
 
     def _exchange(self) -> None:
         if self._kept is None and self._is_of_use():
-            self._kept = {name: weights.detach().clone() for name, weights in self._live.items()}
+            self._kept = {name: copied(weights) for name, weights in self._live.items()}
             _copy(self._live, self._average)
             reshard(self._models.values())
 
@@ -153,14 +153,12 @@ class WeightAverage(ExchangedWeights):
 @torch.no_grad()
 def _start(parameter: torch.Tensor) -> torch.Tensor:
     half = parameter.dtype in (torch.float16, torch.bfloat16)
-    return parameter.detach().to(torch.float32 if half else parameter.dtype, copy=True)
+    return parameter.detach().to(torch.float32) if half else copied(parameter)
 
 
-@torch.no_grad()
 def _copy(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
-    # Not `_foreach_copy_`, which sharded tensors (DTensor) do not have.
     for name, tensor in target.items():
-        tensor.detach().copy_(spread_like(source[name], tensor))
+        copy_into(tensor, source[name])
 
 
 def _form(tensor: torch.Tensor) -> str:

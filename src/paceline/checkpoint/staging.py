@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from paceline.checkpoint.safetensors_file import raw_bytes
-from paceline.world.dtensors import is_dtensor, local_part
+from paceline.world.dtensors import local_part, placed_like
 
 _Piece = tuple[np.ndarray, np.ndarray]
 _PIECE = 8 << 20
@@ -41,7 +41,7 @@ class Staging:
             else:
                 pieces += _pieces(buffer, local)
             buffers[name] = buffer
-            staged[name] = _like(tensor, buffer)
+            staged[name] = placed_like(buffer, tensor)
         _copy_pieces(pieces)
         if waits is not None:
             torch.accelerator.synchronize(waits)
@@ -71,13 +71,3 @@ def _copy_pieces(pieces: list[_Piece]) -> None:
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "staging") as pool:
         for _ in pool.map(lambda piece: np.copyto(*piece), pieces):
             pass
-
-
-def _like(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    if not is_dtensor(tensor):
-        return buffer
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(tensor, DTensor)
-    # from_local would move the buffer to the mesh's device; only the placement is wanted.
-    return DTensor(buffer, tensor._spec, requires_grad=False)

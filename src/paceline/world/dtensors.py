@@ -47,6 +47,41 @@ def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
 
 
+def placed_like(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of what is spread as `like` is, as the whole that it belongs to."""
+    if not is_dtensor(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    # from_local would move the part to the mesh's device; only the placement is wanted.
+    return DTensor(part, like._spec, requires_grad=False)
+
+
+@torch.no_grad()
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is spread as the tensor is, and has no gradient; nothing is exchanged."""
+    return placed_like(local_part(tensor).detach().clone(), tensor)
+
+
+@torch.no_grad()
+def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+    """`target.copy_(value)` for tensors that may be spread over processes.
+
+    Args:
+        target: what is written, in place.
+        value: of the same shape; a whole tensor is one that every process holds.
+    """
+    value = spread_like(value, target)
+    if is_dtensor(target) and _spread_alike(target, value):  # torch would plan each shape first
+        target, value = local_part(target), local_part(value)
+    target.detach().copy_(value)
+
+
+def _spread_alike(one: Any, other: Any) -> bool:
+    return one.device_mesh == other.device_mesh and one.placements == other.placements
+
+
 def reshard(models: Iterable[torch.nn.Module]) -> None:
     """Drops what FSDP2 has gathered for a call: parameters are sharded again, and up to date."""
     for model in models:
