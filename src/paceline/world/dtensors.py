@@ -90,6 +90,17 @@ def reshard(models: Iterable[torch.nn.Module]) -> None:
                 drop()
 
 
+def forget_meshes() -> None:
+    """Drops what torch remembers of operations on meshes, once their groups are gone.
+
+    A later mesh that is equal to one of them has groups of its own.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+
+
 def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Tensors that one operation can take together: whole ones, and DTensors of each mesh."""
     groups: dict[Any, list[torch.Tensor]] = {}

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from paceline.errors import ConfigError, PeerError
+from paceline.world.dtensors import forget_meshes
 from paceline.world.environment import adopt_slurm, is_srun_task
 from paceline.world.parallel import Parallel
 
@@ -189,6 +190,7 @@ class World:
                     if group is not None:
                         dist.destroy_process_group(group)
         self.mesh = self.context_mesh = self.expert_mesh = None
+        forget_meshes()
         self.control_group = self._parts_group = None
         self._stage_groups = []
         self._owns_group = False
