@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from builders import bits
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.world.context import attention
-from paceline.world.dtensors import whole
+from paceline.world.dtensors import local_part, whole
 from ranks import Ranks
 
 
@@ -80,14 +81,17 @@ class Fit(Trainer):
         self.ended = {key: whole(value).detach().clone() for key, value in state.items()}
 
 
+ADAM = partial(torch.optim.AdamW, lr=0.02, fused=True)
+
+
 def fit(parallel: Parallel | None = None, kind: type[Fit] = Fit, **settings: Any) -> Any:
-    """Four steps of eight sequences, in float64 where nothing lower is asked for."""
-    model = Net()
-    x = torch.randn(24, 4, 8, generator=torch.Generator().manual_seed(1))
+    """Four steps of eight sequences, the third of six, in float64 where nothing lower is asked for."""
+    model, make = Net(), settings.pop("make", ADAM)
+    x = torch.randn(22, 4, 8, generator=torch.Generator().manual_seed(1))
     if settings.get("precision", "fp32") == "fp32":
         model, x = model.double(), x.double()
     options: dict[str, Any] = {
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.02, fused=True),
+        "optimizer": make(model.parameters()),
         "val_dataloader": DataLoader(TensorDataset(x, x[..., :1]), 4),
         "max_steps": 4,
         "max_grad_norm": 1.0,
@@ -103,6 +107,12 @@ def fit(parallel: Parallel | None = None, kind: type[Fit] = Fit, **settings: Any
     )
     made.train(seed=3)
     return made
+
+
+def assert_near(ended: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
+    """The parameters; how often a block is called is another number at each layout."""
+    for name, _ in Net().named_parameters():
+        torch.testing.assert_close(ended[name], expected[name], **tolerance)
 
 
 # Recomputed
@@ -185,3 +195,51 @@ def test_compiled_blocks_leave_their_experts_out_and_later_steps_compile_nothing
         assert any("scaled_dot_product_attention" in graph for graph in graphs)
         assert not any("all_to_all" in graph or "matmul" in graph for graph in graphs)
         assert "compiles 2 blocks one by one, but for their experts" in plan
+
+
+# In float16
+
+
+class Overflowing(Fit):
+    """In the second step the last rank's experts, and no other parameter, have an infinite gradient
+    in that rank's part. Notes the scale and the weights after each step."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) / 256  # so that nothing else overflows
+
+    def on_train_start(self) -> None:
+        self.scales: list[float] = []
+        self.weights: list[Any] = []
+
+    def on_after_backward(self) -> None:
+        if self.global_step == 1 and self.world.rank == self.world.size - 1:
+            up = self.get_module("model.blocks.0.mixture.experts").up
+            if up.grad is not None:
+                local_part(up.grad)[-1] = torch.inf
+
+    def on_step_end(self, metrics: Any) -> None:
+        self.scales.append(self.optimization.scaler.get_scale())
+        self.weights.append(bits([*self.get_module("model").parameters()]))
+
+
+HALF: dict[str, Any] = {"precision": "fp16", "val_dataloader": None, "on_nonfinite": "skip"}
+SGD = partial(torch.optim.SGD, lr=8.0, momentum=0.9)
+
+
+def fit_half() -> Any:
+    found = []
+    for parallel in (Parallel(expert=2), Parallel(dp_shard=4, expert=2)):
+        made = fit(parallel, Overflowing, make=SGD, **HALF)
+        found.append((made.scales, made.weights, made.ended))
+    return found
+
+
+@pytest.mark.slow
+def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks) -> None:
+    """Two copies of the experts, and two shards: the ranks do what one process does."""
+    alone = fit(None, Overflowing, make=SGD, **HALF)
+    for found in ranks(fit_half, 4):
+        for scales, weights, ended in found:
+            assert scales == alone.scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15]
+            assert [a == b for a, b in pairwise(weights)] == [True, False, False]
+            assert_near(ended, alone.ended, rtol=0.02, atol=1e-3)

@@ -159,7 +159,6 @@ def refuse_all() -> list[str]:
         refused(buffered),
         refused(odd),
         refused(Deep(), expert=4),
-        refused(Deep(), precision="fp16"),
         refused(Deep(), precision="fp8"),
         *wrong_calls(),
     ]

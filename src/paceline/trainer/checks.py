@@ -146,7 +146,6 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
         for name, value, setting, asked in (
             ("precision", "fp16", "cpu_offload", parallel.cpu_offload),
             ("precision", "fp8", "tensor", parallel.tensor > 1),
-            ("precision", "fp16", "expert", parallel.expert > 1),
             ("precision", "fp8", "expert", parallel.expert > 1),
             ("precision", "fp8", "pipeline", parallel.pipeline > 1),
         ):
