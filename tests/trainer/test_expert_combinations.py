@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
+from builders import StopAt, bits
+from emulated_ring import emulate
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.world.context import attention
@@ -77,6 +79,7 @@ class Fit(Trainer):
         return (out - y).square().mean() + 0.01 * z
 
     def on_train_end(self) -> None:
+        self.optimizer_state = bits([*self.optimizer.state.values()])
         state = self.named_models()["model"].state_dict()
         self.ended = {key: whole(value).detach().clone() for key, value in state.items()}
 
@@ -85,7 +88,7 @@ ADAM = partial(torch.optim.AdamW, lr=0.02, fused=True)
 
 
 def fit(parallel: Parallel | None = None, kind: type[Fit] = Fit, **settings: Any) -> Any:
-    """Four steps of eight sequences, the third of six, in float64 where nothing lower is asked for."""
+    """Four steps of eight sequences, the third of six; in float64 where nothing else is asked."""
     model, make = Net(), settings.pop("make", ADAM)
     x = torch.randn(22, 4, 8, generator=torch.Generator().manual_seed(1))
     if settings.get("precision", "fp32") == "fp32":
@@ -243,3 +246,59 @@ def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks)
             assert scales == alone.scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15]
             assert [a == b for a, b in pairwise(weights)] == [True, False, False]
             assert_near(ended, alone.ended, rtol=0.02, atol=1e-3)
+
+
+# Sequences in parts
+
+PARTS = [
+    Parallel(context=2, expert=2),
+    Parallel(context=2, expert=4),
+    Parallel(context=2, expert=2, dp_shard=2),
+    Parallel(context=2, expert=2, context_attention="ring"),
+]
+
+
+def fit_parts() -> Any:
+    found = []
+    for parallel in PARTS:
+        if parallel.rings:
+            emulate(exact=True)
+        made = fit(parallel)
+        found.append((made.ended, made.result.metrics))
+    return found
+
+
+@pytest.mark.slow
+def test_experts_take_rows_of_parts_of_sequences(ranks: Ranks) -> None:
+    """Each rank's positions go to the experts of all, in copies, shards and over all four ranks:
+    losses, those of the routers too, norms and weights are those of whole sequences."""
+    alone = fit()
+    for found in ranks(fit_parts, 4):
+        for parallel, (ended, metrics) in zip(PARTS, found, strict=True):
+            assert_near(ended, alone.ended, rtol=1e-10, atol=1e-10)
+            assert metrics == pytest.approx(alone.result.metrics, rel=1e-10), parallel
+
+
+# Resumed
+
+BESIDE: list[dict[str, Any]] = [
+    HALF | {"parallel": Parallel(expert=2, activation_checkpointing="selective")},
+    {"parallel": Parallel(context=2, expert=2, activation_checkpointing="full")},
+]
+
+
+def fit_resumed(folder: Path) -> Any:
+    found = []
+    for i, settings in enumerate(BESIDE):
+        stopped = {**settings, "run_dir": folder / str(i)}
+        fit(**stopped, callbacks=[StopAt(2)])
+        for made in fit(**settings), fit(**stopped):
+            found.append((bits(made.ended), made.optimizer_state, made.result.metrics))
+    return found
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_they_end_with_the_same_bits(ranks: Ranks, tmp_path: Path) -> None:
+    for half, half_resumed, parts, parts_resumed in ranks(fit_resumed, 2, tmp_path):
+        assert half_resumed == half
+        assert parts_resumed == parts

@@ -31,8 +31,9 @@ class Parallel:
             window's micro-batches on to each other. The model is a `Sequential`, or says in
             `pipeline_order` which of its modules compute it, one after the other.
         expert: processes over which the experts of a mixture are shared out, as `plan` says. They
-            see samples of their own, as part of the `dp_replicate` x `dp_shard` processes, whose
-            number it divides; the same experts are then replicated or sharded over the others.
+            see samples, or parts of sequences, of their own, as part of the `dp_replicate` x
+            `dp_shard` x `context` processes, whose number it divides; the same experts are then
+            replicated or sharded over the others.
         activation_checkpointing: what the model's repeated blocks compute once more in the
             backward pass, to keep less: "full", all; "selective", all but matrix products,
             attention and rows of other processes; None, nothing. A number from 0 to 1 is the part
@@ -81,11 +82,10 @@ class Parallel:
             size = getattr(self, name)
             if not (name == "dp_replicate" and size == "auto") and size < 1:
                 raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
-        beside = [f"parallel.{name}" for name in ("tensor", "context") if getattr(self, name) > 1]
-        if self.expert > 1 and beside:
+        if self.expert > 1 and self.tensor > 1:
             raise ConfigError(
-                f"parallel.expert={self.expert}: does not exist yet with {' and '.join(beside)}; "
-                "leave one out."
+                f"parallel.expert={self.expert}: does not exist yet with parallel.tensor; leave "
+                "one out."
             )
         if self.cpu_offload and self.dp_shard == 1:
             raise ConfigError(
@@ -139,11 +139,12 @@ class Parallel:
             )
         else:
             replicate = self.dp_replicate
-        if (shares := replicate * self.dp_shard) % self.expert:
+        if (parts := replicate * self.dp_shard * self.context) % self.expert:
+            beside = f" x context={self.context}" * (self.context > 1)
             raise ConfigError(
                 f"parallel.expert={self.expert} does not divide dp_replicate={replicate} x "
-                f"dp_shard={self.dp_shard}, the {_processes(shares)} with samples of their own: "
-                f"start a multiple of {self.expert} (--nproc), or choose a divisor of {shares}."
+                f"dp_shard={self.dp_shard}{beside}, the {_processes(parts)} with rows of their "
+                f"own: start a multiple of {self.expert} (--nproc), or choose a divisor of {parts}."
             )
         return replicate, self.dp_shard
 

@@ -137,21 +137,30 @@ class World:
         return self
 
     def _make_mesh(self) -> DeviceMesh:
+        copies, shards = self._copies_and_shards()
         sizes = {
             "pipeline": self.parallel.pipeline,
-            "dp_replicate": self.copies,
-            "dp_shard": self.shards,
+            "dp_replicate": copies,
+            "dp_shard": shards,
             "tensor": self.parallel.tensor,
         }
-        # Ranks that share a sequence share the state as those do that share the data.
-        sizes["dp_shard" if self.shards > 1 else "dp_replicate"] *= self.parallel.context
         # Copies of what is spread are kept equal by FSDP2, which takes a mesh with shards.
         spread = self.parallel.tensor * self.parallel.expert > 1
-        kept = "dp_shard" if sizes["dp_replicate"] > 1 and spread else ""
+        kept = "dp_shard" if copies > 1 and spread else ""
         sizes = {name: size for name, size in sizes.items() if size > 1 or name == kept}
         return init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
+
+    def _copies_and_shards(self) -> tuple[int, int]:
+        """Copies of the models' state, and ranks that share one.
+
+        Ranks that share a sequence share the state as those do that share the data.
+        """
+        context = self.parallel.context
+        if self.shards > 1:
+            return self.copies, self.shards * context
+        return self.copies * context, 1
 
     def _make_context_mesh(self) -> DeviceMesh:
         sizes = (self.dp_size, self.parallel.context, self.parallel.tensor)
@@ -160,9 +169,9 @@ class World:
 
     def _make_expert_mesh(self) -> DeviceMesh:
         """Ranks with the same experts shard them among those that share a copy of the model."""
-        experts = self.parallel.expert
-        shards = self.shards // experts if self.shards % experts == 0 else 1
-        sizes = (self.dp_size // (shards * experts), shards, experts)
+        experts, (_, sharing) = self.parallel.expert, self._copies_and_shards()
+        shards = sharing // experts if sharing % experts == 0 else 1
+        sizes = (self.parts // (shards * experts), shards, experts)
         names = ("dp_replicate", "dp_shard", "expert")
         return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
 
