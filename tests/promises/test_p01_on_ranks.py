@@ -301,13 +301,14 @@ def test_with_some_of_the_experts_and_stopped_again(
         (2, Plan(batch=10, stages=2)),
         (4, Plan(steps=6, stages=2)),
         (4, Plan(steps=6, stages=2, shard=2)),
+        (4, Plan(batch=10, steps=6, stages=2, tensor=2)),
     ],
 )
 def test_in_stages_and_stopped_again_and_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
     """Two stages, the first with running statistics, the second with dropout; on four ranks two
-    copies of each, or two shards."""
+    copies of each, or two shards, or with split modules."""
     check_chain(ranks, size, tmp_path, plan, [2, 5])
 
 

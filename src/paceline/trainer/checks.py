@@ -183,7 +183,7 @@ def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:
     """What does not go together with stages: the schedule calls the model and `loss_fn` itself."""
     wrong = [
         f"parallel.{name}={size}: does not exist yet with parallel.pipeline; leave one out."
-        for name in ("tensor", "context", "expert", "cpu_offload")
+        for name in ("context", "expert", "cpu_offload")
         if (size := getattr(parallel, name)) is True or size > 1
     ]
     wrong += [

@@ -25,7 +25,7 @@ from paceline.trainer.optimization import check_loss, weighted
 from paceline.trainer.placement import probes, replicate, zero_of
 from paceline.trainer.stages import is_given_up
 from paceline.trainer.window import buffers_kept
-from paceline.world.dtensors import local_part, reshard, total_norm
+from paceline.world.dtensors import is_dtensor, local_part, reshard, respread, total_norm, whole
 from paceline.world.seeding import mix, seed_everything
 from paceline.world.world import send
 
@@ -60,6 +60,7 @@ class _Layers(torch.nn.Module):
         layers: in order.
         take: makes of what the stage is given what its first layer takes.
         context: what they compute in.
+        hands_on: whether another stage gets what they compute.
     """
 
     def __init__(
@@ -67,17 +68,26 @@ class _Layers(torch.nn.Module):
         layers: Iterable[torch.nn.Module],
         take: Callable[..., Any],
         context: Callable[[], AbstractContextManager[Any]],
+        *,
+        hands_on: bool,
     ) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
         self._take = take
         self._context = context
+        self._hands_on = hands_on
 
     def forward(self, *given: Any) -> Any:
         x = self._take(*given)
         with self._context():
             for layer in self.layers:
                 x = layer(x)
+        if self._hands_on and any(map(is_dtensor, tree_leaves(x))):
+            raise ConfigError(
+                f"parallel.pipeline: a stage ends with the {type(self.layers[-1]).__name__}, which "
+                "gives a split tensor (DTensor), and the next stage takes plain ones: have its "
+                "style of parallel.plan give its local part (use_local_output=True), or the whole."
+            )
         return x
 
 
@@ -168,7 +178,9 @@ class Pipeline:
         self._is_first, self._is_last = self._index == 0, self._index == self._stages - 1
         self._group = world.mesh["pipeline"].get_group()
         self._norm_dtype = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
-        self.module = _Layers(layers, self._taken, lambda: trainer.autocast)
+        self.module = _Layers(
+            layers, self._taken, lambda: trainer.autocast, hands_on=not self._is_last
+        )
         self._replica: torch.nn.Module | None = None
         self._shards: StageShards | None = None
         self._schedules: dict[Any, tuple[Any, _Stage]] = {}
@@ -221,6 +233,7 @@ class Pipeline:
         reshard([self.module])
         for parameter, group, _ in self.shared:
             if parameter.grad is not None:
+                parameter.grad = respread(parameter.grad, parameter)
                 dist.all_reduce(local_part(parameter.grad), group=group)
         dist.broadcast(self._losses, group=self._group, group_src=self._stages - 1)
         self._end(window, real)
@@ -254,7 +267,7 @@ class Pipeline:
     def _loss(self, outputs: Any, number: torch.Tensor) -> torch.Tensor:
         trainer = self._trainer
         with trainer.autocast:
-            loss = trainer.loss_fn(outputs, self._targets[int(number)])
+            loss = whole(trainer.loss_fn(outputs, self._targets[int(number)]))
         check_loss(loss, giver="loss_fn")
         if self._at is None:
             return loss
@@ -285,7 +298,7 @@ class Pipeline:
             )
         if named or len(inputs) != 1:
             raise ConfigError("with parallel.pipeline a model is called with its inputs alone.")
-        if self._shards is not None:
+        if self._trainer.parallel.calls_together:
             self._trainer.validation_calls.append((self._model, inputs, {}))
         schedule, _ = self._schedule(None, _shapes(inputs[0]))
         self._numbers, self._inputs, self._at = (), inputs, None
@@ -298,7 +311,7 @@ class Pipeline:
         """The last stage's outputs, on every rank."""
         last = self._stages - 1
         if self._is_last:
-            outputs = tree_map(torch.Tensor.contiguous, outputs)
+            outputs = tree_map(lambda leaf: whole(leaf).contiguous(), outputs)
         box = [tree_map(_Form.of, outputs) if self._is_last else None]
         dist.broadcast_object_list(box, group=self._group, group_src=last)
         if not self._is_last:
@@ -383,9 +396,10 @@ class Pipeline:
 
     def share_buffers(self) -> None:
         """Gives every copy of a stage the first one's buffers."""
-        mesh = self._trainer.world.dp_mesh
-        for group in () if mesh is None else reversed(mesh.get_all_groups()):
-            send(self.module.buffers(), group)
+        mesh: Any = self._trainer.world.mesh
+        for name in reversed(mesh.mesh_dim_names):
+            if name != "pipeline":
+                send(self.module.buffers(), mesh.get_group(name))
 
     def complete(self, states: dict[str, dict[str, Any]]) -> None:
         """Adds to optimizers' states what other stages have of them, on the meta device.

@@ -15,6 +15,7 @@ from paceline.checkpoint.state import parameter_names
 from paceline.errors import ConfigError, LossError
 from paceline.trainer.materialize import Materializer
 from paceline.world.context import ring_attention
+from paceline.world.dtensors import local_part
 from paceline.world.world import World, send
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 def probes(outputs: Any) -> list[torch.Tensor]:
     """One element of each output, copied: the output itself is free to go."""
     return [
-        leaf.reshape(-1)[:1].sum().float()
+        local_part(leaf).reshape(-1)[:1].sum().float()
         for leaf in tree_leaves(outputs)
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad
     ]

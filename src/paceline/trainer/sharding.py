@@ -28,6 +28,7 @@ from paceline.errors import ConfigError
 from paceline.trainer.blocks import repeated_blocks
 from paceline.trainer.expert_parallel import expert_modules, shard_dimension, share_out
 from paceline.trainer.placement import probes, zero_of
+from paceline.trainer.stages import given_up_kept
 from paceline.trainer.tensor_parallel import split_modules
 from paceline.world.dtensors import is_dtensor, local_part
 from paceline.world.world import World, send
@@ -169,39 +170,62 @@ class Shards:
 class StageShards:
     """A stage spread over the ranks that have it; one of `Trainer.replicas`, as `Shards` are.
 
-    Its parameters are gathered by the first micro-batch of a window, and stay so until gradients
-    are exchanged in the last one's backward pass. In between no rank waits for another that has the
-    stage: they may have other numbers of micro-batches, and take them in another order.
+    Where it is sharded, its parameters are gathered by the first micro-batch of a window, and stay
+    so until gradients are exchanged in the last one's backward pass. In between ranks with samples
+    of their own do not wait for each other: they may have other numbers of micro-batches, and take
+    them in another order.
 
     Args:
         stage: what computes the stage; it is spread in place, which makes its parameters new ones.
+        model: the whole model, of which it is a part.
+        name: the model's name, for messages.
         world: the ranks.
         compute: the dtype in which parameters are gathered; None for their own.
 
     Attributes:
-        covered: the `id` of each parameter that is sharded.
+        covered: the `id` of each parameter of the stage.
         renewed: what became of each parameter, by the `id` of what it was.
+
+    Raises:
+        ConfigError: the model cannot be spread.
     """
 
     called = False  # by a schedule alone, which needs no word of a replica on a NaN
     heard = True
 
-    def __init__(self, stage: Any, world: World, compute: torch.dtype | None) -> None:
+    def __init__(
+        self, stage: Any, model: Any, name: str, world: World, compute: torch.dtype | None
+    ) -> None:
+        check_unspread(dict(model.named_parameters()), name, world)
         self._stage = stage
+        self._model = model
+        self._name = name
         self._world = world
         self._compute = compute
-        self._before = dict(stage.named_parameters())
+        self._splits = world.parallel.tensor > 1
+        self._exchanges = world.parts > 1
+        self._blocks = repeated_blocks(model)
         self._parts = {id(part) for part in stage.modules()}
+        self._before = [dict(stage.named_parameters())]
         self.renewed: dict[int, torch.nn.Parameter] = {}
         self.covered: frozenset[int] = frozenset()
 
-    def shard_block(self, block: torch.nn.Module) -> None:
-        """Shards a block if it is one of the stage's."""
-        if id(block) in self._parts:
+    def take_block(self, block: torch.nn.Module) -> None:
+        """Shards a block that has its values, if it is one of the stage's and not split first."""
+        if not self._splits:
             self._shard(block)
 
-    def shard_rest(self, model: torch.nn.Module) -> None:
-        """Shards what is left, once all blocks are; `model` gets the parameters that came of it."""
+    def take_all(self) -> None:
+        """Splits modules, and shards what is left; the model gets the parameters that came of it.
+
+        To be called when all of the stage has its values.
+        """
+        if self._splits:
+            with given_up_kept(self._model):
+                split_modules(self._model, self._name, self._world)
+            self._before.append(dict(self._stage.named_parameters()))
+            for block in self._blocks:
+                self._shard(block)
         self._shard(self._stage)
         for part in self._stage.modules():
             if isinstance(part, FSDPModule):
@@ -209,15 +233,18 @@ class StageShards:
                 # with other micro-batches take other ones for it.
                 part.set_modules_to_backward_prefetch([part])
         now = dict(self._stage.named_parameters())
-        self.renewed = {id(p): now[key] for key, p in self._before.items()}
+        self.renewed = {id(p): now[key] for before in self._before for key, p in before.items()}
+        self._before.clear()  # they have the memory of the whole
         self.covered = frozenset(map(id, now.values()))
-        for part in model.modules():  # another stage's may use them too
+        for part in self._model.modules():  # another stage's may use them too
             for key, parameter in part._parameters.items():
                 if id(parameter) in self.renewed:
                     part._parameters[key] = self.renewed[id(parameter)]
 
     def begin(self, *, exchange: bool) -> None:
         """A window begins, or the last backward pass of it, in which gradients are exchanged."""
+        if not self._exchanges:
+            return
         if not exchange:
             self._forget_calls()
         self._stage.set_is_last_backward(exchange)
@@ -236,7 +263,8 @@ class StageShards:
         noted.clear()
 
     def _shard(self, unit: torch.nn.Module) -> None:
-        _shard(unit, self._world, self._compute, reshard_after_forward=False)
+        if self._exchanges and id(unit) in self._parts:
+            _shard(unit, self._world, self._compute, reshard_after_forward=False)
 
 
 def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: World) -> None:

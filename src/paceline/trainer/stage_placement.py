@@ -11,7 +11,7 @@ from paceline.errors import ConfigError
 from paceline.trainer.blocks import repeated_blocks
 from paceline.trainer.materialize import Materializer
 from paceline.trainer.pipeline import Pipeline
-from paceline.trainer.sharding import StageShards, check_unspread, follow
+from paceline.trainer.sharding import StageShards, follow
 from paceline.trainer.stages import give_up, is_given_up, stages_of, tensors_of
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World, send
@@ -43,18 +43,16 @@ def place_stages(
     held = [{id(t): t for layer in s.values() for t in tensors_of(layer)} for s in stages]
     pipeline = Pipeline(trainer, model, stages[world.stage].values())
     mine = held[world.stage]
-    if world.shards == 1:
+    renewed: dict[int, Any] = {}
+    if world.shards == world.parallel.tensor == 1:
         _take_part(model, mine, materialize, trainer.device)
         pipeline.replicate()
-        renewed: dict[int, Any] = {}
     else:
-        check_unspread(dict(model.named_parameters()), name, world)
-        shards = StageShards(pipeline.module, world, trainer.autocast_dtype)
-        _take_part(model, mine, materialize, trainer.device, shards.shard_block)
-        shards.shard_rest(model)
+        shards = StageShards(pipeline.module, model, name, world, trainer.autocast_dtype)
+        _take_part(model, mine, materialize, trainer.device, shards.take_block)
+        shards.take_all()
         pipeline.share(shards)
-        follow(trainer.named_optimizers().values(), shards.renewed)
-        renewed = shards.renewed
+        follow(trainer.named_optimizers().values(), renewed := shards.renewed)
     pipeline.shared = _shared(world, held, renewed)
     own = vars(model).get("forward")
     model.forward = pipeline.forward

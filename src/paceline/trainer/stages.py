@@ -7,8 +7,10 @@ What is of other stages stays on the meta device, where it has a shape and no me
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import torch
 
@@ -150,6 +152,21 @@ def give_up(tensor: torch.Tensor) -> None:
         empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
     vars(empty).update(vars(tensor), given_up=True)
     torch.utils.swap_tensors(tensor, empty)
+
+
+@contextmanager
+def given_up_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Puts back what was given up of a model, should modules have other tensors in its place."""
+    kept: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+        (own, key, tensor)
+        for part in model.modules()
+        for own in (part._parameters, part._buffers)
+        for key, tensor in own.items()
+        if tensor is not None and is_given_up(tensor)
+    ]
+    yield
+    for own, key, tensor in kept:
+        own[key] = tensor
 
 
 def is_given_up(tensor: torch.Tensor) -> bool:

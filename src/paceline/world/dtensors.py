@@ -82,6 +82,16 @@ def _spread_alike(one: Any, other: Any) -> bool:
     return one.device_mesh == other.device_mesh and one.placements == other.placements
 
 
+def respread(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A gradient with the placements of its parameter, which torch does not see to.
+
+    That of a split embedding is whole on each process, say. Of another tensor, as it is.
+    """
+    if not is_dtensor(gradient):
+        return gradient
+    return gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+
+
 def reshard(models: Iterable[torch.nn.Module]) -> None:
     """Drops what FSDP2 has gathered for a call: parameters are sharded again, and up to date."""
     for model in models:
