@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +161,21 @@ class NextCharacter(nn.CrossEntropyLoss):
 
 
 class GPTTrainer(Trainer):
-    """Prints a sample of the model's writing at the end."""
+    """Prints a sample of the model's writing at the end.
+
+    Args:
+        characters: how long a sample.
+        settings: those of every Trainer.
+    """
+
+    def __init__(self, *, characters: int = 600, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.characters = characters
 
     def on_train_end(self) -> None:
         # On every rank: each may hold a part of the model alone.
         model = self.get_module("model").eval()
-        text = model.write("\nThe ", 600, torch.Generator().manual_seed(0), self.device)
+        generator = torch.Generator().manual_seed(0)
+        text = model.write("\nThe ", self.characters, generator, self.device)
         if self.world.is_main:
             print(text)

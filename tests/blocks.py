@@ -10,6 +10,7 @@ from pathlib import Path
 from command import Paceline
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.S | re.M)
+GPT = ("trainer.characters=20",)  # of its writing, each of which is a call of the model
 _FILE = re.compile(r"# ([\w/]+\.(?:py|yaml))\n")
 
 
@@ -61,7 +62,7 @@ def run_block(block: Block, page: Path, paceline: Paceline) -> None:
                 recipe = next((w for w in words if w.startswith("recipes/")), "")
                 if "train" in words and recipe:
                     words += ["trainer.epochs=1", "trainer.max_steps=2"]
-                    words += ["lr_scheduler.warmup=1", "model.layers=1"] * ("gpt" in recipe)
+                    words += [*GPT, "lr_scheduler.warmup=1", "model.layers=1"] * ("gpt" in recipe)
                     words += ["model.width=4"] * ("digits" in recipe)
                 run = paceline if command == "paceline" else paceline.torchrun
                 code, _, err = run(*words)

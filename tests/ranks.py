@@ -241,6 +241,8 @@ def _import_what_is_slow() -> None:
     for module in pkgutil.walk_packages(paceline.__path__, "paceline."):
         if module.name != "paceline.__main__":
             importlib.import_module(module.name)
+    for name in ("sklearn.datasets", "sklearn.model_selection"):  # of the recipes on digits
+        importlib.import_module(name)
     Plugins.instance()  # imports Hydra's
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from blocks import GPT
 from paceline.recipe.compose import compose
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SHORT = ("trainer.epochs=1", "trainer.max_steps=3")
-ALSO = {"gpt": ("lr_scheduler.warmup=1",)}
+ALSO = {"gpt": ("lr_scheduler.warmup=1", *GPT)}
 pytestmark = pytest.mark.slow
 
 

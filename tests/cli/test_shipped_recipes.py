@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blocks import blocks
+from blocks import GPT, blocks
 from command import Paceline
 from endings import ending
 from ranks import Ranks
@@ -71,7 +71,12 @@ def test_a_sharded_gpt_is_killed_and_goes_on_as_one_process(paceline, wait_for, 
     """Given a model sharded over two processes that are killed once it has saved, one process goes
     on to the end, and writes."""
     words = ("train", str(RECIPES / "gpt.yaml"), "model.layers=2", "lr_scheduler.warmup=2")
-    words += ("trainer.max_steps=40", "+checkpoint.every_steps=4", "checkpoint.every_epochs=null")
+    words += (
+        *GPT,
+        "trainer.max_steps=40",
+        "+checkpoint.every_steps=4",
+        "checkpoint.every_epochs=null",
+    )
     process = paceline.start(*words, "--nproc", "2", "parallel.dp_shard=2")
     wait_for("runs/gpt/manual/checkpoints/latest")
     process.signal(signal.SIGKILL)
