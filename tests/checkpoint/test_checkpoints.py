@@ -231,6 +231,28 @@ def test_going_on_from_an_older_one_sets_the_later_ones_aside_for_good(tmp_path:
     ]
 
 
+@pytest.mark.parametrize(("keep", "left"), [(1, [40]), (2, [30, 40]), (None, [20, 30, 40])])
+def test_what_is_set_aside_stays_until_the_next_save_and_then_the_last_of_it(
+    tmp_path: Path, keep: int | None, left: list[int]
+) -> None:
+    with opened(tmp_path, keep_last=None) as checkpoints:
+        for step in (10, 20, 30, 40):
+            checkpoints.save(state(step), step, synchronous=True)
+        checkpoints.abandon_after(checkpoints.list()[0].save_id)
+    (tmp_path / ".abandoned" / "mine").mkdir()
+    (tmp_path / "elsewhere" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "step_00000002").mkdir()
+    (tmp_path / ".damaged").symlink_to(tmp_path / "elsewhere")
+    with opened(tmp_path, keep_last=keep) as again:
+        again.recover()
+        assert again.newest().step == 10
+        assert len(list((tmp_path / ".abandoned").iterdir())) == 4
+        again.save(state(11), 11, synchronous=True)
+    names = [f"step_{step:08}" for step in left]
+    assert sorted(p.name for p in (tmp_path / ".abandoned").iterdir()) == ["mine", *names]
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 2, "a link is not followed"
+
+
 def test_a_replaced_checkpoint_that_rotted_before_its_predecessor_was_removed_is_undone(
     tmp_path: Path,
 ) -> None:

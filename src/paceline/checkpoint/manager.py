@@ -378,6 +378,7 @@ class Checkpoints:
             for checkpoint in found:
                 if checkpoint.save_id not in keep:
                     publication.discard(checkpoint.path, self._disk)
+            publication.prune_set_aside(self.folder, self.policy.keep_last, self._disk)
         except OSError as error:
             message = f"old checkpoints could not be removed: {describe(error)}"
             self._events.append(Event("warning", message))

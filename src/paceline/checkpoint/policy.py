@@ -18,7 +18,8 @@ class CheckpointPolicy:
     Args:
         every_epochs: save at the end of every n-th epoch; None for never.
         every_steps: save after every n-th optimizer step; None for never.
-        keep_last: how many of the newest checkpoints to keep; None for all.
+        keep_last: how many of the newest checkpoints to keep; None for all. As many stay of those
+            that were set aside as damaged, and as later than the one resumed from.
         keep_every_steps: also keep, for good, those at a multiple of this many steps.
         save_best: save when the monitored metric improves, and keep the best one.
         asynchronous: write in the background while training goes on. Costs host memory for one

@@ -35,6 +35,7 @@ DAMAGED = ".damaged"
 ABANDONED = ".abandoned"
 
 _STEP = re.compile(r"step_(\d{8,18})")
+_SET_ASIDE = re.compile(r"step_\d{8,18}(\.\d+)?")
 _HIDDEN = re.compile(r"\.(step_\d{8,18})\.(new|old|gone)")
 _MAX_JSON = 1 << 30
 
@@ -314,6 +315,25 @@ def set_aside(path: Path, place: str, disk: Disk) -> Path:
     disk.rename(path, target)
     disk.fsync_folder(path.parent)
     return target
+
+
+def prune_set_aside(folder: Path, keep: int | None, disk: Disk) -> None:
+    """Removes what was set aside, but for the `keep` of each kind that were moved last.
+
+    For after a publication: until then it may be all that there is.
+
+    Args:
+        folder: where the checkpoints are.
+        keep: how many; None for all.
+        disk: removes them.
+    """
+    for shelf in (folder / DAMAGED, folder / ABANDONED):
+        if keep is None or shelf.is_symlink() or not shelf.is_dir():
+            continue
+        moved = [path for path in shelf.iterdir() if _SET_ASIDE.fullmatch(path.name)]
+        moved.sort(key=lambda path: (path.lstat().st_ctime_ns, path.name))
+        for path in moved[:-keep]:
+            disk.remove(path)
 
 
 def recover(folder: Path, disk: Disk) -> list[str]:
