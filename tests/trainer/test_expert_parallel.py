@@ -159,7 +159,6 @@ def refuse_all() -> list[str]:
         refused(buffered),
         refused(odd),
         refused(Deep(), expert=4),
-        refused(Deep(), precision="fp8"),
         *wrong_calls(),
     ]
 
@@ -191,7 +190,6 @@ def test_what_cannot_be_shared_out_is_refused(ranks: Ranks) -> None:
             "and 1 buffers",
             "parallel.expert=2 does not divide the 3 experts of 'blocks.0.experts'",
             "parallel.expert=4 does not divide dp_replicate=2 x dp_shard=1, the 2 processes",
-            "precision='fp8': does not exist yet with parallel.expert",
             "'moe.experts' is called with 3 arguments: experts that are shared out are called "
             "as experts(rows, rows for each expert)",
             "'moe.experts': the counts add up to 6 rows, and there are 2",

@@ -12,34 +12,38 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from builders import StopAt, bits
+from mixture import Mixture
 from paceline import Parallel, Trainer
-from paceline.errors import ConfigError, MissingExtraError, ResumeError
+from paceline.errors import MissingExtraError, ResumeError
 from paceline.trainer import float8
 from paceline.trainer.settings import Resume
 from paceline.world.context import attention
 from paceline.world.dtensors import whole
 from ranks import Ranks
-from small import fitted, settings
+from small import fitted
 
 
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (2, 3, 8)).permute(3, 0, 2, 1, 4)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, 16)).permute(3, 0, 2, 1, 4)
         return x + self.out(attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
 class Net(nn.Module):
     """Two blocks of attention over sequences, and a head whose size is no multiple of 16."""
 
+    tp_plan = {"blocks.*.qkv": "colwise", "blocks.*.out": "rowwise"}
+    pipeline_order = ("blocks", "head")
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.blocks = nn.ModuleList([Block() for _ in range(2)])
-        self.head = nn.Linear(16, 1)
+        self.head = nn.Linear(32, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -66,11 +70,12 @@ class Fit(Trainer):
 
     def on_train_end(self) -> None:
         state = self.get_module("model").state_dict()
-        self.ended = {key: whole(value).detach().clone() for key, value in state.items()}
+        here = {key: value for key, value in state.items() if not value.is_meta}
+        self.ended = {key: whole(value).detach().clone() for key, value in here.items()}
 
 
 def examples() -> TensorDataset:
-    x = torch.randn(28, 4, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(28, 4, 32, generator=torch.Generator().manual_seed(1))
     return TensorDataset(x, x.mean(-1, keepdim=True))
 
 
@@ -130,18 +135,13 @@ def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         fitted(precision="fp8")
 
 
-def test_split_modules_and_it_are_refused_together() -> None:
-    with pytest.raises(ConfigError, match=r"'fp8': does not exist yet with parallel\.tensor"):
-        Trainer(**settings(precision="fp8", parallel=Parallel(tensor=2))).train()
-
-
 # What it is
 
 
 def test_the_layers_whose_sizes_allow_it_multiply_in_float8(emulation: None) -> None:
     made = fit()
     assert made.during == "Float8Linear"
-    left = "not model.head (1 x 16, not multiples of 16)"
+    left = "not model.head (1 x 32, not multiples of 16)"
     assert f"4 of 5 linear layers multiply in float8; {left}" in plan(made)
     half = fit("bf16")
     assert made.ended.keys() == half.ended.keys(), "parameters keep their names"
@@ -154,7 +154,7 @@ def test_the_layers_whose_sizes_allow_it_multiply_in_float8(emulation: None) -> 
 
 def test_what_is_no_plain_linear_layer_is_left_alone(emulation: None) -> None:
     model = Net()
-    model.blocks[0].out = Doubling(16, 16)
+    model.blocks[0].out = Doubling(32, 32)
     model.blocks[1].out.register_forward_hook(lambda module, inputs, output: seen.append(module))
     seen: list[Any] = []
     made = fit(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
@@ -191,7 +191,7 @@ def test_a_run_goes_on_in_another_precision_only_if_that_is_accepted(
 
 
 def test_what_is_not_finite_never_reaches_the_weights(emulation: None) -> None:
-    x = torch.randn(24, 4, 16, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(24, 4, 32, generator=torch.Generator().manual_seed(1))
     x[9] = torch.inf  # in the second of three batches
     bad = DataLoader(TensorDataset(x, torch.ones(24, 4, 1)), 8)
     made = fit(train_dataloader=bad, epochs=1, on_nonfinite="skip")
@@ -203,6 +203,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {},
     {"dp_shard": 2, "activation_checkpointing": "full"},
     {"context": 2},
+    {"tensor": 2, "activation_checkpointing": "selective"},
+    {"pipeline": 2},
 ]
 
 
@@ -210,25 +212,33 @@ def fit_layouts() -> list[Any]:
     float8.configuration = emulated
     runs = []
     for layout in LAYOUTS:
-        size = 8 if "context" in layout else 4
-        made = fit_by_sgd(size=size, parallel=Parallel(**layout))
+        size = 8 if "context" in layout or "tensor" in layout else 4
+        changes = {"gradient_accumulation_steps": 2} if "pipeline" in layout else {}
+        made = fit_by_sgd(size=size, parallel=Parallel(**layout), **changes)
         runs.append((made.ended, made.during))
     return runs
 
 
-def fit_by_sgd(precision: str = "fp8", size: int = 8, **changes: Any) -> Fit:
-    model = Net()
+def fit_by_sgd(
+    precision: str = "fp8",
+    size: int = 8,
+    model: nn.Module | None = None,
+    lr: float = 0.15,
+    **changes: Any,
+) -> Fit:
+    model = model or Net()
     data = DataLoader(examples(), size, shuffle=True)
     return fit(
         precision,
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.3),
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         train_dataloader=data,
         **changes,
     )
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Of what is in the first."""
     return sum(float((one[key] - other[key]).square().sum()) for key in one) ** 0.5
 
 
@@ -237,9 +247,68 @@ def test_every_layout_trains_the_same_up_to_its_rounding(emulation: None, ranks:
     """Each rank scales what it has by its own largest value."""
     alone = fit_by_sgd().ended
     moved = distance(alone, Net().state_dict())
-    for ended, during in ranks(fit_layouts, 2)[0]:
+    for found in ranks(fit_layouts, 2):
+        for ended, during in found:
+            assert during == "Float8Linear"
+            assert distance(ended, alone) < 0.05 * moved
+
+
+class Mixed(Net):
+    """With experts, to both of which each position goes."""
+
+    ep_plan = {"mixture.experts": "experts"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Mixture(32, experts=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + self.mixture(x.flatten(0, 1)).view_as(x))
+
+
+def fit_mixed() -> Any:
+    float8.configuration = emulated
+    made = fit_by_sgd(size=4, model=Mixed(), lr=0.05, parallel=Parallel(expert=2))
+    return made.ended, made.during, plan(made)
+
+
+@pytest.mark.slow
+def test_experts_that_are_shared_out_compute_in_bf16_beside_it(
+    emulation: None, ranks: Ranks
+) -> None:
+    alone = fit_by_sgd(model=Mixed(), lr=0.05).ended
+    moved = distance(alone, Mixed().state_dict())
+    for ended, during, lines in ranks(fit_mixed, 2):
         assert during == "Float8Linear"
+        assert any(line.startswith("4 of 6 linear layers") for line in lines)
         assert distance(ended, alone) < 0.05 * moved
+
+
+def fit_resumed(folder: Path) -> list[Any]:
+    float8.configuration = emulated
+    found = []
+    for layout in {"tensor": 2}, {"pipeline": 2}:
+        settings: Any = {"parallel": Parallel(**layout), "gradient_accumulation_steps": 2}
+        stopped = {**settings, "run_dir": folder / next(iter(layout))}
+        fit(**stopped, callbacks=[StopAt(2)])
+        found.append((bits(fit(**settings).ended), bits(fit(**stopped).ended)))
+    return found
+
+
+@pytest.mark.slow
+def test_split_or_in_stages_it_resumes_to_the_same_bits(
+    emulation: None, ranks: Ranks, tmp_path: Path
+) -> None:
+    for found in ranks(fit_resumed, 2, tmp_path):
+        assert all(plain == resumed for plain, resumed in found)
+
+
+def test_a_layer_multiplies_so_only_if_its_parts_can(emulation: None) -> None:
+    layers = float8.Float8Layers(emulated(torch.device("cpu")), parts=4)
+    layers.convert(Net(), "model")
+    assert layers.left["model.blocks.0.out"] == "32 x 32, not multiples of 64"
 
 
 @pytest.mark.slow

@@ -143,16 +143,10 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
         wrong.append("on_nonfinite='rewind': it goes back to a checkpoint, and none is written.")
     parallel: Any = trainer.parallel
     if isinstance(parallel, Parallel):
-        for name, value, setting, asked in (
-            ("precision", "fp16", "cpu_offload", parallel.cpu_offload),
-            ("precision", "fp8", "tensor", parallel.tensor > 1),
-            ("precision", "fp8", "expert", parallel.expert > 1),
-            ("precision", "fp8", "pipeline", parallel.pipeline > 1),
-        ):
-            if getattr(trainer, name) == value and asked:
-                wrong.append(
-                    f"{name}={value!r}: does not exist yet with parallel.{setting}; leave one out."
-                )
+        if trainer.precision == "fp16" and parallel.cpu_offload:
+            wrong.append(
+                "precision='fp16': does not exist yet with parallel.cpu_offload; leave one out."
+            )
         if isinstance(budget := parallel.activation_checkpointing, float) and not trainer.compile:
             wrong.append(
                 f"parallel.activation_checkpointing={budget}: a memory budget is the compiler's to "

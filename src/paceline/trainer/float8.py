@@ -56,7 +56,7 @@ def float8_layers(trainer: Trainer) -> Float8Layers | None:
         return None
     config = configuration(trainer.device)
     if all(trainer.world.all_gather_object(config is not None)):
-        return Float8Layers(config)
+        return Float8Layers(config, trainer.parallel.tensor)
     lacking = "no float8 on this device (CUDA 8.9 or later, MI300 or later): computes in bf16"
     trainer.plan.add(lacking, "precision")
     trainer.say(f"precision='fp8': {lacking}.")
@@ -68,16 +68,18 @@ class Float8Layers:
 
     Args:
         config: torchao's `Float8LinearConfig`.
+        parts: into how many a plan may split a layer, either way.
 
     Attributes:
         converted: the layers.
         left: why others multiply as before, by name.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, parts: int = 1) -> None:
         self.converted: list[nn.Linear] = []
         self.left: dict[str, str] = {}
         self._config = config
+        self._multiple = _MULTIPLE * parts  # so that each part's sizes are multiples too
         self._added: set[str] = set()  # attributes of a layer that multiplies so
 
     def convert(self, model: nn.Module, name: str) -> None:
@@ -97,7 +99,7 @@ class Float8Layers:
         for key, part in model.named_modules():
             if not isinstance(part, nn.Linear):
                 continue
-            if why := _why_not(part):
+            if why := _why_not(part, self._multiple):
                 self.left[f"{name}.{key}".rstrip(".")] = why
                 continue
             like_it: Any = convert_to_float8_training(part, config=self._config)
@@ -124,12 +126,12 @@ class Float8Layers:
         return f"{line}; not {', '.join(named)}{more}" if named else line
 
 
-def _why_not(layer: nn.Linear) -> str | None:
+def _why_not(layer: nn.Linear, multiple: int) -> str | None:
     if type(layer) is not nn.Linear:
         return f"a {type(layer).__name__}"
     if "forward" in vars(layer):
         return "with a forward of its own"
-    if any(size % _MULTIPLE for size in layer.weight.shape):
+    if any(size % multiple for size in layer.weight.shape):
         sizes = " x ".join(map(str, layer.weight.shape))
-        return f"{sizes}, not multiples of {_MULTIPLE}"
+        return f"{sizes}, not multiples of {multiple}"
     return None
