@@ -241,7 +241,8 @@ def _import_what_is_slow() -> None:
     for module in pkgutil.walk_packages(paceline.__path__, "paceline."):
         if module.name != "paceline.__main__":
             importlib.import_module(module.name)
-    for name in ("sklearn.datasets", "sklearn.model_selection"):  # of the recipes on digits
+    # Of the recipes on digits, and of whoever compiles.
+    for name in ("sklearn.datasets", "sklearn.model_selection", "functorch.compile", "networkx"):
         importlib.import_module(name)
     Plugins.instance()  # imports Hydra's
     parameter = torch.nn.Parameter(torch.ones(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,30 @@ def test_blocks_that_are_computed_twice_see_whole_sequences_both_times(
 ) -> None:
     kept, *recomputed = ranks(fits_with_less, 2, layout, [None, "full", "selective"])[0]
     assert [bits(weights) for weights in recomputed] == [bits(kept)] * 2
+
+
+def fit_compiled() -> Any:
+    """Without and with compiled blocks, by a backend that changes nothing."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile = partial(torch.compile, backend=backend)
+    layout, rows = Parallel(context=2), data(16)
+    plain = fit(Case(), layout, model=Readers(), data=rows)
+    assert not graphs
+    compiled = fit(Case(), layout, model=Readers(), data=rows, compile="blocks")
+    return plain, compiled, len(graphs)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_see_whole_sequences_too(ranks: Ranks) -> None:
+    for plain, compiled, graphs in ranks(fit_compiled, 2):
+        assert graphs
+        assert bits(compiled[0]) == bits(plain[0])
+        assert compiled[1:] == plain[1:]
 
 
 def resumed(layout: Parallel, folder: Path, stop_after: int | None) -> Any:

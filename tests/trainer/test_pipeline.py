@@ -263,26 +263,28 @@ def test_blocks_of_a_stage_compute_their_forward_pass_twice(ranks: Ranks) -> Non
 
 
 def fit_compiled(shard: int) -> Any:
-    """By a backend that notes what it gets and changes nothing."""
-    compiled = []
+    """By a backend that notes what part of activations it may keep, and changes nothing."""
+    from torch._functorch import config
+
+    budgets = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        compiled.append(graph)
+        budgets.append(config.activation_memory_budget)
         return graph.forward
 
     torch.compile = partial(torch.compile, backend=backend)
-    setups: list[Any] = [{}, {"compile": True}]
+    setups: list[Any] = [{}, {"compile": True, "activation_checkpointing": 0.5}]
     plain, ended = (
         fit(2, 2, dp_shard=shard, model=Words(batch_norm=False).double(), **settings)
         for settings in setups
     )
-    return plain, ended, len(compiled)
+    return plain, ended, set(budgets)
 
 
 @pytest.mark.slow
-def test_blocks_of_a_stage_are_compiled(ranks: Ranks) -> None:
-    for (weights, *rest), (expected, *others), compiled in ranks(fit_compiled, 2, 1):
-        assert compiled
+def test_blocks_of_a_stage_are_compiled_within_a_budget(ranks: Ranks) -> None:
+    for (weights, *rest), (expected, *others), budgets in ranks(fit_compiled, 2, 1):
+        assert budgets == {0.5}
         assert rest == others
         assert weights.keys() <= expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
