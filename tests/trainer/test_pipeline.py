@@ -423,7 +423,9 @@ def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any: ...
 
     trainer = Own(model=Words(), optimizer=None, epochs=1, parallel=Parallel(pipeline=2))
-    layouts = Parallel(pipeline=2, dp_shard=2, context=2, cpu_offload=True)
+    layouts = Parallel(
+        pipeline=2, dp_shard=2, context=2, context_attention="ring", cpu_offload=True
+    )
     messages = []
     for parallel in (trainer.parallel, layouts):
         trainer.parallel = parallel
@@ -431,7 +433,7 @@ def test_settings_that_do_not_go_with_stages_are_refused_at_once() -> None:
             trainer.train()
         messages.append(str(raised.value))
     assert "training_step: with parallel.pipeline no stage computes a loss" in messages[0]
-    for setting in ("context=2", "cpu_offload=True"):
+    for setting in ("context_attention='ring'", "cpu_offload=True"):
         assert f"parallel.{setting}: does not exist yet with parallel.pipeline" in messages[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import assert_each_says
+from builders import StopAt, assert_each_says, bits
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.errors import ConfigError
@@ -31,6 +32,7 @@ PLAN = {
     "head": "colwise_loss",
 }
 SPLIT = Parallel(pipeline=2, tensor=2, plan=PLAN)
+PARTS = Parallel(pipeline=2, context=2)
 
 
 class Embedding(nn.Module):
@@ -102,10 +104,10 @@ def exploding(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 class Fit(Trainer):
     """Notes the rows, and in the end the weights that this rank has a part of."""
 
-    rows: list[Any]
-
     def configure(self) -> None:
-        self.rows = []
+        self.rows: list[Any] = []
+        self.weights: dict[str, Any] = {}
+        self.split: list[str] = []
 
     def count_items(self, batch: Any) -> Any:
         return (batch[1] != IGNORED).sum()
@@ -116,6 +118,8 @@ class Fit(Trainer):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         tokens, targets = batch
         self.log("val/loss", next_word(self.model(tokens), targets))  # on every rank
+        places = positions(tokens.shape[1]).double()
+        self.log("val/place", places.mean(), weight=1)
 
     def on_train_end(self) -> None:
         named = {k: t for k, t in self.model.state_dict().items() if not t.is_meta}
@@ -196,8 +200,56 @@ def test_each_stage_is_split(ranks: Ranks) -> None:
             assert len(weights) < len(expected[i][0])
 
 
+def fit_parts_in_ways(parallel: Parallel | None) -> list[Any]:
+    """With blocks that compute their forward pass twice; with a window that is left out."""
+    twice = None if parallel is None else replace(parallel, activation_checkpointing="full")
+    return [fit(twice), fit(parallel, bad=True, on_nonfinite="skip")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [pytest.param(SPLIT, id="split modules")])
+def test_each_stage_gets_parts_of_sequences(ranks: Ranks) -> None:
+    """The same with sequences in two parts, in some of which nothing counts."""
+    expected = fit_parts_in_ways(None)
+    for i, outcome in enumerate(zip(*ranks(fit_parts_in_ways, 4, PARTS), strict=True)):
+        assert_same(list(outcome), expected[i])
+
+
+def fit_with_dropout(folder: Path, *callbacks: Any) -> Any:
+    model = Writer(dropout=0.3)
+    *_, rows, _ = fit(PARTS, None, folder, model=model, callbacks=callbacks)
+    return bits(model.state_dict()), rows
+
+
+@pytest.mark.slow
+def test_stages_with_parts_of_sequences_stop_and_go_on(ranks: Ranks, tmp_path: Path) -> None:
+    """They end to the bit as those that never stopped."""
+    unbroken = ranks(fit_with_dropout, 4, tmp_path / "whole")
+    first = ranks(fit_with_dropout, 4, tmp_path / "broken", StopAt(2))
+    second = ranks(fit_with_dropout, 4, tmp_path / "broken")
+    for rank in range(4):
+        assert second[rank][0] == unbroken[rank][0]
+        assert first[rank][1] + second[rank][1] == unbroken[rank][1]
+
+
+def warned_of(attends: bool) -> list[str]:
+    """A stage without attention is nothing to warn of, unless no other one has any."""
+    layers = [nn.Embedding(WORDS, SIZE), *[Block()] * attends, nn.Linear(SIZE, WORDS)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(PARTS, model=nn.Sequential(*layers).double())
+    return [str(w.message) for w in caught if "has not called paceline" in str(w.message)]
+
+
+@pytest.mark.slow
+def test_stages_without_attention_are_warned_of_once(ranks: Ranks) -> None:
+    assert ranks(warned_of, 4, True) == [[]] * 4
+    assert [len(told) for told in ranks(warned_of, 4, False)] == [1] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel", [pytest.param(SPLIT, id="split modules"), pytest.param(PARTS, id="parts")]
+)
 def test_a_checkpoint_is_read_in_any_layout(
     ranks: Ranks, parallel: Parallel, tmp_path: Path
 ) -> None:

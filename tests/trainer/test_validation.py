@@ -66,6 +66,22 @@ def test_metrics_are_means_over_all_items_whatever_the_batches() -> None:
         assert trainer.result.final_val_loss == pytest.approx(error, rel=1e-5)
 
 
+def test_a_step_may_enter_autocast_within_itself() -> None:
+    """Nothing of it is left behind."""
+
+    class Nested(Trainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with self.autocast:
+                assert self.model(batch[0]).dtype == torch.bfloat16
+            assert self.model(batch[0]).dtype == torch.bfloat16
+
+        def on_validation_end(self) -> None:
+            assert self.model(torch.ones(1, 3)).dtype == torch.float32
+
+    Nested(**settings(val_dataloader=batches(4), precision="bf16")).fit()
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_logged_metrics_and_those_of_get_val_metrics_are_joined() -> None:
     class Both(Trainer):
         def on_validation_start(self) -> None:

@@ -68,6 +68,29 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+class Autocast:
+    """torch's autocast, which may be entered within itself, too.
+
+    A validation step has entered it when a model in stages does.
+
+    Args:
+        device: the kind of device, such as "cuda".
+        dtype: what matrix products compute in.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._entered: list[torch.autocast] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(torch.autocast(self._device, dtype=self._dtype))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._entered.pop().__exit__(*raised)
+
+
 class TrainerBase(Hooks, AbstractTrainer):
     """The parts of a Trainer that are not its loop.
 

@@ -177,9 +177,14 @@ def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:
     """What does not go together with stages: the schedule calls the model and `loss_fn` itself."""
     wrong = [
         f"parallel.{name}={size}: does not exist yet with parallel.pipeline; leave one out."
-        for name in ("context", "expert", "cpu_offload")
+        for name in ("expert", "cpu_offload")
         if (size := getattr(parallel, name)) is True or size > 1
     ]
+    if parallel.rings:
+        wrong.append(
+            "parallel.context_attention='ring': does not exist yet with parallel.pipeline; say "
+            "'all_to_all'."
+        )
     wrong += [
         f"{name}: with parallel.pipeline no stage computes a loss from a batch by itself: what is "
         "trained is loss_fn(outputs, targets). Put it into a loss_fn, and leave this as it is."

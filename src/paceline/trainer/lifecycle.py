@@ -18,7 +18,7 @@ from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord
 from paceline.trainer import blame, decisions, placement, resume, saving
-from paceline.trainer.base import TrainerBase
+from paceline.trainer.base import Autocast, TrainerBase
 from paceline.trainer.checks import check_components, check_settings
 from paceline.trainer.compilation import memory_budget
 from paceline.trainer.events import Events, overrides
@@ -209,9 +209,14 @@ def place(trainer: Trainer) -> None:
     trainer.float8 = float8_layers(trainer)
     placement.place(trainer)
     if (dtype := trainer.autocast_dtype) is not None:
-        trainer.autocast = torch.autocast(trainer.device.type, dtype=dtype)
+        trainer.autocast = Autocast(trainer.device.type, dtype)
     if (mesh := trainer.world.context_mesh) is not None:
-        trainer.autocast = Sequences(mesh, trainer.autocast, ring=trainer.parallel.rings)
+        trainer.autocast = Sequences(
+            mesh,
+            trainer.autocast,
+            ring=trainer.parallel.rings,
+            in_stages=trainer.pipeline is not None,
+        )
     for model in trainer.named_models().values():
         model.train()
 

@@ -25,6 +25,7 @@ from paceline.trainer.optimization import check_loss, weighted
 from paceline.trainer.placement import probes, replicate, zero_of
 from paceline.trainer.stages import is_given_up
 from paceline.trainer.window import buffers_kept
+from paceline.world.context import Sequences
 from paceline.world.dtensors import is_dtensor, local_part, reshard, respread, total_norm, whole
 from paceline.world.seeding import mix, seed_everything
 from paceline.world.world import send
@@ -236,6 +237,8 @@ class Pipeline:
                 parameter.grad = respread(parameter.grad, parameter)
                 dist.all_reduce(local_part(parameter.grad), group=group)
         dist.broadcast(self._losses, group=self._group, group_src=self._stages - 1)
+        if isinstance(sequences := trainer.autocast, Sequences) and not sequences.checked:
+            sequences.check(attends=trainer.world.any(sequences.attends))
         self._end(window, real)
 
     def _run(self, numbers: list[int], pairs: list[tuple[Any, Any]], *, last: bool) -> None:

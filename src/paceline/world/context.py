@@ -98,33 +98,48 @@ class Sequences:
 
     Args:
         mesh: the ranks that share a sequence.
-        inner: another context, entered within; reusable, as this one is.
+        inner: another context, entered within; to be entered within itself too, as this one is.
         ring: whether attention is torch's ring, and parts are cut for it; see `ring_attention`.
+        in_stages: whether no rank computes all of a model, so that `check` waits to be called.
 
     Attributes:
         attends: whether `attention` has been called; if not by its first end, a warning says so.
+        checked: whether that was looked at.
     """
 
     def __init__(
-        self, mesh: DeviceMesh, inner: AbstractContextManager[Any], *, ring: bool = False
+        self,
+        mesh: DeviceMesh,
+        inner: AbstractContextManager[Any],
+        *,
+        ring: bool = False,
+        in_stages: bool = False,
     ) -> None:
         self.mesh = mesh
         self.ring = ring
         self.attends = False
-        self._told = False
+        self.checked = False
+        self._in_stages = in_stages
         self._inner = inner
+        self._before: list[Sequences | None] = []
 
     def __enter__(self) -> None:
         global _entered
+        self._before.append(_entered)
         _entered = self
         self._inner.__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         global _entered
-        _entered = None
+        _entered = self._before.pop()
         self._inner.__exit__(*raised)
-        if not (self.attends or self._told or any(raised)):
-            self._told = True
+        if not (self.checked or self._in_stages or any(raised)):
+            self.check(attends=self.attends)
+
+    def check(self, *, attends: bool) -> None:
+        """Warns if a model was computed and has not called `attention`."""
+        self.checked = True
+        if not attends:
             warnings.warn(
                 f"parallel.context={self.mesh.size()}: this model has not called "
                 "paceline.world.context.attention. If it attends by other means, each process sees "

@@ -30,7 +30,8 @@ class Parallel:
         pipeline: stages that a model is cut into, each on processes of its own, which pass a
             window's micro-batches on to each other. The model is a `Sequential`, or says in
             `pipeline_order` which of its modules compute it, one after the other. The processes
-            of a stage may be copies, shard it (`dp_shard`), or split its modules (`tensor`).
+            of a stage may be copies, shard it (`dp_shard`), split its modules (`tensor`), or have
+            parts of sequences (`context`).
         expert: processes over which the experts of a mixture are shared out, as `plan` says. They
             see samples, or parts of sequences, of their own, as part of the `dp_replicate` x
             `dp_shard` x `context` processes, whose number it divides; the same experts are then

@@ -163,8 +163,9 @@ class World:
         return self.copies * context, 1
 
     def _make_context_mesh(self) -> DeviceMesh:
-        sizes = (self.dp_size, self.parallel.context, self.parallel.tensor)
-        names = ("data", "context", "tensor")
+        parallel = self.parallel
+        sizes = (parallel.pipeline, self.dp_size, parallel.context, parallel.tensor)
+        names = ("pipeline", "data", "context", "tensor")
         return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)["context"]
 
     def _make_expert_mesh(self) -> DeviceMesh:
