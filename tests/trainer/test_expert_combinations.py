@@ -28,14 +28,15 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(8)
-        self.qkv, self.mixture = nn.Linear(8, 24), Mixture(8, favour=1.0)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mixture = Mixture(8, favour=1.0)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.training:
             self.calls += 1
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (2, 3, 4)).permute(3, 0, 2, 1, 4)
-        rows = x + attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (-1, 3, 4)).permute(3, 0, 2, 1, 4)
+        rows = x + self.out(attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         z = z + self.mixture.router(rows).logsumexp(-1).square().mean()
         return rows + self.mixture(rows.flatten(0, 1)).view_as(x), z
 
@@ -44,6 +45,7 @@ class Net(nn.Module):
     """Its second output is a mean over positions: the routers' z-loss."""
 
     ep_plan = {"blocks.*.mixture.experts": "experts"}
+    tp_plan = {"blocks.*.qkv": "colwise", "blocks.*.out": "rowwise"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,9 +250,11 @@ def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks)
             assert_near(ended, alone.ended, rtol=0.02, atol=1e-3)
 
 
-# Sequences in parts
+# Sequences in parts, and split modules
 
-PARTS = [
+LAYOUTS = [
+    Parallel(tensor=2, expert=2),
+    Parallel(tensor=2, expert=2, dp_shard=2, plan=Net.tp_plan | Net.ep_plan),
     Parallel(context=2, expert=2),
     Parallel(context=2, expert=4),
     Parallel(context=2, expert=2, dp_shard=2),
@@ -258,9 +262,9 @@ PARTS = [
 ]
 
 
-def fit_parts() -> Any:
+def fit_layouts() -> Any:
     found = []
-    for parallel in PARTS:
+    for parallel in LAYOUTS:
         if parallel.rings:
             emulate(exact=True)
         made = fit(parallel)
@@ -269,12 +273,12 @@ def fit_parts() -> Any:
 
 
 @pytest.mark.slow
-def test_experts_take_rows_of_parts_of_sequences(ranks: Ranks) -> None:
-    """Each rank's positions go to the experts of all, in copies, shards and over all four ranks:
-    losses, those of the routers too, norms and weights are those of whole sequences."""
+def test_rows_may_be_those_of_parts_of_sequences_and_of_split_modules(ranks: Ranks) -> None:
+    """In copies, shards and over all four ranks: losses, those of the routers too, norms and
+    weights are those of one process."""
     alone = fit()
-    for found in ranks(fit_parts, 4):
-        for parallel, (ended, metrics) in zip(PARTS, found, strict=True):
+    for found in ranks(fit_layouts, 4):
+        for parallel, (ended, metrics) in zip(LAYOUTS, found, strict=True):
             assert_near(ended, alone.ended, rtol=1e-10, atol=1e-10)
             assert metrics == pytest.approx(alone.result.metrics, rel=1e-10), parallel
 
@@ -287,18 +291,27 @@ BESIDE: list[dict[str, Any]] = [
 ]
 
 
-def fit_resumed(folder: Path) -> Any:
+def fit_resumed(folder: Path, beside: list[dict[str, Any]]) -> Any:
     found = []
-    for i, settings in enumerate(BESIDE):
+    for i, settings in enumerate(beside):
+        settings |= {"max_steps": 3, "val_dataloader": None}
         stopped = {**settings, "run_dir": folder / str(i)}
         fit(**stopped, callbacks=[StopAt(2)])
-        for made in fit(**settings), fit(**stopped):
-            found.append((bits(made.ended), made.optimizer_state, made.result.metrics))
+        both = fit(**settings), fit(**stopped)
+        found.append([(bits(m.ended), m.optimizer_state, m.result.metrics) for m in both])
     return found
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_they_end_with_the_same_bits(ranks: Ranks, tmp_path: Path) -> None:
-    for half, half_resumed, parts, parts_resumed in ranks(fit_resumed, 2, tmp_path):
-        assert half_resumed == half
-        assert parts_resumed == parts
+@pytest.mark.parametrize(
+    ("size", "beside"),
+    [
+        pytest.param(2, BESIDE, id="in float16 and parts of sequences"),
+        pytest.param(4, [{"parallel": Parallel(tensor=2, expert=2)}], id="split modules"),
+    ],
+)
+def test_stopped_and_resumed_they_end_with_the_same_bits(
+    ranks: Ranks, size: int, beside: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for found in ranks(fit_resumed, size, tmp_path, beside):
+        assert all(resumed == plain for plain, resumed in found)

@@ -196,8 +196,3 @@ def test_what_cannot_be_shared_out_is_refused(ranks: Ranks) -> None:
             "'moe.experts': the counts of rows by expert are float32 [4]: expected integers",
             "expected integers, one for each expert of 2 ranks",
         )
-
-
-def test_split_modules_and_experts_are_refused_together() -> None:
-    with pytest.raises(ConfigError, match=r"expert=2: does not exist yet with parallel\.tensor"):
-        Parallel(expert=2, tensor=2)

@@ -38,7 +38,10 @@ def expert_modules(model: torch.nn.Module, name: str, world: World) -> dict[str,
         ConfigError: nothing says which they are, or one of them cannot be shared out.
     """
     plan = world.parallel.plan
-    plan = getattr(model, "ep_plan", None) if plan is None else plan
+    if plan is None:
+        plan = getattr(model, "ep_plan", None)
+    elif world.parallel.tensor > 1:  # of which the other entries speak
+        plan = {pattern: style for pattern, style in plan.items() if style == "experts"}
     if not plan:
         raise ConfigError(
             f"parallel.expert={world.parallel.expert}: nothing says which modules of {name!r} hold "

@@ -63,6 +63,8 @@ def split_modules(model: torch.nn.Module, name: str, world: World) -> None:
         own(mesh)
     else:
         plan = getattr(model, "tp_plan", None) if plan is None else plan
+        if plan and world.parallel.expert > 1:
+            plan = {pattern: style for pattern, style in plan.items() if style != "experts"}
         if not plan:
             raise ConfigError(
                 f"parallel.tensor={mesh.size()}: nothing says how the model {name!r} splits: give "

@@ -35,7 +35,8 @@ class Parallel:
         expert: processes over which the experts of a mixture are shared out, as `plan` says. They
             see samples, or parts of sequences, of their own, as part of the `dp_replicate` x
             `dp_shard` x `context` processes, whose number it divides; the same experts are then
-            replicated or sharded over the others.
+            replicated or sharded over the others. Processes that split modules (`tensor`) have the
+            same ones.
         activation_checkpointing: what the model's repeated blocks compute once more in the
             backward pass, to keep less: "full", all; "selective", all but matrix products,
             attention and rows of other processes; None, nothing. A number from 0 to 1 is the part
@@ -84,11 +85,6 @@ class Parallel:
             size = getattr(self, name)
             if not (name == "dp_replicate" and size == "auto") and size < 1:
                 raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
-        if self.expert > 1 and self.tensor > 1:
-            raise ConfigError(
-                f"parallel.expert={self.expert}: does not exist yet with parallel.tensor; leave "
-                "one out."
-            )
         if self.cpu_offload and self.dp_shard == 1:
             raise ConfigError(
                 "parallel.cpu_offload=True: what is offloaded is sharded parameters; share them "

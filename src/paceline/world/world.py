@@ -172,8 +172,8 @@ class World:
         """Ranks with the same experts shard them among those that share a copy of the model."""
         experts, (_, sharing) = self.parallel.expert, self._copies_and_shards()
         shards = sharing // experts if sharing % experts == 0 else 1
-        sizes = (self.parts // (shards * experts), shards, experts)
-        names = ("dp_replicate", "dp_shard", "expert")
+        sizes = (self.parts // (shards * experts), shards, experts, self.parallel.tensor)
+        names = ("dp_replicate", "dp_shard", "expert", "tensor")
         return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
 
     def group_of_stages(self, stages: Sequence[int]) -> Any:
