@@ -17,7 +17,7 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 3  # on 2 cores: many tests wait
+	$(BIN)/pytest -n 3 --dist worksteal  # on 2 cores: many tests wait; no worker is left alone
 
 storm: .venv/.dev
 	$(BIN)/python tests/storm.py
