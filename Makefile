@@ -1,12 +1,13 @@
 # make demo    trains a small GPT on Python's manual; again, it says that the run is complete
 # make test    every check: style, types, layers, tests
 # make storm   kills runs at random and compares what becomes of them with undisturbed ones
+# make layouts trains runs drawn at random in layouts drawn at random, and compares them
 # make bench   speed beside a hand-written loop and other trainers
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test storm bench
+.PHONY: demo test storm layouts bench
 .DELETE_ON_ERROR:
 
 demo: .venv/.recipes
@@ -21,6 +22,9 @@ test: .venv/.dev
 
 storm: .venv/.dev
 	$(BIN)/python tests/storm.py
+
+layouts: .venv/.dev
+	$(BIN)/python tests/layouts.py
 
 bench: benchmarks/.venv/.ready
 	benchmarks/.venv/bin/python -m benchmarks

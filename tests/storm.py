@@ -353,13 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=112, help="over all kinds of runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--mutant", help="a defect of promises/mutants.py to put into every rank")
     arguments = parser.parse_args(argv)
     warm_up()
-    if arguments.mutant is not None:
-        import mutants
-
-        mutants.apply(arguments.mutant)
     began, storms = time.monotonic(), []
     with working_folder() as folder:
         for i, scenario in enumerate(SCENARIOS):
