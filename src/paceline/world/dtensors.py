@@ -100,15 +100,25 @@ def reshard(models: Iterable[torch.nn.Module]) -> None:
                 drop()
 
 
-def forget_meshes() -> None:
-    """Drops what torch remembers of operations on meshes, once their groups are gone.
+_planned_for: Any = None  # the meshes that operations may be planned for
 
-    A later mesh that is equal to one of them has groups of its own.
+
+def forget_other_meshes(meshes: Iterable[Any]) -> None:
+    """Drops torch's plans of operations if they were made for groups that these meshes do not have.
+
+    Groups of a run that is over are gone. A mesh that equals one of its meshes finds the plans for
+    that one, which name its groups; those of runs in one layout have the same names.
+
+    Args:
+        meshes: those of the run that begins.
     """
-    if "torch.distributed.tensor" in sys.modules:
+    global _planned_for
+    names = [[group.group_name for group in mesh.get_all_groups()] for mesh in meshes]
+    if names != _planned_for and "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+    _planned_for = names
 
 
 def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from paceline.errors import ConfigError, PeerError
-from paceline.world.dtensors import forget_meshes
+from paceline.world.dtensors import forget_other_meshes
 from paceline.world.environment import adopt_slurm, is_srun_task
 from paceline.world.parallel import Parallel
 
@@ -125,14 +125,15 @@ class World:
                 timeout=timedelta(seconds=self.timeout),
             )
         self.mesh = self._make_mesh()
-        groups = self.mesh.get_all_groups()
         if self.parallel.context > 1:
             self.context_mesh = self._make_context_mesh()
-            groups += self.context_mesh.get_all_groups()
         if self.parallel.expert > 1:
             self.expert_mesh = self._make_expert_mesh()
-            groups += self.expert_mesh.get_all_groups()
-        for group in groups:  # which torch gives a timeout of its own
+        made = (self.mesh, self.context_mesh, self.expert_mesh)
+        meshes = [mesh for mesh in made if mesh is not None]
+        forget_other_meshes(meshes)
+        for group in (group for mesh in meshes for group in mesh.get_all_groups()):
+            # torch gives it a timeout of its own
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         return self
 
@@ -200,7 +201,6 @@ class World:
                     if group is not None:
                         dist.destroy_process_group(group)
         self.mesh = self.context_mesh = self.expert_mesh = None
-        forget_meshes()
         self.control_group = self._parts_group = None
         self._stage_groups = []
         self._owns_group = False
