@@ -11,7 +11,7 @@ import torch.distributed as dist
 from small_runs import Small, network, small, weights
 
 from paceline import CheckpointPolicy, Parallel
-from paceline.errors import NonFiniteError
+from paceline.errors import NonFiniteError, PeerError
 from paceline.trainer.events import Callback
 from paceline.world.world import World
 from ranks import Ranks
@@ -59,7 +59,7 @@ def not_finite(
     error = ""
     try:
         trainer.train(seed=1)
-    except NonFiniteError as raised:
+    except (NonFiniteError, PeerError) as raised:  # its own, or another rank's that was faster
         error = str(raised)
     return {
         "error": error,
