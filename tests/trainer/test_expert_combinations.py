@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, bits
+from builders import Count, StopAt, bits
 from emulated_ring import emulate
 from mixture import Mixture
 from paceline import Parallel, Trainer
@@ -58,19 +57,6 @@ class Net(nn.Module):
         for block in self.blocks:
             x, z = block(x, z)
         return self.head(x), z
-
-
-class Count(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func.overloadpacket)
-        self.calls[name] = self.calls.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
 
 
 class Fit(Trainer):

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
+from builders import Count, bits
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
 from ranks import Ranks
@@ -40,19 +39,6 @@ def network() -> nn.Sequential:
         for _ in range(3)
     ]
     return nn.Sequential(*blocks, nn.Linear(4, 1))
-
-
-class Count(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func.overloadpacket)
-        self.calls[name] = self.calls.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
 
 
 class Fit(Trainer):

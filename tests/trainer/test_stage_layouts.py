@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, assert_each_says, bits
+from builders import StopAt, assert_each_says, assert_stages_equal, bits
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.errors import ConfigError
@@ -162,19 +162,6 @@ def fit(
     return trainer.weights, trainer.result.metrics, trainer.rows, trainer.split
 
 
-def assert_same(found: list[Any], expected: Any) -> None:
-    """The ranks together have each weight, equal to one process's; rows are equal on all."""
-    weights, metrics, rows, _ = expected
-    assert set().union(*(mine for mine, *_ in found)) == set(weights)
-    for mine, measured, seen, _ in found:
-        for name, tensor in mine.items():
-            torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-9)
-        assert measured == pytest.approx(metrics, rel=1e-9, nan_ok=True)
-        assert len(seen) == len(rows)
-        for row, like in zip(seen, rows, strict=True):
-            assert row == pytest.approx(like, rel=1e-9, nan_ok=True)
-
-
 def on_meta() -> nn.Module:
     with torch.device("meta"):
         return Writer()
@@ -193,7 +180,7 @@ def test_each_stage_is_split(ranks: Ranks) -> None:
     inner = ["out.bias", "out.weight", "qkv.bias", "qkv.weight"]
     expected = fit_in_ways(None)
     for i, outcome in enumerate(zip(*ranks(fit_in_ways, 4, SPLIT), strict=True)):
-        assert_same(list(outcome), expected[i])
+        assert_stages_equal(list(outcome), expected[i])
         for rank, (weights, *_, split) in enumerate(outcome):
             mine = [f"blocks.{rank // 2}.{name}" for name in inner]
             assert split == sorted(["embedding.token.weight", *mine, "head.weight"])
@@ -211,7 +198,7 @@ def test_each_stage_gets_parts_of_sequences(ranks: Ranks) -> None:
     """The same with sequences in two parts, in some of which nothing counts."""
     expected = fit_parts_in_ways(None)
     for i, outcome in enumerate(zip(*ranks(fit_parts_in_ways, 4, PARTS), strict=True)):
-        assert_same(list(outcome), expected[i])
+        assert_stages_equal(list(outcome), expected[i])
 
 
 def fit_with_dropout(folder: Path, *callbacks: Any) -> Any:
@@ -260,8 +247,8 @@ def test_a_checkpoint_is_read_in_any_layout(
     ranks(fit, 4, parallel, 2, tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "four")
     later = (*expected[:2], expected[2][2:], expected[3])
-    assert_same(ranks(fit, 4, parallel, None, tmp_path / "four"), later)
-    assert_same([fit(None, None, tmp_path / "one")], later)
+    assert_stages_equal(ranks(fit, 4, parallel, None, tmp_path / "four"), later)
+    assert_stages_equal([fit(None, None, tmp_path / "one")], later)
 
 
 class Scaled(Block):
