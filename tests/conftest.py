@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,16 @@ from builders import (  # noqa: F401  for tests that import them from here
 from ranks import Ranks
 
 torch.set_num_threads(1)
+
+
+# What collecting the tests imports stays: nothing is looked for in it, now or later.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 # No test is timed: another process may take the machine at any moment.

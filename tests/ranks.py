@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,7 @@ def _receive(pipe: BinaryIO) -> Any:
 def _serve() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    gc.disable()  # until a rank begins: what is imported stays
     _import_what_is_slow()
     under_way: dict[tuple[int, ...], Path] = {}  # folders by the ranks' process ids
     while True:
@@ -248,6 +250,8 @@ def _import_what_is_slow() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     torch.optim.AdamW([parameter]).step()  # imports torch._dynamo
+    for library in list(weakref.finalize._registry):  # pyright: ignore[reportAttributeAccessIssue]
+        library.atexit = False  # torch's operators: each rank would take them to pieces, and leaves
 
 
 def _fork(size: int) -> list[int] | int:
@@ -277,6 +281,7 @@ def _be_a_rank(
     if mutant is not None:
         importlib.import_module("mutants").apply(mutant)
     code = 0
+    gc.enable()
     try:
         value = getattr(sys.modules[module], name)(*pickle.loads(args))  # noqa: S301  our own
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(value))

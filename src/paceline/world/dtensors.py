@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
@@ -142,10 +142,13 @@ def clip_gradients(
     norm_of: Callable[[Iterable[torch.Tensor | None]], torch.Tensor] = total_norm,
 ) -> torch.Tensor:
     """`torch.nn.utils.clip_grad_norm_`, for parameters of several meshes too; returns the norm."""
-    with_gradients = [p for p in parameters if p.grad is not None]
-    norm = norm_of(p.grad for p in with_gradients)
-    for group in by_mesh(with_gradients):
-        clip_grads_with_norm_(group, max_norm, norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = norm_of(gradients)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    if gradients:
+        # Part by part: for DTensors torch would first plan the product, for a second a mesh.
+        parts = [local_part(gradient) for gradient in gradients]
+        torch._foreach_mul_(parts, factor.to(parts[0].device))  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 
