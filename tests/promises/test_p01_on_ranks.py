@@ -179,8 +179,9 @@ def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: C
     """Trains on this rank from where the folder's run stands."""
     stop._POLL = 0.01
     recorder, network = Recorder(), model(plan)
-    # Of what is spread over three dimensions torch plans each operation of a step for seconds.
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=plan.expert > 1)
+    # Where parameters are spread torch plans each operation of a step in each process anew.
+    spread = plan.shard * plan.tensor * plan.expert > 1
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=spread)
     trainer = (InStages if plan.stages > 1 else OnRanks)(
         model=network,
         optimizer=optimizer,
