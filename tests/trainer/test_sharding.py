@@ -83,7 +83,7 @@ def fit(folder: Path | None, parallel: Parallel, max_steps: int = 6, **settings:
     final = Final() if parallel.is_spread else Callback()
     trainer = Trainer(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02, fused=parallel.is_spread),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02, fused=True),
         loss_fn=nn.MSELoss(),
         train_dataloader=DataLoader(data(24), 2, shuffle=True),
         val_dataloader=settings.pop("val_dataloader", DataLoader(data(7), 2)),

@@ -318,8 +318,9 @@ def _shard_experts(
         return  # with the block that they are a part of
     assert world.expert_mesh is not None
     share_out(experts, name, world.expert_mesh["expert"])
-    mesh = world.expert_mesh["dp_replicate", "dp_shard"]
-    dimension = shard_dimension(experts, name, mesh.size(1))
+    mesh = world.expert_dp_mesh
+    assert mesh is not None
+    dimension = shard_dimension(experts, name, mesh["dp_shard"].size())
     _shard(experts, world, compute, mesh=mesh, shard_placement_fn=lambda _: Shard(dimension))
 
 

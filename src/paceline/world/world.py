@@ -91,12 +91,12 @@ class World:
     @property
     def dp_mesh(self) -> DeviceMesh | None:
         """The mesh without the dimensions over which modules are split, and the model is cut."""
-        if self.mesh is None:
-            return None
-        names = tuple(n for n in self.mesh.mesh_dim_names or () if n.startswith("dp_"))
-        if len(names) == self.mesh.ndim:
-            return self.mesh
-        return self.mesh[names] if names else None
+        return _dp_dimensions(self.mesh)
+
+    @property
+    def expert_dp_mesh(self) -> DeviceMesh | None:
+        """The ranks that have the same experts, in copies and shards."""
+        return _dp_dimensions(self.expert_mesh)
 
     @property
     def reads_are_free(self) -> bool:
@@ -147,8 +147,15 @@ class World:
         }
         # Copies of what is spread are kept equal by FSDP2, which takes a mesh with shards.
         spread = self.parallel.tensor * self.parallel.expert > 1
-        kept = "dp_shard" if copies > 1 and spread else ""
-        sizes = {name: size for name, size in sizes.items() if size > 1 or name == kept}
+        return self._mesh_of(sizes, kept=("dp_shard",) if copies > 1 and spread else ())
+
+    def _mesh_of(self, sizes: dict[str, int], kept: Sequence[str] = ()) -> DeviceMesh:
+        """A mesh without dimensions of one rank, but for those that are kept.
+
+        Each would cost groups, and torch's plans of operations grow with a mesh's dimensions as
+        powers do.
+        """
+        sizes = {name: size for name, size in sizes.items() if size > 1 or name in kept}
         return init_device_mesh(
             self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
@@ -165,17 +172,25 @@ class World:
 
     def _make_context_mesh(self) -> DeviceMesh:
         parallel = self.parallel
-        sizes = (parallel.pipeline, self.dp_size, parallel.context, parallel.tensor)
-        names = ("pipeline", "data", "context", "tensor")
-        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)["context"]
+        sizes = {
+            "pipeline": parallel.pipeline,
+            "data": self.dp_size,
+            "context": parallel.context,
+            "tensor": parallel.tensor,
+        }
+        return self._mesh_of(sizes)["context"]
 
     def _make_expert_mesh(self) -> DeviceMesh:
         """Ranks with the same experts shard them among those that share a copy of the model."""
         experts, (_, sharing) = self.parallel.expert, self._copies_and_shards()
         shards = sharing // experts if sharing % experts == 0 else 1
-        sizes = (self.parts // (shards * experts), shards, experts, self.parallel.tensor)
-        names = ("dp_replicate", "dp_shard", "expert", "tensor")
-        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+        sizes = {
+            "dp_replicate": self.parts // (shards * experts),
+            "dp_shard": shards,
+            "expert": experts,
+            "tensor": self.parallel.tensor,
+        }
+        return self._mesh_of(sizes, kept=("dp_shard",))
 
     def group_of_stages(self, stages: Sequence[int]) -> Any:
         """The ranks of some stages that have this rank's place in them, or None if it has none.
@@ -266,6 +281,15 @@ class World:
 
 
 @torch.no_grad()
+def _dp_dimensions(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    if mesh is None:
+        return None
+    names = tuple(n for n in mesh.mesh_dim_names or () if n.startswith("dp_"))
+    if len(names) == mesh.ndim:
+        return mesh
+    return mesh[names] if names else None
+
+
 def send(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
     """Gives every rank of a group, or all ranks, its first one's values."""
     for tensor in tensors:
