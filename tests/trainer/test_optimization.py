@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from builders import rows
 from paceline import Callback, MetricMonitor, Trainer, Window
 from paceline.errors import ConfigError, MetricError
+from paceline.world.dtensors import clip_gradients
 from small import batches, fitted, line, points, same, settings, weights
 
 
@@ -92,6 +94,25 @@ def test_clipping_is_that_of_torch(tmp_path: Path) -> None:
     assert torch.equal(trainer.model.weight, model.weight)
     assert [row["grad_norm"] for row in rows(tmp_path)] == norms  # before clipping
     assert max(norms) > 0.3
+
+
+def test_clipping_is_no_part_of_a_graph_and_takes_several_dtypes() -> None:
+    """Gradients that are differentiated again themselves, in two precisions."""
+    clipped: list[list[torch.Tensor]] = []
+    for clip in (clip_gradients, torch.nn.utils.clip_grad_norm_):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(3, dtype=d)) for d in (torch.float32, torch.double)]
+        with warnings.catch_warnings(action="ignore"):  # of the cycle that these gradients make
+            sum(p.pow(3).sum() for p in parameters).backward(create_graph=True)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        graphs = [gradient.grad_fn for gradient in gradients]
+        clip(parameters, 0.3)
+        assert [gradient.grad_fn for gradient in gradients] == graphs
+        assert all(graph is not None for graph in graphs)
+        clipped.append([gradient.detach() for gradient in gradients])
+        for p in parameters:
+            p.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*clipped, strict=True))
 
 
 class KeepsDtypes(Callback):

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from paceline import MetricMonitor, Parallel
 from paceline.errors import PeerError
 from paceline.trainer import stop
 from paceline.trainer.events import Callback
-from paceline.world.world import World
+from paceline.world.world import World, send
 from ranks import Ranks
 
 # Stopping
@@ -194,6 +195,28 @@ def test_ranks_that_differ_are_made_alike(ranks: Ranks) -> None:
     assert first[3] == ["MainThread"]
     for other in others:
         assert other[:2] == first[:2]
+
+
+def sent() -> Any:
+    with closing(World().open()) as world:
+        torch.manual_seed(world.rank)
+        tensors = [
+            nn.Parameter(torch.randn(2, 3).t()),
+            nn.Parameter(torch.randn(2, 3, dtype=torch.complex64)),
+            nn.Parameter(torch.randn(2, 3, dtype=torch.complex64).t()),
+            torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        ]
+        send(tensors)
+    return [(t.tolist(), t.stride(), t.requires_grad, t.is_leaf) for t in tensors]
+
+
+@pytest.mark.slow
+def test_what_is_sent_is_written_in_place_however_it_lies(ranks: Ranks) -> None:
+    """Trainable or not, complex, transposed, channels last: it stays what it was, with rank 0's
+    values."""
+    first, other = ranks(sent, 2)
+    assert other == first
+    assert [(requires_grad, leaf) for *_, requires_grad, leaf in first[:3]] == [(True, True)] * 3
 
 
 # Failing

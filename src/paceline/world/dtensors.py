@@ -136,6 +136,7 @@ def total_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     return norms[0] if len(norms) == 1 else get_total_norm(norms)
 
 
+@torch.no_grad()
 def clip_gradients(
     parameters: Iterable[torch.Tensor],
     max_norm: float,
@@ -146,7 +147,7 @@ def clip_gradients(
     norm = norm_of(gradients)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if gradients:
-        # Part by part: for DTensors torch would first plan the product, for a second a mesh.
+        # Part by part: for DTensors torch would first plan the product, anew in each process.
         parts = [local_part(gradient) for gradient in gradients]
         torch._foreach_mul_(parts, factor.to(parts[0].device))  # pyright: ignore[reportPrivateImportUsage]
     return norm

@@ -280,7 +280,6 @@ class World:
         return self.all_gather_object(value)[: self._stage_size : self.parallel.tensor]
 
 
-@torch.no_grad()
 def _dp_dimensions(mesh: DeviceMesh | None) -> DeviceMesh | None:
     if mesh is None:
         return None
@@ -290,6 +289,7 @@ def _dp_dimensions(mesh: DeviceMesh | None) -> DeviceMesh | None:
     return mesh[names] if names else None
 
 
+@torch.no_grad()
 def send(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
     """Gives every rank of a group, or all ranks, its first one's values."""
     for tensor in tensors:
