@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
     from paceline.trainer.window import Window
     from paceline.world.device_parameters import DeviceParameters
-    from paceline.world.parallel import Parallel
+    from paceline.world.layout import Parallel
     from paceline.world.world import World
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ _WHERE = {
     "CheckpointPolicy": "paceline.checkpoint",
     "DeviceParameters": "paceline.world.device_parameters",
     "MetricMonitor": "paceline.trainer.monitor",
-    "Parallel": "paceline.world.parallel",
+    "Parallel": "paceline.world.layout",
     "Result": "paceline.trainer.result",
     "Resume": "paceline.trainer.settings",
     "Trainer": "paceline.trainer.trainer",

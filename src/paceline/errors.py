@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from paceline.exit_codes import STOPPED
+
 
 class PacelineError(Exception):
     """The base of every error below."""
@@ -76,7 +78,7 @@ class Preempted(SystemExit):
     """
 
     def __init__(self, result: Any) -> None:
-        super().__init__(75)
+        super().__init__(STOPPED)
         self.result = result
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
 from paceline.errors import CheckpointError, MismatchError, StateError
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 from paceline.world.world import World
 
 WHOLE = torch.arange(35.0).reshape(7, 5)  # 7 rows: uneven over 2 and over 4 ranks

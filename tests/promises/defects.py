@@ -15,8 +15,8 @@ from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
 from paceline.recipe.components import Checker
 from paceline.recipe.mistakes import Mistake, Mistakes
+from paceline.trainer.ddp import Replica
 from paceline.trainer.nonfinite import NonFiniteGuard
-from paceline.trainer.placement import Replica
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window
 from paceline.world.seeding import seed_everything

@@ -25,10 +25,10 @@ from paceline.log import provenance
 from paceline.log.sinks import RowFile
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
-from paceline.trainer import events, placement, recorder, resume, validation, window
+from paceline.trainer import ddp, events, placement, recorder, resume, validation, window
+from paceline.trainer.ddp import Replica
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
-from paceline.trainer.placement import Replica
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
@@ -199,7 +199,7 @@ MUTANTS = [
     ),
     Mutant(
         "DDP arranges its buckets anew in each process",
-        ((placement, "_settle_buckets"),),
+        ((ddp, "_settle_buckets"),),
         defects.nothing,
         f"{P1}:check_chain",
         chain(4, 4, batch=3),

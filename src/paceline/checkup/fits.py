@@ -17,7 +17,7 @@ from paceline.checkup.report import Check, Report, readable_bytes
 from paceline.checkup.semantics import wrong_settings
 from paceline.errors import ConfigError, PacelineError
 from paceline.recipe.recipe import Recipe
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 
 NOT_COUNTED = (
     "the device's context, the workspaces of its libraries (cuBLAS, cuDNN, NCCL), and what the "

@@ -34,8 +34,8 @@ from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.events import Callback
 from paceline.trainer.sharding import follow
+from paceline.world.layout import Parallel
 from paceline.world.paper import WorldOnPaper
-from paceline.world.parallel import Parallel
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

@@ -16,7 +16,6 @@ from paceline.checkup.verdicts import samples_in
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
-from paceline.trainer.events import overrides
 from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import describe
 
@@ -126,7 +125,7 @@ class _Forward:
             if window.samples >= 0:
                 self.batch["samples a step"] = f"{int(window.samples):,}"
             with outputs_noted(trainer.named_models()) as self.outputs:
-                if overrides(trainer, "step", Trainer):
+                if trainer.is_overridden("step"):
                     trainer.step(window)
                     self.batch["batch"] = describe(window.batch)
                 else:

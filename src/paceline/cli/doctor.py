@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from paceline.cli.reports import show_report
+from paceline.exit_codes import FAILED
 
 
 def doctor(
@@ -24,4 +25,4 @@ def doctor(
     report = doctor(self_test=self_test)
     show_report(report, json=json)
     if not report.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)

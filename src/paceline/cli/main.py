@@ -18,6 +18,7 @@ from paceline.cli.preview import preview
 from paceline.cli.runs import runs
 from paceline.cli.train import train
 from paceline.errors import CheckpointError, ConfigError, PacelineError
+from paceline.exit_codes import FAILED, USAGE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,12 +61,12 @@ def main() -> None:
         app(prog_name="paceline")
     except PacelineError as error:
         _show(error)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
     except Exception:
         if _rank() is None:
             raise
         print(f"{_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 def _show(error: PacelineError) -> None:

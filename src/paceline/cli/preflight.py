@@ -10,6 +10,7 @@ import typer
 
 from paceline.cli.reports import own_output_apart, show_report
 from paceline.errors import ConfigError, Preempted
+from paceline.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from paceline.checkup.fits import FitReport
@@ -59,12 +60,12 @@ def preflight(
         raise
     except Preempted as stop:
         print(f"paceline: preflight was ended by {stop.result.stopped_by}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(FAILED) from None
     if report.stack:
         print(report.stack, file=sys.stderr)
     show_report(report, json=json)
     if not report.passed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _on_paper(recipe: Recipe, on: str) -> FitReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,9 +15,8 @@ from typing import Any
 import yaml
 
 from paceline.errors import ConfigError, MissingExtraError
+from paceline.exit_codes import DONE, STOPPED
 from paceline.world.signals import handling
-
-STOPPED = 75
 
 
 def submit(name: str, folder: Path, words: Sequence[str], settings: Sequence[str]) -> str:
@@ -89,8 +89,6 @@ class Job:
         Raises:
             SystemExit: with the command's code, unless it is 0 or the job was put back.
         """
-        from paceline.cli.main import main
-
         warned = False
 
         def pass_on(number: int, frame: object) -> None:
@@ -104,11 +102,11 @@ class Job:
         with handling({signal.SIGUSR2: pass_on, signal.SIGUSR1: leave, signal.SIGTERM: leave}):
             argv, sys.argv = sys.argv, ["paceline", *self.words]
             try:
-                main()
+                runpy.run_module("paceline", run_name="__main__")
             except SystemExit as leaving:
                 if leaving.code == STOPPED and warned:
                     _requeue()
-                elif leaving.code not in (0, None):
+                elif leaving.code not in (DONE, None):
                     raise
             finally:
                 sys.argv = argv

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paceline.errors import ConfigError
+from paceline.exit_codes import STOPPED
 from paceline.world.signals import handling
 
 if TYPE_CHECKING:  # torch is imported when it is known to be needed, so that --help is quick
@@ -189,6 +190,6 @@ def _stop_cleanly_before_training() -> contextlib.AbstractContextManager[None]:
     """
 
     def leave(number: int, frame: object) -> None:
-        raise SystemExit(75)
+        raise SystemExit(STOPPED)
 
     return handling(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), leave))

@@ -14,7 +14,7 @@ from paceline.recipe.recipe import Recipe
 from paceline.trainer.resume import kept_global_batch_size
 from paceline.trainer.settings import Resume
 from paceline.world.environment import replica_group
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 from paceline.world.world import World
 
 

@@ -13,7 +13,7 @@ from paceline.recipe.mistakes import Path, suggestion
 from paceline.recipe.schema import Schema
 from paceline.recipe.targets import KINDS
 from paceline.trainer.monitor import MetricMonitor
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 
 Part = Component | dict[str, Component] | None
 """A component, or components by name; None where the recipe says null."""

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from paceline.errors import ConfigError
+from paceline.exit_codes import STOPPED
 from paceline.log.provenance import read_run, replacing
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
@@ -106,7 +107,7 @@ def train_recipe(recipe: Recipe, resume: Resume, build: Build | None = None) -> 
     trainer = build(recipe, resume) if build else build_trainer(recipe, resume=resume)
     trainer.fit(seed=recipe.seed)  # a train() of the user's own may take no seed
     if trainer.result.stopped_by in TO_BE_RESUMED:  # as after a signal: start the same again
-        raise SystemExit(75)
+        raise SystemExit(STOPPED)
     return trainer.result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from functools import cached_property, wraps
@@ -17,17 +18,19 @@ from paceline.log.lock import FolderLock
 from paceline.log.plan import Plan
 from paceline.log.provenance import RunRecord
 from paceline.trainer.abstract import AbstractTrainer
+from paceline.trainer.blocks import outermost
+from paceline.trainer.ddp import unwrap
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.float8 import Float8Layers
 from paceline.trainer.optimization import Optimization
-from paceline.trainer.placement import components, outermost, unwrap
+from paceline.trainer.placement import components
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.settings import Resume
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window, count_first_dimension
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 from paceline.world.world import World
 
 _AUTOCAST = {
@@ -184,6 +187,10 @@ class TrainerBase(Hooks, AbstractTrainer):
     @current_epoch.setter
     def current_epoch(self, value: int) -> None:
         self.progress.epoch = value
+
+    @abstractmethod
+    def is_overridden(self, name: str) -> bool:
+        """Whether a method of the Trainer's is overridden, on the class or on the instance."""
 
     # Read-only facts
 

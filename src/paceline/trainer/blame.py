@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.errors import DataError, NonFiniteError, PacelineError
-from paceline.trainer.events import overrides
 from paceline.trainer.window import describe
 
 if TYPE_CHECKING:
@@ -44,15 +43,13 @@ def in_training(trainer: Trainer, error: BaseException) -> BaseException:
         return error
     if isinstance(error, NonFiniteError):
         return error  # says all of this itself
-    from paceline.trainer.trainer import Trainer as Plain
-
     window = trainer.window
     where = (
         f"{whereabouts(trainer)}, rank {trainer.world.rank}: {describe(window.batch)}; "
         f"samples {_some(window.ids())}"
     )
     steps: list[Callable[..., Any]] = [trainer.training_step]
-    if overrides(trainer, "step", Plain):
+    if trainer.is_overridden("step"):
         steps.append(trainer.step)
     if trainer.local_batches == 0 and _passed_through(error, steps):
         return _misfit(error, "training_step", where)

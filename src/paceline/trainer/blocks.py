@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -63,6 +64,17 @@ def needed_blocks(module: torch.nn.Module, name: str, setting: str) -> list[torc
         f"{setting}: the model {name!r} has no repeated blocks: put them into a ModuleList, "
         "ModuleDict or Sequential."
     )
+
+
+def outermost(modules: dict[str, Any]) -> dict[str, Any]:
+    """Without modules that are part of another one, or the same as one before."""
+    known = {id(part) for m in modules.values() for part in m.modules() if part is not m}
+    found: dict[str, Any] = {}
+    for name, module in modules.items():
+        if id(module) not in known:
+            known.add(id(module))
+            found[name] = module
+    return found
 
 
 def _uses(module: torch.nn.Module) -> Counter[int]:

@@ -17,7 +17,7 @@ import torch
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, MissingExtraError, nearest
-from paceline.trainer.events import Callback, misspelt_hooks, overrides
+from paceline.trainer.events import Callback, misspelt_hooks
 from paceline.trainer.float8 import missing
 from paceline.trainer.materialize import without_a_way
 from paceline.trainer.monitor import MetricMonitor
@@ -25,7 +25,7 @@ from paceline.trainer.replica_groups import missing_for_groups, wrong_with_group
 from paceline.trainer.schedules import takes_metric
 from paceline.trainer.settings import MODES
 from paceline.world import context
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -55,7 +55,7 @@ def check_settings(trainer: Trainer) -> None:
     """
     wrong = wrong_settings(trainer)
     wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer) + wrong_with_groups(trainer)
-    if not _overrides(trainer, "configure"):
+    if not trainer.is_overridden("configure"):
         wrong += _wrong_components(trainer)
     _refuse(wrong)
     _refuse(_wrong_device(trainer))
@@ -69,19 +69,13 @@ def check_components(trainer: Trainer) -> None:
     Raises:
         ConfigError: with one line a mistake.
     """
-    if _overrides(trainer, "configure"):
+    if trainer.is_overridden("configure"):
         _refuse(_wrong_components(trainer))
 
 
 def _refuse(wrong: list[str]) -> None:
     if wrong:
         raise ConfigError("this cannot work:\n  " + "\n  ".join(wrong))
-
-
-def _overrides(trainer: Trainer, *names: str) -> bool:
-    from paceline.trainer.trainer import Trainer
-
-    return any(overrides(trainer, name, Trainer) for name in names)
 
 
 # Settings
@@ -189,7 +183,7 @@ def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:
         f"{name}: with parallel.pipeline no stage computes a loss from a batch by itself: what is "
         "trained is loss_fn(outputs, targets). Put it into a loss_fn, and leave this as it is."
         for name in ("step", "training_step", "loss")
-        if _overrides(trainer, name)
+        if trainer.is_overridden(name)
     ]
     return wrong
 
@@ -257,7 +251,7 @@ def _wrong_components(trainer: Trainer) -> list[str]:
         wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
     wrong += _without_values(models) + _wrong_parameters(models, optimizers) + _wrong_states(models)
     for name, optimizer in optimizers.items():
-        if isinstance(optimizer, torch.optim.LBFGS) and not _overrides(trainer, "step"):
+        if isinstance(optimizer, torch.optim.LBFGS) and not trainer.is_overridden("step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
     wrong += _wrong_modes(trainer, optimizers)
     known = [id(optimizer) for optimizer in optimizers.values()]
@@ -331,7 +325,7 @@ def wrong_validation(trainer: Trainer) -> list[str]:
 
 def wrong_steps(trainer: Trainer) -> list[str]:
     """Default steps need a loss_fn and one model."""
-    if _overrides(trainer, "loss"):
+    if trainer.is_overridden("loss"):
         return []
     needed = {
         "training_step": ("train", "epoch", "step", "training_step"),
@@ -341,7 +335,7 @@ def wrong_steps(trainer: Trainer) -> list[str]:
         del needed["validation_step"]
     wrong: list[str] = []
     for step, ways in needed.items():
-        if _overrides(trainer, *ways):
+        if any(map(trainer.is_overridden, ways)):
             continue
         if trainer.loss_fn is None:
             wrong.append(

@@ -19,8 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils.stateless import _reparametrize_module
 
 from paceline.errors import ConfigError, DataError
-from paceline.trainer.blocks import planned_modules
-from paceline.trainer.placement import outermost
+from paceline.trainer.blocks import outermost, planned_modules
 from paceline.world.dtensors import local_part
 from paceline.world.experts import dispatch
 from paceline.world.world import World

@@ -18,10 +18,10 @@ from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord
 from paceline.trainer import blame, decisions, placement, resume, saving
-from paceline.trainer.base import Autocast, TrainerBase
+from paceline.trainer.base import Autocast
 from paceline.trainer.checks import check_components, check_settings
 from paceline.trainer.compilation import memory_budget
-from paceline.trainer.events import Events, overrides
+from paceline.trainer.events import Events
 from paceline.trainer.float8 import float8_layers
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.progress import Progress
@@ -182,7 +182,7 @@ def _open_data(trainer: Trainer) -> None:
     if trainer.val_dataloader is not None:
         with _speaking_of("val_dataloader"):
             trainer.validation = open_validation(trainer.val_dataloader, seed, world)
-    trainer.counts_items = overrides(trainer, "count_items", TrainerBase)
+    trainer.counts_items = trainer.is_overridden("count_items")
     trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.part)
     validation = [] if trainer.validation is None else trainer.validation.plan
     for decision, setting in trainer.source.plan + validation:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.errors import ConfigError, LossError
+from paceline.trainer.ddp import zero_loss
 from paceline.trainer.nonfinite import NonFiniteGuard
-from paceline.trainer.placement import check_spread, zero_loss
+from paceline.trainer.placement import check_spread
+from paceline.trainer.weighting import check_loss, weighted
 from paceline.world.dtensors import clip_gradients, groups_by_mesh, total_norm, whole
 
 if TYPE_CHECKING:
@@ -246,39 +248,4 @@ def _check_names(names: Iterable[str], known: dict[str, Any], where: str) -> Non
     if unknown:
         raise LossError(
             f"{where} names {', '.join(map(repr, unknown))}; the optimizers are {', '.join(known)}."
-        )
-
-
-def weighted(loss: torch.Tensor, weight: Any) -> torch.Tensor:
-    """A mean loss times its weight in the window; of no items it may be anything."""
-    if isinstance(weight, torch.Tensor):
-        return torch.where(weight == 0, 0.0, loss * weight)
-    return loss if weight == 1.0 else loss * weight
-
-
-def check_loss(loss: Any, which: str = "", giver: str = "training_step") -> None:
-    """Refuses what is no loss of a micro-batch.
-
-    Args:
-        loss: what was given for it.
-        which: which of several, for messages.
-        giver: who gave it.
-
-    Raises:
-        LossError: it is not one number, or has no gradient.
-    """
-    if not isinstance(loss, torch.Tensor):
-        raise LossError(
-            f"{giver} returned {loss!r:.80}{which} of type {type(loss).__name__}; it returns "
-            "the mean loss over the batch's items, a tensor of one element."
-        )
-    if loss.numel() != 1:
-        raise LossError(
-            f"{giver} returned a tensor of shape {tuple(loss.shape)}{which}; the loss is one "
-            "number, the mean over the batch's items. Take its mean() (reduction='mean')."
-        )
-    if not loss.requires_grad:
-        raise LossError(
-            f"{giver} returned a loss without a gradient{which}: it depends on no trainable "
-            "parameter. Is something detached, under torch.no_grad(), or frozen?"
         )

@@ -21,9 +21,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paceline.errors import ConfigError, DataError, LossError
-from paceline.trainer.optimization import check_loss, weighted
-from paceline.trainer.placement import probes, replicate, zero_of
+from paceline.trainer.ddp import probes, replicate, zero_of
 from paceline.trainer.stages import is_given_up
+from paceline.trainer.weighting import check_loss, weighted
 from paceline.trainer.window import buffers_kept
 from paceline.world.context import Sequences
 from paceline.world.dtensors import is_dtensor, local_part, reshard, respread, total_norm, whole
@@ -199,7 +199,11 @@ class Pipeline:
         """Has DDP keep the copies of this stage equal."""
         mesh = self._trainer.world.dp_mesh
         if mesh is not None and any(p.requires_grad for p in self.module.parameters()):
-            self._replica = replicate(self._trainer, self.module, mesh.get_group())
+            trainer = self._trainer
+            whole_way = trainer.parallel.context > 1
+            group = mesh.get_group()
+            self._replica = replicate(self.module, trainer.device, whole_way=whole_way, group=group)
+            trainer.replicas.append(self._replica)
 
     def share(self, shards: StageShards) -> None:
         """Has the ranks that have this stage share it."""

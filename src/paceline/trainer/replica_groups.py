@@ -31,7 +31,6 @@ from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord
 from paceline.log.sinks import Sink
 from paceline.trainer import resume
-from paceline.trainer.events import overrides
 from paceline.world.environment import replica_group
 from paceline.world.quorum import Quorum, missing
 from paceline.world.seeding import mix, stream
@@ -51,15 +50,13 @@ def wrong_with_groups(trainer: Trainer) -> list[str]:
     """What of a trainer's settings does not exist yet with replica groups; none without them."""
     if replica_group() is None:
         return []
-    from paceline.trainer.trainer import Trainer
-
     world = trainer.world
     refused = {
         f"{world.size} processes in a group": world.size > 1,
         "an accelerator": world.device.type != "cpu",
         "precision='fp16'": trainer.precision == "fp16",
         "on_nonfinite='rewind'": trainer.on_nonfinite == "rewind",
-        "a step() of your own": overrides(trainer, "step", Trainer),
+        "a step() of your own": trainer.is_overridden("step"),
         "run_dir=None, through which the groups hand over their state,": trainer.run_dir is None,
         f"resume={trainer.resume.mode!r}": trainer.resume.mode != "auto",
     }

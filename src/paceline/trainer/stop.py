@@ -42,6 +42,7 @@ from typing import Any
 import torch.distributed as dist
 
 from paceline.errors import CheckpointError, PeerError
+from paceline.exit_codes import FAILED
 from paceline.trainer.stall import StallReport
 from paceline.world.world import World
 
@@ -318,7 +319,7 @@ class StopAgreement:
         """Ends a process that is stuck where Python cannot reach it, in a collective."""
         print(f"paceline: rank {self._world.rank} leaves, because {why}", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(FAILED)
 
 
 def _is_lost_connection(error: BaseException) -> bool:

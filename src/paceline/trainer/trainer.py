@@ -14,14 +14,14 @@ from paceline.data.source import Draw
 from paceline.errors import ConfigError
 from paceline.trainer import decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
-from paceline.trainer.events import Callback
+from paceline.trainer.events import Callback, overrides
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.result import Result
 from paceline.trainer.resume import gather_state, load_state
 from paceline.trainer.settings import Resume, unknown_keyword
 from paceline.trainer.validation import validate
 from paceline.trainer.window import Window
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 
 _EACH_EPOCH = CheckpointPolicy()
 
@@ -378,6 +378,10 @@ class Trainer(TrainerBase):
     def running(self, seed: int | None = None) -> AbstractContextManager[None]:
         """The life of a run around its loop; inside a run that is open already, nothing."""
         return lifecycle.running(self, seed)
+
+    def is_overridden(self, name: str) -> bool:
+        """Whether a method of the Trainer's is overridden, on the class or on the instance."""
+        return overrides(self, name, Trainer)
 
     def configure(self) -> None:
         """Makes components; override it to assign models, optimizers and schedulers here."""

@@ -10,7 +10,8 @@ import torch
 
 from paceline.errors import ConfigError, DataError, MetricError
 from paceline.trainer.blame import in_validation
-from paceline.trainer.placement import Replica, share_buffers
+from paceline.trainer.ddp import Replica
+from paceline.trainer.placement import share_buffers
 from paceline.trainer.progress import as_number
 from paceline.trainer.window import buffers_kept, here
 from paceline.world.dtensors import reshard

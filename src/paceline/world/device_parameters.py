@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from paceline.errors import ConfigError
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

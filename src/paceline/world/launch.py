@@ -22,11 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from paceline.errors import PacelineError
+from paceline.exit_codes import STOPPED
 from paceline.world.environment import LAUNCHER
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
 from paceline.world.signals import handling
 
-PREEMPTED = 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # The agent ends the other ranks as soon as one has left. After a clean stop that is seconds
@@ -120,7 +120,7 @@ class _Agent(LocalElasticAgent):
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._meets:  # there is nobody to tell, and the other machines may never come
-            raise SystemExit(PREEMPTED)
+            raise SystemExit(STOPPED)
         # Job schedulers repeat themselves; a second Ctrl-C means: leave at once.
         if self._received is None or number == signal.SIGINT:
             self._received = number
@@ -135,7 +135,7 @@ class _Agent(LocalElasticAgent):
         self._meets = True
         try:
             if self._received is not None:  # it came before this began to wait for anybody
-                raise SystemExit(PREEMPTED)
+                raise SystemExit(STOPPED)
             super()._rendezvous(worker_group)  # pyright: ignore
         finally:
             self._meets = False
@@ -150,7 +150,7 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         codes = [_exit_code(pid) for pid in self._pids]
-        if PREEMPTED in codes and None in codes and set(codes) <= {0, None, PREEMPTED}:
+        if STOPPED in codes and None in codes and set(codes) <= {0, None, STOPPED}:
             self._first_left = self._first_left or time.monotonic()
             if time.monotonic() - self._first_left < _LAST_RANKS_SECONDS:
                 return RunResult(state=State.HEALTHY)
@@ -179,7 +179,7 @@ def _exit_code(pid: int) -> int | None:
 
 
 def _all_stopped(failures: dict[int, ProcessFailure]) -> bool:
-    return bool(failures) and all(one.exitcode == PREEMPTED for one in failures.values())
+    return bool(failures) and all(one.exitcode == STOPPED for one in failures.values())
 
 
 def _tell(failures: dict[int, ProcessFailure]) -> None:
@@ -199,9 +199,9 @@ def _answer(failures: dict[int, ProcessFailure]) -> int:
     if not failures:
         return 0
     if _all_stopped(failures):
-        return PREEMPTED
+        return STOPPED
     # In the order in which the agent saw them; those that it ended itself come last.
-    failed = [one.exitcode for one in failures.values() if one.exitcode != PREEMPTED]
+    failed = [one.exitcode for one in failures.values() if one.exitcode != STOPPED]
     return next((code for code in failed if code > 0), 1)
 
 

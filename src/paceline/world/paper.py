@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from paceline.errors import ConfigError
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 from paceline.world.world import World
 
 

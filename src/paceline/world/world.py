@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from paceline.errors import ConfigError, PeerError
 from paceline.world.dtensors import forget_other_meshes
 from paceline.world.environment import adopt_slurm, is_srun_task
-from paceline.world.parallel import Parallel
+from paceline.world.layout import Parallel
 
 # Where this process met the others, by address: kept while the process lives, so that one run after
 # another needs no second meeting at a port that the first has just left, and so that a rank that
