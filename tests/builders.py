@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from paceline import Trainer
-from paceline.trainer.events import EVENTS, Callback
+from paceline.trainer.callback import Callback
+from paceline.trainer.events import EVENTS
 from paceline.world.dtensors import local_part
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paceline.checkpoint import CheckpointPolicy
     from paceline.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
-    from paceline.trainer.events import Callback
+    from paceline.trainer.callback import Callback
     from paceline.trainer.monitor import MetricMonitor
     from paceline.trainer.result import Result
     from paceline.trainer.settings import Resume
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "AbstractTrainer": "paceline.trainer.abstract",
     "AbstractTrainerConfig": "paceline.trainer.abstract",
-    "Callback": "paceline.trainer.events",
+    "Callback": "paceline.trainer.callback",
     "CheckpointPolicy": "paceline.checkpoint",
     "DeviceParameters": "paceline.world.device_parameters",
     "MetricMonitor": "paceline.trainer.monitor",

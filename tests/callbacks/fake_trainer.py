@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from paceline.log.plan import Plan
-from paceline.trainer.events import Callback, Events, Hooks
+from paceline.trainer.callback import Callback
+from paceline.trainer.events import Events, Hooks
 
 
 class FakeTrainer(Hooks):

@@ -37,7 +37,7 @@ def same_weight(self: Any, j: int) -> Any:
 
 def one_rank_s_weight(self: Any, j: int) -> Any:
     batch = _present(self, j)
-    self.weight /= self._trainer.world.dp_size
+    self.weight /= self._run.world.dp_size
     return batch
 
 
@@ -131,7 +131,7 @@ def forgets_what_is_left(self: Any, pending: list[str]) -> None:
     self.progress.pending = []
     self._save(["stop"])
     self.source.close()
-    self._stopped = True
+    self._run.stopped = True
 
 
 def prunes_first(self: Any, hidden: Path, job: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.world.dtensors import whole
 
 TOLERANCE = 1e-10

@@ -25,10 +25,11 @@ from paceline.log import provenance
 from paceline.log.sinks import RowFile
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
-from paceline.trainer import ddp, events, placement, recorder, resume, validation, window
+from paceline.trainer import ddp, events, recorder, state_tree, window
 from paceline.trainer.ddp import Replica
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.placement import Placement
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
@@ -206,7 +207,7 @@ MUTANTS = [
     ),
     Mutant(
         "each rank saves its own running statistics",
-        ((placement, "share_buffers"), (validation, "share_buffers")),
+        ((Placement, "share_buffers"),),
         defects.nothing,
         f"{P1}:check_chain",
         chain(2, 3),
@@ -275,7 +276,7 @@ MUTANTS = [
     ),
     Mutant(
         "schedules begin anew",
-        ((resume, "load_schedule"),),
+        ((state_tree, "load_schedule"),),
         defects.nothing,
         f"{ALONE}:check_stopped",
         {"step": 6},

@@ -25,7 +25,7 @@ from mixture import Mixture
 from paceline import CheckpointPolicy, MetricMonitor, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.trainer import stop
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from ranks import Ranks
 
 AROUND = {"on_setup", "on_load_checkpoint", "on_train_start", "on_save_checkpoint", "on_teardown"}

@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from paceline import Trainer
 from paceline.errors import DataError, ResumeError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.world.world import World
 from ranks import Ranks
 

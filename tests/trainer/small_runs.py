@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Trainer
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.world.dtensors import whole
 
 BAD = 17  # the sample whose loss is not a number

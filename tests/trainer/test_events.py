@@ -154,8 +154,9 @@ def test_hooks_may_be_given_to_instances() -> None:
 
 
 def test_an_event_that_nobody_overrides_has_no_listener() -> None:
-    trainer = fitted(callbacks=[Callback()])
-    assert trainer.events.on_train_batch_start == ()
+    trainer = Trainer(**settings(callbacks=[Callback()]))
+    with trainer.running():
+        assert trainer.events.on_train_batch_start == ()
 
 
 @pytest.mark.parametrize("where", ["class", "instance"])

@@ -12,7 +12,7 @@ from small_runs import Small, network, small, weights
 
 from paceline import CheckpointPolicy, Parallel
 from paceline.errors import NonFiniteError, PeerError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.world.world import World
 from ranks import Ranks
 

@@ -21,7 +21,7 @@ from torch import nn
 from paceline import MetricMonitor, Parallel
 from paceline.errors import PeerError
 from paceline.trainer import stop
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.world.world import World, send
 from ranks import Ranks
 

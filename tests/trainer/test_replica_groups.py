@@ -159,7 +159,7 @@ def test_a_group_that_takes_over_goes_on_from_a_later_checkpoint(
     undisturbed.fit(seed=1)
     ahead = noisy(tmp_path / "ahead", 0, callbacks=[StopAt(died_at)])
     ahead.fit(seed=1)
-    monkeypatch.setattr("paceline.trainer.lifecycle.FolderLock", NotBefore)
+    monkeypatch.setattr("paceline.trainer.run.FolderLock", NotBefore)
     behind = noisy(folder, 0)
 
     def dies(metrics: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from builders import bits
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from ranks import Ranks
 
 

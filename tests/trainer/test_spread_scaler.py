@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from builders import bits
 from paceline import Parallel, Trainer
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.world.dtensors import local_part, whole
 from ranks import Ranks
 

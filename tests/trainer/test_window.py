@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from paceline import Trainer, Window
+from paceline.data.batches import count_first_dimension, describe, to_device
 from paceline.errors import DataError
-from paceline.trainer.window import count_first_dimension, describe, to_device
 from small import batches, fitted, settings
 
 Pair = namedtuple("Pair", "left right")

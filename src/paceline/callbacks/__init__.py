@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from paceline.callbacks.throughput import Throughput
     from paceline.callbacks.time_limit import TimeLimit
     from paceline.callbacks.update_ratio import UpdateRatio
-    from paceline.trainer.events import Callback
+    from paceline.trainer.callback import Callback
 
 _MODULES = {
     "AveragedWeights": "paceline.callbacks.averaged_weights",
-    "Callback": "paceline.trainer.events",
+    "Callback": "paceline.trainer.callback",
     "EarlyStopping": "paceline.callbacks.early_stopping",
     "GradientExplosion": "paceline.callbacks.gradient_explosion",
     "GradientMonitor": "paceline.callbacks.gradient_monitor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.errors import ConfigError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.trainer.monitor import MetricMonitor
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from paceline.callbacks.gradient_monitor import norm_of_all_stages
 from paceline.errors import ConfigError
 from paceline.log.accumulator import Held
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

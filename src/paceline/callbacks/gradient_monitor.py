@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.errors import ConfigError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.world.dtensors import by_mesh, whole
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.errors import ConfigError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

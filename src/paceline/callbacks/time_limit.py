@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ConfigError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

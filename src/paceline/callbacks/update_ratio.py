@@ -8,7 +8,7 @@ import torch
 
 from paceline.callbacks.gradient_monitor import gradient_norm, layer_names
 from paceline.errors import ConfigError
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from paceline.trainer.window import describe
+from paceline.data.batches import describe
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from paceline.data.loader import is_indexed
 from paceline.data.source import Draw
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.trainer.sharding import follow
 from paceline.world.layout import Parallel
 from paceline.world.paper import WorldOnPaper
@@ -134,7 +134,7 @@ class StepOnPaper:
     def _hold(self, trainer: Trainer) -> None:
         """Writes down what lies on the device before the first step."""
         trainer.optimization.scaler = None  # it holds next to nothing, and steps by what it reads
-        trainer.optimization._compared = True  # no rank has other values than this one
+        trainer.optimization.compared = True  # no rank has other values than this one
         self.ledger.hold(OTHER, filter(self.ledger.counts, gc.get_objects()))
         self.ledger.hold(PARAMETERS, _parameters(trainer))
         for replica in trainer.replicas:
@@ -165,7 +165,7 @@ class StepOnPaper:
             yield
 
     def _step(self, trainer: Trainer, draw: Draw) -> None:
-        trainer.window = window = trainer._open_window(draw)
+        window = trainer.open_window(draw)
         with ExitStack() as there:
             there.enter_context(self._on_paper())
             if not self.on_cpu:
@@ -196,6 +196,7 @@ class _ReplicaOnPaper:
     """
 
     called = False
+    heard = True
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         trained = {id(p): p.nbytes for p in parameters if p.requires_grad}

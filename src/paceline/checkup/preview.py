@@ -13,11 +13,11 @@ from paceline.checkup.preflight import alone, told
 from paceline.checkup.schedule import Schedule, schedules_of
 from paceline.checkup.settings import Setting, settings_of
 from paceline.checkup.verdicts import samples_in
+from paceline.data.batches import describe
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
 from paceline.trainer.trainer import Trainer
-from paceline.trainer.window import describe
 
 if TYPE_CHECKING:
     from paceline.trainer.window import Window

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.checkpoint.state import parameter_names
-from paceline.trainer.events import Callback
-from paceline.trainer.window import describe
+from paceline.data.batches import describe
+from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.data.source import Validation
@@ -72,6 +72,7 @@ class Seen:
 
     Attributes:
         stage: the part at hand, one of `STAGES`.
+        computes_in: the precision.
         batch: the first batch, in words.
         window: samples of the first optimizer step.
         loss: the first step's loss, the mean over its items.
@@ -88,6 +89,7 @@ class Seen:
     """
 
     stage: str = STAGES[0]
+    computes_in: str = ""
     batch: str | None = None
     window: int = 0
     loss: float | None = None
@@ -126,6 +128,7 @@ class Rehearsal(Callback):
 
     def on_setup(self, trainer: Trainer) -> None:
         """Shortens the validation and listens to the loss function."""
+        self.seen.computes_in = trainer.computes_in
         if trainer.validation is not None:
             trainer.validation = _FirstBatches(trainer.validation, VALIDATED)
         self._unwatch = _watch_loss(trainer, self.seen)

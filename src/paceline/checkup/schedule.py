@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from paceline.trainer.schedules import takes_metric
+from paceline.trainer.optimization import takes_metric
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

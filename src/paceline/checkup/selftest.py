@@ -22,7 +22,7 @@ from paceline.checkup.preflight import told
 from paceline.checkup.rehearsal import differing
 from paceline.checkup.report import Check, readable_seconds, some
 from paceline.data.loader import WindowSize, open_training
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 from paceline.trainer.trainer import Trainer
 from paceline.world.world import World
 

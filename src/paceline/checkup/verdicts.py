@@ -32,7 +32,7 @@ def components(trainer: Trainer, seen: Seen) -> list[Check]:
     parts += [
         f"{name} {type(s).__name__}" for name, s in (trainer.named_schedulers() or {}).items()
     ]
-    parts.append(f"on {trainer.device} in {trainer.computes_in}")
+    parts.append(f"on {trainer.device} in {seen.computes_in}")
     return [Check("components", "PASS", "; ".join(parts))]
 
 

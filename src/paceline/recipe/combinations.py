@@ -23,7 +23,7 @@ from paceline.recipe.parts import Part, each, is_several
 from paceline.recipe.schema import Schema
 from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validation
 from paceline.trainer.float8 import missing
-from paceline.trainer.schedules import takes_metric
+from paceline.trainer.optimization import takes_metric
 from paceline.trainer.trainer import Trainer
 
 # A line of the Trainer's: `name=value: why`, or `name: why`.

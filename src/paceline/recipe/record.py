@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paceline.log.provenance import replacing
-from paceline.trainer.events import Callback
+from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

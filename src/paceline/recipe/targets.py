@@ -121,7 +121,7 @@ KINDS: dict[str, Kind] = {
         Kind("dataset", "torch.utils.data:Dataset", (*_DATA, "paceline"), ("__getitem__",)),
         Kind("sampler", "torch.utils.data:Sampler", (*_DATA, "paceline"), ("__iter__",)),
         Kind("collate_fn", "", (), is_value=True),
-        Kind("callback", "paceline.trainer.events:Callback"),
+        Kind("callback", "paceline.trainer.callback:Callback"),
         Kind("logger", "paceline.log.sinks:Sink"),
         # An argument of a component, where no slot says more.
         Kind("part", "", ("torch.nn.modules", *_DATA, "paceline.recipe.schedules")),

@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from paceline.checkpoint import Checkpoints
+from paceline.data.batches import count_first_dimension
 from paceline.data.source import Source, Validation
-from paceline.log.lock import FolderLock
+from paceline.errors import ConfigError
 from paceline.log.plan import Plan
-from paceline.log.provenance import RunRecord
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.blocks import outermost
-from paceline.trainer.ddp import unwrap
+from paceline.trainer.ddp import Replica, Synchronizer, unwrap
 from paceline.trainer.events import Events, Hooks
-from paceline.trainer.float8 import Float8Layers
+from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import Optimization
-from paceline.trainer.placement import components
+from paceline.trainer.placement import Placement
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
+from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
+from paceline.trainer.run import Run
 from paceline.trainer.settings import Resume
 from paceline.trainer.stop import StopAgreement
-from paceline.trainer.window import Window, count_first_dimension
+from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 from paceline.world.world import World
 
-_AUTOCAST = {
-    "fp32": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,
-}
-
 if TYPE_CHECKING:
     from paceline.trainer.pipeline import Pipeline
-    from paceline.trainer.replica_groups import ReplicaGroups
 
 
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +46,7 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(train)
     def wrapped(self: TrainerBase, *args: Any, **kwargs: Any) -> Any:
-        if self._open:
+        if self._run is not None:
             return train(self, *args, **kwargs)
         self._asked_seed, self._own_loop = kwargs.get("seed"), None
         try:
@@ -71,98 +64,64 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class Autocast:
-    """torch's autocast, which may be entered within itself, too.
-
-    A validation step has entered it when a model in stages does.
-
-    Args:
-        device: the kind of device, such as "cuda".
-        dtype: what matrix products compute in.
-    """
-
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self._device = device
-        self._dtype = dtype
-        self._entered: list[torch.autocast] = []
-
-    def __enter__(self) -> None:
-        self._entered.append(torch.autocast(self._device, dtype=self._dtype))
-        self._entered[-1].__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        self._entered.pop().__exit__(*raised)
-
-
 class TrainerBase(Hooks, AbstractTrainer):
     """The parts of a Trainer that are not its loop.
 
     Attributes:
         progress: the counters of the run.
         plan: what was decided without being asked, line by line.
-        events: who listens to what.
+        autocast: the context in which losses are computed.
+        source, validation: the data of a run, opened at its start; no validation, None.
+        optimization, recorder: the parts of a run, made at its start.
         window: the window at hand.
+        replica_groups: the replica groups of torchft, one of which this process is.
+        result: what the last run came to.
     """
 
     train_dataloader: Any = None
     val_dataloader: Any = None
     check_gradients: bool = False  # take each step's gradient norm, to refuse one not finite
 
-    precision: str
-    parallel: Parallel
-    callbacks: list[Any]
-    checkpoint_policy: Any
-    run_dir: Path | None
-    resume: Resume
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    loss_fn: Any
     max_steps: int | None
     epoch_length: int | None
     gradient_accumulation_steps: int
     global_batch_size: int | None
-    lr_scheduler: Any
-    loss_fn: Any
+    lr_scheduler_interval: str
+    max_grad_norm: float | None
+    precision: str
+    compile: bool | Literal["blocks"]
+    deterministic: bool
+    validate_every: Literal["epoch"] | int
+    metric_monitor: MetricMonitor | None
+    early_stop: int | None
+    on_nonfinite: str
+    checkpoint_policy: Any
+    parallel: Parallel
+    callbacks: list[Any]
+    loggers: Any
+    show_progress: bool
+    log_every: int
+    run_dir: Path | None
+    resume: Resume
 
-    # made when a run starts
-    events: Events
     source: Source
-    validation: Validation | None
+    validation: Validation | None = None
     optimization: Optimization
     recorder: Recorder
-    stop_agreement: StopAgreement
-    saver: Checkpoints | None
-    record: RunRecord
-    folder_lock: FolderLock
     window: Window
-    model_key: int
-    replicas: list[Any]
-    replica_groups: ReplicaGroups | None = None  # of torchft, one of which this process is
-    pipeline: Pipeline | None = None  # what runs the model's stages, if it is cut into some
-    validation_calls: list[Any]
-    float8: Float8Layers | None = None
-    recomputed: list[torch.nn.Module]
-    compiled: list[torch.nn.Module]
-    while_placed: ExitStack  # what holds while models are in place
-    on_cpu: bool
-    counts_items: bool
-    identity: dict[str, Any]
     result: Result
 
     def __init__(self) -> None:
         self.progress = Progress()
         self.plan = Plan()
         self.seed = 0
-        self.batch_items: Any = None  # items of the batch at hand, the weight of what is logged
-        self.muted = False  # a stand-in is running: nothing is logged
-        self._open = False  # a run is under way
-        self._stopped = False  # the run stops before training is over
-        self._rewinding = False
-        self._validating = False
-        self._trained = False  # this process has something to train
-        self._rewind_step = -1
-        self._settled = False  # between two windows with nothing pending: state may be saved
-        self._asked_saves: list[str] = []  # reasons of checkpoints asked for elsewhere
-        self._saved_at: Any = None  # (step, pending) of the last checkpoint
-        self._sinks_state: Any = None
-        self._restore_determinism: Any = None
+        self.autocast: AbstractContextManager[Any] = nullcontext()
+        self.replica_groups: ReplicaGroups | None = None
+        self._run: Run | None = None  # while one is open
         self._epochs: int | None = None
         self._asked_seed: int | None = None  # of an overridden train(seed=...)
         self._own_loop: Generator[Window] | None = None  # that of an overridden train()
@@ -188,6 +147,33 @@ class TrainerBase(Hooks, AbstractTrainer):
     def current_epoch(self, value: int) -> None:
         self.progress.epoch = value
 
+    @property
+    def local_batches(self) -> int:
+        """Batches this process has trained on since it started."""
+        return self.progress.local_batches
+
+    @local_batches.setter
+    def local_batches(self, value: int) -> None:
+        self.progress.local_batches = value
+
+    # What the Trainer itself has, as far as the parts of a run call it
+
+    @abstractmethod
+    def step(self, window: Window) -> None:
+        """Takes one optimizer step on a window's micro-batches."""
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The mean loss over a batch's items."""
+
+    @abstractmethod
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs what a validation measures."""
+
+    @abstractmethod
+    def get_val_metrics(self) -> dict[str, Any]:
+        """A validation's metrics beyond those logged."""
+
     @abstractmethod
     def is_overridden(self, name: str) -> bool:
         """Whether a method of the Trainer's is overridden, on the class or on the instance."""
@@ -206,13 +192,8 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     @property
     def computes_in(self) -> str:
-        """The run's precision: what was asked for, or what stands in for it on this device."""
-        return "bf16" if self.precision == "fp8" and self.float8 is None else self.precision
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """What autocast computes in, and sharded weights are gathered in; None for no autocast."""
-        return _AUTOCAST[self.precision]
+        """The open run's precision: what was asked for, or what this device has in its place."""
+        return self._at_hand.placement.computes_in
 
     @property
     def epochs(self) -> int | None:
@@ -244,7 +225,12 @@ class TrainerBase(Hooks, AbstractTrainer):
     @property
     def is_over(self) -> bool:
         """Whether there is nothing more to do in this process."""
-        return self._stopped or self.progress.ended_by is not None
+        return self.progress.ended_by is not None if self._run is None else self._run.is_over
+
+    @property
+    def muted(self) -> bool:
+        """Whether a stand-in is running, which only keeps this rank in step: nothing is logged."""
+        return self._run is not None and self._run.muted
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -295,6 +281,103 @@ class TrainerBase(Hooks, AbstractTrainer):
             raise AttributeError(f"no model {first!r}; there is: {', '.join(models) or 'none'}")
         return models[first].get_submodule(rest)
 
+    # The parts of the open run
+
+    def _open_run(self, seed: int | None) -> Run:
+        """Makes the run that begins; `_drop_run` is its end.
+
+        Args:
+            seed: of every random stream; None for that of an overridden `train(seed=...)`, or 0.
+        """
+        seed = self._asked_seed if seed is None else seed
+        self.seed = 0 if seed is None else seed
+        self.plan = type(self.plan)()
+        self.progress = Progress()
+        self.result = Result(stopped_by="nothing yet", complete=False)
+        self.validation = None
+        world, plan = self.world, self.plan
+        stop_file = None if self.run_dir is None else self.run_dir / "STOP"
+        self._run = Run(
+            settings=self,
+            components=self,
+            world=world,
+            seed=self.seed,
+            progress=self.progress,
+            plan=plan,
+            placement=Placement(world, seed=self.seed, precision=self.precision, plan=plan),
+            stop=StopAgreement(world, stop_file),
+        )
+        self.recorder = Recorder(self._run, [])
+        return self._run
+
+    def _drop_run(self) -> None:
+        """The run is over: what existed for it alone is gone."""
+        self._run = None
+        self.autocast = nullcontext()
+
+    @property
+    def _at_hand(self) -> Run:
+        """The run that is open.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self._run is None:
+            raise ConfigError("this works within a run: call it from a hook or a train() of yours.")
+        return self._run
+
+    @property
+    def events(self) -> Events:
+        """Which methods listen to which event of the open run."""
+        return self._at_hand.events
+
+    @property
+    def stop_agreement(self) -> StopAgreement:
+        """The ranks' agreement on where the open run stops."""
+        return self._at_hand.stop
+
+    @property
+    def saver(self) -> Checkpoints | None:
+        """What writes the open run's checkpoints; None if nothing is written."""
+        return None if self._run is None else self._run.saver
+
+    @property
+    def replicas(self) -> list[Synchronizer]:
+        """What synchronizes the trained models over the ranks of the open run."""
+        return self._at_hand.placement.replicas
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """What runs the model's stages, if the open run has cut it into some."""
+        return None if self._run is None else self._run.placement.pipeline
+
+    def _place_models(self) -> None:
+        """Moves every module to the device, compiles it if asked, and spreads it over the ranks."""
+        run = self._at_hand
+        models = outermost(components(self, torch.nn.Module))
+        optimizers = self.named_optimizers().values()
+        run.cleanup.callback(run.placement.close)
+        run.cleanup.callback(self._unwrap_models)
+        placed = run.placement.place(models, optimizers, compile=self.compile)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, torch.nn.Module):
+                setattr(self, name, placed.get(id(value), value))
+            elif isinstance(value, dict):
+                value.update({k: placed[id(v)] for k, v in value.items() if id(v) in placed})
+        self.autocast = run.placement.autocast
+        for model in self.named_models().values():
+            model.train()
+
+    def _unwrap_models(self) -> None:
+        """Leaves the user with their own modules, after a run. A spread one stays spread."""
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Replica):
+                setattr(self, name, value.module)
+            elif isinstance(value, dict):
+                for key, module in value.items():
+                    if isinstance(module, Replica):
+                        value[key] = module.module
+
     # Logging and asking
 
     def count_items(self, batch: Any) -> Any:
@@ -317,17 +400,11 @@ class TrainerBase(Hooks, AbstractTrainer):
         Raises:
             MetricError: the value is no number, or every row has something by that name.
         """
-        if self.muted:
-            return
-        if weight is None:
-            weight = 1.0 if self.batch_items is None else self.batch_items
-        recorder = self.recorder
-        recorder.add(recorder.val if self._validating else recorder.train, name, value, weight)
+        self.recorder.log(name, value, weight)
 
     def log_loss(self, loss: torch.Tensor) -> None:
         """Logs a micro-batch's loss as "train/loss", if anybody looks at rows."""
-        if self.recorder.wanted and not self.muted:
-            self.recorder.train.add("train/loss", loss, self.batch_items)
+        self.recorder.log_loss(loss)
 
     def log_timing(self, name: str, value: float) -> None:
         """Adds a measurement (speed, memory) to the next row of timing.jsonl."""
@@ -346,9 +423,35 @@ class TrainerBase(Hooks, AbstractTrainer):
 
         On several ranks each of them has to ask, in the same window.
         """
-        self._rewinding, self._rewind_step = True, step
+        self._at_hand.request_rewind(step)
 
     def say(self, text: str) -> None:
         """Prints a line about the run, on rank 0."""
-        if self.world.is_main:
-            print(f"paceline: {text}", file=sys.stderr, flush=True)
+        self.world.say(text)
+
+
+def components(holder: object, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    """The attributes of an object that are of a kind, by name.
+
+    Args:
+        holder: the object; attributes that begin with an underscore are left out.
+        kind: of the values. A dictionary of them counts by its own keys.
+
+    Raises:
+        ConfigError: two have the same name.
+    """
+    found: dict[str, Any] = {}
+    for name, value in vars(holder).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, kind):
+            named = {name: value}
+        elif isinstance(value, dict) and all(isinstance(v, kind) for v in value.values()):
+            named = value
+        else:
+            continue
+        twice = [key for key in named if key in found]
+        if twice:
+            raise ConfigError(f"two components are called {twice[0]!r}: rename one of them.")
+        found.update(named)
+    return found

@@ -7,45 +7,50 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from paceline.data.batches import describe
 from paceline.errors import DataError, NonFiniteError, PacelineError
-from paceline.trainer.window import describe
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+from paceline.trainer.base import TrainerBase
+from paceline.trainer.run import Run
 
 # What a model raises that gets a batch it is not made for.
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
 _SHOWN = 32  # sample indices in a message
 
 
-def whereabouts(trainer: Trainer) -> str:
-    """Which step and batch the trainer is at, in words; may be asked from another thread."""
-    step = trainer.global_step
-    if trainer._validating:
+def whereabouts(trainer: TrainerBase, run: Run) -> str:
+    """Which step and batch the run is at, in words; may be asked from another thread.
+
+    Args:
+        trainer: with the window at hand.
+        run: under way.
+    """
+    step = run.progress.global_step
+    if run.validating:
         return f"the validation after step {step}"
-    if trainer.batch_items is None:  # none is at hand
+    if run.batch_items is None:  # none is at hand
         return f"after step {step}" if step else "before step 1"
     return f"step {step + 1}, batch {trainer.window.batch_idx} of epoch {trainer.current_epoch}"
 
 
-def in_training(trainer: Trainer, error: BaseException) -> BaseException:
+def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
     """The error to raise instead: a DataError at the first batch, else itself with a note.
 
     Args:
         trainer: whose window may be at hand.
+        run: that fails.
         error: what its training raised.
     """
-    if trainer.batch_items is None or not isinstance(error, Exception):
+    if run.batch_items is None or not isinstance(error, Exception):
         return error
     if isinstance(error, NonFiniteError):
         return error  # says all of this itself
     window = trainer.window
     where = (
-        f"{whereabouts(trainer)}, rank {trainer.world.rank}: {describe(window.batch)}; "
+        f"{whereabouts(trainer, run)}, rank {run.world.rank}: {describe(window.batch)}; "
         f"samples {_some(window.ids())}"
     )
     steps: list[Callable[..., Any]] = [trainer.training_step]
@@ -57,12 +62,21 @@ def in_training(trainer: Trainer, error: BaseException) -> BaseException:
     return error
 
 
-def in_validation(trainer: Trainer, error: Exception, batch: Any, batch_idx: int) -> Exception:
-    """The same for a batch of a validation."""
-    where = (
-        f"{whereabouts(trainer)}, batch {batch_idx}, rank {trainer.world.rank}: {describe(batch)}"
-    )
-    first = batch_idx == 0 and trainer.progress.validated_at < 0
+def in_validation(
+    trainer: TrainerBase, run: Run, error: Exception, batch: Any, batch_idx: int
+) -> Exception:
+    """The same for a batch of a validation.
+
+    Args:
+        trainer: whose validation it is.
+        run: that fails.
+        error: what its validation step raised.
+        batch: that the step was given.
+        batch_idx: its index.
+    """
+    rank = run.world.rank
+    where = f"{whereabouts(trainer, run)}, batch {batch_idx}, rank {rank}: {describe(batch)}"
+    first = batch_idx == 0 and run.progress.validated_at < 0
     if first and _passed_through(error, [trainer.validation_step]):
         return _misfit(error, "validation_step", where)
     error.add_note(f"in {where}")

@@ -10,25 +10,24 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, MissingExtraError, nearest
-from paceline.trainer.events import Callback, misspelt_hooks
+from paceline.trainer.base import TrainerBase
+from paceline.trainer.callback import Callback
+from paceline.trainer.events import misspelt_hooks
 from paceline.trainer.float8 import missing
 from paceline.trainer.materialize import without_a_way
 from paceline.trainer.monitor import MetricMonitor
-from paceline.trainer.replica_groups import missing_for_groups, wrong_with_groups
-from paceline.trainer.schedules import takes_metric
+from paceline.trainer.optimization import takes_metric
 from paceline.trainer.settings import MODES
-from paceline.world import context
+from paceline.world import context, quorum
+from paceline.world.environment import replica_group
 from paceline.world.layout import Parallel
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
 
 _CHOICES = {
     "lr_scheduler_interval": ("step", "epoch", "metric"),
@@ -46,7 +45,7 @@ _COUNTS = (
 )
 
 
-def check_settings(trainer: Trainer) -> None:
+def check_settings(trainer: TrainerBase) -> None:
     """Refuses impossible settings.
 
     Raises:
@@ -54,16 +53,16 @@ def check_settings(trainer: Trainer) -> None:
         MissingExtraError: a setting needs a package that is not installed.
     """
     wrong = wrong_settings(trainer)
-    wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer) + wrong_with_groups(trainer)
+    wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer) + _wrong_with_groups(trainer)
     if not trainer.is_overridden("configure"):
         wrong += _wrong_components(trainer)
     _refuse(wrong)
     _refuse(_wrong_device(trainer))
-    if lacking := missing(trainer.precision) or missing_for_groups():
+    if lacking := missing(trainer.precision) or _missing_for_groups():
         raise MissingExtraError(lacking)
 
 
-def check_components(trainer: Trainer) -> None:
+def check_components(trainer: TrainerBase) -> None:
     """Refuses what cannot train: models, optimizers, schedulers and data that do not fit.
 
     Raises:
@@ -81,12 +80,12 @@ def _refuse(wrong: list[str]) -> None:
 # Settings
 
 
-def wrong_settings(trainer: Trainer) -> list[str]:
+def wrong_settings(trainer: TrainerBase) -> list[str]:
     """What is wrong with the settings by themselves, `name=value: why` or `name: why`."""
     return _wrong_choices(trainer) + _wrong_numbers(trainer) + _wrong_combinations(trainer)
 
 
-def _wrong_choices(trainer: Trainer) -> list[str]:
+def _wrong_choices(trainer: TrainerBase) -> list[str]:
     wrong = [
         f"{name}={value!r}: expected one of {', '.join(choices)}{nearest(str(value), choices)}"
         for name, choices in _CHOICES.items()
@@ -110,7 +109,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _wrong_numbers(trainer: Trainer) -> list[str]:
+def _wrong_numbers(trainer: TrainerBase) -> list[str]:
     wrong: list[str] = []
     for name in _COUNTS:
         value = getattr(trainer, name)
@@ -124,7 +123,7 @@ def _wrong_numbers(trainer: Trainer) -> list[str]:
     return wrong
 
 
-def _wrong_combinations(trainer: Trainer) -> list[str]:
+def _wrong_combinations(trainer: TrainerBase) -> list[str]:
     wrong: list[str] = []
     if trainer.global_batch_size is not None and trainer.gradient_accumulation_steps != 1:
         wrong.append(
@@ -158,7 +157,7 @@ def _wrong_combinations(trainer: Trainer) -> list[str]:
     return wrong
 
 
-def _wrong_device(trainer: Trainer) -> list[str]:
+def _wrong_device(trainer: TrainerBase) -> list[str]:
     """What this process's device cannot do."""
     parallel: Any = trainer.parallel
     if not (isinstance(parallel, Parallel) and parallel.rings):
@@ -167,7 +166,7 @@ def _wrong_device(trainer: Trainer) -> list[str]:
     return [f"parallel.context_attention='ring': {why}; say 'all_to_all'."] if why else []
 
 
-def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:
+def _wrong_stages(trainer: TrainerBase, parallel: Parallel) -> list[str]:
     """What does not go together with stages: the schedule calls the model and `loss_fn` itself."""
     wrong = [
         f"parallel.{name}={size}: does not exist yet with parallel.pipeline; leave one out."
@@ -188,7 +187,7 @@ def _wrong_stages(trainer: Trainer, parallel: Parallel) -> list[str]:
     return wrong
 
 
-def _wrong_callbacks(trainer: Trainer) -> list[str]:
+def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
     wrong = misspelt_hooks(trainer)
     for callback in trainer.callbacks:
         if isinstance(callback, Callback):
@@ -215,7 +214,7 @@ def _made(value: Any) -> str:
     return f"; make one of it: {value.__name__}(...)" if isinstance(value, type) else ""
 
 
-def _wrong_resume(trainer: Trainer) -> list[str]:
+def _wrong_resume(trainer: TrainerBase) -> list[str]:
     resume = trainer.resume
     wrong: list[str] = []
     if resume.path is not None and not resume.path.exists():
@@ -235,10 +234,36 @@ def _wrong_resume(trainer: Trainer) -> list[str]:
     return wrong
 
 
+def _wrong_with_groups(trainer: TrainerBase) -> list[str]:
+    """What of a trainer's settings does not exist yet with replica groups; none without them."""
+    if replica_group() is None:
+        return []
+    world = trainer.world
+    refused = {
+        f"{world.size} processes in a group": world.size > 1,
+        "an accelerator": world.device.type != "cpu",
+        "precision='fp16'": trainer.precision == "fp16",
+        "on_nonfinite='rewind'": trainer.on_nonfinite == "rewind",
+        "a step() of your own": trainer.is_overridden("step"),
+        "run_dir=None, through which the groups hand over their state,": trainer.run_dir is None,
+        f"resume={trainer.resume.mode!r}": trainer.resume.mode != "auto",
+    }
+    return [
+        f"TORCHFT_LIGHTHOUSE is set: {what} does not exist yet with replica groups."
+        for what, is_so in refused.items()
+        if is_so
+    ]
+
+
+def _missing_for_groups() -> str | None:
+    """What is not installed and this run's replica groups need; None if nothing is missing."""
+    return None if replica_group() is None else quorum.missing()
+
+
 # Components and data
 
 
-def _wrong_components(trainer: Trainer) -> list[str]:
+def _wrong_components(trainer: TrainerBase) -> list[str]:
     wrong = _wrong_kinds(trainer) + _wrong_data(trainer) + wrong_steps(trainer)
     try:
         models, optimizers = trainer.named_models(), trainer.named_optimizers()
@@ -262,7 +287,7 @@ def _wrong_components(trainer: Trainer) -> list[str]:
     return wrong
 
 
-def _wrong_kinds(trainer: Trainer) -> list[str]:
+def _wrong_kinds(trainer: TrainerBase) -> list[str]:
     """Components of a kind that would be overlooked, or fail late."""
     wrong: list[str] = []
     for name, kind, word in (
@@ -284,7 +309,7 @@ def _wrong_kinds(trainer: Trainer) -> list[str]:
     return wrong
 
 
-def _wrong_data(trainer: Trainer) -> list[str]:
+def _wrong_data(trainer: TrainerBase) -> list[str]:
     wrong: list[str] = []
     if trainer.train_dataloader is None:
         wrong.append("train_dataloader: there is nothing to train on.")
@@ -305,7 +330,7 @@ def _wrong_data(trainer: Trainer) -> list[str]:
     return wrong + wrong_validation(trainer)
 
 
-def wrong_validation(trainer: Trainer) -> list[str]:
+def wrong_validation(trainer: TrainerBase) -> list[str]:
     """Settings that count on a validation or a metric that there is not."""
     wrong: list[str] = []
     if trainer.early_stop is not None and trainer.metric_monitor is None:
@@ -323,7 +348,7 @@ def wrong_validation(trainer: Trainer) -> list[str]:
     return wrong
 
 
-def wrong_steps(trainer: Trainer) -> list[str]:
+def wrong_steps(trainer: TrainerBase) -> list[str]:
     """Default steps need a loss_fn and one model."""
     if trainer.is_overridden("loss"):
         return []
@@ -347,7 +372,7 @@ def wrong_steps(trainer: Trainer) -> list[str]:
     return wrong
 
 
-def _wrong_interval(name: str, scheduler: Any, trainer: Trainer) -> list[str]:
+def _wrong_interval(name: str, scheduler: Any, trainer: TrainerBase) -> list[str]:
     interval, monitor = trainer.lr_scheduler_interval, trainer.metric_monitor
     kind = type(scheduler).__name__
     if interval == "metric" and "metrics" not in inspect.signature(scheduler.step).parameters:
@@ -368,7 +393,7 @@ def has_modes(optimizer: Any) -> bool:
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
-def _wrong_modes(trainer: Trainer, optimizers: Any) -> list[str]:
+def _wrong_modes(trainer: TrainerBase, optimizers: Any) -> list[str]:
     modal = [name for name, optimizer in optimizers.items() if has_modes(optimizer)]
     if not modal:
         return []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +12,32 @@ from torch.utils._pytree import tree_leaves
 
 from paceline.errors import LossError
 from paceline.world.dtensors import local_part
+
+
+class Synchronizer(Protocol):
+    """Keeps one model's copies equal, or its parts together: a `Replica`, `Shards`, `StageShards`.
+
+    Attributes:
+        called: whether the model was called through it, gradients on, in this micro-batch.
+        covered: the `id` of each parameter whose gradient it synchronizes.
+        heard: whether each NaN that it was told of in this window has reached the other ranks.
+    """
+
+    called: bool
+    heard: bool
+
+    @property
+    def covered(self) -> Set[int]:
+        """See above."""
+        ...
+
+    def begin(self, *, exchange: bool) -> None:
+        """A micro-batch begins; gradients are synchronized in the window's last."""
+        ...
+
+    def check_exchanged(self) -> None:
+        """Raises LossError if gradients were not synchronized."""
+        ...
 
 
 class Replica(DistributedDataParallel):
@@ -43,7 +69,7 @@ class Replica(DistributedDataParallel):
         """A micro-batch begins; gradients are exchanged in the window's last."""
         vars(self).update(called=False, require_backward_grad_sync=exchange, _probes=[])
 
-    @cached_property
+    @property
     def covered(self) -> frozenset[int]:
         return frozenset(id(p) for p in self.module.parameters() if p.requires_grad)
 

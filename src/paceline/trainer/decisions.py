@@ -5,25 +5,32 @@ Each decision is a function of values that are equal on every rank.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from paceline.checkpoint import reasons_due
+from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import metric_of
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+from paceline.trainer.run import Run
 
 
-def judge(trainer: Trainer, metrics: dict[str, float]) -> bool:
-    """Tells everybody who waits for a validation; returns whether it is the best so far."""
-    if not metrics and trainer.progress.validated_at < 0:
+def judge(trainer: TrainerBase, run: Run, metrics: dict[str, float]) -> bool:
+    """Hands a validation's metrics to hooks, sinks, the monitor and schedulers.
+
+    Args:
+        trainer: whose validation it was.
+        run: at the boundary.
+        metrics: equal on every rank.
+
+    Returns:
+        Whether they are the best so far.
+    """
+    progress = run.progress
+    if not metrics and progress.validated_at < 0:
         trainer.say(
             "the validation measured nothing: call self.log in validation_step, or return metrics "
             "from get_val_metrics."
         )
-    trainer.progress.validated_at = trainer.global_step
-    trainer.progress.metrics = metrics
-    for hook in trainer.events.on_metrics:
+    progress.validated_at = progress.global_step
+    progress.metrics = metrics
+    for hook in run.events.on_metrics:
         hook(metrics)
     trainer.recorder.write_validation(metrics)
     monitor = trainer.metric_monitor
@@ -34,7 +41,7 @@ def judge(trainer: Trainer, metrics: dict[str, float]) -> bool:
     return improved
 
 
-def out_of_patience(trainer: Trainer) -> bool:
+def out_of_patience(trainer: TrainerBase) -> bool:
     """Whether `early_stop` validations have brought nothing better, or a callback says so."""
     monitor, patience = trainer.metric_monitor, trainer.early_stop
     if patience is not None and monitor is not None and monitor.worse_count >= patience:
@@ -42,22 +49,36 @@ def out_of_patience(trainer: Trainer) -> bool:
     return any(callback.out_of_patience for callback in trainer.callbacks)
 
 
-def ending(trainer: Trainer, *, epoch_ends: bool) -> str | None:
-    """Why training is over after this window, if it has reached its horizon."""
-    if epoch_ends and trainer.epochs is not None and trainer.current_epoch + 1 >= trainer.epochs:
+def ending(trainer: TrainerBase, run: Run, *, epoch_ends: bool) -> str | None:
+    """Why training is over after this window, if it has reached its horizon.
+
+    Args:
+        trainer: with the horizon.
+        run: at the boundary.
+        epoch_ends: whether this window is its epoch's last.
+    """
+    progress = run.progress
+    if epoch_ends and trainer.epochs is not None and progress.epoch + 1 >= trainer.epochs:
         return "epochs"
-    if trainer.max_steps is not None and trainer.global_step >= trainer.max_steps:
+    if trainer.max_steps is not None and progress.global_step >= trainer.max_steps:
         return "max_steps"
     return None
 
 
 def save_reasons(
-    trainer: Trainer, *, epoch_ended: bool = False, improved: bool = False
+    trainer: TrainerBase, run: Run, *, epoch_ended: bool = False, improved: bool = False
 ) -> list[str]:
-    """Why the policy, or anybody who asked, wants a checkpoint at this boundary."""
-    if trainer.saver is None or trainer.checkpoint_policy is None:
+    """Why the policy, or anybody who asked, wants a checkpoint at this boundary.
+
+    Args:
+        trainer: with the policy.
+        run: at the boundary.
+        epoch_ended: whether an epoch has ended here.
+        improved: whether the validation here was the best so far.
+    """
+    if run.saver is None or trainer.checkpoint_policy is None:
         return []
-    done = trainer.current_epoch if epoch_ended else None
-    step = trainer.global_step
+    done = run.progress.epoch if epoch_ended else None
+    step = run.progress.global_step
     due = reasons_due(trainer.checkpoint_policy, step=step, epochs_done=done, improved=improved)
-    return due + trainer._asked_saves
+    return due + run.asked_saves

@@ -1,4 +1,4 @@
-"""The events of a run, the Callback class, and the dispatcher that calls who listens.
+"""The events of a run, and the dispatcher that calls who listens.
 
 One table drives both the hooks of a Trainer subclass and the methods of a Callback (which gets the
 trainer first). In the order of a run:
@@ -29,14 +29,12 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from paceline.errors import nearest
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+from paceline.trainer.callback import Callback
 
 
 class Hooks:
@@ -106,62 +104,6 @@ class Hooks:
 EVENTS: tuple[str, ...] = tuple(name for name in vars(Hooks) if name.startswith("on_"))
 
 
-class Callback:
-    """Behaviour that plugs into any Trainer, one method an event.
-
-    Each method gets the trainer first, then what the Trainer's own hook gets. Only methods that a
-    subclass overrides are ever called. Callbacks run in rising `priority`, ties in the order given,
-    after the trainer's own hook. What must survive a resume goes through `state_dict` and
-    `load_state_dict`; in the checkpoint it stands under `name`.
-
-    Attributes:
-        priority: lower runs earlier.
-        name: unique among a trainer's callbacks; the class's name unless set.
-        out_of_patience: while true, training is over at the next boundary with a validation, an
-            epoch's end or a checkpoint. It has to follow from values that are equal on every rank,
-            and from the callback's state alone: a run that is started again asks it once more.
-    """
-
-    priority: int = 100
-    name: str = ""
-
-    @property
-    def out_of_patience(self) -> bool:
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors, arrays, numbers, strings and containers of them."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-
-    def on_setup(self, trainer: Trainer) -> None: ...
-    def on_load_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None: ...
-    def on_train_start(self, trainer: Trainer) -> None: ...
-    def on_train_epoch_start(self, trainer: Trainer) -> None: ...
-    def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None: ...
-    def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None: ...
-    def on_after_backward(self, trainer: Trainer) -> None: ...
-    def on_train_batch_end(
-        self, trainer: Trainer, batch: Any, batch_idx: int, loss: torch.Tensor
-    ) -> None: ...
-    def on_before_optimizer_step(
-        self, trainer: Trainer, optimizer: torch.optim.Optimizer
-    ) -> None: ...
-    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None: ...
-    def on_validation_start(self, trainer: Trainer) -> None: ...
-    def on_validation_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None: ...
-    def on_validation_batch_end(self, trainer: Trainer, batch: Any, batch_idx: int) -> None: ...
-    def on_validation_end(self, trainer: Trainer) -> None: ...
-    def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None: ...
-    def on_train_epoch_end(self, trainer: Trainer) -> None: ...
-    def on_save_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None: ...
-    def on_train_end(self, trainer: Trainer) -> None: ...
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None: ...
-    def on_teardown(self, trainer: Trainer) -> None: ...
-
-
 class Events(SimpleNamespace):
     """For each event, the tuple of methods that listen to it; an unheard event is an empty tuple.
 
@@ -184,19 +126,6 @@ class Events(SimpleNamespace):
                 for event in EVENTS
             }
         )
-
-
-def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
-    """Callbacks by the name under which their state is stored; a second of a class gets `_2`."""
-    named: dict[str, Callback] = {}
-    for callback in callbacks:
-        base = name = callback.name or type(callback).__name__
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{base}_{count}"
-        named[name] = callback
-    return named
 
 
 def overrides(listener: object, name: str, base: type) -> bool:

@@ -10,15 +10,15 @@ and all that is saved stay as precise as the model was made. The rest computes i
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+from paceline.log.plan import Plan
+from paceline.world.world import World
 
-_MULTIPLE = 16  # of which the sizes of a float8 product have to be
+_MULTIPLE = 16  # float8 matmul dimensions must be multiples of this
 _NAMED = 4  # layers that the plan names
 
 
@@ -47,19 +47,24 @@ def configuration(device: torch.device) -> Any:
     return Float8LinearConfig(pad_inner_dim=True)  # so that a batch may be of any size
 
 
-def float8_layers(trainer: Trainer) -> Float8Layers | None:
+def float8_layers(precision: str, world: World, plan: Plan) -> Float8Layers | None:
     """What a run's models multiply in float8 by; None if they do not, which is said if asked for.
 
     All ranks have to be able to.
+
+    Args:
+        precision: the run's.
+        world: the ranks.
+        plan: takes what is missing.
     """
-    if trainer.precision != "fp8":
+    if precision != "fp8":
         return None
-    config = configuration(trainer.device)
-    if all(trainer.world.all_gather_object(config is not None)):
-        return Float8Layers(config, trainer.parallel.tensor)
+    config = configuration(world.device)
+    if all(world.all_gather_object(config is not None)):
+        return Float8Layers(config, world.parallel.tensor)
     lacking = "no float8 on this device (CUDA 8.9 or later, MI300 or later): computes in bf16"
-    trainer.plan.add(lacking, "precision")
-    trainer.say(f"precision='fp8': {lacking}.")
+    plan.add(lacking, "precision")
+    world.say(f"precision='fp8': {lacking}.")
     return None
 
 
@@ -122,7 +127,7 @@ class Float8Layers:
         count = len(self.converted)
         line = f"{count} of {count + len(self.left)} linear layers multiply in float8"
         named = [f"{name} ({why})" for name, why in [*self.left.items()][:_NAMED]]
-        more = f" and {len(self.left) - _NAMED} more" * (len(self.left) > _NAMED)
+        more = f" and {len(self.left) - _NAMED} more" if len(self.left) > _NAMED else ""
         return f"{line}; not {', '.join(named)}{more}" if named else line
 
 

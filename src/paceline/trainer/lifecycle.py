@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,141 +15,105 @@ from paceline import registry
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
 from paceline.data.loader import WindowSize, open_training, open_validation
 from paceline.errors import ConfigError, DataError, Preempted
-from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord
-from paceline.trainer import blame, decisions, placement, resume, saving
-from paceline.trainer.base import Autocast
-from paceline.trainer.checks import check_components, check_settings
-from paceline.trainer.compilation import memory_budget
+from paceline.trainer import blame, decisions, resume, saving
+from paceline.trainer.base import TrainerBase
+from paceline.trainer.checks import check_components
 from paceline.trainer.events import Events
-from paceline.trainer.float8 import float8_layers
+from paceline.trainer.identity import identity_of
 from paceline.trainer.optimization import Optimization
-from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
-from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
-from paceline.trainer.stop import StopAgreement
-from paceline.world.context import Sequences
+from paceline.trainer.run import Run
+from paceline.trainer.stop import behind_boundary, behind_window
+from paceline.trainer.warm_start import load_weights
 from paceline.world.seeding import mix, seed_everything, stream
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
 
 
 @contextmanager
-def running(trainer: Trainer, seed: int | None) -> Iterator[None]:
-    """The life of a run around its loop; inside a run that is open already, nothing.
+def running(trainer: TrainerBase, run: Run) -> Iterator[None]:
+    """The life of a run around its loop.
+
+    Args:
+        trainer: whose settings were checked.
+        run: just made.
 
     Raises:
         Preempted: a signal stopped the run, which was saved.
     """
-    if trainer._open:
-        yield
-        return
-    check_settings(trainer)
-    _reset(trainer, trainer._asked_seed if seed is None else seed)
-    trainer._open, failure = True, None
+    failure = None
     try:
-        start(trainer)
-        if trainer.is_over:
-            pass
-        elif trainer.stop_agreement.reached(_first_point(trainer)):
-            trainer._leave(trainer.progress.pending)
-        elif trainer.progress.pending:
-            trainer._boundary()
-        elif trainer.on_nonfinite == "rewind" and trainer._sinks_state is None:
-            trainer._save(["start"])  # there has to be one to go back to
+        start(trainer, run)
         yield
-        finish(trainer)
+        finish(trainer, run)
     except GeneratorExit:  # a train() of the user's own has left its loop
-        finish(trainer)
+        finish(trainer, run)
         raise
     except BaseException as error:
-        failure = fail(trainer, error)
+        failure = fail(trainer, run, error)
         if failure is error:
             raise
         raise failure from error
     finally:
-        trainer._open = False
-        teardown(trainer, failure)
-    stop = trainer.stop_agreement
+        teardown(trainer, run, failure)
     # A signal that came too late to stop the run asks the process to leave all the same.
-    if stop.signalled or (trainer._stopped and stop.by_signal):
+    if run.stop.signalled or (run.stopped and run.stop.by_signal):
         raise Preempted(trainer.result)
 
 
-def _first_point(trainer: Trainer) -> int:
+def first_point(run: Run) -> int:
     """Where the run begins, as `stop.py` numbers it: with a boundary, if one is pending."""
-    return 2 * trainer.global_step + (not trainer.progress.pending)
+    step = run.progress.global_step
+    return behind_window(step) if run.progress.pending else behind_boundary(step)
 
 
-def start(trainer: Trainer) -> None:
+def start(trainer: TrainerBase, run: Run) -> None:
     """From settings to the first window: checks, placement, loading, the printed plan.
+
+    Args:
+        trainer: whose run it is.
+        run: just made.
 
     Raises:
         PacelineError: what stands in the way, before anything is trained.
     """
-    trainer.world.open()
-    trainer.resume = resume.after_restart(trainer)
-    if trainer.stop_agreement.clear_file():
+    run.world.open()
+    trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
+    if run.stop.clear_file():
         trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
-    trainer.stop_agreement.watch(partial(blame.whereabouts, trainer))
-    if not trainer.stop_agreement.listen():
-        trainer.plan.add("signals are not heard outside of the main thread", "request_stop(...)")
-    _set_determinism(trainer)
-    seed_everything(trainer.seed)
+    run.stop.watch(partial(blame.whereabouts, trainer, run))
+    if not run.stop.listen():
+        run.plan.add("signals are not heard outside of the main thread", "request_stop(...)")
+    if trainer.deterministic:
+        _set_determinism(run)
+    seed_everything(run.seed)
     trainer.configure()
     check_components(trainer)
     if trainer.metric_monitor is not None:
         trainer.metric_monitor.reset()
-    _open_data(trainer)
+    _open_data(trainer, run)
     trainer.setup()
-    trainer.optimization = Optimization(trainer)
-    trainer.identity = resume.identity(trainer)
-    trainer.events = Events(trainer, [*trainer.callbacks, *_default_callbacks(trainer)])
-    _open_records(trainer)
-    for hook in trainer.events.on_setup:
+    run.identity = identity_of(trainer, run)
+    run.events = Events(trainer, [*trainer.callbacks, *_default_callbacks(trainer)])
+    _open_records(trainer, run)
+    trainer.optimization = Optimization(run, trainer.recorder)
+    if trainer.replica_groups is not None:
+        trainer.replica_groups.attach(trainer.recorder, trainer.optimization.guard)
+    for hook in run.events.on_setup:
         hook()
-    _load(trainer)
+    _load(trainer, run)
     if trainer.replica_groups is not None:
         trainer.replica_groups.settle()
-    _on_disk(trainer, _open_sinks)
-    _describe(trainer)
-    trainer.stop_agreement.open(_first_point(trainer))
-    trainer._trained = not trainer.is_over
-    if trainer._trained:
-        for hook in trainer.events.on_train_start:
+    _on_disk(trainer, partial(_open_sinks, trainer, run))
+    _describe(trainer, run)
+    run.stop.open(first_point(run))
+    run.trained = not run.is_over
+    if run.trained:
+        for hook in run.events.on_train_start:
             hook()
 
 
-def _reset(trainer: Trainer, seed: int | None) -> None:
-    """The parts of a run, so that teardown finds each whatever fails in between."""
-    trainer.seed = 0 if seed is None else seed
-    trainer.plan = type(trainer.plan)()
-    trainer.progress = Progress()
-    trainer.result = Result(stopped_by="nothing yet", complete=False)
-    trainer._asked_saves, trainer._settled = [], False
-    trainer._stopped = trainer._rewinding = trainer._validating = trainer.muted = False
-    trainer._saved_at = None
-    trainer._restore_determinism = None
-    trainer.validation = trainer.saver = None
-    trainer.replicas, trainer.validation_calls, trainer.pipeline = [], [], None
-    trainer.recomputed, trainer.compiled, trainer.while_placed = [], [], ExitStack()
-    trainer.float8 = None
-    trainer.replica_groups = groups_of(trainer)
-    trainer.local_batches = 0
-    trainer.on_cpu = trainer.device.type == "cpu"
-    trainer.events = Events(trainer, ())
-    trainer.record = RunRecord(None)
-    trainer.folder_lock = FolderLock()
-    trainer.recorder = Recorder(trainer, [])
-    stop_file = None if trainer.run_dir is None else trainer.run_dir / "STOP"
-    trainer.stop_agreement = StopAgreement(trainer.world, stop_file)
-
-
-def _set_determinism(trainer: Trainer) -> None:
-    if not trainer.deterministic:
-        return
+def _set_determinism(run: Run) -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
@@ -159,14 +123,14 @@ def _set_determinism(trainer: Trainer) -> None:
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
-    trainer._restore_determinism = restore
+    run.cleanup.callback(restore)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
-def _open_data(trainer: Trainer) -> None:
-    seed, world, accumulation = trainer.seed, trainer.world, trainer.gradient_accumulation_steps
+def _open_data(trainer: TrainerBase, run: Run) -> None:
+    seed, world, accumulation = run.seed, run.world, trainer.gradient_accumulation_steps
     global_batch_size = trainer.global_batch_size
     if global_batch_size is None:
         global_batch_size = world.broadcast_object(
@@ -182,11 +146,12 @@ def _open_data(trainer: Trainer) -> None:
     if trainer.val_dataloader is not None:
         with _speaking_of("val_dataloader"):
             trainer.validation = open_validation(trainer.val_dataloader, seed, world)
-    trainer.counts_items = trainer.is_overridden("count_items")
-    trainer.model_key = mix(stream(trainer.seed, "model"), trainer.world.part)
+    if trainer.is_overridden("count_items"):
+        run.count_items = trainer.count_items
+    run.model_key = mix(stream(seed, "model"), world.part)
     validation = [] if trainer.validation is None else trainer.validation.plan
     for decision, setting in trainer.source.plan + validation:
-        trainer.plan.add(decision, setting)
+        run.plan.add(decision, setting)
 
 
 @contextmanager
@@ -197,56 +162,32 @@ def _speaking_of(what: str) -> Iterator[None]:
         raise DataError(f"{what}: {error}") from error
 
 
-def place(trainer: Trainer) -> None:
-    """Modules to the device, compiled and spread over the ranks as the settings say."""
-    budget = trainer.parallel.activation_checkpointing
-    if isinstance(budget, float):
-        trainer.while_placed.enter_context(memory_budget(budget))
-        trainer.plan.add(
-            f"keeps {budget:.0%} of the activations that it would, and computes the rest twice",
-            "parallel.activation_checkpointing",
-        )
-    trainer.float8 = float8_layers(trainer)
-    placement.place(trainer)
-    if (dtype := trainer.autocast_dtype) is not None:
-        trainer.autocast = Autocast(trainer.device.type, dtype)
-    if (mesh := trainer.world.context_mesh) is not None:
-        trainer.autocast = Sequences(
-            mesh,
-            trainer.autocast,
-            ring=trainer.parallel.rings,
-            in_stages=trainer.pipeline is not None,
-        )
-    for model in trainer.named_models().values():
-        model.train()
-
-
-def _default_callbacks(trainer: Trainer) -> list[Any]:
+def _default_callbacks(trainer: TrainerBase) -> list[Any]:
     progress = registry.lookup("callback", "progress")
     if not trainer.show_progress or any(isinstance(c, progress) for c in trainer.callbacks):
         return []
     return [progress()]
 
 
-def _open_records(trainer: Trainer) -> None:
+def _open_records(trainer: TrainerBase, run: Run) -> None:
     sinks = trainer.loggers
     if sinks is None:
         sinks = [registry.lookup("logger", "jsonl")()] if trainer.run_dir is not None else []
-    trainer.recorder = Recorder(trainer, list(sinks))
+    trainer.recorder = Recorder(run, list(sinks))
     # A row takes every rank, though only one may have a callback that looks at it.
-    wanted = trainer.world.all_gather_object(trainer.recorder.wanted)
+    wanted = run.world.all_gather_object(trainer.recorder.wanted)
     trainer.recorder.wanted = any(wanted)
     if trainer.run_dir is None:
-        trainer.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
+        run.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
         return
-    _on_disk(trainer, _make_folder)
+    _on_disk(trainer, partial(_make_folder, trainer, run, trainer.run_dir))
     # A run that saves nothing may still go on from a checkpoint that is there.
     policy = trainer.checkpoint_policy or CheckpointPolicy(keep_last=None)
-    trainer.saver = Checkpoints(trainer.run_dir / "checkpoints", policy, trainer.world)
+    run.saver = Checkpoints(trainer.run_dir / "checkpoints", policy, run.world)
 
 
-def _on_disk(trainer: Trainer, work: Callable[[Trainer], None]) -> None:
-    """Does on rank 0 what needs the run's folder; every rank hears of an error.
+def _on_disk(trainer: TrainerBase, work: Callable[[], None]) -> None:
+    """Does on rank 0 what needs the run's folder; every rank raises its error.
 
     Raises:
         ConfigError: the folder cannot be used.
@@ -254,7 +195,7 @@ def _on_disk(trainer: Trainer, work: Callable[[Trainer], None]) -> None:
     problem: str | None = None
     if trainer.world.is_main:
         try:
-            work(trainer)
+            work()
         except OSError as error:
             problem = f"run_dir={str(trainer.run_dir)!r} cannot be written: {error}"
     problem = trainer.world.broadcast_object(problem)
@@ -262,56 +203,57 @@ def _on_disk(trainer: Trainer, work: Callable[[Trainer], None]) -> None:
         raise ConfigError(f"{problem}. Is it a folder, with space and with the right to write?")
 
 
-def _make_folder(trainer: Trainer) -> None:
-    assert trainer.run_dir is not None
+def _make_folder(trainer: TrainerBase, run: Run, folder: Path) -> None:
     if trainer.resume.mode == "fresh":
-        _move_aside(trainer)
-    trainer.run_dir.mkdir(parents=True, exist_ok=True)
+        _move_aside(run, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if trainer.replica_groups is not None:
-        return trainer.replica_groups.open_folder()
-    trainer.folder_lock.take(trainer.run_dir, trainer.say)
-    trainer.record = RunRecord(trainer.run_dir)
+        return trainer.replica_groups.open_folder(folder)
+    run.folder_lock.take(folder, trainer.say)
+    run.record = RunRecord(folder)
 
 
-def _move_aside(trainer: Trainer) -> None:
-    folder = trainer.run_dir
-    assert folder is not None
+def _move_aside(run: Run, folder: Path) -> None:
     if not folder.exists():
         return
     count = 1
     while (aside := folder.with_name(f"{folder.name}.{count}")).exists():
         count += 1
-    trainer.folder_lock.take(folder, trainer.say)
+    run.folder_lock.take(folder, run.world.say)
     folder.rename(aside)
-    trainer.folder_lock.release()
-    trainer.say(f"the earlier run was moved to {aside}.")
+    run.folder_lock.release()
+    run.world.say(f"the earlier run was moved to {aside}.")
 
 
-def _load(trainer: Trainer) -> None:
-    """Goes on from a checkpoint if there is one, else starts (from other weights, if asked)."""
-    found = resume.find(trainer)
-    saving.tell(trainer)
-    trainer._sinks_state = None
+def _load(trainer: TrainerBase, run: Run) -> None:
+    """Resumes from a checkpoint if there is one, else starts (from other weights, if asked)."""
+    groups = trainer.replica_groups
+    if groups is not None and not groups.writes:
+        found = groups.newest()
+    else:
+        found = resume.find(run.saver, trainer.resume, trainer.run_dir)
+    saving.report(run)
     if found is None:
         if trainer.resume.init_from is not None:
-            resume.load_weights(trainer, Path(trainer.resume.init_from))
+            path = Path(trainer.resume.init_from)
+            load_weights(trainer.named_models(), path, run.world.say)
         return
-    assert trainer.saver is not None
-    tree = trainer.saver.load(found.path)
+    assert run.saver is not None
+    tree = run.saver.load(found.path)
     trainer.load_state_dict(tree)
     if trainer.resume.path is not None:
-        trainer.saver.abandon_after(found.save_id)
-        saving.tell(trainer)
-    _extend(trainer)
-    trainer._sinks_state = tree["rank"]
-    trainer.plan.add(f"goes on from {found.path.name}", "resume")
-    for hook in trainer.events.on_load_checkpoint:
+        run.saver.abandon_after(found.save_id)
+        saving.report(run)
+    _extend(trainer, run)
+    run.sinks_state = tree["rank"]
+    run.plan.add(f"goes on from {found.path.name}", "resume")
+    for hook in run.events.on_load_checkpoint:
         hook(tree)
 
 
-def _extend(trainer: Trainer) -> None:
+def _extend(trainer: TrainerBase, run: Run) -> None:
     """Whether the run is over is a matter of the horizon and patience it has now."""
-    progress = trainer.progress
+    progress = run.progress
     reached = None
     if trainer.epochs is not None and progress.epoch >= trainer.epochs:
         reached = "epochs"
@@ -322,90 +264,90 @@ def _extend(trainer: Trainer) -> None:
         progress.ended_by = reached
 
 
-def _open_sinks(trainer: Trainer) -> None:
-    state = trainer._sinks_state
+def _open_sinks(trainer: TrainerBase, run: Run) -> None:
     for sink in trainer.recorder.sinks:
-        sink.open(trainer.run_dir, trainer.identity, fresh=state is None)
-    if state is not None:
-        trainer.recorder.load_sinks(state)
+        sink.open(trainer.run_dir, run.identity, fresh=run.sinks_state is None)
+    if run.sinks_state is not None:
+        trainer.recorder.load_sinks(run.sinks_state)
 
 
-def _describe(trainer: Trainer) -> None:
+def _describe(trainer: TrainerBase, run: Run) -> None:
     """The plan: what was decided, printed and kept in run.json."""
-    plan, horizon = trainer.plan, trainer.training_horizon
-    plan.add(f"computes on {trainer.device} in {trainer.computes_in}", "precision")
-    if trainer.float8 is not None:
-        plan.add(str(trainer.float8), "precision")
-    if trainer.world.size > 1:
-        plan.add(placement.layout(trainer.world), "parallel")
-    if trainer.parallel.calls_together and (dtype := trainer.autocast_dtype):
-        kind = str(dtype).removeprefix("torch.")
-        plan.add(f"gathers weights in {kind}, sums their gradients in float32", "precision")
-    if trainer.parallel.cpu_offload:
-        plan.add("keeps weights in host memory, and steps there", "parallel.cpu_offload")
-    if trainer.compiled:
-        line = f"compiles {len(trainer.compiled)} blocks one by one"
-        beside = ", but for their experts" * (trainer.parallel.expert > 1)
-        plan.add(line + beside, "compile")
-    if trainer.recomputed:
-        blocks = f"{len(trainer.recomputed)} blocks compute their forward pass twice"
-        plan.add(blocks, "parallel.activation_checkpointing")
-    plan.add(
-        f"ends after {'the data' if horizon is None else f'{horizon} optimizer steps'}",
-        "epochs, max_steps",
-    )
-    plan.add(f"seed {trainer.seed}", "train(seed=...)")
-    if trainer.val_dataloader is not None:
-        plan.add(f"validates every {trainer.validate_every}", "validate_every")
-    if trainer.checkpoint_policy is None:
-        plan.add("saves no checkpoint: a run that is stopped starts anew", "checkpoint")
-    elif trainer.saver is not None:
-        plan.add(f"saves by {trainer.checkpoint_policy}", "checkpoint")
-    if not trainer.on_cpu and not all(
-        getattr(o, "_step_supports_amp_scaling", False) for o in trainer.named_optimizers().values()
-    ):
-        plan.add("an unfused optimizer waits for the device each step", "optimizer(fused=True)")
-    if trainer.saver is not None and trainer.checkpoint_policy is not None and not trainer.is_over:
-        trainer.saver.check_space(trainer.state_dict())
-    _on_disk(trainer, _start_record)
-    if trainer.is_over:
-        trainer.say(f"the run in {trainer.run_dir} is complete ({trainer.progress.ended_by}).")
-    elif trainer.show_progress and trainer.world.is_main:
+    plan = run.plan
+    for decision, setting in [
+        (f"computes on {run.device} in {run.placement.computes_in}", "precision"),
+        *run.placement.lines(),
+        *_decisions(trainer, run),
+    ]:
+        plan.add(decision, setting)
+    if run.saver is not None and trainer.checkpoint_policy is not None and not run.is_over:
+        run.saver.check_space(trainer.state_dict())
+    _on_disk(trainer, partial(_start_record, run))
+    if run.is_over:
+        trainer.say(f"the run in {trainer.run_dir} is complete ({run.progress.ended_by}).")
+    elif trainer.show_progress and run.world.is_main:
         plan.show()
 
 
-def _start_record(trainer: Trainer) -> None:
-    plan = trainer.plan.as_list()
-    trainer.record.start(seed=trainer.seed, plan=plan, world_size=trainer.world.size)
+def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
+    """Lines of the plan beside those of data and placement, each with its setting."""
+    horizon = trainer.training_horizon
+    end = "the data" if horizon is None else f"{horizon} optimizer steps"
+    yield f"ends after {end}", "epochs, max_steps"
+    yield f"seed {run.seed}", "train(seed=...)"
+    if trainer.val_dataloader is not None:
+        yield f"validates every {trainer.validate_every}", "validate_every"
+    if trainer.checkpoint_policy is None:
+        yield "saves no checkpoint: a run that is stopped starts anew", "checkpoint"
+    elif run.saver is not None:
+        yield f"saves by {trainer.checkpoint_policy}", "checkpoint"
+    optimizers = trainer.named_optimizers().values()
+    fused = (getattr(each, "_step_supports_amp_scaling", False) for each in optimizers)
+    if not run.on_cpu and not all(fused):
+        yield "an unfused optimizer waits for the device each step", "optimizer(fused=True)"
 
 
-def write_open_row(trainer: Trainer) -> None:
-    """The row of the steps since the last one, when training is over."""
+def _start_record(run: Run) -> None:
+    run.record.start(seed=run.seed, plan=run.plan.as_list(), world_size=run.world.size)
+
+
+def write_open_row(trainer: TrainerBase, run: Run) -> None:
+    """Writes the row of the steps since the last one, when training is over.
+
+    Args:
+        trainer: whose recorder writes it.
+        run: that is over.
+    """
     recorder = trainer.recorder
     trainer.optimization.guard.read()
-    if recorder.wanted and any(trainer.world.all_gather_object(bool(recorder.train.sums()))):
+    if recorder.wanted and any(run.world.all_gather_object(bool(recorder.train.sums()))):
         recorder.write(recorder.row())
 
 
-def finish(trainer: Trainer) -> None:
-    """The loop has ended in order."""
+def finish(trainer: TrainerBase, run: Run) -> None:
+    """Ends a run whose loop has ended in order.
+
+    Args:
+        trainer: whose run it is; gets its result.
+        run: at its end.
+    """
     trainer.source.close()
-    if trainer.progress.ended_by is not None and not trainer._stopped and trainer._trained:
-        for hook in trainer.events.on_train_end:
+    if run.progress.ended_by is not None and not run.stopped and run.trained:
+        for hook in run.events.on_train_end:
             hook()
-    if trainer.saver is not None:
-        failed = trainer.saver.wait()
-        saving.tell(trainer)
+    if run.saver is not None:
+        failed = run.saver.wait()
+        saving.report(run)
         if failed is not None:
             raise failed
-    trainer.result = result(trainer)
-    trainer.record.finish(
+    trainer.result = _result(trainer, run)
+    run.record.finish(
         _status(trainer.result),
         stopped_by=trainer.result.stopped_by,
-        **_reached(trainer),
+        **_reached(trainer, run),
     )
-    trainer.stop_agreement.unwatch()
-    if trainer.show_progress and (trainer._trained or trainer._stopped):
+    run.stop.unwatch()
+    if trainer.show_progress and (run.trained or run.stopped):
         _say_how_it_ended(trainer)
 
 
@@ -413,7 +355,7 @@ def _status(result: Result) -> str:
     return "complete" if result.complete else "stopped"
 
 
-def _say_how_it_ended(trainer: Trainer) -> None:
+def _say_how_it_ended(trainer: TrainerBase) -> None:
     result, where = trainer.result, "" if trainer.run_dir is None else f" in {trainer.run_dir}"
     if not result.complete:
         saved = f"; saved{where}: the same again goes on from there" if result.checkpoint else where
@@ -423,12 +365,12 @@ def _say_how_it_ended(trainer: Trainer) -> None:
     trainer.say(f"complete at step {result.global_step} ({result.stopped_by}{measured}){where}.")
 
 
-def result(trainer: Trainer) -> Result:
+def _result(trainer: TrainerBase, run: Run) -> Result:
     """What the run has come to."""
-    progress, monitor = trainer.progress, trainer.metric_monitor
-    newest = trainer.saver.list()[-1:] if trainer.saver is not None else []
+    progress, monitor = run.progress, trainer.metric_monitor
+    newest = run.saver.list()[-1:] if run.saver is not None else []
     return Result(
-        stopped_by=progress.ended_by or trainer.stop_agreement.reason or "train() left its loop",
+        stopped_by=progress.ended_by or run.stop.reason or "train() left its loop",
         complete=progress.ended_by is not None,
         final_val_loss=progress.metrics.get("val/loss"),
         metrics=dict(progress.metrics),
@@ -439,23 +381,28 @@ def result(trainer: Trainer) -> Result:
     )
 
 
-def fail(trainer: Trainer, error: BaseException) -> BaseException:
-    """The run ends with an error: everybody is told, and what is durable stays as it is.
+def fail(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
+    """Ends a run with an error: every rank is told, and what is durable stays as it is.
+
+    Args:
+        trainer: whose run it is.
+        run: that fails.
+        error: why.
 
     Returns:
         The error to raise: a PeerError if it only comes of another rank's, a DataError if the
         first batch is what it comes of, or itself.
     """
-    shown = trainer.stop_agreement.fail(error) or blame.in_training(trainer, error)
+    shown = run.stop.fail(error) or blame.in_training(trainer, run, error)
     why = f"{type(shown).__name__}: {shown}"
-    trainer.record.finish("failed", stopped_by=why, **_reached(trainer))
-    _call_each([partial(hook, shown) for hook in trainer.events.on_exception], shown)
+    run.record.finish("failed", stopped_by=why, **_reached(trainer, run))
+    _call_each([partial(hook, shown) for hook in run.events.on_exception], shown)
     return shown
 
 
-def _reached(trainer: Trainer) -> dict[str, Any]:
+def _reached(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     """How far the run has come, for run.json."""
-    progress, monitor = trainer.progress, trainer.metric_monitor
+    progress, monitor = run.progress, trainer.metric_monitor
     return {
         "step": progress.global_step,
         "epoch": progress.epoch,
@@ -465,20 +412,23 @@ def _reached(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def teardown(trainer: Trainer, failure: BaseException | None) -> None:
-    """Leaves nothing behind, however the run ended."""
-    steps: list[Callable[[], Any]] = [*trainer.events.on_teardown]
-    if trainer.saver is not None:
-        steps.append(trainer.saver.close)
+def teardown(trainer: TrainerBase, run: Run, failure: BaseException | None) -> None:
+    """Leaves nothing behind, however the run ended.
+
+    Args:
+        trainer: whose run it was.
+        run: that is over.
+        failure: the error that ended it, if one did.
+    """
+    steps: list[Callable[[], Any]] = [*run.events.on_teardown]
+    if run.saver is not None:
+        steps.append(run.saver.close)
     status = "failed" if failure is not None else _status(trainer.result)
     steps.append(partial(trainer.recorder.close, status))
     opened = getattr(trainer, "source", None), trainer.validation
     steps += [data.close for data in opened if data is not None]
-    steps += [trainer.stop_agreement.close, trainer.folder_lock.release]
-    steps.append(partial(placement.take_back, trainer))
-    if trainer._restore_determinism is not None:
-        steps.append(trainer._restore_determinism)
-    _call_each([*steps, trainer.world.close], failure)
+    steps += [run.stop.close, run.folder_lock.release, run.cleanup.close, run.world.close]
+    _call_each(steps, failure)
 
 
 def _call_each(steps: Iterable[Callable[[], Any]], failure: BaseException | None) -> None:

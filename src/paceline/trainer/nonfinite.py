@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from paceline.checkpoint import encode
+from paceline.data.batches import describe
 from paceline.errors import NonFiniteError, StateError
-from paceline.trainer.window import describe
+from paceline.trainer.run import Run
+from paceline.trainer.window import Window
 from paceline.world.dtensors import whole
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
-    from paceline.trainer.window import Window
 
 _REMEMBERED = 4096  # windows whose samples can still be named when a device's verdict is read
 
@@ -28,7 +26,11 @@ class NonFiniteGuard:
     """The finite check of each window and the policy when it fails.
 
     Args:
-        trainer: gives the policy (`on_nonfinite`), the ranks and the window at hand.
+        run: at hand; its settings give the policy (`on_nonfinite`).
+        optimizers: how many take part in a window.
+
+    Attributes:
+        window: the window at hand.
 
     On several replicas each decision follows from the exchanged gradients alone, which are the same
     on all of them: a rank that finds a bad loss makes its gradients NaN, whatever the model does to
@@ -37,25 +39,37 @@ class NonFiniteGuard:
     models or optimizers are spread, or modules are split, it takes one tiny exchange a window.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._read = trainer.world.reads_are_free
-        self._ranks = trainer.world.size
+    def __init__(self, run: Run, *, optimizers: int) -> None:
+        policy = run.settings.on_nonfinite
+        self._run = run
+        self._world = run.world
+        self._parallel = run.world.parallel
+        self._replicas = run.placement.replicas
+        self._optimizers = optimizers
+        self.window: Window | None = None
+        self._read = run.world.reads_are_free
+        self._ranks = run.world.size
         self._found: dict[str, Any] | None = None  # what this rank saw in this window
         self._norm_bad = False
         self._flag: torch.Tensor | None = None  # on the device: bad in this window
         self._bad_step: torch.Tensor | None = None  # on the device: the first bad step, or -1
         self._unread: deque[tuple[int, Callable[[], list[Any]]]] = deque(maxlen=_REMEMBERED)
         self._kept: Path | None = None
-        self._buffers = _BufferCopies(trainer) if trainer.on_nonfinite in ("stop", "skip") else None
+        self._buffers = _BufferCopies(run.buffers()) if policy in ("stop", "skip") else None
 
     def begin(self, window: Window) -> None:
         """A new window."""
+        self.window = window
         self._found, self._norm_bad, self._flag = None, False, None
         if not self._read:
-            self._unread.append((self._trainer.global_step, window.locator()))
+            self._unread.append((self._run.global_step, window.locator()))
         if self._buffers is not None:
             self._buffers.take()
+
+    @property
+    def _at_hand(self) -> Window:
+        assert self.window is not None
+        return self.window
 
     @property
     def found(self) -> dict[str, Any] | None:
@@ -80,25 +94,25 @@ class NonFiniteGuard:
                 return weighted
             self._note({"loss": value})
             return self._poisoned(weighted, math.nan) if self._ranks > 1 else weighted
-        weight = self._trainer.window.weight
+        weight = self._at_hand.weight
         if isinstance(weight, torch.Tensor):
             loss = torch.where(weight == 0, 0.0, loss)
         clean = loss - loss  # zero, or NaN if the loss is not finite
         self._raise_flag(clean.isnan())
         # The other ranks, and a scaler, learn of it from the gradients alone.
-        told = self._ranks > 1 or self._trainer.optimization.scaler is not None
+        told = self._ranks > 1 or self._run.scaler is not None
         return self._poisoned(weighted, clean) if told else weighted
 
     def _poisoned(self, weighted: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
         """Makes a loss NaN, or leaves it, and has the replica that was called tell the others."""
-        called = [replica for replica in self._trainer.replicas if replica.called]
+        called: list[Any] = [replica for replica in self._replicas if replica.called]
         weighted = weighted * (poison + 1)
         # Of several, not every one need take part in this loss.
         return called[0].tell(weighted, poison) if len(called) == 1 else weighted
 
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a gradient norm that somebody has computed (clipping, a gradient monitor)."""
-        if self._trainer.optimization.scaler is not None:
+        if self._run.scaler is not None:
             return  # the scaler's own search for a scale; it skips such steps itself
         if not self._read:
             self._raise_flag(~torch.isfinite(norm))
@@ -109,7 +123,7 @@ class NonFiniteGuard:
     def check_norm(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the norm of an optimizer's gradients for this check alone."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        self.note_norm(self._trainer.optimization.norm_of(gradients))
+        self.note_norm(self._run.placement.norm_of(gradients))
 
     def allows(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer may step; with policy "raise" a bad window ends here.
@@ -119,8 +133,7 @@ class NonFiniteGuard:
         """
         if not self._read:
             return self._mask(optimizer)
-        trainer = self._trainer
-        if trainer.window.discarded:
+        if self.window is not None and self.window.discarded:
             return False
         if self._ranks == 1:
             if self._found is None:
@@ -129,8 +142,8 @@ class NonFiniteGuard:
             return False
         if not self._is_bad_anywhere():
             return True
-        found = [f for f in trainer.world.all_gather_object(self._found) if f is not None]
-        if not found and trainer.optimization.scaler is not None:
+        found = [f for f in self._world.all_gather_object(self._found) if f is not None]
+        if not found and self._run.scaler is not None:
             return True  # an overflow: the scaler skips the step by itself
         self._discard(found)
         return False
@@ -142,9 +155,9 @@ class NonFiniteGuard:
             NonFiniteError: a step was bad and the policy is "raise".
         """
         step = -1 if self._bad_step is None else int(self._bad_step.item())
-        if self._ranks > 1 and self._trainer.optimization.scaler is not None:
+        if self._ranks > 1 and self._run.scaler is not None:
             # With a scaler the gradients do not tell: an infinite one may be an overflow.
-            steps = self._trainer.world.all_gather_object(step)
+            steps = self._world.all_gather_object(step)
             step = min((each for each in steps if each >= 0), default=-1)
         samples = [locate() for at, locate in self._unread if at == step]
         self._unread.clear()
@@ -153,16 +166,16 @@ class NonFiniteGuard:
         self._bad_step = None
         message = f"the loss or gradient of step {step + 1} is not finite"
         for ids in samples:
-            rank = self._trainer.world.rank
+            rank = self._world.rank
             message += f"; rank {rank} had the samples {ids} (a list a micro-batch)"
         self._act(message, step)
 
     def _note(self, what: dict[str, Any]) -> None:
-        window = self._trainer.window
+        window = self._at_hand
         if self._found is None:
             self._found = {
                 **what,
-                "rank": self._trainer.world.rank,
+                "rank": self._world.rank,
                 "batch_idx": window.batch_idx,
                 "samples": window.ids(),
                 "batch": describe(window.batch),
@@ -171,8 +184,8 @@ class NonFiniteGuard:
 
     def _is_bad_anywhere(self) -> bool:
         verdicts = self._verdicts()
-        if self._trainer.parallel.is_spread and not verdicts:
-            return self._trainer.world.any(self._found is not None or self._norm_bad)
+        if self._parallel.is_spread and not verdicts:
+            return self._world.any(self._found is not None or self._norm_bad)
         self._check_heard(bad=self._found is not None)
         return self._norm_bad or any(map(bool, verdicts))
 
@@ -182,14 +195,14 @@ class NonFiniteGuard:
         Another optimizer's backward pass leaves a spread model's gradients as they were, and under
         a scaler a rank's part of a sum may overflow to NaN by itself.
         """
-        trainer = self._trainer
-        alone = len(trainer.replicas) == len(trainer.optimization.optimizers) == 1
-        scales = trainer.optimization.scaler is not None
-        if trainer.parallel.pipeline > 1:
+        replicas: list[Any] = self._replicas
+        alone = len(replicas) == self._optimizers == 1
+        scales = self._run.scaler is not None
+        if self._parallel.pipeline > 1:
             return []  # of which each has gradients of its stage alone
-        if trainer.parallel.is_spread and (scales or not alone):
+        if self._parallel.is_spread and (scales or not alone):
             return []
-        found = (replica.verdict() for replica in trainer.replicas)
+        found = (replica.verdict() for replica in replicas)
         return [verdict for verdict in found if verdict is not None]
 
     def _check_heard(self, *, bad: bool | torch.Tensor) -> None:
@@ -198,18 +211,18 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: the others have not been told of this rank's.
         """
-        if not all(replica.heard for replica in self._trainer.replicas) and bool(bad):
+        if not all(replica.heard for replica in self._replicas) and bool(bad):
             raise NonFiniteError(
-                f"step {self._trainer.global_step + 1}: the loss of rank "
-                f"{self._trainer.world.rank} is not finite, and a backward pass that leaves out "
+                f"step {self._run.global_step + 1}: the loss of rank "
+                f"{self._world.rank} is not finite, and a backward pass that leaves out "
                 "parts of the model kept it from the other ranks."
             )
 
     def _discard(self, seen: list[dict[str, Any]]) -> None:
-        trainer = self._trainer
-        trainer.window.discarded = True
-        parameter = _first_bad_gradient(trainer)
-        step = trainer.global_step
+        self._at_hand.discarded = True
+        models = self._run.components.named_models()
+        parameter = _first_bad_gradient(models)
+        step = self._run.global_step
         lines = [f"step {step + 1} is not finite; the weights are as they were before it."]
         for f in seen:
             value = f"loss {f['loss']}" if "loss" in f else f"gradient norm {f['grad_norm']}"
@@ -219,63 +232,63 @@ class NonFiniteGuard:
             )
         if parameter is not None:
             lines.append(f"  first parameter with a non-finite gradient: {parameter}")
-        for model in trainer.named_models().values():
+        for model in models.values():
             model.zero_grad()
         if self._buffers is not None:
             self._buffers.put_back()
         self._act("\n".join(lines), step)
 
     def _act(self, message: str, step: int) -> None:
-        trainer, policy = self._trainer, self._trainer.on_nonfinite
+        policy = self._run.settings.on_nonfinite
         kept = self._kept_note()
         if policy == "raise":
             raise NonFiniteError(
                 f"{message}{kept}\non_nonfinite='raise': set 'skip', 'rewind' or 'stop' to go on."
             )
-        trainer.say(f"{message}{kept}\non_nonfinite={policy!r}")
+        self._world.say(f"{message}{kept}\non_nonfinite={policy!r}")
         if policy == "stop":
-            trainer.stop_agreement.request("non-finite", everywhere=True)
+            self._run.stop.request("non-finite", everywhere=True)
         elif policy == "rewind":
-            trainer.request_rewind(step)
+            self._run.request_rewind(step)
 
     def _raise_flag(self, bad: torch.Tensor) -> None:
-        bad = bad.detach().reshape(()).to(self._trainer.device)
+        bad = bad.detach().reshape(()).to(self._run.device)
         self._flag = bad if self._flag is None else self._flag | bad
 
     def _mask(self, optimizer: torch.optim.Optimizer) -> bool:
         """Leaves the verdict on the device; an optimizer that cannot be masked there is asked."""
-        trainer = self._trainer
-        verdicts = self._verdicts() if trainer.optimization.scaler is None else []
+        run = self._run
+        verdicts = self._verdicts() if run.scaler is None else []
         for verdict in verdicts:
             self._raise_flag(verdict)
         if self._flag is None:  # no loss of this window had an item
-            self._flag = torch.zeros((), dtype=torch.bool, device=trainer.device)
+            self._flag = torch.zeros((), dtype=torch.bool, device=run.device)
         if verdicts:
             self._check_heard(bad=self._flag)
-        elif trainer.parallel.is_spread:
-            self._flag = trainer.world.all_reduce(self._flag.float(), "max") > 0
+        elif self._parallel.is_spread:
+            self._flag = self._world.all_reduce(self._flag.float(), "max") > 0
         if self._bad_step is None:
             self._bad_step = torch.full_like(self._flag, -1, dtype=torch.int64)
         first = self._flag & (self._bad_step < 0)
-        self._bad_step = torch.where(first, trainer.global_step, self._bad_step)
+        self._bad_step = torch.where(first, run.global_step, self._bad_step)
         # After a bad step nothing moves until the verdict is read, unless the policy is to skip it.
-        sticky = self._flag if trainer.on_nonfinite == "skip" else self._bad_step >= 0
+        sticky = self._flag if run.settings.on_nonfinite == "skip" else self._bad_step >= 0
         if self._buffers is not None:
             self._buffers.put_back(sticky)
-        if trainer.optimization.scaler is not None:
+        if run.scaler is not None:
             return True
-        offloaded = trainer.parallel.cpu_offload  # it steps on the host, and waits for the device
+        offloaded = self._parallel.cpu_offload  # it steps on the host, and waits for the device
         if is_fused(optimizer) and not _makes_momentum(optimizer) and not offloaded:
             optimizer.found_inf = sticky.float()  # pyright: ignore[reportAttributeAccessIssue]
             return True
         return not bool(sticky)
 
     def _keep_batch(self, batch: Any) -> None:
-        trainer = self._trainer
-        if trainer.run_dir is None:
+        folder = self._run.settings.run_dir
+        if folder is None:
             return
-        name = f"nonfinite_step_{trainer.global_step + 1}_rank_{trainer.world.rank}"
-        self._kept = _write_batch(batch, trainer.run_dir / name)
+        name = f"nonfinite_step_{self._run.global_step + 1}_rank_{self._world.rank}"
+        self._kept = _write_batch(batch, folder / name)
 
     def _kept_note(self) -> str:
         return "" if self._kept is None else f"\n  the batch is kept in {self._kept}"
@@ -296,8 +309,8 @@ def _write_batch(batch: Any, folder: Path) -> Path | None:
 class _BufferCopies:
     """The models' buffers as they were before the window (running statistics move in forward)."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._buffers = [b for m in trainer.named_models().values() for b in m.buffers()]
+    def __init__(self, buffers: list[torch.Tensor]) -> None:
+        self._buffers = buffers
         self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
 
     @torch.no_grad()
@@ -330,8 +343,8 @@ def _makes_momentum(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _first_bad_gradient(trainer: Trainer) -> str | None:
-    for model_name, model in trainer.named_models().items():
+def _first_bad_gradient(models: Mapping[str, torch.nn.Module]) -> str | None:
+    for model_name, model in models.items():
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and not _is_finite(parameter.grad):
                 return f"{model_name}.{name}"

@@ -9,56 +9,84 @@ is read with the next row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from paceline.errors import ConfigError, LossError
-from paceline.trainer.ddp import zero_loss
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.placement import check_spread
+from paceline.trainer.recorder import Recorder
+from paceline.trainer.run import Run
 from paceline.trainer.weighting import check_loss, weighted
-from paceline.world.dtensors import clip_gradients, groups_by_mesh, total_norm, whole
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+from paceline.world.dtensors import clip_gradients, groups_by_mesh, whole
+from paceline.world.world import World
 
 
 class Optimization:
-    """Does a window's mathematics for a Trainer.
+    """Does a window's mathematics.
 
     Args:
-        trainer: whose models, optimizers, schedulers and settings these are.
+        run: whose models, optimizers, schedulers and settings these are, placed.
+        recorder: takes losses and gradient norms.
+
+    Attributes:
+        optimizers: by name.
+        guard: keeps what is not finite from the weights.
+        norms: of each optimizer's gradients in its last step, if that took one.
+        compared: whether ranks of a split are known to agree on the gradients of what is whole.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self.optimizers = trainer.named_optimizers()
-        self.guard = NonFiniteGuard(trainer)
+    def __init__(self, run: Run, recorder: Recorder) -> None:
+        components, parallel = run.components, run.world.parallel
+        self._run = run
+        self._settings = run.settings
+        self._recorder = recorder
+        self._placement = run.placement
+        self.optimizers = components.named_optimizers()
         self._schedulers: dict[str, list[Any]] = {name: [] for name in self.optimizers}
-        for scheduler in (trainer.named_schedulers() or {}).values():
-            self._schedulers[trainer.get_name_by_optimizer(scheduler.optimizer)].append(scheduler)
-        self._covered = frozenset().union(*(replica.covered for replica in trainer.replicas))
+        for scheduler in (components.named_schedulers() or {}).values():
+            name = components.get_name_by_optimizer(scheduler.optimizer)
+            self._schedulers[name].append(scheduler)
+        replicas = self._placement.replicas
+        self._covered = frozenset().union(*(replica.covered for replica in replicas))
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._found_independent = False  # losses by optimizer name have been checked
-        self._splits = trainer.parallel.tensor > 1
-        self._several_meshes = trainer.parallel.tensor * trainer.parallel.expert > 1
-        self._compared = not self._splits  # ranks of a split agree on what is whole
-        self.norm_of = total_norm if trainer.pipeline is None else trainer.pipeline.total_norm
+        self._splits = parallel.tensor > 1
+        self._several_meshes = parallel.tensor * parallel.expert > 1
+        self.compared = not self._splits
         self._pending = False  # gradients were added since the last step
         self._stepping = self._single or ""  # the optimizer whose step is being taken
-        self.norms: dict[str, torch.Tensor] = {}  # of each one's gradients, if its step took one
-        self.scaler: Any = None
+        self.norms: dict[str, torch.Tensor] = {}
+        self._weight: Any = 1.0  # of the last micro-batch that was sent backward
         self._scale_is_due = False  # a step was unscaled; the scale may change before the next
-        if trainer.precision == "fp16":
-            self.scaler = _scaler(trainer)
+        run.scaler = _scaler(run.world) if self._settings.precision == "fp16" else None
+        self.guard = NonFiniteGuard(run, optimizers=len(self.optimizers))
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales losses in fp16; None otherwise."""
+        return self._run.scaler
+
+    @scaler.setter
+    def scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._run.scaler = scaler
 
     def backward(self, loss: Any, only: str | None = None) -> None:
-        """Adds the gradients of one micro-batch, weighted for the window's mean over items."""
-        trainer = self._trainer
-        window = trainer.window
+        """Adds the gradients of one micro-batch, weighted for the window's mean over items.
+
+        Args:
+            loss: the mean over the micro-batch's items, or independent losses by optimizer name.
+            only: the optimizer whose parameters are to get gradients; all, unless given.
+
+        Raises:
+            LossError: it is no loss, or names an optimizer that there is not.
+        """
+        run, window = self._run, self.guard.window
+        assert window is not None
         if isinstance(loss, dict):
             loss = self._sum_of_independent(loss)
         check_loss(loss)
@@ -67,21 +95,22 @@ class Optimization:
         if self._scale_is_due:
             self._update_scale()
         window.loss = raw = loss.detach()
-        trainer.log_loss(raw)
+        self._recorder.log_loss(raw)
+        self._weight = window.weight
         nothing = window.weighs_nothing
         share = self._zero_loss() if nothing else weighted(loss, window.weight)
-        for hook in trainer.events.on_before_backward:
+        for hook in run.events.on_before_backward:
             hook(share)
         if not nothing:
             share = self.guard.guarded(share, raw)
-        if self.scaler is not None:
-            share = self.scaler.scale(share)
+        if run.scaler is not None:
+            share = run.scaler.scale(share)
         if only is None:
             share.backward()
         else:
             self._backward_for(only, share)
         self._pending = True
-        for hook in trainer.events.on_after_backward:
+        for hook in run.events.on_after_backward:
             hook()
 
     def step(self, name: str | None = None) -> None:
@@ -90,43 +119,44 @@ class Optimization:
         Raises:
             ConfigError: no such optimizer, or several and none was named.
         """
-        name = name or self._single
+        name = name or self._single or ""
         if name not in self.optimizers:
             raise ConfigError(
                 f"optimizer_step({name!r}): name one of {', '.join(self.optimizers)}."
             )
-        optimizer, trainer = self.optimizers[name], self._trainer
+        optimizer, run, settings = self.optimizers[name], self._run, self._settings
         self._stepping = name
         self.norms.pop(name, None)
-        if trainer.replica_groups is not None and not trainer.replica_groups.commit(optimizer):
+        if run.groups is not None and not run.groups.commit(optimizer):
             optimizer.zero_grad()
             self._pending = False
             return
-        for replica in trainer.replicas:
+        for replica in self._placement.replicas:
             replica.check_exchanged()
-        if trainer.world.parts > 1:
-            check_spread(trainer, optimizer, self._covered)
-        if not self._compared:
+        if run.world.parts > 1:
+            check_spread(optimizer, name, self._covered, run.components.named_models())
+        if not self.compared:
             self._compare_whole_gradients()
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
+        if run.scaler is not None:
+            run.scaler.unscale_(optimizer)
             self._scale_is_due = True
-        for hook in trainer.events.on_before_optimizer_step:
+        for hook in run.events.on_before_optimizer_step:
             hook(optimizer)
-        if trainer.max_grad_norm is not None:
-            norm = clip_gradients(_parameters(optimizer), trainer.max_grad_norm, self.norm_of)
-            trainer.log("grad_norm", norm, weight=1)
+        if settings.max_grad_norm is not None:
+            norm_of = self._placement.norm_of
+            norm = clip_gradients(_parameters(optimizer), settings.max_grad_norm, norm_of)
+            self._recorder.log("grad_norm", norm, weight=1)
             self.note_norm(norm)
-        elif trainer.check_gradients or isinstance(trainer.window.weight, torch.Tensor):
+        elif settings.check_gradients or isinstance(self._weight, torch.Tensor):
             # A batch without items is weighed with zero; where counts are not read, nothing but its
             # gradients tells whether that was enough (0 / 0 stays NaN).
             self.guard.check_norm(optimizer)
-        trainer.progress.rates[name] = [group["lr"] for group in optimizer.param_groups]
+        run.progress.rates[name] = [group["lr"] for group in optimizer.param_groups]
         if self.guard.allows(optimizer):
             self._advance(optimizer)
         optimizer.zero_grad()
         self._pending = False
-        if trainer.lr_scheduler_interval == "step":
+        if settings.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
                 scheduler.step()
 
@@ -136,8 +166,13 @@ class Optimization:
         self.guard.note_norm(norm)
 
     def step_schedulers(self, interval: str, metric: float | None = None) -> None:
-        """Steps all schedulers if theirs is this interval; "metric" ones get the metric."""
-        if self._trainer.lr_scheduler_interval != interval:
+        """Steps all schedulers if theirs is this interval.
+
+        Args:
+            interval: "epoch" or "metric".
+            metric: what schedulers of interval "metric" get.
+        """
+        if self._settings.lr_scheduler_interval != interval:
             return
         for schedulers in self._schedulers.values():
             for scheduler in schedulers:
@@ -145,11 +180,7 @@ class Optimization:
 
     def _zero_loss(self) -> torch.Tensor:
         """In the place of a loss over no items, which may be anything."""
-        called = [replica for replica in self._trainer.replicas if replica.called]
-        if called:
-            return torch.stack([replica.zero_loss() for replica in called]).sum()
-        models = self._trainer.named_models().values()
-        return zero_loss(p for model in models for p in model.parameters())
+        return self._placement.zero_loss(self._run.components.named_models())
 
     def end_window(self) -> None:
         """Leaves nothing of a window behind: a checkpoint holds no gradients."""
@@ -176,7 +207,7 @@ class Optimization:
         _check_names(losses, self.optimizers, "training_step")
         for name, part in losses.items():
             check_loss(part, f" for {name!r}")
-            self._trainer.log(f"train/loss/{name}", part)
+            self._recorder.log(f"train/loss/{name}", part)
             if not self._found_independent:
                 self._check_independent(name, part)
         if not losses:
@@ -197,8 +228,8 @@ class Optimization:
 
     def _advance(self, optimizer: torch.optim.Optimizer) -> None:
         with groups_by_mesh(optimizer) if self._several_meshes else nullcontext():
-            if self.scaler is not None:
-                self.scaler.step(optimizer)
+            if self._run.scaler is not None:
+                self._run.scaler.step(optimizer)
             else:
                 optimizer.step()
         vars(optimizer).pop("found_inf", None)  # the guard's mask is for this step alone
@@ -206,21 +237,28 @@ class Optimization:
     def _compare_whole_gradients(self) -> None:
         from paceline.trainer.tensor_parallel import check_whole_gradients
 
-        check_whole_gradients(self._trainer.named_models(), self._trainer.world)
-        self._compared = True
+        check_whole_gradients(self._run.components.named_models(), self._run.world)
+        self.compared = True
 
     def _update_scale(self) -> None:
         # Once all optimizers of a backward pass have stepped: their gradients have one scale.
-        self.scaler.update()
+        assert self._run.scaler is not None
+        self._run.scaler.update()
         self._scale_is_due = False
 
 
-def _scaler(trainer: Trainer) -> torch.amp.GradScaler:
-    if not trainer.parallel.is_spread:
-        return torch.amp.GradScaler(trainer.device.type)
+def takes_metric(scheduler: Any) -> bool:
+    """Whether a scheduler steps with a metric, so that its course cannot be computed."""
+    takes = inspect.signature(scheduler.step).parameters.get("metrics")
+    return takes is not None and takes.default is inspect.Parameter.empty
+
+
+def _scaler(world: World) -> torch.amp.GradScaler:
+    if not world.parallel.is_spread:
+        return torch.amp.GradScaler(world.device.type)
     from paceline.trainer.spread_scaler import SpreadScaler
 
-    return SpreadScaler(trainer.device.type, trainer.world)
+    return SpreadScaler(world.device.type, world)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -243,7 +281,7 @@ def _reached(loss: torch.Tensor) -> set[int]:
     return reached
 
 
-def _check_names(names: Iterable[str], known: dict[str, Any], where: str) -> None:
+def _check_names(names: Iterable[str], known: Mapping[str, Any], where: str) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise LossError(

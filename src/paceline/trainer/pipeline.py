@@ -13,27 +13,22 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils._pytree import tree_leaves, tree_map
 
-from paceline.errors import ConfigError, DataError, LossError
-from paceline.trainer.ddp import probes, replicate, zero_of
+from paceline.errors import ConfigError, LossError
+from paceline.trainer.ddp import Replica, replicate
 from paceline.trainer.stages import is_given_up
-from paceline.trainer.weighting import check_loss, weighted
-from paceline.trainer.window import buffers_kept
 from paceline.world.context import Sequences
 from paceline.world.dtensors import is_dtensor, local_part, reshard, respread, total_norm, whole
-from paceline.world.seeding import mix, seed_everything
-from paceline.world.world import send
+from paceline.world.world import World, send
 
 if TYPE_CHECKING:
     from paceline.trainer.sharding import StageShards
-    from paceline.trainer.trainer import Trainer
-    from paceline.trainer.window import Window
 
 _KEPT = 16  # schedules, each for one number of micro-batches and their shapes
 
@@ -149,150 +144,150 @@ class _Stage(PipelineStage):
         return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last)
 
 
+class StagedWindow(Protocol):
+    """The micro-batches of a window, as the schedules ask for them.
+
+    Attributes:
+        inputs: of each micro-batch, for the first stage.
+    """
+
+    inputs: Sequence[Any]
+
+    def begin(self, j: int) -> None:
+        """The stage begins to compute the j-th micro-batch."""
+        ...
+
+    def loss_of(self, outputs: Any, j: int) -> torch.Tensor:
+        """The mean loss of the j-th micro-batch; on the last stage alone."""
+        ...
+
+    def loss_to_send(self, outputs: Any, j: int) -> torch.Tensor:
+        """The loss that the j-th micro-batch's backward pass begins with; on the last stage."""
+        ...
+
+    def gradients_added(self) -> None:
+        """A micro-batch's gradients are there."""
+        ...
+
+
 class Pipeline:
-    """The stages of a model, seen from the loop.
+    """The stages of a model, run by torch's schedules.
 
     Args:
-        trainer: whose model it is.
         model: the whole model, of which other stages' parts are on the meta device.
+        name: its name.
         layers: those of this rank's stage.
+        world: the ranks.
 
     Attributes:
         module: what computes this rank's stage.
         shared: parameters that other stages have too, each with the group of those stages' ranks
             and whether this rank speaks for it.
+        autocast: the context in which layers are computed.
+        calls: takes the model's calls, where other ranks wait for them; else None.
+        is_first, is_last: whether this rank has the first stage, the last one.
     """
 
     shared: Sequence[tuple[torch.nn.Parameter, Any, bool]] = ()
 
     def __init__(
         self,
-        trainer: Trainer,
         model: torch.nn.Module,
+        name: str,
         layers: Iterable[torch.nn.Module],
+        world: World,
     ) -> None:
-        world = trainer.world
         assert world.mesh is not None
-        self._trainer = trainer
+        self._world = world
+        self._device = world.device
         self._model = model
-        self._index, self._stages = world.stage, world.parallel.pipeline
-        self._is_first, self._is_last = self._index == 0, self._index == self._stages - 1
+        self._name = name
+        self._stages = world.parallel.pipeline
+        self.index = world.stage
+        self.is_first, self.is_last = self.index == 0, self.index == self._stages - 1
         self._group = world.mesh["pipeline"].get_group()
         self._norm_dtype = reduce(torch.promote_types, {p.dtype for p in model.parameters()})
-        self.module = _Layers(
-            layers, self._taken, lambda: trainer.autocast, hands_on=not self._is_last
-        )
+        self.autocast: AbstractContextManager[Any] = nullcontext()
+        self.calls: list[Any] | None = None
+        self.module = _Layers(layers, self._taken, lambda: self.autocast, hands_on=not self.is_last)
         self._replica: torch.nn.Module | None = None
         self._shards: StageShards | None = None
         self._schedules: dict[Any, tuple[Any, _Stage]] = {}
         # Of the schedule at hand:
+        self._window: StagedWindow | None = None
         self._numbers: Sequence[int] = ()  # its micro-batches, by their number in the window
         self._inputs: Sequence[Any] = ()
-        self._targets: Sequence[Any] = ()
-        self._weights: Sequence[Any] = ()
-        self._losses: Any = None  # [micro-batches of the window]
         self._outputs: Any = None
         self._at: int | None = None  # the micro-batch computed; None while torch asks for shapes
         self._measured: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, as they were then
 
-    def replicate(self) -> None:
-        """Has DDP keep the copies of this stage equal."""
-        mesh = self._trainer.world.dp_mesh
-        if mesh is not None and any(p.requires_grad for p in self.module.parameters()):
-            trainer = self._trainer
-            whole_way = trainer.parallel.context > 1
-            group = mesh.get_group()
-            self._replica = replicate(self.module, trainer.device, whole_way=whole_way, group=group)
-            trainer.replicas.append(self._replica)
+    def replicate(self) -> Replica | None:
+        """Has DDP keep the copies of this stage equal; returns what does, if there are any."""
+        mesh = self._world.dp_mesh
+        if mesh is None or not any(p.requires_grad for p in self.module.parameters()):
+            return None
+        whole_way = self._world.parallel.context > 1
+        group = mesh.get_group()
+        self._replica = replicate(self.module, self._device, whole_way=whole_way, group=group)
+        return self._replica
 
     def share(self, shards: StageShards) -> None:
         """Has the ranks that have this stage share it."""
         self._shards = shards
-        self._trainer.replicas.append(shards)
 
     # A window
 
-    def run(self, window: Window) -> None:
-        """Adds the gradients of a window's mean loss."""
-        trainer = self._trainer
-        self.share_buffers()
-        pairs = [_pair(batch) for batch in window.read()]
-        self._weights, real = [], []
-        for j in range(len(window)):
-            batch = window.present(j)
-            self._weights.append(window.weight)
-            if not window.stand_in:
-                real.append(j)
-                for hook in trainer.events.on_train_batch_start:
-                    hook(batch, window.batch_idx)
-        self._losses = torch.zeros(len(window), dtype=torch.float64, device=trainer.device)
-        if (scaler := trainer.optimization.scaler) is not None:
-            scaler.scale(self._losses)  # by which it is made, on stages without a loss too
-        for replica in trainer.replicas:
-            replica.begin(exchange=False)  # the stage's to begin
-        # Copies of a stage wait for each other's gradients, so that each computes something.
-        with nullcontext() if real else buffers_kept(trainer):
-            runs = [list(run) for _, run in groupby(real or [0], lambda j: _shapes(pairs[j][0]))]
-            for run in runs:
-                self._run(run, pairs, last=run is runs[-1])
+    def train(self, window: StagedWindow, numbers: Sequence[int]) -> None:
+        """Adds the gradients of micro-batches, in schedules of those whose shapes are equal.
+
+        Args:
+            window: the micro-batches, and what becomes of each.
+            numbers: which of them to take.
+        """
+        self._window = window
+        runs = [list(run) for _, run in groupby(numbers, lambda j: _shapes(window.inputs[j]))]
+        for run in runs:
+            schedule, stage = self._schedule(run, _shapes(window.inputs[run[0]]))
+            stage.exchanges = run is runs[-1]
+            self._numbers, self._at = run, None
+            self._inputs = [window.inputs[j] for j in run]
+            counted = torch.arange(len(run))
+            given = (counted,) if self.is_first else ()
+            target = counted if self.is_last else None
+            schedule.step(*given, target=target, return_outputs=False)
+            self._inputs, self._outputs = (), None
+        self._window = None
         reshard([self.module])
         for parameter, group, _ in self.shared:
             if parameter.grad is not None:
                 parameter.grad = respread(parameter.grad, parameter)
                 dist.all_reduce(local_part(parameter.grad), group=group)
-        dist.broadcast(self._losses, group=self._group, group_src=self._stages - 1)
-        if isinstance(sequences := trainer.autocast, Sequences) and not sequences.checked:
-            sequences.check(attends=trainer.world.any(sequences.attends))
-        self._end(window, real)
 
-    def _run(self, numbers: list[int], pairs: list[tuple[Any, Any]], *, last: bool) -> None:
-        """Takes micro-batches of equal shapes through a schedule."""
-        schedule, stage = self._schedule(numbers, _shapes(pairs[numbers[0]][0]))
-        stage.exchanges = last
-        self._numbers, self._at = numbers, None
-        self._inputs, self._targets = zip(*(pairs[j] for j in numbers), strict=True)
-        counted = torch.arange(len(numbers))
-        given = (counted,) if self._is_first else ()
-        target = counted if self._is_last else None
-        schedule.step(*given, target=target, return_outputs=False)
-        self._inputs = self._targets = ()
-        self._outputs = None
+    def broadcast_from_last(self, tensor: torch.Tensor) -> None:
+        """Gives every stage the last one's values, in place."""
+        dist.broadcast(tensor, group=self._group, group_src=self._stages - 1)
 
-    def _end(self, window: Window, real: list[int]) -> None:
-        trainer = self._trainer
-        for j in real:
-            batch = window.present(j)
-            window.loss = loss = self._losses[j]
-            trainer.log_loss(loss)
-            if self._is_last and not window.weighs_nothing:
-                trainer.optimization.guard.guarded(loss, loss)
-            trainer.local_batches += 1
-            for hook in trainer.events.on_train_batch_end:
-                hook(batch, window.batch_idx, loss)
-        trainer.batch_items = None
+    def check_attention(self) -> None:
+        """Warns once if sequences are in parts and no stage has called `attention`."""
+        sequences = self.autocast
+        if isinstance(sequences, Sequences) and not sequences.checked:
+            sequences.check(attends=self._world.any(sequences.attends))
 
     def _loss(self, outputs: Any, number: torch.Tensor) -> torch.Tensor:
-        trainer = self._trainer
-        with trainer.autocast:
-            loss = whole(trainer.loss_fn(outputs, self._targets[int(number)]))
-        check_loss(loss, giver="loss_fn")
-        if self._at is None:
-            return loss
-        self._losses[self._at] = loss.detach()
-        weight = self._weights[self._at]
-        if not isinstance(weight, torch.Tensor) and weight == 0:
-            share = zero_of(probes(outputs))
-        else:
-            share = weighted(loss, weight)
-        for hook in trainer.events.on_before_backward:
-            hook(share)
-        scaler = trainer.optimization.scaler
-        return share if scaler is None else scaler.scale(share)
+        window = self._window
+        assert window is not None
+        if self._at is None:  # torch asks for shapes, of the schedule's first micro-batch
+            return window.loss_of(outputs, self._numbers[int(number)])
+        return window.loss_to_send(outputs, self._at)
 
     # A call of the model
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The whole model's outputs, on every rank of the pipeline; takes the place of its own.
+
+        Args:
+            inputs: what the model's first layer takes, in one argument.
+            named: refused.
 
         Raises:
             LossError: gradients are on.
@@ -305,24 +300,24 @@ class Pipeline:
             )
         if named or len(inputs) != 1:
             raise ConfigError("with parallel.pipeline a model is called with its inputs alone.")
-        if self._trainer.parallel.calls_together:
-            self._trainer.validation_calls.append((self._model, inputs, {}))
+        if self.calls is not None:
+            self.calls.append((self._model, inputs, {}))
         schedule, _ = self._schedule(None, _shapes(inputs[0]))
         self._numbers, self._inputs, self._at = (), inputs, None
-        schedule.step(*((torch.arange(1),) if self._is_first else ()), return_outputs=False)
+        schedule.step(*((torch.arange(1),) if self.is_first else ()), return_outputs=False)
         outputs, self._inputs, self._outputs = self._outputs, (), None
         reshard([self.module])
-        return self._told(outputs)
+        return self._broadcast(outputs)
 
-    def _told(self, outputs: Any) -> Any:
+    def _broadcast(self, outputs: Any) -> Any:
         """The last stage's outputs, on every rank."""
         last = self._stages - 1
-        if self._is_last:
+        if self.is_last:
             outputs = tree_map(lambda leaf: whole(leaf).contiguous(), outputs)
-        box = [tree_map(_Form.of, outputs) if self._is_last else None]
+        box = [tree_map(_Form.of, outputs) if self.is_last else None]
         dist.broadcast_object_list(box, group=self._group, group_src=last)
-        if not self._is_last:
-            outputs = tree_map(lambda form: form.empty(self._trainer.device), box[0])
+        if not self.is_last:
+            outputs = tree_map(lambda form: form.empty(self._device), box[0])
         for leaf in tree_leaves(outputs):
             dist.broadcast(leaf, group=self._group, group_src=last)
         return outputs
@@ -348,8 +343,7 @@ class Pipeline:
         module: torch.nn.Module = self.module if self._shards is None else _Apart(self.module)
         if numbers is not None and self._replica is not None:
             module = self._replica
-        device = self._trainer.device
-        stage = _Stage(module, self._index, self._stages, device, group=self._group)
+        stage = _Stage(module, self.index, self._stages, self._device, group=self._group)
         stage.begins, stage.ends, stage.added = self._begin, self._keep, self._added
         stage.shards = self._shards
         if numbers is None:
@@ -362,7 +356,7 @@ class Pipeline:
         """What the first layer takes: inputs by their number, or what the stage before has sent."""
         if self._at is None and torch.is_grad_enabled():
             self._measured = [(b, b.clone()) for b in self.module.buffers()]
-        if self._is_first:
+        if self.is_first:
             return self._inputs[int(given[0])]
         (x,) = given if len(given) == 1 else (given,)
         return x
@@ -374,17 +368,17 @@ class Pipeline:
         self._measured = []
         if not self._numbers:
             return
+        assert self._window is not None
         self._at = self._numbers[number]
-        key = mix(self._trainer.model_key, self._trainer.global_step)
-        seed_everything(mix(mix(key, self._at), self._index))
+        self._window.begin(self._at)
 
     def _keep(self, outputs: Any) -> None:
-        if self._is_last and not self._numbers:
+        if self.is_last and not self._numbers:
             self._outputs = outputs
 
     def _added(self) -> None:
-        for hook in self._trainer.events.on_after_backward:
-            hook()
+        if self._window is not None:
+            self._window.gradients_added()
 
     # What the stages agree on
 
@@ -393,17 +387,25 @@ class Pipeline:
         gradients: Iterable[torch.Tensor | None],
         norm_of: Callable[[Iterable[torch.Tensor | None]], torch.Tensor] = total_norm,
     ) -> torch.Tensor:
-        """The 2-norm of the gradients of all stages as one vector; `norm_of` takes one stage's."""
+        """The 2-norm of the gradients of all stages as one vector.
+
+        Args:
+            gradients: of this rank's stage; None for a parameter without one.
+            norm_of: takes the norm of one stage's.
+
+        Returns:
+            The norm, a tensor of no dimensions, the same on every stage.
+        """
         others = {id(p.grad) for p, _, speaks in self.shared if not speaks}
         norm = norm_of(g for g in gradients if g is not None and id(g) not in others)
-        square = norm.to(self._trainer.device, torch.float64).square()
+        square = norm.to(self._device, torch.float64).square()
         dist.all_reduce(square, group=self._group)
         # On a stage without gradients nothing tells the type that the others' norms have.
         return square.sqrt().to(self._norm_dtype)
 
     def share_buffers(self) -> None:
         """Gives every copy of a stage the first one's buffers."""
-        mesh: Any = self._trainer.world.mesh
+        mesh: Any = self._world.mesh
         for name in reversed(mesh.mesh_dim_names):
             if name != "pipeline":
                 send(self.module.buffers(), mesh.get_group(name))
@@ -416,26 +418,16 @@ class Pipeline:
                 Every rank calls this.
         """
         parameters = dict(self._model.named_parameters())
-        name = self._trainer.get_name_by_model(self._model)
-        elsewhere = {f"{name}.{key}" for key, p in parameters.items() if is_given_up(p)}
+        elsewhere = {f"{self._name}.{key}" for key, p in parameters.items() if is_given_up(p)}
         for state in states.values():
             mine = {key: v for key, v in state["state"].items() if key not in elsewhere}
             forms = {key: _emptied(values) for key, values in mine.items()}
             known: dict[str, Any] = {}
-            for theirs in self._trainer.world.all_gather_object(forms):
+            for theirs in self._world.all_gather_object(forms):
                 known = {key: _restored(form) for key, form in theirs.items()} | known
             known |= mine
             order = (key for group in state["groups"] for key in group["params"])
             state["state"] = {key: known[key] for key in order if key in known}
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise DataError(
-        "with parallel.pipeline batches are pairs (inputs, targets), for the first stage and the "
-        f"last one; this one is a {type(batch).__name__}."
-    )
 
 
 def _shapes(inputs: Any) -> tuple[Any, ...]:

@@ -1,169 +1,365 @@
-"""Puts a trainer's components in place: checks, devices, compilation, replicas."""
+"""Placement: how a run's models lie on its devices and ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from paceline.checkpoint.state import parameter_names
+from paceline.data.batches import to_device
 from paceline.errors import ConfigError
-from paceline.trainer.blocks import outermost
-from paceline.trainer.ddp import Replica, replicate
+from paceline.log.plan import Plan
+from paceline.trainer.compilation import memory_budget
+from paceline.trainer.ddp import Replica, Synchronizer, replicate, zero_loss
+from paceline.trainer.float8 import Float8Layers, float8_layers
 from paceline.trainer.materialize import Materializer
-from paceline.world.context import ring_attention
+from paceline.world.context import Sequences, part_of, ring_attention
+from paceline.world.dtensors import total_norm
 from paceline.world.world import World, send
 
 if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+    from paceline.trainer.pipeline import Pipeline
+
+_AUTOCAST = {
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
 
 
-def components(holder: object, kind: type | tuple[type, ...]) -> dict[str, Any]:
-    """The attributes of `holder` of a kind, by name; a dictionary of them counts by its keys."""
-    found: dict[str, Any] = {}
-    for name, value in vars(holder).items():
-        if name.startswith("_"):
-            continue
-        if isinstance(value, kind):
-            named = {name: value}
-        elif isinstance(value, dict) and all(isinstance(v, kind) for v in value.values()):
-            named = value
-        else:
-            continue
-        twice = [key for key in named if key in found]
-        if twice:
-            raise ConfigError(f"two components are called {twice[0]!r}: rename one of them.")
-        found.update(named)
-    return found
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What autocast computes in, and sharded weights are gathered in; None for no autocast."""
+    return _AUTOCAST[precision]
 
 
-def place(trainer: Trainer) -> None:
-    """Moves every module to the device, compiles it if asked, and spreads it over the ranks."""
-    if trainer.parallel.tensor > 1:
-        from torch.distributed.tensor.parallel import loss_parallel
+class Autocast:
+    """torch's autocast, which may be entered within itself, too.
 
-        trainer.while_placed.enter_context(loss_parallel())  # of logits whose classes are split
-    if trainer.parallel.rings:
-        trainer.while_placed.enter_context(ring_attention())
-    mine = {id(m): n for n, m in outermost(components(trainer, torch.nn.Module)).items()}
-    placed: dict[int, torch.nn.Module] = {}
-
-    def put(module: Any) -> Any:
-        if id(module) in mine and id(module) not in placed:
-            placed[id(module)] = _placed(trainer, module, mine[id(module)])
-        return placed.get(id(module), module)
-
-    for name, value in list(vars(trainer).items()):
-        if isinstance(value, torch.nn.Module):
-            setattr(trainer, name, put(value))
-        elif isinstance(value, dict):
-            value.update({key: put(v) for key, v in value.items() if id(v) in mine})
-
-
-def take_back(trainer: Trainer) -> None:
-    """Leaves the user with their own modules, after a run. A spread one stays spread."""
-    for name, value in list(vars(trainer).items()):
-        if isinstance(value, Replica):
-            setattr(trainer, name, value.module)
-        elif isinstance(value, dict):
-            for key, module in value.items():
-                if isinstance(module, Replica):
-                    value[key] = module.module
-    trainer.while_placed.close()
-    if trainer.float8 is not None and not trainer.parallel.is_spread:
-        trainer.float8.take_back()
-    trainer.recomputed, trainer.compiled, trainer.replicas = [], [], []
-
-
-def _placed(trainer: Trainer, module: torch.nn.Module, name: str) -> torch.nn.Module:
-    if isinstance(module, DistributedDataParallel) and not isinstance(module, Replica):
-        raise ConfigError(
-            "the model is wrapped in DistributedDataParallel already: give the module itself; "
-            "parallel=Parallel(...) decides how it is spread."
-        )
-    materializer = Materializer(module, name, trainer.device, trainer.seed)
-    trained = any(p.requires_grad for p in module.parameters())
-    staged = trained and trainer.parallel.pipeline > 1
-    if not materializer.needed and not staged:
-        module.to(trainer.device)
-    if trainer.float8 is not None and trained:
-        trainer.float8.convert(module, name)
-    if trained and trainer.parallel.expert > 1:
-        # The exchange of rows breaks graphs, which nothing that is repeated within one may do.
-        _compile(trainer, module, name, staged=staged)
-        _recompute(trainer, module, name)
-    else:
-        if trained:
-            _recompute(trainer, module, name)
-        _compile(trainer, module, name, staged=staged)
-    for part in {*trainer.recomputed, *trainer.compiled}:
-        trainer.while_placed.callback(vars(part).pop, "forward", None)
-    if staged:
-        from paceline.trainer.stage_placement import place_stages
-
-        trainer.pipeline = place_stages(trainer, module, name, materializer)
-        return module
-    if trained and trainer.parallel.is_spread:
-        return _spread(trainer, module, name, materializer)
-    materializer.all()
-    if trainer.world.size == 1:
-        return module
-    if not trained:
-        send(chain(module.parameters(), module.buffers()))  # as DDP does with what it replicates
-        return module
-    return _replicate(trainer, module)
-
-
-def _recompute(trainer: Trainer, module: torch.nn.Module, name: str) -> None:
-    which = trainer.parallel.activation_checkpointing
-    if isinstance(which, str):
-        from paceline.trainer.recompute import recompute_blocks
-
-        trainer.recomputed += recompute_blocks(module, name, which)
-
-
-def _compile(trainer: Trainer, module: torch.nn.Module, name: str, *, staged: bool) -> None:
-    trained = any(p.requires_grad for p in module.parameters())
-    if trainer.compile is True and not (trained and trainer.parallel.is_spread):
-        module.compile()
-    elif trainer.compile:
-        from paceline.trainer.compilation import compile_blocks
-
-        trainer.compiled += compile_blocks(module, name, trainer.compile, staged=staged)
-
-
-def _replicate(trainer: Trainer, module: torch.nn.Module, group: Any = None) -> Replica:
-    whole_way = trainer.parallel.context > 1
-    replica = replicate(module, trainer.device, whole_way=whole_way, group=group)
-    trainer.replicas.append(replica)
-    return replica
-
-
-def _spread(
-    trainer: Trainer, module: torch.nn.Module, name: str, materialize: Materializer
-) -> torch.nn.Module:
-    from paceline.trainer.sharding import Shards, follow
-
-    calls, compute = trainer.validation_calls, trainer.autocast_dtype
-    shards = Shards(module, name, trainer.world, calls, compute, materialize)
-    follow(trainer.named_optimizers().values(), shards.renewed)
-    trainer.replicas.append(shards)
-    return module
-
-
-def check_spread(trainer: Trainer, optimizer: torch.optim.Optimizer, covered: Set[int]) -> None:
-    """Refuses to step parameters whose gradient is this rank's alone: the ranks would part ways.
+    A validation step has entered it when a model in stages does.
 
     Args:
-        trainer: whose models give the names.
+        device: the kind of device, such as "cuda".
+        dtype: what matrix products compute in.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._entered: list[torch.autocast] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(torch.autocast(self._device, dtype=self._dtype))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._entered.pop().__exit__(*raised)
+
+
+class Placement:
+    """Places a run's models, and knows how they lie.
+
+    Args:
+        world: the ranks.
+        seed: of the run, from which models on the meta device draw their values.
+        precision: "fp32", "bf16", "fp16" or "fp8".
+        plan: takes what is decided.
+
+    Attributes:
+        replicas: what synchronizes each trained model over ranks.
+        pipeline: runs the stages of the model that is cut into some, else None.
+        float8: the linear layers that multiply in float8, else None.
+        compiled: the blocks that are compiled one by one.
+        recomputed: the blocks that repeat their forward pass in the backward pass.
+        calls: the calls of spread models in a validation's batch, in order.
+        autocast: the context in which losses are computed.
+        takes_batches_as_read: whether a batch needs neither moving nor splitting.
+    """
+
+    def __init__(self, world: World, *, seed: int, precision: str, plan: Plan) -> None:
+        self._world = world
+        self._parallel = world.parallel
+        self._device = world.device
+        self._seed = seed
+        self._precision = precision
+        self._plan = plan
+        self._undo = ExitStack()
+        self._compile: bool | Literal["blocks"] = False
+        self.replicas: list[Synchronizer] = []
+        self.pipeline: Pipeline | None = None
+        self.float8: Float8Layers | None = None
+        self.compiled: list[torch.nn.Module] = []
+        self.recomputed: list[torch.nn.Module] = []
+        self.calls: list[Any] = []
+        self.autocast: AbstractContextManager[Any] = nullcontext()
+        on_cpu = self._device.type == "cpu"
+        self.takes_batches_as_read = on_cpu and self._parallel.context == 1
+
+    @property
+    def computes_in(self) -> str:
+        """The run's precision: what was asked for, or what this device has in its place."""
+        return "bf16" if self._precision == "fp8" and self.float8 is None else self._precision
+
+    def place(
+        self,
+        models: Mapping[str, torch.nn.Module],
+        optimizers: Collection[torch.optim.Optimizer],
+        *,
+        compile: bool | Literal["blocks"] = False,
+    ) -> dict[int, torch.nn.Module]:
+        """Moves models to the device, compiles them if asked, and spreads them over the ranks.
+
+        Args:
+            models: by name; none is a part of another.
+            optimizers: which get the parameters that sharding makes.
+            compile: as `Trainer(compile=...)`.
+
+        Returns:
+            What takes each model's place, by the `id` of the model.
+
+        Raises:
+            ConfigError: a model cannot be placed so.
+        """
+        self._compile = compile
+        self._enter_contexts()
+        self.float8 = float8_layers(self._precision, self._world, self._plan)
+        placed = {id(m): self._placed(m, name, optimizers) for name, m in models.items()}
+        if (dtype := autocast_dtype(self._precision)) is not None:
+            self.autocast = Autocast(self._device.type, dtype)
+        if (mesh := self._world.context_mesh) is not None:
+            self.autocast = Sequences(
+                mesh,
+                self.autocast,
+                ring=self._parallel.rings,
+                in_stages=self.pipeline is not None,
+            )
+        if self.pipeline is not None:
+            self.pipeline.autocast = self.autocast
+        return placed
+
+    def close(self) -> None:
+        """Undoes what models do not need after a run. A spread one stays spread."""
+        self._undo.close()
+        if self.float8 is not None and not self._parallel.is_spread:
+            self.float8.take_back()
+        self.recomputed, self.compiled, self.replicas, self.pipeline = [], [], [], None
+
+    def _enter_contexts(self) -> None:
+        """What has to hold for backward passes too, and so for as long as models are placed."""
+        budget = self._parallel.activation_checkpointing
+        if isinstance(budget, float):
+            self._undo.enter_context(memory_budget(budget))
+            self._plan.add(
+                f"keeps {budget:.0%} of the activations that it would, and computes the rest twice",
+                "parallel.activation_checkpointing",
+            )
+        if self._parallel.tensor > 1:
+            from torch.distributed.tensor.parallel import loss_parallel
+
+            self._undo.enter_context(loss_parallel())  # of logits whose classes are split
+        if self._parallel.rings:
+            self._undo.enter_context(ring_attention())
+
+    def _placed(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        optimizers: Collection[torch.optim.Optimizer],
+    ) -> torch.nn.Module:
+        if isinstance(module, DistributedDataParallel) and not isinstance(module, Replica):
+            raise ConfigError(
+                "the model is wrapped in DistributedDataParallel already: give the module itself; "
+                "parallel=Parallel(...) decides how it is spread."
+            )
+        materializer = Materializer(module, name, self._device, self._seed)
+        trained = any(p.requires_grad for p in module.parameters())
+        staged = trained and self._parallel.pipeline > 1
+        if not materializer.needed and not staged:
+            module.to(self._device)
+        if self.float8 is not None and trained:
+            self.float8.convert(module, name)
+        if trained and self._parallel.expert > 1:
+            # The exchange of rows breaks graphs, which nothing that is repeated within one may do.
+            self._compile_blocks(module, name, staged=staged)
+            self._recompute_blocks(module, name)
+        else:
+            if trained:
+                self._recompute_blocks(module, name)
+            self._compile_blocks(module, name, staged=staged)
+        for part in {*self.recomputed, *self.compiled}:
+            self._undo.callback(vars(part).pop, "forward", None)
+        if staged:
+            return self._cut(module, name, materializer, optimizers)
+        if trained and self._parallel.is_spread:
+            return self._shard(module, name, materializer, optimizers)
+        materializer.all()
+        if self._world.size == 1:
+            return module
+        if not trained:
+            send(chain(module.parameters(), module.buffers()))  # as DDP does with what it copies
+            return module
+        replica = replicate(module, self._device, whole_way=self._parallel.context > 1)
+        self.replicas.append(replica)
+        return replica
+
+    def _recompute_blocks(self, module: torch.nn.Module, name: str) -> None:
+        which = self._parallel.activation_checkpointing
+        if isinstance(which, str):
+            from paceline.trainer.recompute import recompute_blocks
+
+            self.recomputed += recompute_blocks(module, name, which)
+
+    def _compile_blocks(self, module: torch.nn.Module, name: str, *, staged: bool) -> None:
+        trained = any(p.requires_grad for p in module.parameters())
+        if self._compile is True and not (trained and self._parallel.is_spread):
+            module.compile()
+        elif self._compile:
+            from paceline.trainer.compilation import compile_blocks
+
+            self.compiled += compile_blocks(module, name, self._compile, staged=staged)
+
+    def _shard(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        materialize: Materializer,
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> torch.nn.Module:
+        from paceline.trainer.sharding import Shards, follow
+
+        compute = autocast_dtype(self._precision)
+        shards = Shards(module, name, self._world, self.calls, compute, materialize)
+        follow(optimizers, shards.renewed)
+        self.replicas.append(shards)
+        return module
+
+    def _cut(
+        self,
+        module: torch.nn.Module,
+        name: str,
+        materialize: Materializer,
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> torch.nn.Module:
+        from paceline.trainer.sharding import follow
+        from paceline.trainer.stage_placement import place_stages
+
+        if self.pipeline is not None:
+            raise ConfigError(
+                "parallel.pipeline: several trained models do not exist yet beside it."
+            )
+        kept_whole = [*self.recomputed, *self.compiled]
+        compute = autocast_dtype(self._precision)
+        staged = place_stages(module, name, materialize, self._world, compute, kept_whole)
+        self._undo.callback(staged.put_back)
+        self.pipeline = staged.pipeline
+        if self._parallel.calls_together:
+            self.pipeline.calls = self.calls
+        self.replicas += staged.replicas
+        follow(optimizers, staged.renewed)
+        for line in staged.plan:
+            self._plan.add(line, "parallel.pipeline")
+        return module
+
+    # What the loop asks
+
+    def local_batch(self, batch: Any) -> Any:
+        """What this rank computes of a batch, on its device."""
+        if self.takes_batches_as_read:
+            return batch
+        if self._world.context_mesh is not None:
+            batch = part_of(batch, self._world.context_mesh, ring=self._parallel.rings)
+        return batch if self._device.type == "cpu" else to_device(batch, self._device)
+
+    def norm_of(self, gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
+        """The 2-norm of gradients as one vector, over all ranks that have a part of them."""
+        return (
+            total_norm(gradients) if self.pipeline is None else self.pipeline.total_norm(gradients)
+        )
+
+    def zero_loss(self, models: Mapping[str, torch.nn.Module]) -> torch.Tensor:
+        """A loss of zero that takes part in all that the ranks exchange in its backward pass.
+
+        Args:
+            models: which get gradients of zeros if no rank waits for theirs.
+        """
+        called: list[Any] = [replica for replica in self.replicas if replica.called]
+        if called:
+            return torch.stack([replica.zero_loss() for replica in called]).sum()
+        return zero_loss(p for model in models.values() for p in model.parameters())
+
+    def share_buffers(self, models: Mapping[str, torch.nn.Module]) -> None:
+        """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway.
+
+        Of a model in stages, every copy of a stage gets the first one's.
+
+        Args:
+            models: by name.
+        """
+        if self._world.size == 1:
+            return
+        if self.pipeline is not None:
+            return self.pipeline.share_buffers()
+        send(chain.from_iterable(model.buffers() for model in models.values()))
+
+    @contextmanager
+    def unsynchronized(self) -> Iterator[None]:
+        """Within it no replica synchronizes: ranks may have unequal numbers of batches."""
+        replicas = [replica for replica in self.replicas if isinstance(replica, Replica)]
+        for replica in replicas:
+            replica.require_forward_param_sync = replica.require_backward_grad_sync = False
+        try:
+            yield
+        finally:
+            for replica in replicas:
+                replica.require_forward_param_sync = True
+
+    def call_again(self) -> None:
+        """Calls the models as the validation batch before did, where other ranks wait for it."""
+        if self._parallel.calls_together:
+            from paceline.trainer.sharding import call_again
+
+            call_again(self.calls)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """How the models are placed: lines of the plan, each with its setting."""
+        if self.float8 is not None:
+            yield str(self.float8), "precision"
+        if self._world.size > 1:
+            yield layout(self._world), "parallel"
+        if self._parallel.calls_together and (dtype := autocast_dtype(self._precision)):
+            kind = str(dtype).removeprefix("torch.")
+            yield f"gathers weights in {kind}, sums their gradients in float32", "precision"
+        if self._parallel.cpu_offload:
+            yield "keeps weights in host memory, and steps there", "parallel.cpu_offload"
+        if self.compiled:
+            but = ", but for their experts" if self._parallel.expert > 1 else ""
+            yield f"compiles {len(self.compiled)} blocks one by one{but}", "compile"
+        if self.recomputed:
+            line = f"{len(self.recomputed)} blocks compute their forward pass twice"
+            yield line, "parallel.activation_checkpointing"
+
+
+def check_spread(
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    covered: Set[int],
+    models: Mapping[str, torch.nn.Module],
+) -> None:
+    """Raises if gradients were not synchronized: ranks would diverge.
+
+    Args:
         optimizer: about to step.
+        name: its name.
         covered: the `id` of each parameter that replicas take care of.
+        models: by name, for the parameters' names.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: naming those whose gradient is this rank's alone.
     """
     alone = [
         parameter
@@ -173,40 +369,32 @@ def check_spread(trainer: Trainer, optimizer: torch.optim.Optimizer, covered: Se
     ]
     if not alone:
         return
-    known = parameter_names(trainer.named_models())
-    optimizer_name = trainer.get_name_by_optimizer(optimizer)
-    names = [known.get(id(p), f"a parameter of {optimizer_name!r}") for p in alone]
+    known = parameter_names(models)
+    names = [known.get(id(p), f"a parameter of {name!r}") for p in alone]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     raise ConfigError(
-        f"only this rank has the gradient of {', '.join(names[:8])}"
-        f"{f' and {len(names) - 8} more' * (len(names) > 8)}: what is trained was made, or set to "
-        "require a gradient, after the models were placed. Make it in configure(); what is to be "
-        "trained later starts as trainable, in a group whose lr is 0 until then."
+        f"only this rank has the gradient of {', '.join(names[:8])}{more}: what is trained was "
+        "made, or set to require a gradient, after the models were placed. Make it in configure(); "
+        "what is to be trained later starts as trainable, in a group whose lr is 0 until then."
     )
-
-
-def share_buffers(trainer: Trainer) -> None:
-    """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway.
-
-    Of a model in stages, every copy of a stage gets the first one's.
-    """
-    if trainer.world.size == 1:
-        return
-    if trainer.pipeline is not None:
-        return trainer.pipeline.share_buffers()
-    send(chain.from_iterable(model.buffers() for model in trainer.named_models().values()))
 
 
 def layout(world: World) -> str:
     """How the models lie over the ranks, as a line of the plan."""
-    sizes = ("tensor", "context", "expert", "pipeline")
-    tensor, context, expert, stages = (getattr(world.parallel, name) for name in sizes)
-    if world.shards == tensor == context == expert == stages == 1:
+    parallel = world.parallel
+    ways: list[str] = []
+    if parallel.pipeline > 1:
+        ways.append(f"cut into {parallel.pipeline} stages")
+    if parallel.tensor > 1:
+        ways.append(f"split over {parallel.tensor} ranks by its plan")
+    if parallel.context > 1:
+        ring = ", with attention by torch's ring" if parallel.rings else ""
+        ways.append(f"given sequences in {parallel.context} parts{ring}")
+    if parallel.expert > 1:
+        ways.append(f"with its experts shared out over {parallel.expert} ranks")
+    if world.shards > 1:
+        ways.append(f"sharded over {world.shards} ranks by FSDP2")
+    if not ways:
         return f"replicated over {world.size} ranks by DDP"
-    ways = [f"cut into {stages} stages"] * (stages > 1)
-    ways += [f"split over {tensor} ranks by its plan"] * (tensor > 1)
-    ring = ", with attention by torch's ring" * world.parallel.rings
-    ways += [f"given sequences in {context} parts{ring}"] * (context > 1)
-    ways += [f"with its experts shared out over {expert} ranks"] * (expert > 1)
-    ways += [f"sharded over {world.shards} ranks by FSDP2"] * (world.shards > 1)
     copies = "" if world.copies == 1 else f", in {world.copies} copies"
     return ", ".join(ways) + copies

@@ -30,6 +30,7 @@ class Progress:
         skips: global steps whose windows are passed over (after a rewind).
         metrics: the last validation's metrics.
         rates: the learning rates of the last window, one a parameter group, by optimizer.
+        local_batches: batches this process has trained on since it started; no part of the state.
     """
 
     epoch: int = 0
@@ -43,14 +44,17 @@ class Progress:
     skips: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     rates: dict[str, list[Any]] = field(default_factory=dict)
+    local_batches: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Every counter, as plain numbers."""
         rates = {name: list(map(float, rates)) for name, rates in self.rates.items()}
         counts = {"samples": int(self.samples), "items": as_number(self.items)}
-        return {**asdict(self), **counts, "rates": rates}
+        state = {**asdict(self), **counts, "rates": rates}
+        del state["local_batches"]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        for name in self.__dataclass_fields__:
+        for name in {*self.__dataclass_fields__} - {"local_batches"}:
             setattr(self, name, state[name])

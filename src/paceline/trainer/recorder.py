@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from paceline.errors import MetricError
 from paceline.log.accumulator import Accumulator, merge
 from paceline.trainer.progress import as_number
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+from paceline.trainer.run import Run
 
 _RESERVED = ("step", "epoch", "samples", "items")
 
@@ -19,7 +19,7 @@ class Recorder:
     """Collects logged values and turns them into rows for the sinks.
 
     Args:
-        trainer: whose counters the rows carry.
+        run: whose counters the rows carry.
         sinks: where rows go; used on rank 0.
 
     Attributes:
@@ -27,26 +27,46 @@ class Recorder:
         wanted: whether anybody looks at rows; if not, the loop's own loss is not even added.
     """
 
-    def __init__(self, trainer: Trainer, sinks: list[Any]) -> None:
-        self._trainer = trainer
-        self._main = trainer.world.is_main
+    def __init__(self, run: Run, sinks: list[Any]) -> None:
+        self._run = run
+        self._world = run.world
+        self._main = run.world.is_main
         self.sinks = sinks
-        free = trainer.world.reads_are_free
+        free = run.world.reads_are_free
         self.train = Accumulator(reads_are_free=free)
         self.val = Accumulator(reads_are_free=free)
-        self.wanted = bool(sinks) or bool(trainer.events.on_step_end)
+        self.wanted = bool(sinks) or bool(run.events.on_step_end)
         self._timing: dict[str, float] = {}
         self._since = time.perf_counter()
 
-    def add(self, accumulator: Accumulator, name: str, value: Any, weight: Any) -> None:
-        """Adds a user's value under a name that no row keeps for itself."""
+    def log(self, name: str, value: Any, weight: Any = None) -> None:
+        """Adds a value to the open sums; the arguments are those of `Trainer.log`.
+
+        Args:
+            name: of the metric.
+            value: a number or a tensor of one element.
+            weight: items the value is a mean over; None for those of the batch at hand.
+
+        Raises:
+            MetricError: every row has something by that name.
+        """
+        run = self._run
+        if run.muted:
+            return
+        if weight is None:
+            weight = 1.0 if run.batch_items is None else run.batch_items
         if name in _RESERVED:
             raise MetricError(f"log({name!r}, ...): every row has its own {name!r}; rename yours.")
-        accumulator.add(name, value, weight)
+        (self.val if run.validating else self.train).add(name, value, weight)
+
+    def log_loss(self, loss: torch.Tensor) -> None:
+        """Adds a micro-batch's loss as "train/loss", if anybody looks at rows."""
+        if self.wanted and not self._run.muted:
+            self.train.add("train/loss", loss, self._run.batch_items)
 
     def row(self) -> dict[str, Any]:
         """The row of the steps since the last one, the same on every rank; starts a new one."""
-        means = merge(self._trainer.world.gather_parts(self.train.sums()))
+        means = merge(self._world.gather_parts(self.train.sums()))
         self.train.reset()
         return {**self._counters(), **self._rates(), **means}
 
@@ -70,7 +90,7 @@ class Recorder:
     def validation_metrics(self, own: dict[str, float], samples: float) -> dict[str, float]:
         """All metrics of a validation: logged ones, and a trainer's own weighted by items."""
         ours = {name: (float(value) * samples, samples) for name, value in own.items() if samples}
-        parts = self._trainer.world.gather_parts((self.val.sums(), ours))
+        parts = self._world.gather_parts((self.val.sums(), ours))
         self.val.reset()
         return {**merge([logged for logged, _ in parts]), **merge([given for _, given in parts])}
 
@@ -88,7 +108,7 @@ class Recorder:
     def state_dict(self) -> dict[str, Any]:
         """The open sums of this rank's part and, on rank 0, where its sinks stand."""
         state: dict[str, Any] = {}
-        if self._trainer.world.leads_part:
+        if self._world.leads_part:
             state["sums"] = self.train.state_dict()
         if self._main:
             state["sinks"] = {
@@ -98,7 +118,7 @@ class Recorder:
 
     def load_state_dict(self, ranks: dict[str, dict[str, Any]]) -> None:
         """Takes back this rank's open sums, or in another layout all of them on rank 0."""
-        world = self._trainer.world
+        world = self._world
         sums = {int(rank): state["sums"] for rank, state in ranks.items() if "sums" in state}
         if world.all_gather_object(world.leads_part) == [r in sums for r in range(len(ranks))]:
             self.train.load_state_dict(sums.get(world.rank, {}))
@@ -126,13 +146,13 @@ class Recorder:
 
     def _rates(self) -> dict[str, float]:
         """The rate that the last step used, of each optimizer's first group."""
-        rates = self._trainer.progress.rates
+        rates = self._run.progress.rates
         if len(rates) == 1:
             return {"lr": float(next(iter(rates.values()))[0])}
         return {f"lr/{name}": float(groups[0]) for name, groups in rates.items()}
 
     def _counters(self) -> dict[str, Any]:
-        progress = self._trainer.progress
+        progress = self._run.progress
         return {
             "step": progress.global_step,
             "epoch": progress.epoch,

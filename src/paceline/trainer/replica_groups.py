@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -30,14 +31,14 @@ from paceline.errors import CheckpointError, ConfigError
 from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord
 from paceline.log.sinks import Sink
-from paceline.trainer import resume
+from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.recorder import Recorder
+from paceline.trainer.run import Run
+from paceline.trainer.stop import behind_boundary
 from paceline.world.environment import replica_group
-from paceline.world.quorum import Quorum, missing
+from paceline.world.quorum import Quorum
 from paceline.world.seeding import mix, stream
 from paceline.world.world import World
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
 
 FOLDER = ".groups"
 """Beside the checkpoints: one folder a group, for its lock and the state that it hands over."""
@@ -46,38 +47,34 @@ ROWS = 64
 """Rows kept at least before it is looked which of them a checkpoint counts on."""
 
 
-def wrong_with_groups(trainer: Trainer) -> list[str]:
-    """What of a trainer's settings does not exist yet with replica groups; none without them."""
-    if replica_group() is None:
-        return []
-    world = trainer.world
-    refused = {
-        f"{world.size} processes in a group": world.size > 1,
-        "an accelerator": world.device.type != "cpu",
-        "precision='fp16'": trainer.precision == "fp16",
-        "on_nonfinite='rewind'": trainer.on_nonfinite == "rewind",
-        "a step() of your own": trainer.is_overridden("step"),
-        "run_dir=None, through which the groups hand over their state,": trainer.run_dir is None,
-        f"resume={trainer.resume.mode!r}": trainer.resume.mode != "auto",
-    }
-    return [
-        f"TORCHFT_LIGHTHOUSE is set: {what} does not exist yet with replica groups."
-        for what, is_so in refused.items()
-        if is_so
-    ]
+class Host(Protocol):
+    """The Trainer, as far as its groups ask it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as one tree."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        ...
 
 
-def missing_for_groups() -> str | None:
-    """What is not installed and this run's replica groups need; None if nothing is missing."""
-    return None if replica_group() is None else missing()
+def groups_of(
+    run: Run, host: Host, *, leave: Callable[[list[str]], None], boundary: Callable[[], None]
+) -> ReplicaGroups | None:
+    """This run's replica groups, if it has any.
 
-
-def groups_of(trainer: Trainer) -> ReplicaGroups | None:
-    """This run's replica groups, if it has any."""
+    Args:
+        run: just made.
+        host: the Trainer whose state is handed over.
+        leave: stops the run here, with these parts of the boundary pending.
+        boundary: does what is pending at a boundary.
+    """
     place = replica_group()
-    return (
-        None if place is None else ReplicaGroups(trainer, Quorum(place, trainer.parallel.timeout))
-    )
+    if place is None:
+        return None
+    quorum = Quorum(place, run.world.timeout)
+    return ReplicaGroups(run, quorum, host, leave=leave, boundary=boundary)
 
 
 class SharedSource:
@@ -114,18 +111,36 @@ class ReplicaGroups:
     """One group's part in the life of all.
 
     Args:
-        trainer: this group's.
+        run: this group's.
         quorum: the groups that are there.
+        host: the Trainer whose state is handed over.
+        leave: stops the run here, with these parts of the boundary pending.
+        boundary: does what is pending at a boundary.
 
     Attributes:
         committed: whether the window at hand counts.
         writes: whether this is the group that writes rows, checkpoints and run.json.
     """
 
-    def __init__(self, trainer: Trainer, quorum: Quorum) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        run: Run,
+        quorum: Quorum,
+        host: Host,
+        *,
+        leave: Callable[[list[str]], None],
+        boundary: Callable[[], None],
+    ) -> None:
+        self._run = run
         self._quorum = quorum
-        self._rows = KeptRows(trainer)
+        self._host = host
+        self._leave = leave
+        self._boundary = boundary
+        self._folder = Path()
+        self._recorder: Recorder | None = None
+        self._guard: NonFiniteGuard | None = None
+        self._source: IndexedSource | None = None
+        self._rows = KeptRows(run)
         self._sinks: list[Any] = []
         self._saver: Any = None
         self._lock = FolderLock()  # of this group's number
@@ -149,28 +164,38 @@ class ReplicaGroups:
                 "train_dataloader: one that keeps its own order does not exist yet with replica "
                 "groups: give a DataLoader over a map-style dataset."
             )
-        if len(self._trainer.named_optimizers()) > 1:
+        if len(self._run.components.named_optimizers()) > 1:
             raise ConfigError("several optimizers do not exist yet with replica groups.")
         everybody = copy.copy(world)
         everybody.dp_rank, everybody.dp_size = 0, self._quorum.place.groups
         source = open_training(loader, size, seed, everybody)
         assert isinstance(source, IndexedSource)
+        self._source = source
         return SharedSource(source, self)
 
-    def open_folder(self) -> None:
+    def attach(self, recorder: Recorder, guard: NonFiniteGuard) -> None:
+        """Gives the groups the parts of the run that hold what a window has found.
+
+        Args:
+            recorder: whose sums and rows are those of all groups.
+            guard: which learns what the others found that is not finite.
+        """
+        self._recorder, self._guard = recorder, guard
+        self._sinks = recorder.sinks
+        recorder.sinks = [*self._sinks, self._rows] if self.writes else [self._rows]
+
+    def open_folder(self, folder: Path) -> None:
         """Takes the run's folder to write to, if no other group has it."""
-        trainer, place = self._trainer, self._quorum.place
-        assert trainer.run_dir is not None
-        mine = trainer.run_dir / FOLDER / str(place.number)
+        run, place = self._run, self._quorum.place
+        self._folder = folder
+        mine = folder / FOLDER / str(place.number)
         mine.mkdir(parents=True, exist_ok=True)
-        trainer.while_placed.callback(self.close)
-        self._lock.take(mine, trainer.say)
-        self._sinks = trainer.recorder.sinks
-        self.writes = trainer.folder_lock.try_to_take(trainer.run_dir)
+        run.cleanup.callback(self.close)
+        self._lock.take(mine, run.world.say)
+        self.writes = run.folder_lock.try_to_take(folder)
         if self.writes:
-            trainer.record = RunRecord(trainer.run_dir)
-        trainer.recorder.sinks = [*self._sinks, self._rows] if self.writes else [self._rows]
-        trainer.plan.add(
+            run.record = RunRecord(folder)
+        run.plan.add(
             f"group {place.number} of {place.groups} that meet at {place.lighthouse}; "
             "each step is shared out among those that are there",
             "TORCHFT_LIGHTHOUSE, REPLICA_GROUP_ID, NUM_REPLICA_GROUPS",
@@ -178,8 +203,7 @@ class ReplicaGroups:
 
     def newest(self) -> Checkpoint | None:
         """The checkpoint to start from, for a group that may not change anything there."""
-        assert self._trainer.run_dir is not None
-        found, _ = scan(self._trainer.run_dir / "checkpoints")
+        found, _ = scan(self._folder / "checkpoints")
         return found[-1] if found else None
 
     def settle(self) -> None:
@@ -188,12 +212,11 @@ class ReplicaGroups:
         Raises:
             ConfigError: the run has windows to pass over, which does not exist yet with groups.
         """
-        trainer = self._trainer
-        if trainer.progress.skips:
+        if self._run.progress.skips:
             raise ConfigError("a run that was rewound cannot go on with replica groups.")
-        self._saver = trainer.saver
+        self._saver = self._run.saver
         if not self.writes:
-            trainer.saver = None
+            self._run.saver = None
 
     def close(self) -> None:
         """Leaves the other groups, who go on."""
@@ -204,13 +227,13 @@ class ReplicaGroups:
 
     def draw(self, source: IndexedSource) -> Draw | None:
         """Meets the other groups and draws this one's part of the next window."""
-        trainer, quorum = self._trainer, self._quorum
+        run, quorum = self._run, self._quorum
         if not self._met and not self._meet():
             return None
         source.share_out(quorum.rank, quorum.size)
-        trainer.model_key = mix(stream(trainer.seed, "model"), quorum.rank)
-        train = trainer.recorder.train
-        copies = [buffer.clone() for buffer in self._buffers()]
+        run.model_key = mix(stream(run.seed, "model"), quorum.rank)
+        train = self._of_run.train
+        copies = [buffer.clone() for buffer in run.buffers()]
         self._before = _Before(source.state_dict(), train.state_dict(), copies)
         self.committed = False
         if (drawn := source.draw()) is not None:
@@ -222,7 +245,7 @@ class ReplicaGroups:
 
         If not, all is as before the window, which is to be drawn again.
         """
-        quorum, before, buffers = self._quorum, self._before, self._buffers()
+        quorum, before, buffers = self._quorum, self._before, self._run.buffers()
         assert before is not None
         self._met = False
         changed = [
@@ -253,12 +276,12 @@ class ReplicaGroups:
 
     def _telling(self, changed: list[int]) -> str:
         """What the other groups have to know of this one's part of the window."""
-        trainer = self._trainer
-        wish = trainer.stop_agreement.wish
-        found = trainer.optimization.guard.found
+        wish = self._run.stop.wish
+        assert self._guard is not None
+        found = self._guard.found
         return json.dumps(
             {
-                "sums": trainer.recorder.train.sums(),
+                "sums": self._of_run.train.sums(),
                 "found": None if found is None else {**found, "rank": self._quorum.place.number},
                 # A signal speaks to one group; the others go on without it.
                 "stop": None if wish is None or wish.startswith("signal ") else wish,
@@ -268,16 +291,17 @@ class ReplicaGroups:
         )
 
     def _hear(self, told: list[dict[str, Any]], before: _Before) -> None:
-        trainer, sums = self._trainer, before.sums
+        sums = before.sums
+        assert self._guard is not None
         for part in told:
             for name, (total, weight) in part["sums"].items():
                 pair = sums.setdefault(name, [0.0, 0.0])
                 pair[0], pair[1] = pair[0] + total, pair[1] + weight
             if part["found"] is not None:
-                trainer.optimization.guard.hear(part["found"])
+                self._guard.hear(part["found"])
             if part["stop"] is not None:
-                trainer.request_stop(part["stop"])
-        trainer.recorder.train.load_state_dict(sums)
+                self._run.stop.request(part["stop"])
+        self._of_run.train.load_state_dict(sums)
 
     @torch.no_grad()
     def _add_up_gradients(
@@ -297,63 +321,68 @@ class ReplicaGroups:
 
     @torch.no_grad()
     def _take_back(self, before: _Before) -> None:
-        trainer = self._trainer
-        trainer.source.close()
-        trainer.source.load_state_dict(before.source)
-        trainer.recorder.train.load_state_dict(before.sums)
-        for buffer, value in zip(self._buffers(), before.buffers, strict=True):
+        run = self._run
+        self._data.close()
+        self._data.load_state_dict(before.source)
+        self._of_run.train.load_state_dict(before.sums)
+        for buffer, value in zip(run.buffers(), before.buffers, strict=True):
             buffer.copy_(value)
-        trainer.say(f"step {trainer.global_step + 1} did not count in every group; once more.")
+        run.world.say(f"step {run.global_step + 1} did not count in every group; once more.")
 
-    def _buffers(self) -> list[torch.Tensor]:
-        models = self._trainer.named_models().values()
-        return [buffer for model in models for buffer in model.buffers()]
+    @property
+    def _of_run(self) -> Recorder:
+        assert self._recorder is not None
+        return self._recorder
+
+    @property
+    def _data(self) -> IndexedSource:
+        assert self._source is not None
+        return self._source
 
     # Meeting
 
     def _meet(self) -> bool:
         """Finds those who take the next window; False where the epoch or the run ends."""
-        trainer, quorum = self._trainer, self._quorum
+        run, quorum = self._run, self._quorum
         if not quorum.is_open:
             self._join()
-        epoch = trainer.progress.epoch
-        while quorum.meet(lambda: trainer.stop_agreement.wish is not None):
+        epoch = run.progress.epoch
+        while quorum.meet(lambda: run.stop.wish is not None):
             if not self._takes_over():
                 self._met = True
                 # Another group's state may be that of another epoch, which then is to begin.
-                return trainer.progress.epoch == epoch
-            if trainer.is_over:
+                return run.progress.epoch == epoch
+            if run.is_over:
                 return False
-            quorum.stands_at(trainer.global_step)
+            quorum.stands_at(run.global_step)
             quorum.give_up("this group has gone on from a checkpoint")
             quorum.agree()
-        if trainer.stop_agreement.reached(2 * trainer.global_step + 1):
-            trainer._leave(pending=[])
+        if run.stop.reached(behind_boundary(run.global_step)):
+            self._leave([])
         return False
 
     def _join(self) -> None:
-        trainer, quorum = self._trainer, self._quorum
-        assert trainer.run_dir is not None
-        transport = HandOver(trainer.run_dir / FOLDER, str(quorum.place.number), trainer.world)
+        run, quorum = self._run, self._quorum
+        transport = HandOver(self._folder / FOLDER, str(quorum.place.number), run.world)
         transport.disallow_checkpoint()
-        quorum.open(trainer.global_step, self._state, self._load, transport)
+        quorum.open(run.global_step, self._state, self._load, transport)
 
     def _state(self) -> dict[str, Any]:
         """This group's state, for one that is behind."""
-        tree = self._trainer.state_dict()
+        tree = self._host.state_dict()
         return tree | {"replica_groups": self._rows.state_dict() | {"kept": self._rows.kept}}
 
     def _load(self, tree: dict[str, Any]) -> None:
         """Takes another group's state."""
-        trainer = self._trainer
-        trainer.source.close()
-        trainer.load_state_dict(tree)
+        run = self._run
+        self._data.close()
+        self._host.load_state_dict(tree)
         if self.writes:
             for sink in self._sinks:
                 sink.close("running")
-            self._write_on(resume.find(trainer))
-        trainer.say(f"has got another group's state, at step {trainer.global_step}.")
-        for hook in trainer.events.on_load_checkpoint:
+            self._write_on(self._found())
+        run.world.say(f"has got another group's state, at step {run.global_step}.")
+        for hook in run.events.on_load_checkpoint:
             hook(tree)
 
     # Writing
@@ -368,38 +397,45 @@ class ReplicaGroups:
 
     def _takes_over(self) -> bool:
         """Begins to write if nobody does; whether the folder holds a later state, now loaded."""
-        trainer = self._trainer
-        assert trainer.run_dir is not None
+        run = self._run
         if self.writes or self._quorum.rank != 0:
             return False
-        if not trainer.folder_lock.try_to_take(trainer.run_dir):
+        if not run.folder_lock.try_to_take(self._folder):
             return False
         self.writes = True
-        trainer.saver, trainer.record = self._saver, RunRecord(trainer.run_dir)
-        found = resume.find(trainer)
+        run.saver, run.record = self._saver, RunRecord(self._folder)
+        found = self._found()
         goes_on = False
-        if found is not None and found.step > trainer.global_step:
-            trainer.source.close()
-            trainer.load_state_dict(self._saver.load(found.path))
+        if found is not None and found.step > run.global_step:
+            self._data.close()
+            self._host.load_state_dict(self._saver.load(found.path))
             goes_on = True
-        trainer.recorder.sinks = [*self._sinks, self._rows]
+        self._of_run.sinks = [*self._sinks, self._rows]
         self._write_on(found)
-        plan = trainer.plan.as_list()
-        trainer.record.start(seed=trainer.seed, plan=plan, world_size=trainer.world.size)
-        trainer.say(f"writes from step {trainer.global_step} on, in place of another group.")
-        if goes_on and trainer.progress.pending:
-            trainer._boundary()
+        plan = run.plan.as_list()
+        run.record.start(seed=run.seed, plan=plan, world_size=run.world.size)
+        run.world.say(f"writes from step {run.global_step} on, in place of another group.")
+        if goes_on and run.progress.pending:
+            self._boundary()
         return goes_on
+
+    def _found(self) -> Checkpoint | None:
+        """The run's newest intact checkpoint, for the group that writes."""
+        saver = self._run.saver
+        if saver is None:
+            return None
+        saver.recover()
+        return saver.newest()
 
     def _write_on(self, found: Checkpoint | None) -> None:
         """Has the sinks stand where they would if this group had written from the beginning."""
-        trainer, tree = self._trainer, None
+        tree = None
         if found is not None:
             tree = load_tree(found.path, parts=("rank", "replica_groups"))
         for sink in self._sinks:
-            sink.open(trainer.run_dir, trainer.identity, fresh=tree is None)
+            sink.open(self._folder, self._run.identity, fresh=tree is None)
         if tree is not None:
-            trainer.recorder.load_sinks(tree["rank"])
+            self._of_run.load_sinks(tree["rank"])
         for row, timing in self._rows.behind(_rows_of(tree)):
             for sink in self._sinks:
                 sink.write(row)
@@ -410,11 +446,11 @@ class KeptRows(Sink):
     """The rows that stand behind the newest checkpoint.
 
     Args:
-        trainer: whose run they are of.
+        run: whose they are.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._dropped = 0
         self._limit = ROWS
         self.kept: list[list[Any]] = []
@@ -441,14 +477,15 @@ class KeptRows(Sink):
     def behind(self, rows: int) -> list[list[Any]]:
         """The rows after so many."""
         if rows < self._dropped:
-            self._trainer.say(f"the rows {rows + 1} to {self._dropped} are lost.")
+            self._run.world.say(f"the rows {rows + 1} to {self._dropped} are lost.")
         return self.kept[max(0, rows - self._dropped) :]
 
     def _drop(self) -> None:
         """Forgets what the newest checkpoint counts on."""
-        assert self._trainer.run_dir is not None
+        folder = self._run.settings.run_dir
+        assert folder is not None
         with contextlib.suppress(OSError, CheckpointError):  # it may be pruned at this moment
-            found, _ = scan(self._trainer.run_dir / "checkpoints")
+            found, _ = scan(folder / "checkpoints")
             if found:
                 rows = _rows_of(load_tree(found[-1].path, parts=("replica_groups",)))
                 self.kept = self.kept[max(0, rows - self._dropped) :]

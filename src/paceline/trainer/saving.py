@@ -2,59 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from paceline.errors import ConfigError
-from paceline.trainer import placement
+from paceline.trainer.base import TrainerBase
 from paceline.trainer.resume import window_info
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+from paceline.trainer.run import Run
 
 
-def save(trainer: Trainer, reasons: list[str], *, best: bool) -> None:
-    """Hands the state tree to the saver; waits for the disk if this ends the run."""
-    saver = trainer.saver
+def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> None:
+    """Hands the state tree to the saver; waits for the disk if this ends the run.
+
+    Args:
+        trainer: whose state it is.
+        run: between two windows.
+        reasons: why, for the manifest; "stop" and "end" end the run.
+        best: whether this is the best checkpoint so far.
+    """
+    saver, progress = run.saver, run.progress
     assert saver is not None
     trainer.optimization.guard.read()
-    if trainer._rewinding:
+    if run.rewinding:
         return  # a bad step has come to light: back to a checkpoint from before it
     last = bool({"stop", "end"} & set(reasons))
-    if reasons == ["stop"] and trainer._saved_at == (trainer.global_step, trainer.progress.pending):
+    if reasons == ["stop"] and run.saved_at == (progress.global_step, progress.pending):
         failed = saver.wait()
         if failed is None:
             return
-    placement.share_buffers(trainer)
+    run.placement.share_buffers(trainer.named_models())
     tree = trainer.state_dict()
-    for hook in trainer.events.on_save_checkpoint:
+    for hook in run.events.on_save_checkpoint:
         hook(tree)
-    metrics, window = dict(trainer.progress.metrics), window_info(trainer)
-    info = {"reasons": reasons, "metrics": metrics, "window": window}
+    window = window_info(
+        trainer.source, trainer.train_dataloader, trainer.gradient_accumulation_steps
+    )
+    info = {"reasons": reasons, "metrics": dict(progress.metrics), "window": window}
     # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
-    rows = trainer.recorder.sync
-    step = trainer.global_step
+    rows, step = trainer.recorder.sync, progress.global_step
     saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)
-    trainer._saved_at = (trainer.global_step, list(trainer.progress.pending))
-    tell(trainer)
+    run.saved_at = (step, list(progress.pending))
+    report(run)
 
 
-def tell(trainer: Trainer) -> None:
-    """Prints what the saver has to say, except that all is well."""
-    if trainer.saver is not None:
-        for event in trainer.saver.poll():
+def report(run: Run) -> None:
+    """Prints what the saver has to report, except that all is well."""
+    if run.saver is not None:
+        for event in run.saver.poll():
             if event.kind != "saved":
-                trainer.say(event.message)
+                run.world.say(event.message)
 
 
-def rewind(trainer: Trainer) -> None:
+def rewind(trainer: TrainerBase, run: Run, boundary: Callable[[], None]) -> None:
     """Goes back to the newest checkpoint, with the bad window on the list of those to skip.
+
+    Args:
+        trainer: whose state goes back.
+        run: with the step to skip.
+        boundary: does what was pending when the checkpoint was saved.
 
     Raises:
         ConfigError: there is no checkpoint yet, or there are replica groups.
     """
-    if trainer.replica_groups is not None:
+    if run.groups is not None:
         raise ConfigError("going back to a checkpoint does not exist yet with replica groups.")
-    saver, step = trainer.saver, trainer._rewind_step
+    saver, step = run.saver, run.rewind_step
     assert saver is not None
     saver.wait()
     found = saver.newest()
@@ -64,13 +75,13 @@ def rewind(trainer: Trainer) -> None:
             "(CheckpointPolicy(every_steps=...))."
         )
     tree = saver.load(found.path)
-    skips = [*trainer.progress.skips, step]
+    skips = [*run.progress.skips, step]
     trainer.load_state_dict(tree)
     trainer.recorder.load_sinks(tree["rank"])
-    trainer.progress.skips = sorted(set(skips) | set(trainer.progress.skips))
-    trainer._rewinding = False
-    if trainer.progress.pending:
-        trainer._boundary()
+    run.progress.skips = sorted(set(skips) | set(run.progress.skips))
+    run.rewinding = False
+    if run.progress.pending:
+        boundary()
     trainer.say(f"went back to step {found.step}; step {step + 1} will be skipped.")
-    for hook in trainer.events.on_load_checkpoint:
+    for hook in run.events.on_load_checkpoint:
         hook(tree)

@@ -2,72 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from paceline.errors import ConfigError
 from paceline.trainer.blocks import repeated_blocks
+from paceline.trainer.ddp import Synchronizer
 from paceline.trainer.materialize import Materializer
 from paceline.trainer.pipeline import Pipeline
-from paceline.trainer.sharding import StageShards, follow
+from paceline.trainer.sharding import StageShards
 from paceline.trainer.stages import give_up, is_given_up, stages_of, tensors_of
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World, send
 
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+
+@dataclass(frozen=True)
+class Staged:
+    """A model that is cut into stages.
+
+    Attributes:
+        pipeline: runs them.
+        replicas: what keeps the copies of this rank's stage equal, or its parts together.
+        renewed: what became of each parameter that was sharded, by the `id` of what it was.
+        plan: which layers each stage has, a line each.
+        put_back: gives the model its own `forward` again.
+    """
+
+    pipeline: Pipeline
+    replicas: list[Synchronizer]
+    renewed: dict[int, torch.nn.Parameter]
+    plan: list[str]
+    put_back: Callable[[], None]
 
 
 def place_stages(
-    trainer: Trainer, model: torch.nn.Module, name: str, materialize: Materializer
-) -> Pipeline:
+    model: torch.nn.Module,
+    name: str,
+    materialize: Materializer,
+    world: World,
+    compute: torch.dtype | None,
+    kept_whole: Iterable[torch.nn.Module] = (),
+) -> Staged:
     """Leaves this rank with the weights of its stage, and the model with the pipeline's forward.
 
     Args:
-        trainer: whose model it is.
         model: whole; what is of other stages loses its memory.
         name: the model's name, for messages.
         materialize: gives parts of the model memory, if they have none yet.
+        world: the ranks.
+        compute: the dtype in which sharded parameters are gathered; None for their own.
+        kept_whole: blocks that are recomputed or compiled, which is done where they are called.
 
     Raises:
-        ConfigError: the model cannot be cut, is cut already, or is not the only one.
+        ConfigError: the model cannot be cut, or is cut already.
     """
-    world = trainer.world
-    if trainer.pipeline is not None:
-        raise ConfigError("parallel.pipeline: several trained models do not exist yet beside it.")
     if any(is_given_up(tensor) for tensor in tensors_of(model)):
         raise ConfigError(f"the model {name!r} is cut already, by an earlier run: build it anew.")
-    stages = stages_of(model, name, world.parallel.pipeline, _kept_whole(trainer, model))
+    uncut = repeated_blocks(model) if world.shards > 1 else list(kept_whole)
+    stages = stages_of(model, name, world.parallel.pipeline, uncut)
     held = [{id(t): t for layer in s.values() for t in tensors_of(layer)} for s in stages]
-    pipeline = Pipeline(trainer, model, stages[world.stage].values())
+    pipeline = Pipeline(model, name, stages[world.stage].values(), world)
     mine = held[world.stage]
     renewed: dict[int, Any] = {}
+    replicas: list[Synchronizer] = []
     if world.shards == world.parallel.tensor == 1:
-        _take_part(model, mine, materialize, trainer.device)
-        pipeline.replicate()
+        _take_part(model, mine, materialize, world.device)
+        if (replica := pipeline.replicate()) is not None:
+            replicas.append(replica)
     else:
-        shards = StageShards(pipeline.module, model, name, world, trainer.autocast_dtype)
-        _take_part(model, mine, materialize, trainer.device, shards.take_block)
+        shards = StageShards(pipeline.module, model, name, world, compute)
+        _take_part(model, mine, materialize, world.device, shards.take_block)
         shards.take_all()
         pipeline.share(shards)
-        follow(trainer.named_optimizers().values(), renewed := shards.renewed)
+        replicas.append(shards)
+        renewed = shards.renewed
     pipeline.shared = _shared(world, held, renewed)
     own = vars(model).get("forward")
     model.forward = pipeline.forward
-    trainer.while_placed.callback(_put_back, model, own)
-    for i, layers in enumerate(stages):
-        ends = [*layers][:1] + [*layers][1:][-1:]
-        trainer.plan.add(f"stage {i} of {name}: {' to '.join(ends)}", "parallel.pipeline")
-    return pipeline
-
-
-def _kept_whole(trainer: Trainer, model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks that are sharded, recomputed or compiled, which is done where they are called."""
-    if trainer.world.shards > 1:
-        return repeated_blocks(model)
-    return [*trainer.recomputed, *trainer.compiled]
+    ends = [([*layers][:1] + [*layers][1:][-1:]) for layers in stages]
+    return Staged(
+        pipeline,
+        replicas,
+        renewed,
+        plan=[f"stage {i} of {name}: {' to '.join(ends[i])}" for i in range(len(stages))],
+        put_back=partial(_put_back, model, own),
+    )
 
 
 def _take_part(

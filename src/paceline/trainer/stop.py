@@ -9,10 +9,11 @@ Nothing is saved, sent or agreed inside a signal handler: it sets a flag. A seco
 once (one that comes on the heels of the first is the same wish: launchers and schedulers pass a
 signal on that the process has got already).
 
-Why no rank is left behind. A run passes numbered points: 2s is "s windows are done", 2s + 1 is "and
-all parts of the boundary behind them". A rank passes a point only in `reached`, and is always
-committed to a point ahead of it. Under one lock either the rank passes a point, which moves its
-commitment on, or the watcher freezes the commitment for good and publishes it. So
+Why no rank is left behind. A run passes numbered points: `behind_window(s)`, which is 2s, says "s
+windows are done"; `behind_boundary(s)`, 2s + 1, "and all parts of the boundary behind them". A rank
+passes a point only in `reached`, and is always committed to a point ahead of it. Under one lock
+either the rank passes a point, which moves its commitment on, or the watcher freezes the commitment
+for good and publishes it. So
 1. before the agreement no rank gets beyond what it has published: once frozen, it waits at the next
    point it comes to, and for that point's sake nobody else: agreeing takes watchers only;
 2. the largest published point therefore lies behind no rank, and the rank that published it is on
@@ -57,6 +58,16 @@ _PEER_GRACE = 15.0  # seconds a rank may stay in a collective that a failed peer
 _LINGER = 5.0  # seconds in which the others may read why rank 0, whose store it is, has failed
 _SAME = 2.0  # seconds within which a second SIGTERM or SIGUSR1 is the first one, passed on
 _runs = 0  # agreements opened in this process's life, equal on all ranks
+
+
+def behind_window(step: int) -> int:
+    """The point at which `step` windows are done."""
+    return 2 * step
+
+
+def behind_boundary(step: int) -> int:
+    """The point at which `step` windows are done, and all parts of the boundary behind them."""
+    return 2 * step + 1
 
 
 class StopAgreement:
@@ -194,7 +205,7 @@ class StopAgreement:
             raise PeerError(self._peer_error)
         with self._lock:
             if not self._frozen and not self._everywhere:
-                self._committed, self._batch = point // 2 * 2 + 2, 0
+                self._committed, self._batch = behind_window(point // 2 + 1), 0
                 return False
         return point >= self._wait()
 

@@ -6,7 +6,7 @@ split, and has to come by the same gradient on each: `check_whole_gradients` see
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -154,7 +154,7 @@ def _inputs(style: str, parts: Iterable[torch.nn.Module]) -> dict[str, Any]:
     return {"input_layouts": Replicate()} if whole else {}
 
 
-def check_whole_gradients(models: dict[str, torch.nn.Module], world: World) -> None:
+def check_whole_gradients(models: Mapping[str, torch.nn.Module], world: World) -> None:
     """Compares the gradients of parameters that no style split, once, before a first step.
 
     Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,17 @@ from paceline.data.source import Draw
 from paceline.errors import ConfigError
 from paceline.trainer import decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
-from paceline.trainer.events import Callback, overrides
+from paceline.trainer.callback import Callback
+from paceline.trainer.checks import check_settings
+from paceline.trainer.events import overrides
 from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
-from paceline.trainer.resume import gather_state, load_state
+from paceline.trainer.run import Run
 from paceline.trainer.settings import Resume, unknown_keyword
+from paceline.trainer.staged_step import StagedStep
+from paceline.trainer.state_tree import gather_state, load_state
+from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.trainer.validation import validate
 from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
@@ -134,7 +141,6 @@ class Trainer(TrainerBase):
         self.log_every = log_every
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.resume = resume if isinstance(resume, Resume) else Resume(str(resume))
-        self.autocast: Any = nullcontext()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -213,13 +219,14 @@ class Trainer(TrainerBase):
         One of your own loops over the window, calls `backward` and `optimizer_step`, and computes
         losses `with self.autocast`. Gradients that it leaves end with the window.
         """
-        if self.pipeline is not None:
-            self.pipeline.run(window)
-            return self.optimizer_step()
-        for batch, batch_idx in window:
-            with self.autocast:
-                loss = self.training_step(batch, batch_idx)
-            self.backward(loss)
+        run = self._run
+        if run is not None and run.placement.pipeline is not None:
+            StagedStep(run, self.optimization, self.recorder, self.loss_fn, window).take()
+        else:
+            for batch, batch_idx in window:
+                with self.autocast:
+                    loss = self.training_step(batch, batch_idx)
+                self.backward(loss)
         self.optimizer_step()
 
     def backward(self, loss: Any, only: str | None = None) -> None:
@@ -240,12 +247,12 @@ class Trainer(TrainerBase):
         """Every window that is left of the run.
 
         A `train()` of your own keeps every promise with
-        `for window in self.windows(): self.step(window)`: what stands between two windows (rows,
-        validation, checkpoints, stopping, the epoch's end) is done as the loop asks for the next.
-        To end early, call `request_stop`: a loop that is left loses the window at hand.
+        `for window in self.windows(): self.step(window)`: rows, validation, checkpoints, stopping
+        and the epoch's end run each time the loop asks for the next window. To end early, call
+        `request_stop`: breaking out of the loop discards the current window.
         """
         windows = self._all_windows()
-        if not self._open:
+        if self._run is None:
             self._own_loop = windows
         return windows
 
@@ -256,29 +263,34 @@ class Trainer(TrainerBase):
 
     def epoch_windows(self) -> Iterator[Window]:
         """Every window that is left of the present epoch, for an `epoch()` of your own."""
-        progress, source = self.progress, self.source
+        run, progress, source = self._at_hand, self.progress, self.source
         epoch = progress.epoch
         source.start_epoch(epoch)
         if progress.batch == 0:
-            for hook in self.events.on_train_epoch_start:
+            for hook in run.events.on_train_epoch_start:
                 hook()
-        while not self.is_over and progress.epoch == epoch and (draw := source.draw()) is not None:
-            self.window = window = self._open_window(draw)
+        while not run.is_over and progress.epoch == epoch and (draw := source.draw()) is not None:
+            window = self.open_window(draw)
             if progress.global_step not in progress.skips:
                 yield window
             if self.replica_groups is not None and not self.replica_groups.committed:
                 continue  # it did not count, and is drawn once more
-            self._close_window(window)
-            if self._rewinding:
-                saving.rewind(self)
+            self._close_window(run, window)
+            if run.rewinding:
+                saving.rewind(self, run, partial(self._boundary, run))
                 return
 
-    def _open_window(self, draw: Draw) -> Window:
-        window = Window(self, draw, self.progress.batch)
+    def open_window(self, draw: Draw) -> Window:
+        """Makes a window the one at hand.
+
+        Args:
+            draw: its micro-batches, from the training data.
+        """
+        self.window = window = Window(self._at_hand, draw, self.progress.batch)
         self.optimization.guard.begin(window)
         return window
 
-    def _close_window(self, window: Window) -> None:
+    def _close_window(self, run: Run, window: Window) -> None:
         """Counts a window that is done, and sees to the boundary behind it."""
         progress = self.progress
         self.optimization.end_window()
@@ -290,47 +302,47 @@ class Trainer(TrainerBase):
         if progress.global_step % self.log_every == 0:
             self.optimization.guard.read()
             row = self.recorder.row() if self.recorder.wanted else {}
-        for hook in self.events.on_step_end:
+        for hook in run.events.on_step_end:
             hook(row)
         if row:
             self.recorder.write(row)
-            saving.tell(self)
-        if self._rewinding:
+            saving.report(run)
+        if run.rewinding:
             return
-        if self.stop_agreement.reached(2 * progress.global_step):
+        if run.stop.reached(behind_window(progress.global_step)):
             self._leave(pending=["boundary"])
         else:
-            self._boundary()
+            self._boundary(run)
 
     # Between two windows
 
-    def _boundary(self) -> None:
+    def _boundary(self, run: Run) -> None:
         """Validation, the epoch's end, one checkpoint: each part if due, in this order."""
         progress = self.progress
         step, progress.pending = progress.global_step, []
         by_step = isinstance(self.validate_every, int) and step % self.validate_every == 0
-        saves = decisions.save_reasons(self)
+        saves = decisions.save_reasons(self, run)
         last = self.source.at_end(keep=by_step or bool(saves) or step == self.max_steps)
-        ending = decisions.ending(self, epoch_ends=last)
+        ending = decisions.ending(self, run, epoch_ends=last)
         if not (by_step or saves or last or ending):
             return
-        self.stop_agreement.hold(2 * step + 1)
+        run.stop.hold(behind_boundary(step))
         improved = False
         validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
         if validates and progress.validated_at != step and self.val_dataloader is not None:
             metrics = self.evaluate()
-            if metrics is None and self.stop_agreement.reached(2 * step + 1):
+            if metrics is None and run.stop.reached(behind_boundary(step)):
                 return self._leave(pending=["validation"])
-            improved = decisions.judge(self, self.world.broadcast_object(metrics or {}))
+            improved = decisions.judge(self, run, self.world.broadcast_object(metrics or {}))
         if last:
             self._end_epoch()
         if ending or decisions.out_of_patience(self):
             progress.ended_by = ending or "early stop"
-            lifecycle.write_open_row(self)
-        reasons = decisions.save_reasons(self, epoch_ended=last, improved=improved)
+            lifecycle.write_open_row(self, run)
+        reasons = decisions.save_reasons(self, run, epoch_ended=last, improved=improved)
         if reasons or progress.ended_by:
-            self._save(reasons + ["end"] * bool(progress.ended_by), best=improved)
-        if not self.is_over and self.stop_agreement.reached(2 * step + 1):
+            self._save(reasons + (["end"] if progress.ended_by else []), best=improved)
+        if not run.is_over and run.stop.reached(behind_boundary(step)):
             self._leave(pending=[])
 
     def evaluate(self) -> dict[str, float] | None:
@@ -339,11 +351,15 @@ class Trainer(TrainerBase):
         Returns:
             The metrics over all ranks, or None if the run is to stop and this was abandoned.
         """
-        return validate(self)
+        if self._run is None:
+            raise ConfigError(
+                "evaluate() works within a run: call it from a hook or a train() of yours."
+            )
+        return validate(self, self._run)
 
     def _end_epoch(self) -> None:
         self.optimization.step_schedulers("epoch")
-        for hook in self.events.on_train_epoch_end:
+        for hook in self._at_hand.events.on_train_epoch_end:
             hook()
         self.progress.epoch += 1
         self.progress.batch = 0
@@ -354,30 +370,64 @@ class Trainer(TrainerBase):
         On several ranks each of them has to ask, in the same window. What ends a run (the reasons
         "stop" and "end") is waited for.
         """
-        if self.saver is None or self.checkpoint_policy is None:
+        run = self._at_hand
+        if run.saver is None or self.checkpoint_policy is None:
             return
-        if self._settled:
-            saving.save(self, list(reasons), best=best)
+        if run.settled:
+            saving.save(self, run, list(reasons), best=best)
         else:
-            self._asked_saves += reasons
+            run.asked_saves += reasons
 
     def _save(self, reasons: list[str], *, best: bool = False) -> None:
-        self._settled, self._asked_saves = True, []
+        run = self._at_hand
+        run.settled, run.asked_saves = True, []
         self.checkpoint(reasons, best=best)
-        self._settled = False
+        run.settled = False
 
     def _leave(self, pending: list[str]) -> None:
         """Stops here, at the agreed boundary, with a checkpoint that says what is left to do."""
         self.progress.pending = pending
         self._save(["stop"])
         self.source.close()
-        self._stopped = True
+        self._at_hand.stopped = True
 
     # The run around the loop
 
-    def running(self, seed: int | None = None) -> AbstractContextManager[None]:
-        """The life of a run around its loop; inside a run that is open already, nothing."""
-        return lifecycle.running(self, seed)
+    @contextmanager
+    def running(self, seed: int | None = None) -> Iterator[None]:
+        """The life of a run around its loop; inside a run that is open already, nothing.
+
+        Args:
+            seed: of every random stream of the run; 0 unless given.
+
+        Raises:
+            Preempted: a signal stopped the run, which was saved (a SystemExit with code 75).
+        """
+        if self._run is not None:
+            yield
+            return
+        check_settings(self)
+        run = self._open_run(seed)
+        boundary = partial(self._boundary, run)
+        groups = groups_of(run, self, leave=self._leave, boundary=boundary)
+        run.groups = self.replica_groups = groups
+        try:
+            with lifecycle.running(self, run):
+                self._enter(run)
+                yield
+        finally:
+            self._drop_run()
+
+    def _enter(self, run: Run) -> None:
+        """What is due before the first window: a stop, a pending boundary, a first checkpoint."""
+        if run.is_over:
+            return
+        if run.stop.reached(lifecycle.first_point(run)):
+            self._leave(self.progress.pending)
+        elif self.progress.pending:
+            self._boundary(run)
+        elif self.on_nonfinite == "rewind" and run.sinks_state is None:
+            self._save(["start"])  # there has to be one to go back to
 
     def is_overridden(self, name: str) -> bool:
         """Whether a method of the Trainer's is overridden, on the class or on the instance."""
@@ -388,15 +438,15 @@ class Trainer(TrainerBase):
 
     def setup(self) -> None:
         """Places the components: device, compilation, replicas."""
-        lifecycle.place(self)
+        self._place_models()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as one tree (`checkpoint/state.py` lists it)."""
-        return gather_state(self)
+        return gather_state(self, self._at_hand)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, within a run."""
-        load_state(self, state_dict)
+        load_state(self, self._at_hand, state_dict)
 
 
 def _own(components: Any) -> Any:

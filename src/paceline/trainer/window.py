@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from paceline.data.batches import count_first_dimension, samples_in
 from paceline.data.source import Draw
 from paceline.errors import DataError
 from paceline.trainer.progress import as_number
-from paceline.world.batches import each_leaf
-from paceline.world.context import part_of
+from paceline.trainer.run import Run
 from paceline.world.seeding import mix, seed_everything
-
-if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
 
 
 class Window:
@@ -29,6 +26,11 @@ class Window:
     the device, seeds its random stream, switches gradient exchange on for the last one, and fires
     the batch events.
 
+    Args:
+        run: at hand.
+        draw: what the training data gave for it.
+        first_batch_idx: the index, within the epoch, of its first micro-batch.
+
     Attributes:
         items: items of all ranks in the window (a number, or a tensor if counted on a device).
         samples: samples of all ranks in the window.
@@ -38,14 +40,13 @@ class Window:
         discarded: whether a non-finite value keeps this window from the weights.
     """
 
-    def __init__(self, trainer: Trainer, draw: Draw, first_batch_idx: int) -> None:
-        self._trainer = trainer
+    def __init__(self, run: Run, draw: Draw, first_batch_idx: int) -> None:
+        self._run = run
         self._draw = draw
         self._first = first_batch_idx
         self._position = 0
         self._batches: list[Any] | None = None
-        self._as_read = trainer.on_cpu and trainer.parallel.context == 1
-        self._shares = trainer.world.dp_size  # by which the weights add up, as gradients average
+        self._shares = run.world.dp_size  # by which the weights add up, as gradients average
         self.samples = draw.samples
         self.counts: list[Any] = draw.sizes
         self.items: Any = draw.samples
@@ -55,7 +56,7 @@ class Window:
         self.loss: Any = None
         self.batch: Any = None
         self.discarded = False
-        if draw.samples < 0 or trainer.counts_items:
+        if draw.samples < 0 or run.count_items is not None:
             self._count()
 
     def __len__(self) -> int:
@@ -91,32 +92,32 @@ class Window:
                 "a window's batches are read once: do all that a batch is for in one pass over "
                 "the window (self.backward(loss, only=...) keeps several losses apart)."
             )
-        trainer, events = self._trainer, self._trainer.events
-        key = mix(trainer.model_key, trainer.global_step)
+        run, events, progress = self._run, self._run.events, self._run.progress
+        key = mix(run.model_key, progress.global_step)
         count = len(self._draw.sizes)
         for j in range(count):
             batch = self.present(j)
-            for replica in trainer.replicas:
+            for replica in run.placement.replicas:
                 replica.begin(exchange=j == count - 1)
             seed_everything(mix(key, j))
             if self.stand_in:
-                with buffers_kept(trainer):
+                with buffers_kept(run):
                     yield batch, self._first + j
                 continue
             for hook in events.on_train_batch_start:
                 hook(batch, self._first + j)
             yield batch, self._first + j
-            trainer.local_batches += 1
+            progress.local_batches += 1
             for hook in events.on_train_batch_end:
                 hook(batch, self._first + j, self.loss)
-        trainer.batch_items = None
+        run.batch_items = None
 
     def present(self, j: int) -> Any:
         """Makes a micro-batch the one at hand, and returns its batch."""
         self._position = j
         self.batch = self._fetch(j)
         self.stand_in = self._draw.sizes[j] == 0
-        self._trainer.batch_items = self.counts[j]
+        self._run.batch_items = self.counts[j]
         self.weight = self.counts[j] * self._shares / self._whole
         return self.batch
 
@@ -129,29 +130,30 @@ class Window:
     def _fetch(self, j: int) -> Any:
         if self._batches is not None:
             return self._batches[j]
-        batch = self._draw.batch(j)
-        return batch if self._as_read else here(self._trainer, batch)
+        batch, placement = self._draw.batch(j), self._run.placement
+        return batch if placement.takes_batches_as_read else placement.local_batch(batch)
 
     def _count(self) -> None:
         """Counts items that only the batches tell: all of them are read before the first is run."""
-        trainer, sizes = self._trainer, self._draw.sizes
+        run, sizes = self._run, self._draw.sizes
+        count_items = run.count_items or count_first_dimension
         real = [batch for batch, size in zip(self.read(), sizes, strict=True) if size != 0]
-        counted = iter([trainer.count_items(batch) for batch in real])
+        counted = iter([count_items(batch) for batch in real])
         self.counts = [next(counted) if size != 0 else 0 for size in sizes]
-        if trainer.world.reads_are_free:
+        if run.world.reads_are_free:
             self.counts = [as_number(count) for count in self.counts]
         items: Any = sum(self.counts)
-        samples = sum(map(_samples_in, real)) if self.samples < 0 else self.samples
-        if trainer.world.parts > 1:
-            self._shares = trainer.world.parts
-            both = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+        samples = sum(map(samples_in, real)) if self.samples < 0 else self.samples
+        if run.world.parts > 1:
+            self._shares = run.world.parts
+            both = torch.zeros(2, dtype=torch.float64, device=run.device)
             both[0], both[1] = items, samples
-            trainer.world.sum_parts(both)
-            items, shared = map(as_number, both) if trainer.world.reads_are_free else both
+            run.world.sum_parts(both)
+            items, shared = map(as_number, both) if run.world.reads_are_free else both
             samples = shared if self.samples < 0 else samples
-        elif trainer.replica_groups is not None:
+        elif run.groups is not None:
             both = torch.tensor([items, samples], dtype=torch.float64)
-            trainer.replica_groups.add_up(both)
+            run.groups.add_up(both)
             items, shared = map(as_number, both)
             samples = shared if self.samples < 0 else samples
         self.items, self.samples = items, samples
@@ -163,79 +165,21 @@ class Window:
 
 
 class buffers_kept:
-    """Leaves no trace of a stand-in's forward pass: no log entry and no running statistics."""
+    """Leaves no trace of a stand-in's forward pass: no log entry and no running statistics.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    Args:
+        run: whose models' buffers are kept.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def __enter__(self) -> None:
-        self._trainer.muted = True
-        self._held = [
-            (buffer, buffer.clone())
-            for model in self._trainer.named_models().values()
-            for buffer in model.buffers()
-        ]
+        self._run.muted = True
+        self._held = [(buffer, buffer.clone()) for buffer in self._run.buffers()]
 
     def __exit__(self, *_: Any) -> None:
-        self._trainer.muted = False
+        self._run.muted = False
         with torch.no_grad():
             for buffer, value in self._held:
                 buffer.copy_(value)
-
-
-def here(trainer: Trainer, batch: Any) -> Any:
-    """What this rank computes of a batch, on its device."""
-    if trainer.world.context_mesh is not None:
-        batch = part_of(batch, trainer.world.context_mesh, ring=trainer.parallel.rings)
-    return batch if trainer.on_cpu else to_device(batch, trainer.device)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on `device`; containers and `.to` objects are followed."""
-
-    def move(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return leaf.to(device, non_blocking=True)
-        return leaf.to(device) if hasattr(leaf, "to") else leaf
-
-    return each_leaf(batch, move)
-
-
-def _samples_in(batch: Any) -> int:
-    found = _first_tensor(batch)
-    return 1 if found is None or found.dim() == 0 else found.shape[0]
-
-
-def count_first_dimension(batch: Any) -> int:
-    """The leading dimension of the first tensor in a batch: its number of samples.
-
-    Raises:
-        DataError: there is no tensor in it.
-    """
-    found = _first_tensor(batch)
-    if found is None or found.dim() == 0:
-        raise DataError(
-            f"cannot count the items of a batch of type {type(batch).__name__}, which holds no "
-            "tensor with a leading dimension: override count_items(batch)."
-        )
-    return found.shape[0]
-
-
-def _first_tensor(batch: Any) -> torch.Tensor | None:
-    if isinstance(batch, torch.Tensor):
-        return batch
-    values = batch.values() if isinstance(batch, dict) else batch
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        return None
-    return next((t for value in values if (t := _first_tensor(value)) is not None), None)
-
-
-def describe(batch: Any) -> str:
-    """A batch in a few words: types, shapes and dtypes."""
-    if isinstance(batch, torch.Tensor):
-        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
-    if isinstance(batch, dict):
-        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, (list, tuple)):
-        return f"{type(batch).__name__}[" + ", ".join(map(describe, batch[:8])) + "]"
-    return type(batch).__name__

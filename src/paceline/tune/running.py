@@ -11,7 +11,7 @@ from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, Preempted
 from paceline.recipe.seeds import Seeds
 from paceline.trainer.monitor import MetricMonitor
-from paceline.trainer.schedules import takes_metric
+from paceline.trainer.optimization import takes_metric
 from paceline.trainer.settings import Resume
 from paceline.trainer.trainer import Trainer
 from paceline.tune.run_config import RunConfig

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
+from paceline.data.batches import each_leaf
 from paceline.errors import ConfigError, DataError
-from paceline.world.batches import each_leaf
 
 _entered: Sequences | None = None  # while a batch of parts is computed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,11 @@ class World:
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints a line about the run, on rank 0."""
+        if self.is_main:
+            print(f"paceline: {text}", file=sys.stderr, flush=True)
 
     @property
     def leads_part(self) -> bool:

@@ -1,0 +1,89 @@
+"""Batches: tensors in containers of any depth. Moving, counting and describing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from paceline.errors import DataError
+
+
+def each_leaf(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """Replaces what is no list, tuple or dictionary in a batch.
+
+    Args:
+        batch: lists, tuples and dictionaries of any depth.
+        change: gives what takes a leaf's place.
+
+    Returns:
+        The batch, in containers of the same types.
+    """
+    if isinstance(batch, dict):
+        return type(batch)((key, each_leaf(value, change)) for key, value in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(each_leaf(value, change) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(each_leaf(value, change) for value in batch)
+    return change(batch)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Moves every tensor in a batch, and every object with a method `to`.
+
+    Args:
+        batch: tensors and other objects, in lists, tuples and dictionaries of any depth.
+        device: where they go; nothing waits for the copies.
+
+    Returns:
+        The batch, in containers of the same types.
+    """
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+    return each_leaf(batch, move)
+
+
+def samples_in(batch: Any) -> int:
+    """The number of samples in a batch; 1 if it holds no tensor that says."""
+    found = _first_tensor(batch)
+    return 1 if found is None or found.dim() == 0 else found.shape[0]
+
+
+def count_first_dimension(batch: Any) -> int:
+    """The leading dimension of the first tensor in a batch: its number of samples.
+
+    Raises:
+        DataError: there is no tensor in it.
+    """
+    found = _first_tensor(batch)
+    if found is None or found.dim() == 0:
+        raise DataError(
+            f"cannot count the items of a batch of type {type(batch).__name__}, which holds no "
+            "tensor with a leading dimension: override count_items(batch)."
+        )
+    return found.shape[0]
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    values = batch.values() if isinstance(batch, dict) else batch
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        return None
+    return next((t for value in values if (t := _first_tensor(value)) is not None), None)
+
+
+def describe(batch: Any) -> str:
+    """A batch in a few words: types, shapes and dtypes."""
+    if isinstance(batch, torch.Tensor):
+        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, dict):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return f"{type(batch).__name__}[" + ", ".join(map(describe, batch[:8])) + "]"
+    return type(batch).__name__

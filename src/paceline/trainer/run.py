@@ -1,0 +1,163 @@
+"""Run: what exists only while a run is open. It is made at its start and dropped at its end.
+
+The parts of a run (`Window`, `Optimization`, `NonFiniteGuard`, `Recorder`, `ReplicaGroups`) are
+given it in place of the Trainer. What outlasts a run (settings, components, counters, the result)
+is the Trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from paceline.checkpoint import Checkpoints
+from paceline.log.lock import FolderLock
+from paceline.log.plan import Plan
+from paceline.log.provenance import RunRecord
+from paceline.trainer.events import Events, Hooks
+from paceline.trainer.placement import Placement
+from paceline.trainer.progress import Progress
+from paceline.trainer.stop import StopAgreement
+from paceline.world.world import World
+
+
+class Settings(Protocol):
+    """The Trainer's settings, as far as the parts of a run read them."""
+
+    precision: str
+    max_grad_norm: float | None
+    check_gradients: bool
+    lr_scheduler_interval: str
+    on_nonfinite: str
+    run_dir: Path | None
+
+
+class Components(Protocol):
+    """The Trainer's components by name; a name may stand for another object after `setup`."""
+
+    def named_models(self) -> Mapping[str, torch.nn.Module]:
+        """The models."""
+        ...
+
+    def named_optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        """The optimizers."""
+        ...
+
+    def named_schedulers(self) -> Mapping[str, Any] | None:
+        """The learning-rate schedulers."""
+        ...
+
+    def get_name_by_optimizer(self, optimizer: torch.optim.Optimizer) -> str:
+        """The name of one of the optimizers."""
+        ...
+
+
+class Groups(Protocol):
+    """The replica groups that share each step, as far as the parts of a run ask them."""
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Sums a tensor over the groups, in place, within a window."""
+        ...
+
+    def commit(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Adds up the window's gradients; whether the groups agree that it counts."""
+        ...
+
+
+@dataclass(eq=False)
+class Run:
+    """A run from its start to its end.
+
+    Args:
+        settings: of the Trainer.
+        components: of the Trainer.
+        world: the ranks.
+        seed: of every random stream.
+        progress: the Trainer's counters.
+        plan: takes what is decided without being asked.
+        placement: puts models where they compute, and knows how they lie.
+        stop: the ranks' agreement on where to stop.
+
+    Attributes:
+        device: where this rank computes.
+        on_cpu: whether that is a CPU.
+        events: which methods listen to which event.
+        saver: writes checkpoints and finds them; None if nothing is written.
+        record: run.json.
+        folder_lock: keeps other processes from the run's folder.
+        identity: what a resumed run must find unchanged, by dotted key.
+        scaler: scales losses in fp16, else None.
+        model_key: the stream that models' random numbers come from.
+        count_items: counts a batch's items, if the user does so; else None.
+        groups: the replica groups that take each step together, if there are any.
+        batch_items: items of the batch at hand, the weight of what is logged; None between batches.
+        muted: whether a stand-in is running, so that nothing is logged.
+        validating: whether a validation is under way.
+        trained: whether this process has something to train.
+        settled: whether the loop is between two windows with nothing pending, so that state may be
+            saved.
+        stopped: whether the run stops before training is over.
+        rewinding: whether to go back to a checkpoint behind this window, to skip `rewind_step`.
+        asked_saves: reasons of checkpoints that were asked for within a window.
+        saved_at: step and pending parts of the last checkpoint.
+        sinks_state: where the sinks stood in the checkpoint that the run resumed from, by rank.
+        cleanup: what is undone at the end.
+    """
+
+    settings: Settings
+    components: Components
+    world: World
+    seed: int
+    progress: Progress
+    plan: Plan
+    placement: Placement
+    stop: StopAgreement
+
+    events: Events = field(default_factory=lambda: Events(Hooks(), ()))
+    saver: Checkpoints | None = None
+    record: RunRecord = field(default_factory=lambda: RunRecord(None))
+    folder_lock: FolderLock = field(default_factory=lambda: FolderLock())
+    identity: dict[str, Any] = field(default_factory=dict)
+    scaler: torch.amp.GradScaler | None = None
+    model_key: int = 0
+    count_items: Callable[[Any], Any] | None = None
+    groups: Groups | None = None
+    batch_items: int | float | torch.Tensor | None = None
+    muted: bool = False
+    validating: bool = False
+    trained: bool = False
+    settled: bool = False
+    stopped: bool = False
+    rewinding: bool = False
+    rewind_step: int = -1
+    asked_saves: list[str] = field(default_factory=list)
+    saved_at: tuple[int, list[str]] | None = None
+    sinks_state: dict[str, dict[str, Any]] | None = None
+    cleanup: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        self.device = self.world.device
+        self.on_cpu = self.device.type == "cpu"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to do in this process."""
+        return self.stopped or self.progress.ended_by is not None
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps (windows) done."""
+        return self.progress.global_step
+
+    def request_rewind(self, step: int) -> None:
+        """Asks to go back to the newest checkpoint, and to skip the window of `step` then."""
+        self.rewinding, self.rewind_step = True, step
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Every buffer of the models."""
+        return [b for model in self.components.named_models().values() for b in model.buffers()]

@@ -1,0 +1,267 @@
+"""The state of a run as one tree: gathered for a checkpoint, and loaded from one.
+
+torch's schedulers keep their settings in their state, so that loading it would bring the old ones
+back in silence. `identity.py` compares them instead; a change that is accepted puts the new
+schedule where it would stand had it run from the start.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from paceline.checkpoint import check_fits
+from paceline.checkpoint.state import (
+    check_optimizer_state,
+    load_model_state,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_names,
+)
+from paceline.errors import ResumeError
+from paceline.trainer.base import TrainerBase
+from paceline.trainer.callback import named_callbacks
+from paceline.trainer.optimization import takes_metric
+from paceline.trainer.resume import check_identity, horizon
+from paceline.trainer.run import Run
+from paceline.world.dtensors import reshard
+
+# What schedulers write into an optimizer's groups.
+_SCHEDULED = (
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "momentum",
+    "betas",
+    "base_momentum",
+    "max_momentum",
+)
+
+
+def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
+    """The state tree of `checkpoint/state.py`, referring to live tensors.
+
+    Args:
+        trainer: whose state it is.
+        run: between two windows.
+    """
+    models = trainer.named_models()
+    reshard(models.values())  # a call between two windows leaves parameters gathered
+    names = parameter_names(models)
+    rank = {**trainer.recorder.state_dict()}
+    source = trainer.source.state_dict()
+    if trainer.source.per_rank:
+        rank["data"] = source
+    monitor, scaler, pipeline = trainer.metric_monitor, run.scaler, run.placement.pipeline
+    optimizers = {
+        name: optimizer_state(optimizer, names)
+        for name, optimizer in trainer.named_optimizers().items()
+    }
+    if pipeline is not None:
+        pipeline.complete(optimizers)
+    return {
+        "models": {name: model.state_dict() for name, model in models.items()},
+        "optimizers": optimizers,
+        "schedulers": {
+            name: scheduler.state_dict()
+            for name, scheduler in (trainer.named_schedulers() or {}).items()
+        },
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "progress": run.progress.state_dict(),
+        "data": None if trainer.source.per_rank else source,
+        "monitor": None if monitor is None else monitor.state_dict(),
+        "callbacks": {
+            name: state
+            for name, callback in named_callbacks(trainer.callbacks).items()
+            if (state := callback.state_dict())
+        },
+        "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
+        "rank": {str(run.world.rank): rank},
+        "identity": run.identity,
+        "horizon": horizon(trainer),
+        **_of_groups(trainer),
+    }
+
+
+def _of_groups(trainer: TrainerBase) -> dict[str, Any]:
+    groups = trainer.replica_groups
+    return {} if groups is None else {"replica_groups": groups.state_dict()}
+
+
+def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
+    """Puts a state tree back into the trainer's objects.
+
+    Args:
+        trainer: whose objects they are.
+        run: between two windows, or at its start.
+        tree: as `gather_state` gave it.
+
+    Raises:
+        MismatchError, ResumeError: it does not fit; nothing that could be checked was changed.
+    """
+    accepted = check_identity(run.identity, horizon(trainer), tree, trainer.resume)
+    _check_fits(trainer, tree)
+    models = trainer.named_models()
+    for name, model in models.items():
+        load_model_state(model, tree["models"][name], f"model {name!r}")
+    _load_optimizers(trainer, tree, accepted, parameter_names(models))
+    if run.scaler is not None and tree["scaler"] is not None:
+        run.scaler.load_state_dict(tree["scaler"])
+    run.progress.load_state_dict(tree["progress"])
+    _load_data(trainer, run, tree)
+    if trainer.metric_monitor is not None and tree["monitor"] is not None:
+        trainer.metric_monitor.load_state_dict(tree["monitor"])
+    _load_named(trainer, "callback", named_callbacks(trainer.callbacks), tree["callbacks"])
+    _load_named(trainer, "checkpoint object", trainer.named_objects(), tree["objects"])
+    trainer.recorder.load_state_dict(tree["rank"])
+    if trainer.replica_groups is not None:
+        trainer.replica_groups.load_state_dict(tree.get("replica_groups", {}))
+
+
+def _check_fits(trainer: TrainerBase, tree: dict[str, Any]) -> None:
+    models, optimizers = trainer.named_models(), trainer.named_optimizers()
+    _check_names("models", models, tree["models"])
+    _check_names("optimizers", optimizers, tree["optimizers"])
+    _check_names("schedulers", trainer.named_schedulers() or {}, tree["schedulers"])
+    for name, model in models.items():
+        check_fits(model.state_dict(), tree["models"][name], f"model {name!r}")
+    names = parameter_names(models)
+    for name, optimizer in optimizers.items():
+        stored = tree["optimizers"][name]
+        check_optimizer_state(optimizer, stored, names, f"optimizer {name!r}")
+
+
+def _load_optimizers(
+    trainer: TrainerBase, tree: dict[str, Any], accepted: list[str], names: dict[int, str]
+) -> None:
+    """Optimizers and their schedulers, with the changes that were accepted."""
+    schedulers = trainer.named_schedulers() or {}
+    for name, optimizer in trainer.named_optimizers().items():
+        mine = {key: s for key, s in schedulers.items() if s.optimizer is optimizer}
+        stored = [tree["schedulers"][key] for key in mine]
+        wanted = _wanted(optimizer, name, accepted)
+        course = None
+        if mine and _schedule_changed(name, mine, accepted):
+            course = replayed(list(mine.values()), stored)
+        load_optimizer_state(optimizer, tree["optimizers"][name], names, f"optimizer {name!r}")
+        if course is not None:
+            put(optimizer, course)
+        else:
+            for (key, scheduler), state in zip(mine.items(), stored, strict=True):
+                changed = [k.removeprefix(key + ".") for k in accepted if k.startswith(key + ".")]
+                load_schedule(scheduler, state, changed)
+        _apply(optimizer, wanted, mine if course is None else None)
+
+
+def _schedule_changed(name: str, schedulers: dict[str, Any], accepted: list[str]) -> bool:
+    rates = [key for key in accepted if key.startswith(name + ".") and key.endswith(".lr")]
+    return bool(rates) or any(
+        key.startswith(scheduler + ".") for scheduler in schedulers for key in accepted
+    )
+
+
+def _load_data(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
+    source, world = trainer.source, run.world
+    if (tree["data"] is None) != source.per_rank:
+        raise ResumeError(
+            "the checkpoint's place in the data is of another kind of loader (map-style against "
+            "streamed): go on with the loader it began with, or start from its weights (init_from)."
+        )
+    if not source.per_rank:
+        source.load_state_dict(tree["data"])
+        if run.progress.batch:  # else it was saved at an epoch's end, where the data still is
+            run.progress.batch = source.batches_done()  # as this number of ranks counts them
+        return
+    if len(tree["rank"]) != world.size:
+        raise ResumeError(
+            f"the training loader keeps its own place on each rank: a run of {len(tree['rank'])} "
+            f"ranks cannot go on with {world.size}. A map-style dataset can."
+        )
+    source.load_state_dict(tree["rank"][str(world.rank)]["data"])
+
+
+def _load_named(
+    trainer: TrainerBase, kind: str, here: dict[str, Any], stored: dict[str, Any]
+) -> None:
+    for name, thing in here.items():
+        if name in stored:
+            thing.load_state_dict(stored[name])
+        elif thing.state_dict():
+            trainer.say(f"the {kind} {name!r} is new in this run: it starts fresh.")
+    for name in stored:
+        if name not in here:
+            trainer.say(f"the {kind} {name!r} of the checkpoint is no longer there.")
+
+
+def _check_names(kind: str, here: Any, stored: Any) -> None:
+    if set(here) != set(stored):
+        raise ResumeError(
+            f"the checkpoint holds the {kind} {', '.join(sorted(stored)) or 'none'}; this run has "
+            f"{', '.join(sorted(here)) or 'none'}."
+        )
+
+
+def _wanted(
+    optimizer: torch.optim.Optimizer, name: str, accepted: list[str]
+) -> list[dict[str, Any]]:
+    """What the accepted keys are in each group of the new run's optimizer."""
+    keys = [key.removeprefix(name + ".") for key in accepted if key.startswith(name + ".")]
+    return [
+        {
+            key: group.get("initial_lr", group[key]) if key == "lr" else group[key]
+            for key in {each.removeprefix(f"group{i}.") for each in keys}
+            if key in group
+        }
+        for i, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def _apply(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]], schedulers: Any) -> None:
+    """Writes accepted settings; rates under schedulers keep their place, or were replayed."""
+    for i, (group, values) in enumerate(zip(optimizer.param_groups, wanted, strict=True)):
+        for key, value in values.items():
+            if key != "lr" or "initial_lr" not in group:
+                group[key] = value
+            elif schedulers is not None:
+                group["lr"] = value * (group["lr"] / group["initial_lr"])
+                group["initial_lr"] = value
+                for scheduler in schedulers.values():
+                    if hasattr(scheduler, "base_lrs"):
+                        scheduler.base_lrs[i] = value
+
+
+def replayed(schedulers: list[Any], stored: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Brings one optimizer's new schedulers to where stored ones stand.
+
+    Args:
+        schedulers: as constructed, and their optimizer with them.
+        stored: the state of each in the checkpoint.
+
+    Returns:
+        What they then want in each of the optimizer's groups; None if they cannot be replayed.
+    """
+    if any(takes_metric(s) or s.last_epoch != 0 for s in schedulers):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no optimizer steps in between
+        for scheduler, state in zip(schedulers, stored, strict=True):
+            for _ in range(state["last_epoch"]):
+                scheduler.step()
+    groups = schedulers[0].optimizer.param_groups
+    return [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+
+
+def load_schedule(scheduler: Any, stored: dict[str, Any], changed: list[str]) -> None:
+    """Loads a scheduler's state, but for the settings in `changed`, which stay as they are."""
+    kept = {name: vars(scheduler)[name] for name in changed if name in vars(scheduler)}
+    scheduler.load_state_dict(stored)
+    vars(scheduler).update(kept)
+
+
+def put(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]]) -> None:
+    """Writes what `replayed` gave, after the optimizer's state was loaded."""
+    for group, values in zip(optimizer.param_groups, wanted, strict=True):
+        group.update(values)

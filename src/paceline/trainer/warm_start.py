@@ -1,0 +1,78 @@
+"""Warm start: a new run from the weights of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from paceline.checkpoint import load_tree, scan, verify
+from paceline.checkpoint.safetensors_file import read_metadata
+from paceline.checkpoint.state import load_tensors
+from paceline.errors import CheckpointError
+
+
+def load_weights(
+    models: Mapping[str, torch.nn.Module], path: Path, say: Callable[[str], None]
+) -> None:
+    """Loads model weights alone, by name; says what was loaded, missing and unexpected.
+
+    Args:
+        models: by name, which get them.
+        path: a checkpoint, a run's folder, or an exported safetensors file.
+        say: prints a line.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or no name fits.
+    """
+    source, stored = _weights_at(models, path, say)
+    loaded, missing, unexpected = 0, [], []
+    for name, model in models.items():
+        here, there = model.state_dict(keep_vars=True), stored.get(name, {})
+        fits = {k: v for k, v in there.items() if k in here and v.shape == here[k].shape}
+        loaded += len(fits)
+        tied = {id(here[k]) for k in fits}  # an exported file has tied weights under one name
+        missing += [f"{name}.{k}" for k in here if k not in fits and id(here[k]) not in tied]
+        unexpected += [f"{name}.{k}" for k in there if k not in fits]
+        load_tensors(model, fits)
+    if not loaded:
+        raise CheckpointError(f"init_from={path}: no tensor there fits this trainer's models.")
+    say(
+        f"weights from {source}: {loaded} tensors loaded; missing: {', '.join(missing) or 'none'}; "
+        f"unexpected: {', '.join(unexpected) or 'none'}."
+    )
+
+
+def _weights_at(
+    models: Mapping[str, torch.nn.Module], path: Path, say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """Where the weights are found, and the models' states by name."""
+    if path.is_file():
+        named = read_metadata(path).get("model")
+        name = named if named is not None and named in models else next(iter(models))
+        return path, {name: load_file(path)}
+    folder = _checkpoint_in(path, say)
+    return folder, load_tree(folder, parts=("models",))["models"]
+
+
+def _checkpoint_in(path: Path, say: Callable[[str], None]) -> Path:
+    """A checkpoint's folder, or the newest intact one of a run's folder; nothing is moved there."""
+    if (path / "manifest.json").exists():
+        verify(path)
+        return path
+    found, broken = scan(path / "checkpoints")
+    for _, error in broken:
+        say(f"init_from: {error}; another checkpoint is looked for.")
+    for checkpoint in reversed(found):
+        try:
+            verify(checkpoint.path)
+        except CheckpointError as error:
+            say(f"init_from: {error}; an older checkpoint is looked for.")
+        else:
+            return checkpoint.path
+    raise CheckpointError(
+        f"init_from={path} is neither a checkpoint nor a run with one nor a safetensors file."
+    )
