@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline import Parallel
-from paceline.world.context import Sequences, attention, positions, ring_attention
+from paceline.parallel.context_parallel import Sequences, attention, positions, ring_attention
 from paceline.world.world import World
 
 ROUNDS = 10

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from paceline import Trainer
-from paceline.world.context import attention, positions
+from paceline.parallel import attention, positions
 
 
 @cache

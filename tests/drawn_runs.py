@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Callback, CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import SWA, AveragedWeights, GradientMonitor
-from paceline.world.context import attention, positions
+from paceline.parallel import attention, positions
 from paceline.world.dtensors import whole
 
 WORDS, LENGTH, WIDTH = 17, 8, 8

@@ -23,9 +23,9 @@ def emulate(*, exact: bool = False) -> None:
     """
     from torch.distributed.tensor.experimental._attention import _cp_options
 
-    from paceline.world import context
+    from paceline.parallel import context_parallel
 
-    context.why_no_ring = lambda device: None
+    context_parallel.why_no_ring = lambda device: None
     _cp_options.convert_to_f32 = not exact
     _kept.append(kernels := torch.library.Library("aten", "IMPL"))
     kernels.impl("_scaled_dot_product_flash_attention", _flash, "CPU")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from paceline import Trainer
-from paceline.world.context import attention
+from paceline.parallel import attention
 
 
 class Rows(Dataset):

@@ -13,9 +13,9 @@ from paceline.checkpoint.publication import discard, scan
 from paceline.data import loader
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
+from paceline.parallel.ddp import Replica
 from paceline.recipe.components import Checker
 from paceline.recipe.mistakes import Mistake, Mistakes
-from paceline.trainer.ddp import Replica
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window

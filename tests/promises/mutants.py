@@ -23,13 +23,14 @@ from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
 from paceline.log import provenance
 from paceline.log.sinks import RowFile
+from paceline.parallel import ddp
+from paceline.parallel.ddp import Replica
+from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
-from paceline.trainer import ddp, events, recorder, state_tree, window
-from paceline.trainer.ddp import Replica
+from paceline.trainer import events, recorder, state_tree, window
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
-from paceline.trainer.placement import Placement
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer

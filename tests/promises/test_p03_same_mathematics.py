@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.errors import LossError, NonFiniteError
+from paceline.parallel.ddp import Replica
 from paceline.trainer.callback import Callback
-from paceline.trainer.ddp import Replica
 from paceline.world.world import World
 from ranks import Ranks
 

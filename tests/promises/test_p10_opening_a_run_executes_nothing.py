@@ -17,8 +17,8 @@ from builders import Noisy, Regression, loader, make_model
 from command import Paceline
 from paceline.checkpoint import CheckpointPolicy, Checkpoints, load_tree, verify
 from paceline.errors import CheckpointError
-from paceline.report import find_runs
-from paceline.report.text import cell
+from paceline.runs import find_runs
+from paceline.runs.text import cell
 from paceline.world.world import World
 from ranks import Ranks
 

@@ -28,7 +28,7 @@ def test_a_right_recipe_is_accepted(recipe: Write):
 def test_a_package_that_a_setting_needs_is_named_at_the_setting(
     recipe: Write, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("paceline.trainer.float8.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("paceline.parallel.float8.importlib.util.find_spec", lambda name: None)
     text = "\n".join(refusal(recipe(), "trainer.precision=fp8"))
     assert "override 'trainer.precision=fp8': trainer.precision: " in text
     assert 'pip install "paceline[fp8]"' in text

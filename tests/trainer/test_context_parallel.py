@@ -18,7 +18,7 @@ from builders import StopAt, bits
 from emulated_ring import emulate
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError, DataError
-from paceline.world.context import (
+from paceline.parallel.context_parallel import (
     Sequences,
     attention,
     part_of,
@@ -286,7 +286,7 @@ def warned_of() -> list[list[str]]:
 def test_a_model_that_never_asks_for_attention_is_warned_of_once(ranks: Ranks) -> None:
     known, (strange,) = ranks(warned_of, 2)[0]
     assert known == []
-    assert "this model has not called paceline.world.context.attention" in strange
+    assert "this model has not called paceline.parallel.context_parallel.attention" in strange
 
 
 # torch's ring

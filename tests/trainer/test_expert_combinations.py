@@ -16,7 +16,7 @@ from builders import Count, StopAt, bits
 from emulated_ring import emulate
 from mixture import Mixture
 from paceline import Parallel, Trainer
-from paceline.world.context import attention
+from paceline.parallel import attention
 from paceline.world.dtensors import local_part, whole
 from ranks import Ranks
 

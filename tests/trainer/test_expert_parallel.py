@@ -18,8 +18,8 @@ from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError
+from paceline.parallel.expert_parallel import share_out
 from paceline.trainer.callback import Callback
-from paceline.trainer.expert_parallel import share_out
 from paceline.world.dtensors import local_part, whole
 from paceline.world.world import World
 from ranks import Ranks

@@ -15,9 +15,8 @@ from builders import StopAt, bits
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.errors import MissingExtraError, ResumeError
-from paceline.trainer import float8
+from paceline.parallel import attention, float8
 from paceline.trainer.settings import Resume
-from paceline.world.context import attention
 from paceline.world.dtensors import whole
 from ranks import Ranks
 from small import fitted
@@ -130,7 +129,7 @@ def test_the_fallback_is_bf16_bit_by_bit(installed: None) -> None:
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.trainer.float8.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("paceline.parallel.float8.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'pip install "paceline\[fp8\]"'):
         fitted(precision="fp8")
 

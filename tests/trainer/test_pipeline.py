@@ -18,7 +18,7 @@ from builders import assert_each_says, assert_stages_equal
 from paceline import Callback, CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientExplosion, GradientMonitor
 from paceline.errors import ConfigError
-from paceline.trainer.stages import balanced, layers_of
+from paceline.parallel.pipeline_stages import balanced, layers_of
 from paceline.world.dtensors import whole
 from ranks import Ranks
 

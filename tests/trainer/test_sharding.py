@@ -15,7 +15,7 @@ from builders import bits
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.errors import ConfigError
-from paceline.trainer.blocks import repeated_blocks
+from paceline.parallel.blocks import repeated_blocks
 from paceline.trainer.callback import Callback
 from paceline.world.dtensors import is_dtensor, whole
 from ranks import Ranks

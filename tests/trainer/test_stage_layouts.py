@@ -19,7 +19,7 @@ from builders import StopAt, assert_each_says, assert_stages_equal, bits
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.errors import ConfigError
-from paceline.world.context import attention, positions
+from paceline.parallel import attention, positions
 from paceline.world.dtensors import is_dtensor, whole
 from ranks import Ranks
 

@@ -244,7 +244,7 @@ def test_the_best_is_saved_when_no_checkpoint_is_due(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_knows_the_validation_of_its_own_epoch(tmp_path: Path) -> None:
-    trainer = scripted(1, 3, 2, run_dir=tmp_path, checkpoint=CheckpointPolicy(keep_last=None))
+    scripted(1, 3, 2, run_dir=tmp_path, checkpoint=CheckpointPolicy(keep_last=None))
     seen = [load_tree(tmp_path / "checkpoints" / n)["monitor"] for n in checkpoints(tmp_path)]
     assert seen == [
         {"best_value": 1.0, "worse_count": 0},

@@ -30,10 +30,10 @@ from paceline.checkup.fake import (
 from paceline.checkup.ledger import Ledger, Peak
 from paceline.data.loader import is_indexed
 from paceline.data.source import Draw
+from paceline.parallel.fsdp import follow
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.callback import Callback
-from paceline.trainer.sharding import follow
 from paceline.world.layout import Parallel
 from paceline.world.paper import WorldOnPaper
 

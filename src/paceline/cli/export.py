@@ -51,7 +51,7 @@ def export(
     model.load_state_dict(safetensors.torch.load_file(path)) takes them back.
     """
     from paceline.checkpoint.export import export as write
-    from paceline.report.text import printable
+    from paceline.runs.text import printable
 
     written = write(
         run, to=to, weights=weights.value, checkpoint=checkpoint, model=model,

@@ -74,7 +74,7 @@ def _show(error: PacelineError) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from paceline.report.text import printable
+    from paceline.runs.text import printable
 
     console = Console(stderr=True, soft_wrap=True)
     cause = error.__cause__

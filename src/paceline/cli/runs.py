@@ -15,7 +15,7 @@ import typer
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from paceline.report import Run
+    from paceline.runs import RunFolder
 
 _FIRST = ("name", "status", "step", "epoch", "monitor", "best")
 _LAST = ("started", "duration")
@@ -55,8 +55,8 @@ def runs(
     if diff:
         _compare(words or [], as_json)
         return
-    from paceline.report import find_runs, select
-    from paceline.report.select import check_keys
+    from paceline.runs import find_runs, select
+    from paceline.runs.select import check_keys
 
     folder, filters = _folder_and_filters(words or [])
     found = find_runs(folder)
@@ -84,7 +84,7 @@ def _folder_and_filters(words: list[str]) -> tuple[Path, list[str]]:
     return Path(folders[0] if folders else "runs"), [w for w in words if w not in folders]
 
 
-def _columns(chosen: list[Run]) -> list[str]:
+def _columns(chosen: list[RunFolder]) -> list[str]:
     """What is shown unless told otherwise, without what none of the runs has."""
     metrics = Counter(name for run in chosen for name in run.metrics)
     shown = {name for name, _ in metrics.most_common(_METRICS)}
@@ -93,8 +93,8 @@ def _columns(chosen: list[Run]) -> list[str]:
 
 
 def _compare(words: list[str], as_json: bool) -> None:
-    from paceline.report import differences
-    from paceline.report.runs import read
+    from paceline.runs import differences
+    from paceline.runs.listing import read
 
     if len(words) != 2:
         raise ConfigError("--diff compares two runs: give two run folders.")
@@ -121,7 +121,7 @@ def _print_table(keys: list[str], rows: list[list[Any]], by_key: bool = False) -
     from rich.table import Table
     from rich.text import Text
 
-    from paceline.report.text import cell, printable
+    from paceline.runs.text import cell, printable
 
     # Nothing is cut off where no terminal sets a width.
     console = Console(width=None if sys.stdout.isatty() else 100_000, highlight=False)
@@ -141,7 +141,7 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
-def _as_json(run: Run, wanted: list[str] | None) -> dict[str, Any]:
+def _as_json(run: RunFolder, wanted: list[str] | None) -> dict[str, Any]:
     """One run: the columns asked for, or all that is known of it."""
     if wanted is not None:
         return {key: _plain(run.get(key)) for key in wanted}
@@ -157,6 +157,6 @@ def _plain(value: Any) -> Any:
 
 
 def _note(text: str) -> None:
-    from paceline.report.text import printable
+    from paceline.runs.text import printable
 
     typer.echo(printable(text), err=True)

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 
 from paceline.data.loader import WindowSize
 from paceline.errors import ConfigError
+from paceline.parallel.float8 import missing
 from paceline.recipe.components import Component, signature_of
 from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.parts import Part, each, is_several
 from paceline.recipe.schema import Schema
 from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validation
-from paceline.trainer.float8 import missing
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.trainer import Trainer
 

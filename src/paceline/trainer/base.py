@@ -16,13 +16,13 @@ from paceline.data.batches import count_first_dimension
 from paceline.data.source import Source, Validation
 from paceline.errors import ConfigError
 from paceline.log.plan import Plan
+from paceline.parallel.blocks import outermost
+from paceline.parallel.ddp import Replica, Synchronizer, unwrap
+from paceline.parallel.placement import Placement
 from paceline.trainer.abstract import AbstractTrainer
-from paceline.trainer.blocks import outermost
-from paceline.trainer.ddp import Replica, Synchronizer, unwrap
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import Optimization
-from paceline.trainer.placement import Placement
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.replica_groups import ReplicaGroups
@@ -35,7 +35,7 @@ from paceline.world.layout import Parallel
 from paceline.world.world import World
 
 if TYPE_CHECKING:
-    from paceline.trainer.pipeline import Pipeline
+    from paceline.parallel.pipeline_parallel import Pipeline
 
 
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,15 +17,16 @@ import torch
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, MissingExtraError, nearest
+from paceline.parallel import context_parallel
+from paceline.parallel.float8 import missing
+from paceline.parallel.materialize import without_a_way
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.callback import Callback
 from paceline.trainer.events import misspelt_hooks
-from paceline.trainer.float8 import missing
-from paceline.trainer.materialize import without_a_way
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.settings import MODES
-from paceline.world import context, quorum
+from paceline.world import quorum
 from paceline.world.environment import replica_group
 from paceline.world.layout import Parallel
 
@@ -162,7 +163,7 @@ def _wrong_device(trainer: TrainerBase) -> list[str]:
     parallel: Any = trainer.parallel
     if not (isinstance(parallel, Parallel) and parallel.rings):
         return []
-    why = context.why_no_ring(trainer.device)
+    why = context_parallel.why_no_ring(trainer.device)
     return [f"parallel.context_attention='ring': {why}; say 'all_to_all'."] if why else []
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from paceline.errors import ConfigError, LossError
+from paceline.parallel.placement import check_spread
 from paceline.trainer.nonfinite import NonFiniteGuard
-from paceline.trainer.placement import check_spread
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.run import Run
 from paceline.trainer.weighting import check_loss, weighted
@@ -235,7 +235,7 @@ class Optimization:
         vars(optimizer).pop("found_inf", None)  # the guard's mask is for this step alone
 
     def _compare_whole_gradients(self) -> None:
-        from paceline.trainer.tensor_parallel import check_whole_gradients
+        from paceline.parallel.tensor_parallel import check_whole_gradients
 
         check_whole_gradients(self._run.components.named_models(), self._run.world)
         self.compared = True
@@ -256,7 +256,7 @@ def takes_metric(scheduler: Any) -> bool:
 def _scaler(world: World) -> torch.amp.GradScaler:
     if not world.parallel.is_spread:
         return torch.amp.GradScaler(world.device.type)
-    from paceline.trainer.spread_scaler import SpreadScaler
+    from paceline.parallel.grad_scaler import SpreadScaler
 
     return SpreadScaler(world.device.type, world)
 

@@ -19,8 +19,8 @@ from paceline.checkpoint import Checkpoints
 from paceline.log.lock import FolderLock
 from paceline.log.plan import Plan
 from paceline.log.provenance import RunRecord
+from paceline.parallel.placement import Placement
 from paceline.trainer.events import Events, Hooks
-from paceline.trainer.placement import Placement
 from paceline.trainer.progress import Progress
 from paceline.trainer.stop import StopAgreement
 from paceline.world.world import World

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from paceline.errors import DataError
-from paceline.trainer.ddp import probes, zero_of
+from paceline.parallel.ddp import probes, zero_of
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.run import Run

@@ -22,8 +22,8 @@ class Parallel:
         dp_shard: processes over which each copy is sharded (FSDP2). Every process sees samples of
             its own.
         tensor: processes over which modules are split, as `plan` says. They see the same samples.
-        context: processes over which sequences are split. The model asks `paceline.world.context`
-            for attention and positions.
+        context: processes over which sequences are split. The model calls
+            `paceline.parallel.attention` and `paceline.parallel.positions`.
         context_attention: how attention sees whole sequences: "all_to_all", each process computes
             some of the heads; "ring", torch's ring, on CUDA alone: keys and values go round, heads
             need not divide, and attention has to be causal.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from paceline.trainer.blocks import needed_blocks, repeated_blocks
+from paceline.parallel.blocks import needed_blocks, repeated_blocks
 
 
 def compile_blocks(

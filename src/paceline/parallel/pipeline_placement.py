@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from paceline.errors import ConfigError
-from paceline.trainer.blocks import repeated_blocks
-from paceline.trainer.ddp import Synchronizer
-from paceline.trainer.materialize import Materializer
-from paceline.trainer.pipeline import Pipeline
-from paceline.trainer.sharding import StageShards
-from paceline.trainer.stages import give_up, is_given_up, stages_of, tensors_of
+from paceline.parallel.blocks import repeated_blocks
+from paceline.parallel.ddp import Synchronizer
+from paceline.parallel.fsdp import StageShards
+from paceline.parallel.materialize import Materializer
+from paceline.parallel.pipeline_parallel import Pipeline
+from paceline.parallel.pipeline_stages import give_up, is_given_up, stages_of, tensors_of
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World, send
 

@@ -19,9 +19,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils.stateless import _reparametrize_module
 
 from paceline.errors import ConfigError, DataError
-from paceline.trainer.blocks import outermost, planned_modules
+from paceline.parallel.blocks import outermost, planned_modules
+from paceline.parallel.expert_dispatch import dispatch
 from paceline.world.dtensors import local_part
-from paceline.world.experts import dispatch
 from paceline.world.world import World
 
 

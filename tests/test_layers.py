@@ -1,4 +1,4 @@
-"""No module imports itself by way of others: the house is layered inside its rooms too.
+"""No module imports itself by way of others, and nothing but the Trainer reaches into a Trainer.
 
 Read from the syntax trees, so that imports inside functions and those for annotations alone count
 like any other.
@@ -64,6 +64,37 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     assert circles(imports(SOURCE)) == []
+
+
+def private_fields_of_a_trainer(path: Path) -> list[str]:
+    """Where a file reaches into a Trainer: `trainer._x`, or `self._trainer._x`."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+            continue
+        owner = node.value
+        name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+        if name.lstrip("_") == "trainer" and not node.attr.endswith("__"):
+            found.append(f"{path.name}:{node.lineno}: {name}.{node.attr}")
+    return found
+
+
+def test_only_the_trainer_touches_its_private_fields() -> None:
+    own = {SOURCE / "trainer" / name for name in ("trainer.py", "base.py", "run.py")}
+    files = [path for path in SOURCE.rglob("*.py") if path not in own]
+    assert [line for path in files for line in private_fields_of_a_trainer(path)] == []
+
+
+def test_the_parts_of_a_run_and_the_placement_know_no_trainer() -> None:
+    """What a window, a step and a placement need is given to them, by narrower types."""
+    graph = imports(SOURCE)
+    trainers = {"paceline.trainer.trainer", "paceline.trainer.base"}
+    parts = ("run", "window", "optimization", "nonfinite", "recorder", "replica_groups", "stop")
+    for name in graph:
+        if name.startswith("paceline.parallel.") or name in {
+            f"paceline.trainer.{p}" for p in parts
+        }:
+            assert not graph[name] & trainers, name
 
 
 def test_a_circle_is_found_wherever_its_imports_stand(tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ class Sequences:
         if not attends:
             warnings.warn(
                 f"parallel.context={self.mesh.size()}: this model has not called "
-                "paceline.world.context.attention. If it attends by other means, each process sees "
-                "its own part of a sequence alone.",
+                "paceline.parallel.attention. If it attends by other means, each process sees its "
+                "own part of a sequence alone.",
                 stacklevel=2,
             )
 

@@ -36,7 +36,7 @@ _YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One run folder and what its files say.
 
     Attributes:
@@ -94,7 +94,7 @@ class Run:
         return key in self.values or key in self.recipe
 
 
-def find_runs(folder: Path | str) -> list[Run]:
+def find_runs(folder: Path | str) -> list[RunFolder]:
     """Every run in a folder and below it, the latest started first.
 
     Args:
@@ -110,7 +110,7 @@ def find_runs(folder: Path | str) -> list[Run]:
     return sorted(runs, key=lambda run: str(run.record.get("started", "")), reverse=True)
 
 
-def read(folder: Path, name: str | None = None) -> Run:
+def read(folder: Path, name: str | None = None) -> RunFolder:
     """Reads one run folder; never fails, whatever lies there.
 
     Args:
@@ -124,11 +124,11 @@ def read(folder: Path, name: str | None = None) -> Run:
         run.values  # noqa: B018  what cannot be listed is found here
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        return Run(folder, name, "damaged", problem=str(why))
+        return RunFolder(folder, name, "damaged", problem=str(why))
     return run
 
 
-def _read(folder: Path, name: str) -> Run:
+def _read(folder: Path, name: str) -> RunFolder:
     record = read_run(folder)
     status = record.get("status")
     if not isinstance(status, str):
@@ -141,7 +141,7 @@ def _read(folder: Path, name: str) -> Run:
             latest = flat(latest_values(folder / METRICS_FILE))
             record |= {key: latest.pop(key) for key in _COUNTERS if key in latest}
             metrics |= latest
-    return Run(folder, name, status, record, metrics)
+    return RunFolder(folder, name, status, record, metrics)
 
 
 def duration(record: Mapping[str, Any], status: str) -> float | None:

@@ -11,8 +11,8 @@ from operator import ge, gt, le, lt
 from typing import Any
 
 from paceline.errors import ConfigError
-from paceline.report.runs import Run, Value
-from paceline.report.text import printable
+from paceline.runs.listing import RunFolder, Value
+from paceline.runs.text import printable
 
 _FILTER = re.compile(r"([^=!<>~\s]+)\s*(!=|<=|>=|=|<|>|~)\s*([^=!<>~].*|)", re.DOTALL)
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {"<": lt, "<=": le, ">": gt, ">=": ge}
@@ -27,7 +27,7 @@ class Filter:
     in capitals or not. A run that does not have the key does not match, whatever the operator.
 
     Args:
-        key: a name of `Run.get`.
+        key: a name of `RunFolder.get`.
         operator: one of = != < <= > >= ~
         wanted: what stands on its right.
     """
@@ -51,7 +51,7 @@ class Filter:
             )
         return Filter(*match.groups())
 
-    def matches(self, run: Run) -> bool:
+    def matches(self, run: RunFolder) -> bool:
         """Whether a run meets the condition."""
         if self.key not in run:
             return False
@@ -67,19 +67,20 @@ class Filter:
 
 
 def select(
-    runs: Sequence[Run],
+    runs: Sequence[RunFolder],
     filters: Iterable[str | Filter] = (),
     *,
     sort: str | None = None,
     reverse: bool = False,
     limit: int | None = None,
-) -> list[Run]:
+) -> list[RunFolder]:
     """The runs that meet all filters, in order.
 
     Args:
         runs: as `find_runs` gives them.
         filters: e.g. `"val/accuracy>0.9"`, `"model.depth=4"`, `"name~digits"`.
-        sort: a name of `Run.get`, smallest first; runs without it come last. None keeps the order.
+        sort: a name of `RunFolder.get`, smallest first; runs without it come last. None keeps the
+            order.
         reverse: the other way round.
         limit: at most so many, of the first.
 
@@ -98,7 +99,7 @@ def select(
     return chosen[:limit]
 
 
-def check_keys(runs: Sequence[Run], keys: Iterable[str]) -> None:
+def check_keys(runs: Sequence[RunFolder], keys: Iterable[str]) -> None:
     """Whether each key is one that at least one run has.
 
     Raises:

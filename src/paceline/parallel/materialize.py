@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from paceline.errors import ConfigError
-from paceline.trainer.blocks import repeated_blocks
-from paceline.trainer.stages import is_given_up
+from paceline.parallel.blocks import repeated_blocks
+from paceline.parallel.pipeline_stages import is_given_up
 from paceline.world.dtensors import is_dtensor
 from paceline.world.seeding import mix, seed_everything, stream
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from paceline.errors import ConfigError
-from paceline.trainer.blocks import planned_modules
+from paceline.parallel.blocks import planned_modules
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
 

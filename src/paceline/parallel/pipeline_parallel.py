@@ -21,14 +21,14 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paceline.errors import ConfigError, LossError
-from paceline.trainer.ddp import Replica, replicate
-from paceline.trainer.stages import is_given_up
-from paceline.world.context import Sequences
+from paceline.parallel.context_parallel import Sequences
+from paceline.parallel.ddp import Replica, replicate
+from paceline.parallel.pipeline_stages import is_given_up
 from paceline.world.dtensors import is_dtensor, local_part, reshard, respread, total_norm, whole
 from paceline.world.world import World, send
 
 if TYPE_CHECKING:
-    from paceline.trainer.sharding import StageShards
+    from paceline.parallel.fsdp import StageShards
 
 _KEPT = 16  # schedules, each for one number of micro-batches and their shapes
 

@@ -1,4 +1,4 @@
-"""`paceline.report`: runs are found, chosen, sorted and compared by what they say of themselves."""
+"""`paceline.runs`: runs are found, chosen, sorted and compared by what they say of themselves."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from paceline.errors import ConfigError
 from paceline.log.lock import FolderLock
-from paceline.report import differences, find_runs, select
-from paceline.report.runs import flat, read
-from paceline.report.select import Filter
-from paceline.report.text import cell, printable
+from paceline.runs import differences, find_runs, select
+from paceline.runs.listing import flat, read
+from paceline.runs.select import Filter
+from paceline.runs.text import cell, printable
 
 
 def make(folder: Path, recipe: str = "", **record: Any) -> Path:

@@ -25,11 +25,11 @@ from torch.distributed.tensor import Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paceline.errors import ConfigError
-from paceline.trainer.blocks import repeated_blocks
-from paceline.trainer.ddp import probes, zero_of
-from paceline.trainer.expert_parallel import expert_modules, shard_dimension, share_out
-from paceline.trainer.stages import given_up_kept
-from paceline.trainer.tensor_parallel import split_modules
+from paceline.parallel.blocks import repeated_blocks
+from paceline.parallel.ddp import probes, zero_of
+from paceline.parallel.expert_parallel import expert_modules, shard_dimension, share_out
+from paceline.parallel.pipeline_stages import given_up_kept
+from paceline.parallel.tensor_parallel import split_modules
 from paceline.world.dtensors import is_dtensor, local_part
 from paceline.world.world import World, send
 

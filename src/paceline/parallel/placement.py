@@ -14,16 +14,16 @@ from paceline.checkpoint.state import parameter_names
 from paceline.data.batches import to_device
 from paceline.errors import ConfigError
 from paceline.log.plan import Plan
-from paceline.trainer.compilation import memory_budget
-from paceline.trainer.ddp import Replica, Synchronizer, replicate, zero_loss
-from paceline.trainer.float8 import Float8Layers, float8_layers
-from paceline.trainer.materialize import Materializer
-from paceline.world.context import Sequences, part_of, ring_attention
+from paceline.parallel.compile_blocks import memory_budget
+from paceline.parallel.context_parallel import Sequences, part_of, ring_attention
+from paceline.parallel.ddp import Replica, Synchronizer, replicate, zero_loss
+from paceline.parallel.float8 import Float8Layers, float8_layers
+from paceline.parallel.materialize import Materializer
 from paceline.world.dtensors import total_norm
 from paceline.world.world import World, send
 
 if TYPE_CHECKING:
-    from paceline.trainer.pipeline import Pipeline
+    from paceline.parallel.pipeline_parallel import Pipeline
 
 _AUTOCAST = {
     "fp32": None,
@@ -210,7 +210,7 @@ class Placement:
     def _recompute_blocks(self, module: torch.nn.Module, name: str) -> None:
         which = self._parallel.activation_checkpointing
         if isinstance(which, str):
-            from paceline.trainer.recompute import recompute_blocks
+            from paceline.parallel.activation_checkpointing import recompute_blocks
 
             self.recomputed += recompute_blocks(module, name, which)
 
@@ -219,7 +219,7 @@ class Placement:
         if self._compile is True and not (trained and self._parallel.is_spread):
             module.compile()
         elif self._compile:
-            from paceline.trainer.compilation import compile_blocks
+            from paceline.parallel.compile_blocks import compile_blocks
 
             self.compiled += compile_blocks(module, name, self._compile, staged=staged)
 
@@ -230,7 +230,7 @@ class Placement:
         materialize: Materializer,
         optimizers: Iterable[torch.optim.Optimizer],
     ) -> torch.nn.Module:
-        from paceline.trainer.sharding import Shards, follow
+        from paceline.parallel.fsdp import Shards, follow
 
         compute = autocast_dtype(self._precision)
         shards = Shards(module, name, self._world, self.calls, compute, materialize)
@@ -245,8 +245,8 @@ class Placement:
         materialize: Materializer,
         optimizers: Iterable[torch.optim.Optimizer],
     ) -> torch.nn.Module:
-        from paceline.trainer.sharding import follow
-        from paceline.trainer.stage_placement import place_stages
+        from paceline.parallel.fsdp import follow
+        from paceline.parallel.pipeline_placement import place_stages
 
         if self.pipeline is not None:
             raise ConfigError(
@@ -321,7 +321,7 @@ class Placement:
     def call_again(self) -> None:
         """Calls the models as the validation batch before did, where other ranks wait for it."""
         if self._parallel.calls_together:
-            from paceline.trainer.sharding import call_again
+            from paceline.parallel.fsdp import call_again
 
             call_again(self.calls)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from paceline.report.runs import Run, Value, flat
+from paceline.runs.listing import RunFolder, Value, flat
 
 _TOLD = ("seed", "world_size", "versions", "git", "hardware", "environment")
 
@@ -26,7 +26,7 @@ class Difference:
     right: Value
 
 
-def differences(left: Run, right: Run) -> list[Difference]:
+def differences(left: RunFolder, right: RunFolder) -> list[Difference]:
     """The recipe's keys and the facts of `run.json` that differ, then all results of both.
 
     Results are listed even where they are the same: that they are is worth knowing.
@@ -46,10 +46,10 @@ def _differing(part: str, left: dict[str, Value], right: dict[str, Value]) -> It
             yield Difference(part, key, one, other)
 
 
-def _facts(run: Run) -> dict[str, Value]:
+def _facts(run: RunFolder) -> dict[str, Value]:
     return flat({key: run.record[key] for key in _TOLD if key in run.record})
 
 
-def _outcome(run: Run) -> dict[str, Value]:
+def _outcome(run: RunFolder) -> dict[str, Value]:
     named = ("status", "stopped_by", "step", "epoch", "monitor", "best", "duration")
     return {key: run.values[key] for key in named if run.values.get(key) is not None}

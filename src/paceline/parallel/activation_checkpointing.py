@@ -10,8 +10,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from paceline.trainer.blocks import needed_blocks
-from paceline.world.context import as_now
+from paceline.parallel.blocks import needed_blocks
+from paceline.parallel.context_parallel import as_now
 
 _aten = torch.ops.aten
 # What costs far more to compute than to keep: matrix products, attention, rows of other ranks.

@@ -1,0 +1,10 @@
+"""Runs that are there already: listed, compared, shown. Only reads, and never runs what it reads.
+
+`find_runs(folder)` finds them, `select` filters and sorts them, `differences` compares two.
+"""
+
+from paceline.runs.difference import Difference, differences
+from paceline.runs.listing import RunFolder, find_runs
+from paceline.runs.select import select
+
+__all__ = ["Difference", "RunFolder", "differences", "find_runs", "select"]
