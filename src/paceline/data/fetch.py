@@ -62,7 +62,8 @@ class Fetcher(Dataset):
         """The samples; the name under which torch's DataLoader asks a dataset for a batch."""
         samples: list[Any] = []
         first = None
-        for pass_, indices in request:
+        for pass_, units in request:
+            indices = plain(units)
             key = mix(self._key, pass_)
             if self._many and not self._single:
                 seed_everything(mix(key, _number(indices[0])))
@@ -82,9 +83,16 @@ class Fetcher(Dataset):
 
     def _index_whole(self, request: Request) -> list[torch.Tensor]:
         # By way of numpy, which turns a list of numbers into an array 4 times as fast as torch.
-        runs = [np.asarray(run) for _, run in request]
-        index = torch.from_numpy(runs[0] if len(runs) == 1 else np.concatenate(runs))
+        if len(request) == 1:
+            index = torch.from_numpy(np.asarray(request[0][1]))
+        else:
+            index = torch.from_numpy(np.concatenate([run for _, run in request]))
         return [tensor.index_select(0, index) for tensor in self._dataset.tensors]
+
+
+def plain(units: Sequence[Any]) -> Sequence[Any]:
+    """Units as they are handed to a dataset and shown to a user: indices as Python's integers."""
+    return units.tolist() if isinstance(units, np.ndarray) else units
 
 
 def seed_sample(key: int, index: Any) -> None:

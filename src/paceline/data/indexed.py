@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from paceline.data.fetch import Fetcher, Request
+from paceline.data.fetch import Fetcher, Request, plain
 from paceline.data.order import ORDER_VERSION, Order
 from paceline.data.source import Draw
 from paceline.data.workers import iterate, stop_workers
@@ -230,12 +230,15 @@ class IndexedSource:
             self._batches = self._reader.read(self._epoch, start, endless=self._reader.persistent)
         self._offset = stop
         layout, chunk = self._layout, self._layout.chunk
-        shares = [layout.share(at, min(at + chunk, stop)) for at in range(start, stop, chunk)]
-        self._unread = len(shares)
+        shares: list[tuple[int, int]] = []
+        sizes: list[int] = []
+        for at in range(start, stop, chunk):
+            first, last = share = layout.share(at, min(at + chunk, stop))
+            shares.append(share)
+            sizes.append(last - first)
+        samples, self._unread = stop - start, len(shares)
         if layout.batched or not self._sizes_known:
             sizes, samples = self._count(shares, start, stop)
-        else:
-            sizes, samples = [last - first for first, last in shares], stop - start
         return Draw(sizes, samples, self._read, partial(self._ids, self._epoch, shares))
 
     def _read(self, j: int) -> Any:
@@ -244,7 +247,7 @@ class IndexedSource:
         return next(self._batches)
 
     def _ids(self, epoch: int, shares: list[tuple[int, int]], j: int) -> list[Any]:
-        return [unit for _, run in self._layout.request(epoch, *shares[j]) for unit in run]
+        return [unit for _, run in self._layout.request(epoch, *shares[j]) for unit in plain(run)]
 
     def _count(self, shares: list[tuple[int, int]], start: int, stop: int) -> tuple[list[int], int]:
         if self._sizes_known:

@@ -30,7 +30,7 @@ class Order(Protocol):
         ...
 
     def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
-        """The units at positions `start` up to `stop` of pass `pass_`."""
+        """The units at positions `start` up to `stop` of pass `pass_`: a list, or int64 [units]."""
         ...
 
 
@@ -93,26 +93,25 @@ class Shuffled:
         self.n = n
         self._seed = seed
         self._held: tuple[int, int] = (-1, -1)
-        self._block: list[int] = []
+        self._block = np.empty(0, np.int64)
 
     def length(self, pass_: int) -> int:
         return self.n
 
-    def slice(self, pass_: int, start: int, stop: int) -> Sequence[int]:
-        out: list[int] = []
-        while start < stop:
-            block, offset = divmod(start, _BLOCK)
-            if self._held != (pass_, block):
-                self._load(pass_, block)
-            taken = self._block[offset : offset + stop - start]
-            out = out + taken if out else taken
-            start += len(taken)
-        return out
+    def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
+        block, offset = divmod(start, _BLOCK)
+        if self._held != (pass_, block):
+            self._load(pass_, block)
+        taken: Any = self._block[offset : offset + stop - start]
+        if len(taken) < stop - start:
+            rest = self.slice(pass_, start + len(taken), stop)
+            taken = np.concatenate([taken, rest])  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return taken
 
     def _load(self, pass_: int, block: int) -> None:
         permutation = Permutation(self.n, stream(self._seed, "order", pass_))
         positions = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.n))
-        self._block = permutation(positions).tolist()
+        self._block = permutation(positions)
         self._held = (pass_, block)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,7 +151,7 @@ class Optimization:
             # A batch without items is weighed with zero; where counts are not read, nothing but its
             # gradients tells whether that was enough (0 / 0 stays NaN).
             self.guard.check_norm(optimizer)
-        run.progress.rates[name] = [group["lr"] for group in optimizer.param_groups]
+        run.progress.rates[name] = _rates(optimizer.param_groups)
         if self.guard.allows(optimizer):
             self._advance(optimizer)
         optimizer.zero_grad()
@@ -227,11 +227,14 @@ class Optimization:
                 )
 
     def _advance(self, optimizer: torch.optim.Optimizer) -> None:
-        with groups_by_mesh(optimizer) if self._several_meshes else nullcontext():
-            if self._run.scaler is not None:
-                self._run.scaler.step(optimizer)
-            else:
-                optimizer.step()
+        scaler, step = self._run.scaler, optimizer.step
+        if scaler is not None:
+            step = partial(scaler.step, optimizer)
+        if self._several_meshes:
+            with groups_by_mesh(optimizer):
+                step()
+        else:
+            step()
         vars(optimizer).pop("found_inf", None)  # the guard's mask is for this step alone
 
     def _compare_whole_gradients(self) -> None:
@@ -259,6 +262,10 @@ def _scaler(world: World) -> torch.amp.GradScaler:
     from paceline.parallel.grad_scaler import SpreadScaler
 
     return SpreadScaler(world.device.type, world)
+
+
+def _rates(groups: list[dict[str, Any]]) -> list[Any]:
+    return [groups[0]["lr"]] if len(groups) == 1 else [group["lr"] for group in groups]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -12,6 +12,10 @@ import random
 import numpy as np
 import torch
 
+# `random.seed` without its look at the argument's type, for every micro-batch has it done.
+_instance: random.Random = random.seed.__self__  # pyright: ignore[reportFunctionMemberAccess]
+_seed_random = super(random.Random, _instance).seed
+
 _MASK = (1 << 64) - 1
 _LABELS = {
     "model": 1,
@@ -57,4 +61,5 @@ def seed_everything(seed: int) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)  # the legacy generator takes 32 bits
-    random.seed(seed)
+    _seed_random(seed)
+    _instance.gauss_next = None  # the second of a pair that `random.gauss` has drawn
