@@ -27,6 +27,9 @@ from small import line, settings, weights
 SOON = timedelta(seconds=0.1)
 
 
+MISSING = quorum.missing
+
+
 class Played:
     """A quorum of this group and, if they say anything, others whose part is played.
 
@@ -86,7 +89,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> type[Played]:
         monkeypatch.setenv(value, name)
     monkeypatch.setenv("NUM_REPLICA_GROUPS", "1")
     monkeypatch.setattr(replica_groups, "Quorum", Played)
-    monkeypatch.setattr(replica_groups, "missing", lambda: None)
+    monkeypatch.setattr(quorum, "missing", lambda: None)
     Played.votes, Played.others, Played.told, Played.behind_at = [], {}, [], None
     return Played
 
@@ -272,7 +275,7 @@ def test_several_processes_in_a_group_are_refused(
 
 
 def test_torchft_is_an_extra(played: type[Played], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(replica_groups, "missing", quorum.missing)
+    monkeypatch.setattr(quorum, "missing", MISSING)
     monkeypatch.setattr(quorum.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'pip install "paceline\[torchft\]"'):
         Trainer(**settings(run_dir=tmp_path / "run")).fit(seed=1)
