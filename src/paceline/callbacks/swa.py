@@ -66,7 +66,7 @@ class SWA(WeightAverage):
             windows = trainer.source.windows_per_epoch
             if windows is None:
                 raise ConfigError(
-                    "SWA(unit='epoch'): the length of an epoch is not known in advance. Count "
+                    "SWA(unit='epoch'): the length of an epoch is not known in advance: count "
                     "steps (unit='step'), or give the trainer an epoch_length."
                 )
             self._steps_a_unit = windows
