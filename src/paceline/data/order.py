@@ -79,7 +79,7 @@ def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
     return x >> np.uint64(32)
 
 
-class Sequential:
+class Sequential(Order):
     """0, 1, 2, ... in every pass."""
 
     def __init__(self, n: int) -> None:
@@ -92,7 +92,7 @@ class Sequential:
         return range(start, stop)
 
 
-class Shuffled:
+class Shuffled(Order):
     """A new permutation of all `n` samples in every pass."""
 
     def __init__(self, n: int, seed: int) -> None:
@@ -122,7 +122,7 @@ class Shuffled:
         self._held = (pass_, block)
 
 
-class Sampled:
+class Sampled(Order):
     """The order of the user's own sampler or batch sampler, drawn once per pass.
 
     The generators are seeded by (seed, pass) before each draw, so that any pass can be drawn again;

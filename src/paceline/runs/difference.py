@@ -27,9 +27,13 @@ class Difference:
 
 
 def differences(left: RunFolder, right: RunFolder) -> list[Difference]:
-    """The recipe's keys and the facts of `run.json` that differ, then all results of both.
+    """Compares two runs: recipe keys and facts in `run.json` that differ, then all results.
 
-    Results are listed even where they are the same: that they are is worth knowing.
+    Results are listed even if they are equal, which is worth knowing.
+
+    Args:
+        left: a run.
+        right: another run.
     """
     lines = list(_differing("recipe", left.recipe, right.recipe))
     lines += _differing("run", _facts(left), _facts(right))

@@ -145,7 +145,12 @@ def _read(folder: Path, name: str) -> RunFolder:
 
 
 def duration(record: Mapping[str, Any], status: str) -> float | None:
-    """Seconds of training of all starts together, as far as their ends are known."""
+    """Seconds of training in all starts of a run, as far as their ends are known.
+
+    Args:
+        record: the content of `run.json`.
+        status: the run's status; a running one is counted until now.
+    """
     starts = record.get("starts")
     parts = [p for p in starts if isinstance(p, dict)] if isinstance(starts, list) else []
     ended = record.get("ended")

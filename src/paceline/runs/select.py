@@ -100,10 +100,14 @@ def select(
 
 
 def check_keys(runs: Sequence[RunFolder], keys: Iterable[str]) -> None:
-    """Whether each key is one that at least one run has.
+    """Checks that at least one run has each of the keys.
+
+    Args:
+        runs: the runs.
+        keys: names of `RunFolder.get`.
 
     Raises:
-        ConfigError: naming the nearest known ones.
+        ConfigError: no run has a key; the message suggests the nearest ones.
     """
     for key in keys:
         if runs and not any(key in run for run in runs):

@@ -25,7 +25,12 @@ def printable(value: Any, longest: int | None = None) -> str:
 
 
 def cell(key: str, value: Any) -> str:
-    """One value as a table shows it: floats to five digits, times to the minute."""
+    """Formats a value for a table: floats to five digits, times to the minute.
+
+    Args:
+        key: the value's name, as in `RunFolder.get`.
+        value: the value.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):

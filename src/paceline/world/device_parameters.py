@@ -103,12 +103,22 @@ class DeviceParameters:
 
     @classmethod
     def FSDP(cls, dp_shard: int | Literal["auto"] = "auto", **others: Any) -> DeviceParameters:
-        """State sharded over `dp_shard` processes, all there are unless given."""
+        """One copy of the state, sharded.
+
+        Args:
+            dp_shard: processes to shard over; `"auto"` for all.
+            **others: further settings.
+        """
         return cls(dp_replicate=1, dp_shard=dp_shard, **others)
 
     @classmethod
     def HSDP(cls, dp_shard: int, **others: Any) -> DeviceParameters:
-        """Replicas, each sharded over `dp_shard` processes."""
+        """Replicas, each of them sharded.
+
+        Args:
+            dp_shard: processes to shard each replica over.
+            **others: further settings.
+        """
         return cls(dp_replicate="auto", dp_shard=dp_shard, **others)
 
 

@@ -48,7 +48,12 @@ def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def placed_like(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of what is spread as `like` is, as the whole that it belongs to."""
+    """Wraps a local tensor in a DTensor with the placements of another; nothing is exchanged.
+
+    Args:
+        part: this process's part, of the shape of `like`'s own.
+        like: a DTensor, or any other tensor, for which `part` is returned as it is.
+    """
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -83,9 +88,13 @@ def _spread_alike(one: Any, other: Any) -> bool:
 
 
 def respread(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A gradient with the placements of its parameter, which torch does not see to.
+    """Redistributes a gradient to the placements of its parameter, since torch does not.
 
-    That of a split embedding is whole on each process, say. Of another tensor, as it is.
+    For example, the gradient of a sharded embedding is whole on each process.
+
+    Args:
+        gradient: a DTensor, or any other tensor, which is returned as it is.
+        parameter: of the same shape.
     """
     if not is_dtensor(gradient):
         return gradient
@@ -142,7 +151,16 @@ def clip_gradients(
     max_norm: float,
     norm_of: Callable[[Iterable[torch.Tensor | None]], torch.Tensor] = total_norm,
 ) -> torch.Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, for parameters of several meshes too; returns the norm."""
+    """`torch.nn.utils.clip_grad_norm_`, also for parameters of several meshes.
+
+    Args:
+        parameters: of any shapes; their gradients are scaled in place.
+        max_norm: the largest norm to keep.
+        norm_of: computes the norm of all gradients, a 0-dim tensor.
+
+    Returns:
+        The norm before clipping, a 0-dim tensor on the device.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = norm_of(gradients)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

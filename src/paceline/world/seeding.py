@@ -26,7 +26,15 @@ _LABELS = {
 
 
 def mix(key: int, value: int) -> int:
-    """Folds `value` into a 64-bit key: one round of splitmix64 (Steele, Lea and Flood, 2014)."""
+    """Folds a value into a key: one round of splitmix64 (Steele, Lea and Flood, 2014).
+
+    Args:
+        key: 64 bits.
+        value: any integer; its lowest 64 bits count.
+
+    Returns:
+        The new key, 64 bits.
+    """
     key = (key + value + 0x9E3779B97F4A7C15) & _MASK
     key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -248,7 +248,12 @@ class World:
             dist.barrier(self.control_group)
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Reduces `tensor` over all ranks in place (`op`: sum, max, min) and returns it."""
+        """Reduces a tensor over all ranks, in place, and returns it.
+
+        Args:
+            tensor: of the same shape and dtype on every rank.
+            op: "sum", "max" or "min".
+        """
         if self.size > 1:
             group = self.control_group if tensor.device.type == "cpu" else None
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
@@ -297,7 +302,12 @@ def _dp_dimensions(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 @torch.no_grad()
 def send(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
-    """Gives every rank of a group, or all ranks, its first one's values."""
+    """Broadcasts tensors from the first rank of a group, in place.
+
+    Args:
+        tensors: of the same shapes and dtypes on every rank.
+        group: the process group; None for all ranks.
+    """
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # gloo knows no other
         whole = real.contiguous()
