@@ -13,6 +13,23 @@ from typing import Any
 
 from paceline.exit_codes import STOPPED
 
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LossError",
+    "MetricError",
+    "MismatchError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "PacelineError",
+    "PeerError",
+    "Preempted",
+    "RecipeError",
+    "ResumeError",
+    "StateError",
+]
+
 
 class PacelineError(Exception):
     """The base of every error below."""

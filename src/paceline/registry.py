@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from paceline.errors import ConfigError, nearest
 
+__all__ = ["lookup", "names", "register"]
+
 T = TypeVar("T")
 
 _SHIPPED: dict[str, dict[str, str]] = {
