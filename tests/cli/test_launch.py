@@ -150,7 +150,7 @@ def be_late(folder: Path, environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("words", "environment", "said"),
     [
-        (("--nnodes", "2"), {}, "say with --rdzv-endpoint HOST:PORT"),
+        (("--nnodes", "2"), {}, "give --rdzv-endpoint HOST:PORT"),
         (("--rdzv-endpoint", "here:1"), {}, "give their number with --nnodes"),
         (("--max-restarts", "1"), {"RANK": "0", "WORLD_SIZE": "2"}, "give it to the launcher"),
         (("--nproc", "4"), {"RANK": "0", "WORLD_SIZE": "2"}, "already started as one of 2"),

@@ -1,4 +1,4 @@
-"""What two runs differ in: settings, versions, code, seed; and what came of it."""
+"""The differences of two runs: settings, versions, code, seed and results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Difference:
     Attributes:
         part: "recipe", "run" (of run.json) or "result".
         key: dotted, as in a filter.
-        left, right: the two values; None also where a run does not have the key.
+        left, right: the two values; None also if a run does not have the key.
     """
 
     part: str
