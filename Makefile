@@ -1,5 +1,6 @@
 # make demo    trains a small GPT on Python's manual; again, it says that the run is complete
 # make test    every check: style, types, layers, tests
+# make docs    the documentation as a website, in site/
 # make storm   kills runs at random and compares what becomes of them with undisturbed ones
 # make layouts trains runs drawn at random in layouts drawn at random, and compares them
 # make bench   speed beside a hand-written loop and other trainers
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test storm layouts bench
+.PHONY: demo test docs storm layouts bench
 .DELETE_ON_ERROR:
 
 demo: .venv/.recipes
@@ -19,6 +20,9 @@ test: .venv/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 3 --dist worksteal  # on 2 cores: many tests wait; no worker is left alone
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # the variable: a banner that is no warning
 
 storm: .venv/.dev
 	$(BIN)/python tests/storm.py
@@ -38,7 +42,7 @@ benchmarks/.venv/.ready: benchmarks/requirements.txt pyproject.toml
 
 # The stamps say what is installed, so that a second `make` starts at once. torch comes first and
 # alone: its exact version names one build, where a range would fetch one for other hardware.
-.venv/.recipes .venv/.dev: .venv/.%: .venv/.torch
+.venv/.recipes .venv/.dev .venv/.docs: .venv/.%: .venv/.torch
 	$(PIP) --editable '.[$*]'
 	touch $@
 

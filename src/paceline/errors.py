@@ -13,6 +13,23 @@ from typing import Any
 
 from paceline.exit_codes import STOPPED
 
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LossError",
+    "MetricError",
+    "MismatchError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "PacelineError",
+    "PeerError",
+    "Preempted",
+    "RecipeError",
+    "ResumeError",
+    "StateError",
+]
+
 
 class PacelineError(Exception):
     """The base of every error below."""
@@ -39,7 +56,7 @@ class MetricError(PacelineError):
 
 
 class NonFiniteError(PacelineError):
-    """A loss or a gradient norm was not finite. The weights were not touched by it."""
+    """A loss or a gradient norm was not finite. It has not reached the weights."""
 
 
 class CheckpointError(PacelineError):
@@ -55,7 +72,7 @@ class MismatchError(CheckpointError):
 
 
 class ResumeError(ConfigError):
-    """A run cannot go on with these settings; the keys that changed are listed."""
+    """A run cannot be resumed with these settings; the keys that changed are listed."""
 
 
 class PeerError(PacelineError):
@@ -67,14 +84,13 @@ class MissingExtraError(PacelineError, ImportError):
 
 
 class Preempted(SystemExit):
-    """A signal asked this process to leave; the run was saved and can be resumed.
+    """A signal asked this process to exit; the run was saved and can be resumed.
 
-    It is a `SystemExit` so that a script that was told to stop does not go on to use a
-    half-trained model, and so that its exit code (75, "temporary failure") tells the
-    scheduler to start the same command again.
+    It is a `SystemExit` so that a script does not continue with a half-trained model, and so that
+    its exit code (75, "temporary failure") tells the scheduler to start the same command again.
 
     Attributes:
-        result: the `paceline.trainer.trainer.Result` of the part that ran.
+        result: the `paceline.Result` of the part that ran.
     """
 
     def __init__(self, result: Any) -> None:
@@ -83,6 +99,14 @@ class Preempted(SystemExit):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns `"; did you mean 'x'?"` for the closest known name, or an empty string."""
+    """Suggests the known name closest to a misspelt one.
+
+    Args:
+        name: as the user wrote it.
+        known: the names to choose from.
+
+    Returns:
+        `"; did you mean 'x'?"`, or an empty string if no name is close.
+    """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,7 @@
 """Names -> classes, for recipes (`type: name`) and for the parts the Trainer adds by itself.
 
-The table below names what ships with Paceline by its import path, so that nothing is imported
-before it is used and this module depends on nothing. `register` adds a user's own classes.
+The table below gives the import path of everything that ships with Paceline, so that a class is
+imported only when it is used. `register` adds a user's own classes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from paceline.errors import ConfigError, nearest
+
+__all__ = ["lookup", "names", "register"]
 
 T = TypeVar("T")
 
@@ -50,6 +52,13 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
     Registering the same class again (a reloaded module, a notebook cell run twice) replaces it.
 
+    Args:
+        kind: the kind of slot, such as "callback".
+        name: as recipes write it.
+
+    Returns:
+        A decorator that returns what it is given.
+
     Raises:
         ConfigError: the name is taken by another class.
     """
@@ -73,6 +82,10 @@ def names(kind: str) -> list[str]:
 
 def lookup(kind: str, name: str) -> Any:
     """The class or function registered as `name`.
+
+    Args:
+        kind: the kind of slot, such as "callback".
+        name: as recipes write it.
 
     Raises:
         ConfigError: no such name; the nearest known one is suggested.

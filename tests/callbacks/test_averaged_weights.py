@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_model_lists_every_mismatch() -> None:
         ema.load_state_dict(state)
     message = str(caught.value)
     assert "model.2.bias is missing" in message
-    assert "model.9.bias is of no model" in message
+    assert "model.9.bias belongs to no model" in message
     assert "model.0.weight is float32[2, 2], here float32[4, 3]" in message
     assert "model.0.bias is float64[4], here float32[4]" in message
     assert same(ema.state_dict()["average"], before["average"])

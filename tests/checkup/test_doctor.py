@@ -99,7 +99,7 @@ def test_the_promises_hold_here(name, tmp_path: Path):
          lambda path: None, "was not set aside"),
         ("P12 any place at once", "paceline.data.indexed.IndexedSource.load_state_dict",
          lambda self, state: [next(self._reader.read(0, 0)) for _ in range(9)],
-         "took reading 40"),
+         "read 40 samples"),
         ("P4 every sample once", "paceline.checkup.selftest._run_ranks",
          lambda folder: [(folder / f"{rank}.json").write_text("[0, 1, 2]") for rank in (0, 1)]
          and ([0, 0], []), "[[0, 1, 2], [0, 1, 2]]"),

@@ -279,10 +279,10 @@ def test_a_layout_of_another_size_is_refused_as_at_a_start(recipe):
 
 def test_what_cannot_be_looked_at_yet_is_refused(recipe, monkeypatch: pytest.MonkeyPatch):
     ring = recipe("+parallel.context=2", "+parallel.context_attention=ring")
-    with pytest.raises(ConfigError, match=r"parallel\.context_attention cannot be looked at on"):
+    with pytest.raises(ConfigError, match=r"parallel\.context_attention cannot be simulated"):
         fits(ring, "2xH100-80GB")
     monkeypatch.setattr(sys.modules[fits.__module__], "_ON_PAPER", {"dp_shard"})
-    with pytest.raises(ConfigError, match=r"parallel\.tensor cannot be looked at on paper yet"):
+    with pytest.raises(ConfigError, match=r"parallel\.tensor cannot be simulated yet"):
         fits(recipe("+parallel.dp_shard=2", "+parallel.tensor=2"), "4xH100-80GB")
 
 
@@ -343,7 +343,7 @@ def test_what_is_offloaded_lies_on_the_host_and_passes_through_the_device(recipe
 
 def test_a_precision_that_cannot_be_looked_at_yet_is_refused(recipe, monkeypatch):
     monkeypatch.setattr("paceline.recipe.combinations.missing", lambda precision: None)
-    with pytest.raises(ConfigError, match="precision=fp8 cannot be looked at on paper yet"):
+    with pytest.raises(ConfigError, match="precision=fp8 cannot be simulated yet"):
         fits(recipe("+trainer.precision=fp8"), "4xH100-80GB")
 
 

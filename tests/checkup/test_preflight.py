@@ -65,7 +65,7 @@ def test_of_several_seeds_one_is_rehearsed_and_all_are_counted(recipe, tmp_path:
     one, two = preflight(recipe("+seed=3")), preflight(recipe("+seeds=[3,4]"))
     assert two.passed
     assert two.disk_bytes == pytest.approx(2 * (one.disk_bytes or 0), rel=0.01)
-    assert "2 seeds, a run each" in found(two, "the whole run")[1]
+    assert "2 seeds, one run each" in found(two, "the whole run")[1]
     assert not (tmp_path / "runs").exists()
 
 
@@ -86,7 +86,7 @@ def test_an_earlier_run_is_neither_read_nor_changed(recipe, tmp_path: Path):
     [
         ("+model.unused=true", "unused parameters", "WARN", "model.spare.weight, model.spare.bias"),
         ("+model.dead=true", "zero gradients", "WARN", "model.spare.weight, model.spare.bias"),
-        ("+model.scale=200.0", "loss at the start", "WARN", "sure and wrong"),
+        ("+model.scale=200.0", "loss at the start", "WARN", "confident and wrong"),
         ("+model.frozen=true", "components", "PASS", "83 parameters, 27 trainable"),
         ("optimizer.lr=1e-30", "optimizer step", "FAIL", "no weight changed"),
         ("optimizer.lr=0.0", "settings", "FAIL", "above zero"),
@@ -149,7 +149,10 @@ def test_a_constructor_that_fails_is_the_components_failure(recipe):
 
 def test_a_checkpoint_that_does_not_come_back_as_it_was_fails(recipe):
     report = preflight(recipe("trainer._target_=toy.Forgetful"))
-    assert found(report, "checkpoint") == ("FAIL", "came back changed: models/model/last.bias")
+    assert found(report, "checkpoint") == (
+        "FAIL",
+        "changed by saving and loading: models/model/last.bias",
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,9 +163,9 @@ def test_a_checkpoint_that_does_not_come_back_as_it_was_fails(recipe):
         (["~val_dataloader"], {}, "validation", "there is no val_dataloader"),
         (["~trainer.epochs", "+trainer.max_steps=50"], {}, "the whole run", "50 steps"),
         (["+trainer.max_steps=1", "~lr_scheduler"], {}, "speed", "of a first step"),
-        (["checkpoint=null"], {}, "checkpoint", "the recipe saves none"),
+        (["checkpoint=null"], {}, "checkpoint", "the recipe saves no checkpoint"),
         (["train_dataloader.dataset._target_=toy.Stream", "~train_dataloader.shuffle",
-          "+trainer.max_steps=30"], {}, "training data", "samples not counted beforehand"),
+          "+trainer.max_steps=30"], {}, "training data", "unknown number of samples"),
         (["+trainer.gradient_accumulation_steps=2"], {}, "training data", "in 3 steps"),
         (["+trainer.lr_scheduler_interval=epoch", "lr_scheduler.warmup=2"], {},
          "scheduler step", "stepped 1 times"),

@@ -150,10 +150,10 @@ def be_late(folder: Path, environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("words", "environment", "said"),
     [
-        (("--nnodes", "2"), {}, "say with --rdzv-endpoint HOST:PORT"),
-        (("--rdzv-endpoint", "here:1"), {}, "say with --nnodes how many"),
-        (("--max-restarts", "1"), {"RANK": "0", "WORLD_SIZE": "2"}, "give it to what has started"),
-        (("--nproc", "4"), {"RANK": "0", "WORLD_SIZE": "2"}, "started as one of 2 already"),
+        (("--nnodes", "2"), {}, "give --rdzv-endpoint HOST:PORT"),
+        (("--rdzv-endpoint", "here:1"), {}, "give their number with --nnodes"),
+        (("--max-restarts", "1"), {"RANK": "0", "WORLD_SIZE": "2"}, "give it to the launcher"),
+        (("--nproc", "4"), {"RANK": "0", "WORLD_SIZE": "2"}, "already started as one of 2"),
     ],
 )
 def test_options_that_start_nothing_are_mistakes(paceline: Paceline, words, environment, said):

@@ -32,7 +32,7 @@ def test_wrong_usage_is_one_message_and_code_2(paceline, tmp_path: Path):
     for words, expected in (
         (["nowhere"], "no folder 'nowhere'"),
         (["runs", "runs/a"], "one folder"),
-        (["best=="], "no filter"),
+        (["best=="], "not a filter"),
         (["bets>1"], "did you mean best?"),
         (["--columns", "bets"], "did you mean best?"),
         (["--sort", "bets"], "did you mean best?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import paceline
 from blocks import blocks, run_block
 from builders import code_forgotten
 from command import Paceline
@@ -73,12 +75,26 @@ def test_every_command_is_described() -> None:
     assert set(described) == existing
 
 
-def test_the_reference_names_what_can_be_imported() -> None:
-    import importlib
+def test_the_reference_lists_every_public_name() -> None:
+    """All that each package has in its `__all__`, by the name under which it is imported."""
+    text = (DOCS / "reference.md").read_text()
+    listed = re.findall(r"^(?:::: |`)(paceline[\w.]*)\.(\w+)", text, flags=re.M)
+    public = [(name, thing) for name in sorted(_with_all()) for thing in _all_of(name)]
+    assert sorted(listed) == sorted(public)
+    assert all(hasattr(importlib.import_module(name), thing) for name, thing in listed)
 
-    for name in re.findall(r"^::: ([\w.]+)$", (DOCS / "reference.md").read_text(), flags=re.M):
-        module, _, attribute = name.rpartition(".")
-        assert hasattr(importlib.import_module(module), attribute), name
+
+def _with_all() -> set[str]:
+    """The modules that say which of their names are public."""
+    files = (Path(paceline.__file__).parent).rglob("*.py")
+    found = [f for f in files if re.search(r"^__all__\b", f.read_text(), flags=re.M)]
+    root = Path(paceline.__file__).parents[1]
+    dotted = (".".join(f.relative_to(root).with_suffix("").parts) for f in found)
+    return {name.removesuffix(".__init__") for name in dotted}
+
+
+def _all_of(name: str) -> list[str]:
+    return importlib.import_module(name).__all__
 
 
 def test_what_is_described_as_missing_is_missing() -> None:

@@ -241,7 +241,7 @@ def test_closing_on_a_full_disk_does_not_hide_the_error_that_led_there(
     with full_disk(3):
         sink.write({"step": 1})
         sink.close("failed")
-    assert "the disk refused the last rows (1)" in caplog.text
+    assert "the last 1 rows could not be written" in caplog.text
 
 
 def test_csv_is_derived_with_a_column_for_every_key(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_without_a_run_folder_nothing_is_written() -> None:
 
 def test_the_same_sink_can_be_opened_again(tmp_path: Path) -> None:
     sink = opened(tmp_path)
-    with pytest.raises(RuntimeError, match="open already"):
+    with pytest.raises(RuntimeError, match="already open"):
         sink.open(tmp_path, {})
     sink.close("complete")
     sink.open(tmp_path, {})

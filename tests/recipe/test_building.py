@@ -138,7 +138,7 @@ def test_one_cycle_may_be_told_its_length_in_epochs(recipe: Write):
 
 
 def test_a_constructor_that_fails_is_named_with_its_place(recipe: Write):
-    with pytest.raises(RecipeError, match=r"toy.yaml:5: model: Net could not be made: RuntimeErr"):
+    with pytest.raises(RecipeError, match=r"toy.yaml:5: model: Net could not be built: RuntimeErr"):
         build(recipe(model={"_target_": "toy.Net", "width": -1}))
 
 

@@ -151,7 +151,7 @@ def test_schedulers_that_act_together_know_the_whole(recipe: Write):
     ("node", "expected"),
     [
         (sequential(milestones=[9]), "milestones [9] do not split 6 optimizer steps into 2"),
-        (sequential(milestones=[2, 3]), "2 schedulers need 1 rising milestones"),
+        (sequential(milestones=[2, 3]), "2 schedulers need 1 increasing milestones"),
         ({"_target_": SCHEDULES + "LambdaLR", "lr_lambda": "x"}, "takes Python functions"),
         ({"_target_": SCHEDULES + "MultiplicativeLR"}, "takes Python functions"),
         (sequential(schedulers=[{"_target_": "toy.Net", "width": 1}]), "is not a lr_scheduler"),

@@ -71,7 +71,7 @@ def test_the_summary_is_over_the_seeds_that_were_asked_for(recipe: Write, capsys
     assert kept["mean"]["val/loss"] == statistics.fmean(losses)
     assert kept["std"]["val/loss"] == statistics.stdev(losses)
     out = capsys.readouterr()
-    assert "seed 2, 1 of 2, in runs/toy/baseline/seed_2 is complete already" in out.err
+    assert "seed 2, 1 of 2, in runs/toy/baseline/seed_2 is already complete" in out.err
     table = out.out[out.out.rindex("seed ") :].split()
     assert table[:4] == ["seed", "val/loss", "2", f"{losses[0]:.6g}"]
     assert f"{statistics.fmean(losses):.6g}" in table
@@ -159,7 +159,7 @@ def test_seed_and_seeds_exclude_each_other(recipe: Write):
 
 @pytest.mark.parametrize("mode", ["must", "runs/toy/baseline/checkpoints/step_1"])
 def test_one_checkpoint_cannot_be_that_of_several_seeds(recipe: Write, mode: str):
-    with pytest.raises(ConfigError, match="each seed has a run of its own"):
+    with pytest.raises(ConfigError, match="each seed has its own run"):
         train(recipe(), "seeds=[1,2]", mode=mode)
 
 

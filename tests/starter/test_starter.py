@@ -87,13 +87,13 @@ def test_it_is_clean_code(tmp_path: Path) -> None:
 
 def test_what_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "spirals").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         new_project("spirals", tmp_path)
     assert list((tmp_path / "spirals").iterdir()) == []
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         new_project("taken", tmp_path)
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         new_project("spirals", tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
 

@@ -202,7 +202,7 @@ def test_a_group_that_nobody_joins_gives_up(ranks: Ranks, tmp_path: Path):
     finally:
         groups.close()
     assert outcome.code == 1
-    assert "PeerError: replica group 0 has not met the others within 0:00:01" in outcome.output
+    assert "PeerError: replica group 0 has not found the others within 0:00:01" in outcome.output
 
 
 @pytest.mark.slow

@@ -180,5 +180,5 @@ def test_what_cannot_be_sharded_is_refused(ranks: Ranks) -> None:
     scalar, twice, few, large = ranks(refuse_all, 2)[0]
     assert "the parameters scale of 'model' have no dimension to shard" in scalar
     assert "the model 'model' is spread already" in twice
-    assert "each of 2 ranks validates on something, and there is 1" in few
+    assert "each of the 2 ranks needs at least one sample, and there is 1" in few
     assert "parallel.dp_shard=4 does not fit 2 processes" in large

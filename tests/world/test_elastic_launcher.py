@@ -86,7 +86,7 @@ def test_a_rank_that_leaves_later_than_the_others_is_left_the_time(launched: Any
     ("end", "code", "said"),
     [
         ("sys.exit(0)", 0, ""),
-        ("sys.exit(3) if rank == '1' else time.sleep(60)", 3, "paceline: rank 1 left with code 3"),
+        ("sys.exit(3) if rank == '1' else time.sleep(60)", 3, "rank 1 exited with code 3"),
         (
             "os.kill(os.getpid(), 9) if rank == '1' else time.sleep(60)",
             1,
@@ -176,7 +176,7 @@ def test_launchers_meet_under_the_name_they_are_given() -> None:
 
 @pytest.mark.parametrize(
     ("nnodes", "endpoint", "said"),
-    [(2, None, "say with --rdzv-endpoint"), (2, "here", "it has to be HOST:PORT")],
+    [(2, None, "give --rdzv-endpoint"), (2, "here", "it has to be HOST:PORT")],
 )
 def test_a_meeting_without_a_place_is_a_mistake(nnodes: int, endpoint: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

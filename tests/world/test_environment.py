@@ -146,8 +146,8 @@ def test_a_restart_goes_on_with_what_it_has_begun_itself(
 @pytest.mark.parametrize(
     ("number", "groups", "told"),
     [
-        (None, "2", "REPLICA_GROUP_ID has to be a whole number from 0 on, and is 'not set'"),
-        ("1", "two", "NUM_REPLICA_GROUPS has to be a whole number from 1 on, and is 'two'"),
+        (None, "2", "REPLICA_GROUP_ID has to be a whole number of at least 0, and is 'not set'"),
+        ("1", "two", "NUM_REPLICA_GROUPS has to be a whole number of at least 1, and is 'two'"),
         ("2", "2", "NUM_REPLICA_GROUPS=2 groups have the numbers 0 to 1"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Callbacks: one behaviour a file, each plugging into any Trainer.
+"""Callbacks: one behaviour per file, each of which plugs into any Trainer.
 
-Imported when first used, so that none costs anything to who does not use it.
+Each is imported when it is first used.
 """
 
 from __future__ import annotations

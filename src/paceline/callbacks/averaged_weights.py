@@ -13,9 +13,10 @@ class AveragedWeights(WeightAverage):
 
     Args:
         decay: weight of the old average at each update, from 0 to less than 1.
-        every: optimizer steps from one update to the next (of the run's count, not this start's).
+        every: optimizer steps between updates, counted from the beginning of the run, not from the
+            latest resume.
         warmup: use the smaller of `decay` and (1 + n) / (10 + n) at the n-th update (n from 0), so
-            that the random weights of the start are forgotten soon. Source: TensorFlow's
+            that the initial random weights soon lose their influence. Source: TensorFlow's
             `ExponentialMovingAverage(num_updates=...)`.
         evaluate: validate with the averaged weights (and so choose the best checkpoint by them).
 

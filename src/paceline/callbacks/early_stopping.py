@@ -1,4 +1,4 @@
-"""EarlyStopping: ends training when a validation metric has stopped to improve."""
+"""EarlyStopping: ends training when a validation metric no longer improves."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ if TYPE_CHECKING:
 
 
 class EarlyStopping(Callback):
-    """Ends training after `patience` validations in a row that bring nothing better.
+    """Ends training after `patience` validations in a row without improvement.
 
-    It is the Trainer's own `early_stop=patience` for a metric of its own: there the metric is the
-    one that also chooses the best checkpoint (`metric_monitor`); here it may be any, and several of
-    these may watch several metrics, the first to run out of patience ending the run. Both compare
-    with the same `MetricMonitor` and both end a run as complete, with `stopped_by="early stop"`.
-    Use `early_stop` where one metric does for both.
+    The Trainer's own `early_stop=patience` watches the metric that also chooses the best checkpoint
+    (`metric_monitor`). This callback watches any metric; several of them may watch several metrics,
+    and the first to run out of patience ends the run. Both compare with a `MetricMonitor` and both
+    end a run as complete, with `stopped_by="early stop"`. Use `early_stop` if one metric serves
+    both purposes.
 
-    The count and the best value are saved. A run that has ended and is started again with more
-    patience goes on. NaN is never better. The metric is reduced over all ranks before it comes
-    here, so that every rank decides the same.
+    The count and the best value are saved. A finished run that is started again with more patience
+    continues. NaN is never an improvement. The metric is already reduced over all ranks, so every
+    rank decides the same.
 
     Args:
         monitor: the metric's key among the validation's metrics.
         mode: whether lower ("min") or higher ("max") is better.
         patience: validations, not epochs.
-        min_delta: by how much a value must beat the best to count, in the metric's own unit.
+        min_delta: the least improvement on the best value that counts, in the metric's own unit.
         relative: `min_delta` is a fraction of the best value's magnitude (see `MetricMonitor`).
 
     Raises:
-        ConfigError: an argument is out of its range; or, as the run starts, nothing is validated.
-        MetricError: at the first validation without the metric; those that it has are listed.
+        ConfigError: an argument is out of range or, at the start of the run, there is no
+            validation.
+        MetricError: a validation lacks the metric; the message lists the metrics it has.
     """
 
     def __init__(
@@ -52,17 +53,17 @@ class EarlyStopping(Callback):
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether `patience` validations have brought nothing better."""
+        """Whether the last `patience` validations brought no improvement."""
         return self._monitor.worse_count >= self.patience
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Forgets an earlier run's validations."""
+        """Resets the count and the best value."""
         if trainer.val_dataloader is None:
             raise ConfigError("EarlyStopping: nothing is ever validated without a val_dataloader.")
         self._monitor.reset()
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Counts the validation, and says so if it was one too many."""
+        """Counts the validation, and prints a line when patience runs out."""
         monitor = self._monitor
         monitor(metrics)
         if self.out_of_patience:
@@ -76,5 +77,5 @@ class EarlyStopping(Callback):
         return self._monitor.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._monitor.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What callbacks share that validate with other weights than those being trained."""
+"""The base of callbacks that validate with weights other than those being trained."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class ExchangedWeights(Callback):
-    """Puts other weights into the models for each validation, and the trained ones back bit by bit.
+    """Swaps other weights into the models for each validation, then restores the trained ones.
 
-    A subclass says in `_exchange` what these weights are, and keeps copies of the trained ones for
-    `_put_back`. Either does nothing where there is nothing to do.
+    A subclass loads these weights in `_exchange` and keeps copies of the trained ones, which
+    `_put_back` restores bit by bit. Both do nothing when there is nothing to swap.
     """
 
     # After callbacks that change weights or what is trained; before those that only watch.
@@ -34,7 +34,7 @@ class ExchangedWeights(Callback):
         raise NotImplementedError
 
     def on_validation_start(self, trainer: Trainer) -> None:
-        """Puts the other weights into the models."""
+        """Swaps the other weights in."""
         if self.evaluate:
             self._exchange()
 
@@ -42,11 +42,11 @@ class ExchangedWeights(Callback):
         """Copies the trained weights back."""
         self._put_back()
 
-    # A validation that fails or is broken off must not leave the others in the models. The events
-    # below are what may follow it.
+    # A validation that fails or is abandoned must not leave the swapped weights in the models. Any
+    # of the events below may follow it.
 
     def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Copies the trained weights back, if somebody caught a validation's error and goes on."""
+        """Copies the trained weights back, if user code caught an error of the validation."""
         self._put_back()
 
     def on_save_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class ExchangedWeights(Callback):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the models have the other weights, e.g. for a test after training."""
+        """A context in which the models have the other weights, e.g. for a test after training."""
         self._exchange()
         try:
             yield
@@ -72,7 +72,12 @@ class ExchangedWeights(Callback):
 
 
 def note_batch_norm(trainer: Trainer, whose: str) -> None:
-    """A line of the plan, if there are statistics that belong to the trained weights alone."""
+    """Adds a line to the plan if BatchNorm statistics belong to the trained weights alone.
+
+    Args:
+        trainer: whose models are searched for BatchNorm, and whose plan gets the line.
+        whose: what is validated, the subject of the line.
+    """
     modules = (m for model in trainer.named_models().values() for m in model.modules())
     if any(isinstance(m, torch.nn.modules.batchnorm._NormBase) for m in modules):
         trainer.plan.add(

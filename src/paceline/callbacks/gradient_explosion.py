@@ -1,4 +1,4 @@
-"""GradientExplosion: warns of gradients much larger than they usually are."""
+"""GradientExplosion: warns of gradients much larger than usual."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 
 class GradientExplosion(Callback):
-    """Compares each step's gradient norm, as it is before clipping, with the usual one.
+    """Compares each step's gradient norm, before clipping, with the usual norm.
 
-    The usual norm is the median of the `window` steps before, which a few outliers do not move. A
-    step is an explosion if its norm exceeds `factor` times that. It changes nothing in training:
-    clipping (`max_grad_norm`) is what limits a step.
+    The usual norm is the median of the previous `window` steps, which a few outliers do not move. A
+    step is an explosion if its norm exceeds `factor` times the usual one. The callback changes
+    nothing in training: clipping (`max_grad_norm`) is what limits a step.
 
-    Where clipping or a `GradientMonitor` takes the norm anyway, that one is used. Norms stay on the
-    device and are read with the next row. So the warning, of the worst step since the row before,
+    The norm that clipping or a `GradientMonitor` computes is reused. Norms stay on the device and
+    are read with the next row. The warning, about the worst step since the previous row, therefore
     comes with a row, which also has the largest norm since then as `grad_norm/max` (with several
     optimizers `grad_norm/max/<optimizer>`). Norms that are not finite are left to `on_nonfinite`.
 
     Args:
-        factor: how many times the usual norm is too much, above 1.
-        window: steps that make up the usual norm.
-        warmup: steps before the first that is judged, at most `window`.
+        factor: the multiple of the usual norm above which a step is an explosion, above 1.
+        window: steps over which the median is taken.
+        warmup: steps before the first one is judged, at most `window`.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: an argument is out of range.
     """
 
-    # After a GradientMonitor, whose norm it uses.
+    # After a GradientMonitor, whose norm it reuses.
     priority = 110
 
     def __init__(self, factor: float = 10.0, *, window: int = 100, warmup: int = 20) -> None:
@@ -59,7 +59,7 @@ class GradientExplosion(Callback):
         self._unread: dict[str, Held] = {}  # norms and their steps since the last row
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Settles the names, and forgets an earlier run's norms."""
+        """Names the optimizers, and resets the norms."""
         optimizers = dict(trainer.named_optimizers())
         self._names = {id(optimizer): name for name, optimizer in optimizers.items()}
         self._usual = {name: deque(maxlen=self.window) for name in optimizers}
@@ -67,7 +67,7 @@ class GradientExplosion(Callback):
         self._stepped = []
 
     def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the norm, if nobody else does."""
+        """Computes the norm, unless clipping or a `GradientMonitor` does."""
         name = self._names[id(optimizer)]
         self._stepped.append(name)
         if trainer.max_grad_norm is None and name not in trainer.optimization.norms:
@@ -76,7 +76,7 @@ class GradientExplosion(Callback):
                 trainer.note_gradient_norm(norm_of_all_stages(trainer, held))
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Keeps the norms; judges all there are if a row is due."""
+        """Keeps the norms; judges those not yet judged if a row is due."""
         for name in self._stepped:
             norm = trainer.optimization.norms.get(name)
             if norm is not None:
@@ -88,7 +88,7 @@ class GradientExplosion(Callback):
                 self._unread[name] = Held()
 
     def state_dict(self) -> dict[str, Any]:
-        """The norms that are usual, and those not yet judged with their steps."""
+        """The norms of the window, and those not yet judged with their steps."""
         return {
             "usual": {name: list(norms) for name, norms in self._usual.items()},
             "unread": {
@@ -97,7 +97,7 @@ class GradientExplosion(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         for name, norms in state["usual"].items():
             self._usual[name] = deque(norms, maxlen=self.window)
             self._unread[name] = Held()

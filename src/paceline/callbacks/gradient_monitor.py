@@ -1,4 +1,4 @@
-"""GradientMonitor: the norm of the gradients in the rows, and under the non-finite policy."""
+"""GradientMonitor: logs the norm of the gradients and applies the non-finite policy to it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class GradientMonitor(Callback):
-    """Logs the 2-norm of an optimizer's gradients, as they are before clipping.
+    """Logs the 2-norm of an optimizer's gradients, before clipping.
 
     The name is `grad_norm`; with several optimizers `grad_norm/<optimizer>`. Nothing is read from
-    the device. The norm is handed to the trainer, whose `on_nonfinite` policy applies to it.
+    the device. The trainer's `on_nonfinite` policy applies to the norm.
 
     Args:
-        every: optimizer steps from one norm to the next. Above 1 it is cheaper, but a gradient
-            that is not finite while the loss is goes unnoticed in the steps between.
-        per_layer: also log each layer (the module that owns the parameters) by its name, as
+        every: optimizer steps between norms. Above 1 it is cheaper, but in the steps between a
+            gradient that is not finite goes unnoticed if the loss is finite.
+        per_layer: also log the norm of each layer (the module that owns the parameters), as
             `grad_norm/<layer>`.
 
     Raises:
@@ -41,10 +41,11 @@ class GradientMonitor(Callback):
         self._layers: dict[torch.Tensor, str] = {}
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Settles the names.
+        """Names the optimizers and layers.
 
         Raises:
-            ConfigError: layers are to be told apart, of which each rank has its stage's alone.
+            ConfigError: `per_layer` with pipeline parallelism, where a rank has only the layers of
+                its own stage.
         """
         if self.per_layer and trainer.pipeline is not None:
             raise ConfigError(
@@ -59,7 +60,7 @@ class GradientMonitor(Callback):
         self._layers = layer_names(dict(trainer.named_models())) if self.per_layer else {}
 
     def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the norm, logs it and hands it on."""
+        """Computes the norm, logs it and passes it to the trainer."""
         if (trainer.global_step + 1) % self.every:
             return
         parameters = [
@@ -83,9 +84,16 @@ class GradientMonitor(Callback):
 
 
 def norm_of_all_stages(trainer: Trainer, gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
-    """`gradient_norm`, of what all stages have where the model is cut into some.
+    """`gradient_norm` over the gradients of all pipeline stages.
 
-    Then every rank calls it, also without gradients.
+    With a pipeline every rank has to call it, even if it has no gradients.
+
+    Args:
+        trainer: whose pipeline, if it has one, adds up the stages.
+        gradients: of this rank, of any shape; None for a parameter without one.
+
+    Returns:
+        A 0-dim tensor on the device.
     """
     if trainer.pipeline is None:
         return gradient_norm(gradients)
@@ -100,7 +108,10 @@ def gradient_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     norm of 65504, and that would look like a non-finite gradient.
 
     Args:
-        gradients: dense, sparse, complex or distributed tensors of any shape; zero of none.
+        gradients: dense, sparse, complex or distributed tensors of any shape; None is skipped.
+
+    Returns:
+        A 0-dim tensor on the device; zero if there are no gradients.
     """
     dense = [_dense(gradient) for gradient in gradients if gradient is not None]
     if not dense:
@@ -120,7 +131,7 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def layer_names(models: dict[str, torch.nn.Module]) -> dict[torch.Tensor, str]:
-    """The layer of each parameter, led by the model's name where there are several models."""
+    """The layer of each parameter, prefixed with the model's name if there are several models."""
     layers: dict[torch.Tensor, str] = {}
     for model_name, model in models.items():
         for name, parameter in model.named_parameters():

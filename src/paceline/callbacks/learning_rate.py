@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 class LearningRate(Callback):
     """Adds the rate of every parameter group to the rows of training steps.
 
-    Each row has the rate of an optimizer's first group anyway, as `lr` (`lr/<optimizer>` if there
-    are several). This adds, for optimizers with several groups, one value a group, with the
-    group's own `name` or else its index appended: `lr/backbone`, `lr/1`. Like `lr` they are the
-    rates that the row's step was taken with.
+    Each row already has the rate of an optimizer's first group, as `lr` (`lr/<optimizer>` if there
+    are several optimizers). For optimizers with several groups this adds one value per group, with
+    the group's own `name`, or else its index, appended: `lr/backbone`, `lr/1`. Like `lr`, these are
+    the rates with which the row's step was taken.
     """
 
-    # Before those that only watch, e.g. the progress display.
+    # Before callbacks that only read rows, e.g. the progress display.
     priority = 50
 
     def __init__(self) -> None:
         self._groups: list[tuple[str, str, int]] = []  # name in the row, optimizer, group
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Settles the names."""
+        """Names the groups."""
         optimizers = dict(trainer.named_optimizers())
         self._groups = [
             (f"lr/{name}/{label}" if len(optimizers) > 1 else f"lr/{label}", name, index)

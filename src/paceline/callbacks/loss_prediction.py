@@ -1,4 +1,4 @@
-"""LossPrediction: where a loss will have come to when the run ends."""
+"""LossPrediction: predicts the value of a loss at the end of the run."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from paceline.trainer.callback import Callback
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
-_ZOOMS = 6  # each narrows the search for a rate 16 times
+_ZOOMS = 6  # each narrows the search for a rate by a factor of 16
 
 
 class LossPrediction(Callback):
     """Adds `predicted/final_loss`, and its standard error `predicted/final_loss_se`, to the rows.
 
-    See `predict_final` for the curves and the error. The rows that have the loss get them: those of
-    training for "train/loss", those of validations for a validation's. There is none before there
-    are `min_points` of them, nor in a run of which only the data's end will tell how long it is.
+    See `predict_final` for the curves and the error. They are added to the rows that have the loss:
+    training rows for "train/loss", validation rows for a validation loss. No prediction is made
+    before there are `min_points` such rows, nor in a run whose length is unknown until the data
+    ends.
 
     Args:
         monitor: the loss's name in the rows.
-        min_points: how many rows it takes, at least 6.
-        max_points: how many are kept, at least twice that; when there are more, neighbours are
-            averaged. Memory and time a row are bounded by it.
+        min_points: the rows needed for a first prediction, at least 6.
+        max_points: the points kept, at least twice `min_points`; beyond that, neighbours are
+            averaged. It bounds the memory, and the time per row.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: an argument is out of range.
     """
 
-    # Before those that only watch, e.g. the progress display.
+    # Before callbacks that only read rows, e.g. the progress display.
     priority = 50
 
     def __init__(
@@ -57,16 +58,16 @@ class LossPrediction(Callback):
         self._open = [0.0, 0.0, 0.0]  # rows of the next point, and the sums of steps and losses
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Forgets an earlier run."""
+        """Resets the points."""
         self._forget()
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Adds to a row of training."""
+        """Adds the prediction to a training row."""
         if self.monitor in metrics:
             self._predict(trainer, metrics)
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Adds to a validation's row."""
+        """Adds the prediction to a validation row."""
         if self.monitor in metrics:
             self._predict(trainer, metrics)
 
@@ -95,12 +96,12 @@ class LossPrediction(Callback):
             self._stride *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """The points, and the one that is open."""
+        """The points, and the one still being averaged."""
         points = [list(point) for point in self._points]
         return {"points": points, "stride": self._stride, "open": list(self._open)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._points = [list(point) for point in state["points"]]
         self._stride, self._open = state["stride"], list(state["open"])
 
@@ -117,21 +118,25 @@ class _Fit:
 def predict_final(
     steps: Sequence[float], losses: Sequence[float], horizon: float
 ) -> tuple[float, float]:
-    """The loss that curves through the losses so far come to at `horizon`, and its standard error.
+    """Extrapolates a loss to `horizon` with curves fitted to the losses so far.
 
     The curves are a constant, a shifted exponential a * exp(-b * t) + c and a shifted power law
-    a * t ** -b + c, with b > 0. For each b the least-squares a and c are known; b is searched. The
-    prediction is their mean with Akaike weights exp(-AICc / 2), and its variance their variances,
-    each with the curves' disagreement, under the same weights (Burnham and Anderson, "Model
-    Selection and Multimodel Inference", 2002, sections 2.9 and 4.3). A curve's variance is that of
-    its parameters at the horizon, by the linearised fit, and of one loss about the curve. Losses
-    are taken to be independent about the curve, and the curve to hold to the end: a learning rate
-    that is still to be lowered will do better than this says.
+    a * t ** -b + c, with b > 0. For a given b the least-squares a and c have a closed form; b is
+    searched. The prediction is the curves' mean with Akaike weights exp(-AICc / 2). Its variance is
+    the mean, under the same weights, of each curve's variance plus the squared distance of its
+    prediction from that mean (Burnham and Anderson, "Model Selection and Multimodel Inference",
+    2002, sections 2.9 and 4.3). A curve's variance is that of its parameters at the horizon, by the
+    linearised fit, plus that of one loss about the curve. Losses are assumed to be independent
+    about the curve, and the curve to hold to the end: a learning rate that will still be lowered
+    leads to a lower loss than predicted.
 
     Args:
-        steps: rising, positive; at least 6.
-        losses: at those steps; of any sign.
+        steps: increasing and positive, at least 6 of them.
+        losses: one for each step, of any sign.
         horizon: the step to predict, not before the last.
+
+    Returns:
+        The predicted loss and its standard error.
     """
     t, y = np.asarray(steps, float), np.asarray(losses, float)
     middle, spread = float(y.mean()), float((y - y[0]).std())
@@ -192,7 +197,7 @@ def _fit(
 
 
 def _slope(rate: float, t: Any, curve: Callable[[Any, Any], Any]) -> Any:
-    """The derivative by log(rate), in which the search is made: its scale is that of 1."""
+    """The derivative with respect to log(rate), the variable of the search: its scale is 1."""
     return rate * (-np.log(t) if curve is _power else -np.asarray(t)) * curve(rate, t)
 
 

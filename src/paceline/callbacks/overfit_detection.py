@@ -1,4 +1,4 @@
-"""OverfitDetection: says when training still improves and validation gets worse."""
+"""OverfitDetection: warns when the training loss falls while the validation loss rises."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from paceline.trainer.monitor import metric_of
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
-_CLEAR = 2.0  # standard errors from which on a slope is one
+_CLEAR = 2.0  # a slope has to exceed this many of its standard errors
 
 
 class OverfitDetection(Callback):
-    """Warns, once an episode, of a training loss that falls while the validation loss rises.
+    """Warns, once per episode, when the training loss falls while the validation loss rises.
 
     Each validation gives a point: its loss, and the mean training loss over the items of the rows
-    since the validation before. A line is fitted to either by least squares over the last `window`
-    points. It is overfitting while the training line falls and the validation line rises, each by
-    more than two standard errors of its slope. (Losses that fall and rise strictly from point to
-    point, as some define it, are interrupted by any noise; signs of slopes alone are right by
-    chance in every fourth window of losses that stand still.)
+    since the previous validation. Over the last `window` points a line is fitted to each loss by
+    least squares. The model overfits while the training line falls and the validation line rises,
+    each by more than two standard errors of its slope. (A stricter rule, that the losses fall and
+    rise from every point to the next, is broken by any noise; the signs of the slopes alone are
+    right by chance in one of four windows of losses that do not change.)
 
-    Rows of validations get `overfit/gap_ratio`, the validation loss over the training loss, where
-    that is positive. It never stops a run; `EarlyStopping` does.
+    Validation rows get `overfit/gap_ratio`, the validation loss divided by the training loss, if
+    the latter is positive. The callback never stops a run; `EarlyStopping` does.
 
     Args:
         window: validations to which the lines are fitted, at least 3.
-        warmup: validations before the first that may be warned of.
+        warmup: validations before the first possible warning.
         train: the training loss's name in the rows.
         val: the validation loss's name.
 
     Raises:
-        ConfigError: an argument is out of its range.
-        MetricError: a validation has no such loss; those that it has are listed.
+        ConfigError: an argument is out of range.
+        MetricError: a validation lacks the loss; the message lists the metrics it has.
     """
 
-    # Before those that only watch, e.g. the progress display.
+    # Before callbacks that only read rows, e.g. the progress display.
     priority = 50
 
     def __init__(
@@ -70,11 +70,11 @@ class OverfitDetection(Callback):
         self._warned = False  # of this episode, or of a loss that is missing
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Forgets an earlier run."""
+        """Resets the points."""
         self._forget()
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Takes a row's training loss."""
+        """Adds a row's training loss to the open mean."""
         if not metrics:
             return
         items, self._counted = metrics["items"] - self._counted, metrics["items"]
@@ -83,7 +83,7 @@ class OverfitDetection(Callback):
             self._items += items
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Adds the gap to the row, and looks at the window."""
+        """Adds the gap to the row, and checks the window."""
         val = metric_of(metrics, self.val)
         self._validations += 1
         if not self._items:
@@ -117,7 +117,7 @@ class OverfitDetection(Callback):
         return trend(train) == -1 and trend(val) == 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The window's points, the open sums and what has been said."""
+        """The window's points, the open sums and whether it has warned."""
         return {
             "points": [list(point) for point in self._points],
             "validations": self._validations,
@@ -126,23 +126,26 @@ class OverfitDetection(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._points = [list(point) for point in state["points"]]
         self._validations, self._warned = state["validations"], state["warned"]
         self._sum, self._items, self._counted = state["open"]
 
 
 def trend(values: Any) -> int:
-    """1 if the least-squares line through the values clearly rises, -1 if it falls, or else 0.
+    """Whether the least-squares line through the values rises or falls clearly.
 
-    Clearly is by more than two standard errors of the slope, which is
+    Clearly means by more than two standard errors of the slope, which are
     sqrt(sum of squared residuals / (n - 2) / sum of squared x).
 
     Args:
-        values: at least 3, at equal distances.
+        values: at least 3, equally spaced.
+
+    Returns:
+        1 if the line rises, -1 if it falls, else 0.
     """
     y = np.asarray(values, float)
-    y = y - y[0]  # so that what stands still is zero exactly
+    y = y - y[0]  # so that constant values are exactly zero
     x = np.arange(len(y)) - (len(y) - 1) / 2
     y = y - y.mean()
     slope = float((x * y).sum() / (x * x).sum())

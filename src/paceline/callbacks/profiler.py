@@ -1,4 +1,4 @@
-"""Profiler: a trace of chosen optimizer steps, by torch's own profiler."""
+"""Profiler: traces chosen optimizer steps with torch's own profiler."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ FOLDER = "trace"
 
 
 class Profiler(Callback):
-    """Writes what happens in the steps `first` to `first + steps - 1` into the run folder.
+    """Writes a trace of the steps `first` to `first + steps - 1` into the run folder.
 
-    The file is `trace/steps_<first>-<last>_rank_<rank>.json`, for chrome://tracing or Perfetto.
-    What stands between those steps, a validation or a checkpoint, is in it too. Steps are the
-    run's, so that a resumed run does not repeat them: a run that is stopped on the way writes what
-    it has, and the next start the rest. Outside of these steps and the `warmup` before them the
-    profiler is off; when it starts and stops it may wait for the device.
+    The file is `trace/steps_<first>-<last>_rank_<rank>.json`, for chrome://tracing or Perfetto. It
+    includes validations and checkpoints between those steps. Steps are counted from the beginning
+    of the run, so a resumed run does not repeat them: a run that is stopped in the middle writes
+    what it has, and the resumed one writes the rest. The profiler is off except in these steps and
+    the `warmup` before them; starting and stopping it may wait for the device.
 
     Args:
         first: the first optimizer step to record, from 1.
-        steps: how many.
-        warmup: steps before the first in which the profiler already runs, and discards what it
-            sees: its own start would show.
-        all_ranks: write a file for each rank; otherwise rank 0 alone.
+        steps: how many steps to record.
+        warmup: steps before the first in which the profiler runs but discards its records, so that
+            the trace does not show the profiler's own start-up.
+        all_ranks: write a file for each rank, not for rank 0 alone.
         shapes: also record the shapes of operators' inputs.
         memory: also record allocations.
         stacks: also record the source lines of operators, which is slow.
 
     Raises:
-        ConfigError: an argument is out of its range; or, as the run starts, there is no run folder.
+        ConfigError: an argument is out of range or, at the start of the run, there is no run
+            folder.
     """
 
-    # Before the others, so that their part of a step lies within it.
+    # Before other callbacks, so that the trace includes their work in a step.
     priority = 0
 
     def __init__(
@@ -72,20 +73,20 @@ class Profiler(Callback):
         self._recorded: list[int] = []  # steps
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Settles where the trace goes."""
+        """Chooses the file of the trace."""
         if trainer.run_dir is None:
-            raise ConfigError("Profiler: its trace goes into the run folder: give a run_dir.")
+            raise ConfigError("Profiler writes its trace into the run folder: give a run_dir.")
         self._rank = trainer.world.rank
         wanted = self.all_ranks or trainer.world.is_main
         self._folder = trainer.run_dir / FOLDER if wanted else None
         self._profile, self._recorded = None, []
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Starts, if the first step ahead is one of those."""
+        """Starts the profiler if the next step is to be recorded."""
         self._start(trainer.global_step)
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Starts, goes on or ends, as the next step wants it."""
+        """Starts, advances or stops the profiler, depending on the next step."""
         done = trainer.global_step
         if self._profile is None:
             self._start(done)
@@ -98,7 +99,7 @@ class Profiler(Callback):
             self._profile.step()
 
     def on_teardown(self, trainer: Trainer) -> None:
-        """Writes what there is, if the run ends on the way."""
+        """Writes what was recorded, if the run ends in the middle."""
         if self._profile is not None:
             self._stop()
 
@@ -127,7 +128,7 @@ class Profiler(Callback):
         profile, self._profile = self._profile, None
         profile.stop()
         if not self._recorded or self._folder is None:
-            return  # it never came to the first step
+            return  # the first step was never reached
         self._folder.mkdir(exist_ok=True)
         name = f"steps_{self._recorded[0]}-{self._recorded[-1]}_rank_{self._rank}.json"
         partial = self._folder / f".{name}"

@@ -1,4 +1,4 @@
-"""Progress: how far the run is, as bars on a terminal and as plain lines everywhere else."""
+"""Progress: shows the run's progress, as bars on a terminal and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Progress(Callback):
 
     On a terminal two bars (training, validation) are redrawn in place, by the training loop
     itself: there is no thread. Elsewhere (a file, a notebook, a batch job) each metrics row is one
-    line and each validation another. It reads the clock and the rows that are on the host anyway,
-    never the device, so it can be used or left out without changing a bit or waiting for a kernel.
+    line and each validation another. It reads the clock and rows that are already on the host,
+    never the device, so it changes no bit of the run and waits for no kernel.
 
     Args:
-        refresh_seconds: least time between two drawings of the bars.
-        line_seconds: least time between two plain lines of a training whose rows come faster.
+        refresh_seconds: the least time between two drawings of the bars, in seconds.
+        line_seconds: the least time between two plain lines of training, in seconds.
         file: where to write; stdout by default.
 
     Raises:
@@ -64,7 +64,7 @@ class Progress(Callback):
         self._validation_length: int | None = None
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Opens the view; speeds count from here."""
+        """Opens the view; speeds are measured from here."""
         if not trainer.world.is_main:
             return
         stream: TextIO = sys.stdout if self.file is None else self.file
@@ -77,7 +77,7 @@ class Progress(Callback):
         self._row, self._speed = {}, ""
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Keeps the row, if there is one, and draws if it is time to."""
+        """Keeps the row, if there is one, and draws if a drawing is due."""
         if metrics:
             self._take(metrics)
         elif self._rows_only:
@@ -95,35 +95,35 @@ class Progress(Callback):
             self._draw_validation(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Draws if it is time to."""
+        """Draws if a drawing is due."""
         self._validated += 1
         if time.monotonic() >= self._due:
             self._draw_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Takes the validation's bar away."""
+        """Removes the validation's bar."""
         self._due = 0.0
         if self._view is not None:
             self._view.validation_over()
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Writes the validation's result as a line, which stays."""
+        """Writes the validation's result as a line that stays."""
         if self._view is not None and (values := _values(metrics)):
             self._view.line(f"validation at step {trainer.global_step}  {'  '.join(values)}")
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Shows the last state, or as a line the last row if it has not been."""
+        """Shows the final state, or as a line the last row if it has not been shown."""
         if self._view is not None and (self._unshown or not self._rows_only):
             self._draw(trainer)
 
     def on_teardown(self, trainer: Trainer) -> None:
-        """Gives the terminal back, however the run ended."""
+        """Restores the terminal, however the run ended."""
         if self._view is not None:
             self._view.close()
         self._view, self._due, self._rows_only = None, math.inf, True
 
     def _take(self, row: dict[str, Any]) -> None:
-        """Keeps a row. Samples are counted by rows, since elsewhere the count may be a tensor."""
+        """Keeps a row. Samples are counted from rows: elsewhere the count may be a tensor."""
         (then, before), self._counted = self._counted, (time.monotonic(), row["samples"])
         self._row, self._unshown = row, True
         if (seconds := self._counted[0] - then) > 0:
@@ -142,7 +142,7 @@ class Progress(Callback):
         if total and steps_per_second > 0:
             notes.append(f"{_clock((total - step) / steps_per_second)} left")
         epoch, epochs = trainer.current_epoch + 1, trainer.epochs
-        # Capped, since after the last epoch `current_epoch` is the number of epochs.
+        # Capped: after the last epoch `current_epoch` equals the number of epochs.
         label = f"epoch {min(epoch, epochs)}/{epochs}" if epochs else f"epoch {epoch}"
         self._view.training(label, step, total, notes)
         self._unshown = False
@@ -163,14 +163,14 @@ class _View(Protocol):
 
 
 class _Lines:
-    """Plain lines, flushed one by one so that a batch job's log is never behind."""
+    """Plain lines, flushed one by one so that a batch job's log is never late."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._last = -1
 
     def training(self, label: str, step: int, total: int | None, notes: list[str]) -> None:
-        if step != self._last:  # the end of a run and its last row are one line
+        if step != self._last:  # the end of a run and its last row share a line
             self.line("  ".join([label, f"step {step}{f'/{total}' if total else ''}", *notes]))
         self._last = step
 
@@ -186,7 +186,7 @@ class _Lines:
 
 
 class _Bars:
-    """Two bars of rich. Drawn by who calls, since a thread would compete with the training."""
+    """Two bars of rich, drawn by the caller: a thread would compete with the training."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""ScheduleFree: lets schedule-free optimizers train one point and evaluate another, exactly."""
+"""ScheduleFree: trains schedule-free optimizers at one point and evaluates them at another."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ if TYPE_CHECKING:
 
 
 class ScheduleFree(ExchangedWeights):
-    """Calls `optimizer.train()` and `optimizer.eval()` where the methods of that kind need it.
+    """Calls `optimizer.train()` and `optimizer.eval()` when a schedule-free optimizer needs it.
 
-    Such optimizers compute gradients at one point and want to be judged at another, an average that
-    they keep implicitly (Defazio et al., "The Road Less Scheduled", NeurIPS 2024; the package
-    `schedulefree`). Validations see the second. Going there and back by the optimizer's own
-    arithmetic would not give the same bits again, so the trained weights are copied before
-    `eval()`, and put back after it with all that it has changed in the optimizer.
+    Such optimizers compute gradients at one point, the training point, and are evaluated at
+    another, an average that they keep implicitly (Defazio et al., "The Road Less Scheduled",
+    NeurIPS 2024; the package `schedulefree`). Validations use the evaluation point. The optimizer's
+    own arithmetic would not restore the same bits, so the trained weights are copied before
+    `eval()`, and restored after it with everything that it changed in the optimizer.
 
-    When training is over the models are left at the point to be judged; trained further, in this
-    process or another, they go on from the other. Checkpoints hold the point of training, and
-    in this callback's state the other, as `average`, for whoever exports it. That costs a copy of
-    the weights in each checkpoint, and two in memory while it is made.
+    After training the models are left at the evaluation point; if they are trained further, in this
+    process or another, they continue from the training point. Checkpoints hold the training point
+    and, in this callback's state, the evaluation point as `average`, for `export`. That costs a
+    copy of the weights in each checkpoint, and two in memory while it is made.
 
-    BatchNorm's statistics are those of the training point, in validations too, and a line of the
-    plan says so.
+    BatchNorm's statistics are those of the training point, in validations too; the plan has a line
+    about it.
 
     Raises:
-        ConfigError: as the run starts, no optimizer has these methods; or an optimizer changes its
-            state in place in them, which could not be put back.
+        ConfigError: at the start of the run, no optimizer has these methods, or an optimizer's
+            methods change its state in place, so that it could not be restored.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._optimizers: list[Any] = []
         self._models: dict[str, torch.nn.Module] = {}
-        self._kept: list[_Point] | None = None  # the point of training, while exchanged
+        self._kept: list[_Point] | None = None  # the training point, while exchanged
         self._is_over = False
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Finds the optimizers; a run that goes on does so from the point of training."""
+        """Finds the optimizers; a resumed run continues from the training point."""
         optimizers = dict(trainer.named_optimizers())
         if self._kept is not None and all(point.is_untouched() for point in self._kept):
             self._put_back()
-        self._kept = None  # weights that somebody has changed since are to be trained as they are
+        self._kept = None  # weights changed since by user code are trained as they are
         self._optimizers = [each for each in optimizers.values() if has_modes(each)]
         self._models, self._is_over = dict(trainer.named_models()), False
         if not self._optimizers:
@@ -66,7 +66,7 @@ class ScheduleFree(ExchangedWeights):
             optimizer.train()
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Leaves the models, and the optimizers, at the point to be judged."""
+        """Leaves the models and the optimizers at the evaluation point."""
         self._kept = [_Point(optimizer) for optimizer in self._optimizers]
         for point in self._kept:
             point.leave()
@@ -79,14 +79,14 @@ class ScheduleFree(ExchangedWeights):
             self._put_back()
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the weights at the point to be judged, by `model.parameter`."""
+        """Copies of the weights at the evaluation point, by `model.parameter`."""
         if self._kept is None:
             with self.applied():
                 return self._average()
         return self._average()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: that point follows from the weights and the optimizers."""
+        """Does nothing: the evaluation point follows from the weights and the optimizers."""
 
     def _average(self) -> dict[str, Any]:
         own = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
@@ -104,8 +104,8 @@ class ScheduleFree(ExchangedWeights):
             self._kept = [_Point(optimizer) for optimizer in self._optimizers]
             for point in self._kept:
                 point.leave()
-                # The weights alone are left there: a validation that is abandoned is followed by a
-                # checkpoint, which must find the optimizer as it trains.
+                # Only the weights stay there: a checkpoint may follow an abandoned validation, and
+                # it has to save the optimizer in training mode.
                 point.put_back_optimizer()
             reshard(self._models.values())
 
@@ -118,7 +118,7 @@ class ScheduleFree(ExchangedWeights):
 
 
 class _Point:
-    """Where an optimizer trains: copies of its weights, references to all else that is its own."""
+    """An optimizer's training point: copies of its weights, references to the rest of its state."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -129,7 +129,7 @@ class _Point:
         self._left: list[int] = []
 
     def leave(self) -> None:
-        """Goes to the point to be judged.
+        """Moves the weights to the evaluation point.
 
         Raises:
             ConfigError: the optimizer changes its state in place.
@@ -141,16 +141,16 @@ class _Point:
         if versions != [tensor._version for tensor in tensors]:
             raise ConfigError(
                 f"{type(self._optimizer).__name__}.eval() changes its state in place, which "
-                "ScheduleFree cannot put back bit by bit."
+                "ScheduleFree cannot restore bit by bit."
             )
         self._left = [parameter._version for parameter in self._weights]
 
     def is_untouched(self) -> bool:
-        """Whether the weights are those that `leave` has left."""
+        """Whether the weights are still those that `leave` produced."""
         return self._left == [parameter._version for parameter in self._weights]
 
     def put_back_optimizer(self) -> None:
-        """Brings back all but the weights."""
+        """Restores everything but the weights."""
         vars(self._optimizer).update(self._attributes)
         for group, before in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.clear()
@@ -160,7 +160,7 @@ class _Point:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Comes back, bit by bit."""
+        """Restores everything, bit by bit."""
         self.put_back_optimizer()
         for parameter, weights in self._weights.items():
             parameter.copy_(weights)

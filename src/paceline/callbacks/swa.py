@@ -13,32 +13,31 @@ if TYPE_CHECKING:
 
 
 class SWA(WeightAverage):
-    """Stochastic weight averaging: from `start` on, each `every`, weights enter an equal mean.
+    """Stochastic weight averaging: the equal mean of weights taken from `start` on, every `every`.
 
-    After n updates the average is the mean of the n weights taken, kept as
+    After n updates the average is the mean of n sets of weights, kept as
     `average <- average + (weights - average) / n`. Source: Izmailov et al., "Averaging Weights
     Leads to Wider Optima and Better Generalization", UAI 2018, algorithm 1. The learning rate of
-    that phase (constant or cyclic there) is the scheduler's business, e.g. torch's `SWALR` in a
+    that phase (constant or cyclic in the paper) is left to the scheduler, e.g. torch's `SWALR` in a
     `SequentialLR`.
 
     See `WeightAverage` for what is averaged and where it is kept. Before the first update
-    validations measure the trained weights.
+    validations use the trained weights.
 
-    BatchNorm's statistics are the trained weights', in validations too, and a line of the plan says
-    so. The method recomputes them at the end by a pass over the data; that is for you to do, in a
-    model of which no run depends:
-    `model.load_state_dict(swa.averaged_state_dict())`, then `update_bn(loader, model)` of
-    `torch.optim.swa_utils`.
+    BatchNorm's statistics are those of the trained weights, in validations too; the plan has a line
+    about it. The paper recomputes them at the end by a pass over the data. Do so yourself, on a
+    model that no run uses: `model.load_state_dict(swa.averaged_state_dict())`, then
+    `update_bn(loader, model)` of `torch.optim.swa_utils`.
 
     Args:
-        start: the first step or epoch after which weights are taken.
-        every: steps or epochs from one time to the next.
+        start: the first step or epoch whose weights enter the mean.
+        every: steps or epochs between updates.
         unit: what `start` and `every` count: "step" (optimizer steps) or "epoch".
         evaluate: validate with the averaged weights (and so choose the best checkpoint by them).
 
     Raises:
-        ConfigError: an argument is out of its range; or, as the run starts, epochs are to be
-            counted but only the data's end will tell how long one is.
+        ConfigError: an argument is out of range or, at the start of the run, `unit` is "epoch" but
+            the length of an epoch is unknown until the data ends.
     """
 
     def __init__(
@@ -60,14 +59,14 @@ class SWA(WeightAverage):
         self._steps_a_unit = 1
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Makes the average's tensors and settles how many steps an epoch has."""
+        """Allocates the average's tensors and computes the steps of an epoch."""
         super().on_setup(trainer)
         note_batch_norm(trainer, "the average")
         if self.unit == "epoch":
             windows = trainer.source.windows_per_epoch
             if windows is None:
                 raise ConfigError(
-                    "SWA(unit='epoch'): the length of an epoch is not known beforehand: count "
+                    "SWA(unit='epoch'): the length of an epoch is not known in advance: count "
                     "steps (unit='step'), or give the trainer an epoch_length."
                 )
             self._steps_a_unit = windows

@@ -1,4 +1,4 @@
-"""Throughput: samples and items a second, time a step and peak memory, into the timing rows."""
+"""Throughput: samples and items per second, time per step and peak memory, in the timing rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Throughput(Callback):
-    """Measures the steps since the row before, validation left out.
+    """Measures the steps since the previous row, without validations.
 
-    Written with each metrics row as timing: `samples_per_second` and `items_per_second` (all
-    ranks together), `step_seconds` (mean), `peak_memory_bytes` (of rank 0 since it started: the
-    device's allocator, or the whole process on a CPU). It never waits for the device: the row it
-    goes with has done so.
+    Each timing row gets `samples_per_second` and `items_per_second` (all ranks together),
+    `step_seconds` (mean), `peak_memory_bytes` (of rank 0 since it started: the device's allocator,
+    or the whole process on a CPU). It never waits for the device: the metrics row written at the
+    same time already did.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Throughput(Callback):
         self._validation_began = 0.0
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Starts the clock; what a resumed run did before is not counted."""
+        """Starts the clock; steps before a resume are not counted."""
         self._restart(trainer)
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Logs the speeds, if a row stands at this step."""
+        """Logs the speeds, if there is a row at this step."""
         if not metrics or not trainer.world.is_main:
             return
         seconds = time.perf_counter() - self._since
@@ -52,7 +52,7 @@ class Throughput(Callback):
         self._validation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Lets the clock go on."""
+        """Restarts the clock."""
         self._since += time.perf_counter() - self._validation_began
 
     def _restart(self, trainer: Trainer) -> None:
@@ -73,5 +73,5 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _counts(trainer: Trainer) -> tuple[int, int, int]:
-    # With a row the items have been read from the device already.
+    # If there is a row, the items have already been read from the device.
     return trainer.global_step, int(trainer.progress.samples), int(trainer.progress.items)

@@ -1,4 +1,4 @@
-"""TimeLimit: stops the run cleanly before somebody else stops it."""
+"""TimeLimit: stops the run cleanly before the scheduler kills it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _CLOCK = re.compile(
 
 
 class TimeLimit(Callback):
-    """Asks the run to stop once it has run for so long; it is saved and can be resumed.
+    """Asks the run to stop after a time limit; it is saved and can be resumed.
 
-    The limit holds for each start of the run, counted from `on_setup`: it is there for the
-    allocation that the process lives in, and a resumed run lives in a new one. So nothing of it is
-    saved. Leave room for the last checkpoint: the stop comes at the end of the step, or of the
-    validation batch, in which the limit passes.
+    The limit applies to each start of the run, counted from `on_setup`: it mirrors the limit of a
+    scheduler's allocation, and a resumed run has a new one. So it has no state in checkpoints.
+    Leave time for the last checkpoint: the run stops at the end of the step, or of the validation
+    batch, in which the limit passes.
 
     Args:
         limit: "HH:MM:SS" or, as Slurm writes it, "D-HH:MM:SS"; or a number of seconds.
@@ -51,7 +51,7 @@ class TimeLimit(Callback):
         self._deadline = math.inf
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Starts the clock. One rank's clock decides: the ranks agree on the stop anyway."""
+        """Starts the clock. Ranks may differ: they agree on the step at which all stop."""
         self._deadline = time.monotonic() + self.seconds if trainer.world.is_main else math.inf
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class TimeLimit(Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Checks the clock: a validation may well be longer than the time that is left."""
+        """Checks the clock: a validation may take longer than the time left."""
         if time.monotonic() >= self._deadline:
             self._stop(trainer)
 

@@ -1,4 +1,4 @@
-"""UpdateRatio: how far a step moves the weights, in proportion to the weights."""
+"""UpdateRatio: the size of a step relative to the weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 class UpdateRatio(Callback):
     """Adds |change of weights| / |weights before| (2-norms) to the rows, as `update_ratio/<name>`.
 
-    About 1e-3 is a healthy pace; far above, the learning rate is too high, far below, too low or
-    the layer is not learning. Source: Karpathy, "Neural Networks: Zero to Hero", part 4 (2022).
+    About 1e-3 is healthy. If it is far larger, the learning rate is too high; if it is far smaller,
+    the learning rate is too low or the layer does not learn. Source: Karpathy, "Neural Networks:
+    Zero to Hero", part 4 (2022).
 
-    Only steps with a row are measured. On them the weights are copied before the step, which takes
+    Only steps with a row are measured. In these the weights are copied before the step, which takes
     as much memory as the trained weights until the step is done, and the norms are read from the
     device with the row. Weights that are all zero before the step have no ratio.
 
@@ -33,7 +34,7 @@ class UpdateRatio(Callback):
         ConfigError: an argument is out of its range.
     """
 
-    # Before those that only watch, e.g. the progress display.
+    # Before callbacks that only read rows, e.g. the progress display.
     priority = 50
 
     def __init__(self, every: int = 1, *, per: Literal["layer", "group"] = "layer") -> None:
@@ -47,10 +48,10 @@ class UpdateRatio(Callback):
         self._before: dict[torch.Tensor, torch.Tensor] = {}
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Settles the names.
+        """Names the layers or groups.
 
         Raises:
-            ConfigError: each rank has the weights of its stage alone.
+            ConfigError: with pipeline parallelism, where a rank has only the weights of its stage.
         """
         if trainer.pipeline is not None:
             raise ConfigError("UpdateRatio does not exist yet with parallel.pipeline.")
@@ -61,7 +62,7 @@ class UpdateRatio(Callback):
         self._before = {}
 
     def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Copies the weights, if a row will stand at this step."""
+        """Copies the weights, if there will be a row at this step."""
         step = trainer.global_step + 1
         if step % trainer.log_every or step % self.every:
             return
@@ -95,7 +96,7 @@ class UpdateRatio(Callback):
 
 
 def _group_names(optimizers: dict[str, torch.optim.Optimizer]) -> dict[torch.Tensor, str]:
-    """The name of each parameter's group, led by the optimizer's where there are several."""
+    """The name of each parameter's group, prefixed with the optimizer's if there are several."""
     return {
         parameter: f"{name}/{label}" if len(optimizers) > 1 else label
         for name, optimizer in optimizers.items()

@@ -1,4 +1,4 @@
-"""What callbacks share that keep an average of the weights beside the trained ones."""
+"""The base of callbacks that keep an average of the weights beside the trained ones."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 
 
 class WeightAverage(ExchangedWeights):
-    """Moves the average towards the weights by a share of their distance, now and then.
+    """Moves the average towards the weights by a fraction of their distance, at some steps.
 
-    The average is a second set of tensors with its own place in the checkpoint; the trained
-    weights are never replaced by it, except that during a validation the average is copied into
-    the models and the trained weights are copied back afterwards, bit by bit. So a checkpoint,
-    and the best one too, always holds both.
+    The average is a second set of tensors with its own place in the checkpoint. Only during a
+    validation is it copied into the models; the trained weights are copied back afterwards, bit by
+    bit. So every checkpoint, the best one too, holds both.
 
     Only parameters are averaged. Buffers (BatchNorm's statistics) are the trained model's own.
-    Averages of float16 and bfloat16 parameters are kept in float32, since small updates would
-    vanish in their rounding.
+    Averages of float16 and bfloat16 parameters are kept in float32, since rounding would swallow
+    small updates.
     """
 
     def __init__(self, *, evaluate: bool = True) -> None:
@@ -38,11 +37,11 @@ class WeightAverage(ExchangedWeights):
         self._kept: dict[str, torch.Tensor] | None = None  # the trained weights, while exchanged
 
     def _is_due(self, step: int) -> bool:
-        """Whether the average moves once `step` steps are done."""
+        """Whether the average is updated after `step` steps."""
         raise NotImplementedError
 
     def _share(self) -> float:
-        """The part of the way to the weights that the next update goes, from 0 to 1."""
+        """The fraction of the distance to the weights that the next update covers, from 0 to 1."""
         raise NotImplementedError
 
     def _is_of_use(self) -> bool:
@@ -50,7 +49,7 @@ class WeightAverage(ExchangedWeights):
         return True
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Makes the tensors that a checkpoint's average is loaded into."""
+        """Allocates the tensors that a checkpoint's average is loaded into."""
         models = dict(trainer.named_models())
         if models != self._models:  # the same models trained further keep their average
             self._models, self._live, self._average = models, {}, {}
@@ -58,19 +57,19 @@ class WeightAverage(ExchangedWeights):
         self._adopt()
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Starts from the present weights, unless there is an average already."""
+        """Starts from the current weights, unless there already is an average."""
         self._adopt()
         if not self._started:
             _copy(self._average, self._live)  # weights may have been loaded since `on_setup`
         self._started = True
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
-        """Takes in what has been unfrozen; until now its weights and their average are the same."""
+        """Adds unfrozen parameters; until now their average equals their weights."""
         self._adopt()
 
     @torch.no_grad()
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Updates the average, if it is time to."""
+        """Updates the average, if an update is due."""
         if not self._is_due(trainer.global_step) or not self._average:
             return
         average = [local_part(mean) for mean in self._average.values()]
@@ -82,18 +81,19 @@ class WeightAverage(ExchangedWeights):
         self._updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the averages by `model.parameter`, as they are (no copies).
+        """The number of updates and the averages by `model.parameter` (no copies).
 
-        An average that is of no use yet is left out, so that nobody exports it.
+        An average without an update is left out, so that it cannot be exported.
         """
         average = {"average": dict(self._average)} if self._is_of_use() else {}
         return {"updates": self._updates, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back `state_dict`.
+        """Restores what `state_dict` returned.
 
         Raises:
-            MismatchError: names, shapes or dtypes differ from the models'; all of them are listed.
+            MismatchError: names, shapes or dtypes differ from the models'; all mismatches are
+                listed.
         """
         if "average" in state:
             self._adopt(also=state["average"])
@@ -109,7 +109,7 @@ class WeightAverage(ExchangedWeights):
             model: the model's name; may be left out if there is one model.
 
         Returns:
-            Copies, in the model's own dtypes, of parameters (averaged) and buffers (present).
+            Copies, in the model's own dtypes, of parameters (averaged) and buffers (current).
         """
         name = model or next(iter(self._models), "")
         if name not in self._models or (model is None and len(self._models) > 1):
@@ -167,7 +167,7 @@ def _form(tensor: torch.Tensor) -> str:
 
 def _check(saved: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> None:
     problems = [f"{name} is missing" for name in held if name not in saved]
-    problems += [f"{name} is of no model" for name in saved if name not in held]
+    problems += [f"{name} belongs to no model" for name in saved if name not in held]
     problems += [
         f"{name} is {_form(saved[name])}, here {_form(held[name])}"
         for name in held

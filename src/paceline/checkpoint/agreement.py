@@ -1,4 +1,4 @@
-"""What the ranks of a save must agree on, and how many bytes they write together."""
+"""What the ranks of a save must agree on, and how many bytes they write in total."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from paceline.errors import StateError
 from paceline.world.dtensors import local_part
 
 _ROOM = 1 << 20
-"""Bytes asked for beyond the tensors, for the JSON files and the file system's own needs."""
+"""Bytes required beyond the tensors, for the JSON files and the file system's own needs."""
 
 
 def forms(tensors: dict[str, torch.Tensor], *, staged: bool = False) -> dict[str, str]:
-    """All that a plan of who writes what depends on.
+    """The dtype, shape and placements of each tensor, on which the plan of a save depends.
 
     Args:
         tensors: by name.
-        staged: whether some stand for what only other ranks hold, and so know how it is spread.
+        staged: whether some tensors are placeholders for those of other pipeline stages; their
+            placements are not known here, so none are compared.
     """
     return {
         name: f"{tensor.dtype} {tuple(tensor.shape)} "
@@ -30,12 +31,17 @@ def forms(tensors: dict[str, torch.Tensor], *, staged: bool = False) -> dict[str
 
 
 def shared(forms_here: dict[str, str]) -> dict[str, str]:
-    """The forms that must be the same on every rank."""
+    """The forms that must be equal on every rank."""
     return {name: form for name, form in forms_here.items() if not name.startswith("rank/")}
 
 
 def digest(forms_here: dict[str, str], skeleton: Any) -> str:
-    """A short text that is the same wherever the shared state looks the same."""
+    """A hash that is equal on ranks whose shared state has the same structure.
+
+    Args:
+        forms_here: `forms` of this rank's tensors.
+        skeleton: the state without its tensors, as `encode` returns it.
+    """
     return hashlib.sha256(json.dumps([shared(forms_here), skeleton]).encode()).hexdigest()
 
 
@@ -43,7 +49,7 @@ def raise_difference(parts: list[Any]) -> None:
     """Names the first place in the state where a rank differs from rank 0.
 
     Raises:
-        StateError: there is one.
+        StateError: a rank differs.
     """
     for rank, part in enumerate(parts):
         where = _difference(parts[0], part, "")
@@ -62,20 +68,20 @@ def _difference(one: Any, other: Any, path: str) -> str | None:
         inside = path if isinstance(one, tuple) else f"{path}."
         pairs = [(inside, *both) for both in zip(one, other, strict=True)]
     else:
-        # By repr, since a NaN is no difference.
+        # By repr, since two NaNs are equal here.
         return None if repr(one) == repr(other) else path
     found = (_difference(a, b, where) for where, a, b in pairs)
     return next((where for where in found if where is not None), None)
 
 
 def sizes(tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """Bytes of what all ranks together write, and of what this one alone has to write."""
+    """Bytes that all ranks write together, and bytes that this rank writes for itself alone."""
     shared = own = 0
     for name, tensor in tensors.items():
         if name.startswith("rank/"):
             own += local_part(tensor).nbytes
         else:
-            shared += tensor.numel() * tensor.element_size()  # of a DTensor the whole
+            shared += tensor.numel() * tensor.element_size()  # for a DTensor, the whole tensor
     return shared, own
 
 
@@ -85,7 +91,7 @@ def required_bytes(sizes: list[tuple[int, int]]) -> int:
 
 
 def readable_size(count: int) -> str:
-    """Bytes in the largest unit that leaves a number above one."""
+    """A number of bytes as text, in the largest unit that gives at least one."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -57,8 +57,8 @@ def encode(
     """Splits a tree of state into tensors and a JSON-able skeleton.
 
     A tree is made of dict, OrderedDict, Counter, list, tuple, torch.Size, tensors (DTensors
-    too), numpy arrays and numbers, None, bool, int, float, str and bytes. Tensors that are one
-    and the same memory are stored once, and decoded to one tensor.
+    too), numpy arrays and numbers, None, bool, int, float, str and bytes. Tensors that share the
+    same memory are stored once, and decoded to one tensor.
 
     Args:
         tree: the state. It is not copied: the tensors returned share its memory where they can.
@@ -80,20 +80,20 @@ def encode(
 
 
 def decode(tensors: dict[str, torch.Tensor], skeleton: Any) -> Any:
-    """Puts together what `encode` took apart.
+    """Rebuilds the tree that `encode` split.
 
     Args:
         tensors: by name; the tree returned holds them, without a copy where their layout allows.
-        skeleton: as `encode` made it, or as read back from JSON. It may come from anywhere.
+        skeleton: as `encode` made it, or as read back from JSON. It need not be trusted.
 
     Raises:
-        CheckpointError: the skeleton is not one, or asks for a tensor that is not there.
+        CheckpointError: the skeleton is malformed, or names a tensor that is missing.
     """
     return _Decoder(tensors).node(skeleton, 0)
 
 
 def names_in(skeleton: Any) -> set[str]:
-    """The tensors that a skeleton, or a part of one, asks for."""
+    """The names of the tensors in a skeleton, or in a part of one."""
     names, waiting = set(), [skeleton]
     while waiting:
         node = waiting.pop()
@@ -192,7 +192,7 @@ class _Encoder:
         lazy = tensor.is_conj() or tensor.is_neg()
         if lazy:
             tensor = tensor.resolve_conj().resolve_neg()
-        # Memory made just now may be freed and taken again within this call: it proves no tie.
+        # Memory allocated here may be freed and reused within this call: it proves no tie.
         name, stride = self._store(tensor, path, ties=not lazy)
         tag: dict[str, Any] = {"$tensor": name}
         if stride is not None:
@@ -215,11 +215,11 @@ class _Encoder:
     def _store(
         self, tensor: torch.Tensor, path: tuple[Any, ...], ties: bool
     ) -> tuple[str, tuple[int, ...] | None]:
-        """Keeps a tensor; returns its name, and its strides where they are worth restoring."""
+        """Keeps a tensor; returns its name, and its strides if they have to be restored."""
         key = _identity(tensor) if ties else None
         stride = None
         if not is_dtensor(tensor) and not tensor.is_contiguous() and _is_dense(tensor):
-            # A channels_last momentum that came back contiguous would compute other bits.
+            # A channels_last momentum that was restored contiguous would give other bits.
             stride = tensor.stride()
         if key is not None and key in self._stored:
             return self._stored[key], stride
@@ -272,7 +272,7 @@ def _segment(key: Any) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Whether JSON returns the same string: it joins two lone surrogates into one character."""
+    """Whether JSON preserves the string: it joins two lone surrogates into one character."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -289,23 +289,23 @@ def _is_plain_key(key: Any) -> bool:
 
 
 def _widest(dtype: np.dtype) -> int:
-    """The largest item of a kind that is the same on every platform (no long double)."""
+    """The largest item size of a kind that exists on every platform (no long double), in bytes."""
     return 16 if dtype.kind == "c" else 8
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill their memory once, in whatever order of dimensions."""
+    """Whether the elements fill their memory without gaps or overlaps, in any dimension order."""
     return torch.ops.aten.is_non_overlapping_and_dense(tensor)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What two tensors share when they are the same memory seen the same way."""
+    """A key that two tensors share if they are the same view of the same memory."""
     local = local_part(tensor)
     if local.numel() == 0:
         return None
-    # getattr: these are a DTensor's alone.
+    # getattr: only a DTensor has these.
     layout = (getattr(tensor, "placements", None), getattr(tensor, "device_mesh", None))
-    # What is on the meta device has no address.
+    # A meta tensor has no address.
     start = local.untyped_storage()._cdata if local.is_meta else local.data_ptr()
     return (local.device, start, local.dtype, local.shape, local.stride(), *layout)
 

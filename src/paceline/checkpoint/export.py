@@ -1,9 +1,9 @@
 """Export: a checkpoint's weights as plain safetensors files, under the model's own names.
 
-`model.load_state_dict(safetensors.torch.load_file(path))` takes them back. Weights that are tied
-(one tensor under several names) follow safetensors' own rule: the file holds the tensor once, under
-the alphabetically first of its names, and its metadata gives that name for each of the others;
-`safetensors.torch.load_model(model, path)` knows of it.
+`model.load_state_dict(safetensors.torch.load_file(path))` loads them. Weights that are tied (one
+tensor under several names) follow safetensors' own rule: the file holds the tensor once, under the
+alphabetically first of its names, and its metadata gives that name for each of the others;
+`safetensors.torch.load_model(model, path)` restores the ties.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Exported:
     Attributes:
         path: the file.
         model: the model's name in the trainer.
-        tensors, bytes: how many it holds, and its size.
+        tensors, bytes: the number of tensors, and the file's size.
         checkpoint: where the weights come from.
     """
 
@@ -61,24 +61,28 @@ def export(
     model: str | None = None,
     dtype: str | None = None,
 ) -> list[Exported]:
-    """Writes the weights of a checkpoint, one safetensors file a model.
+    """Writes the weights of a checkpoint, one safetensors file per model.
 
-    The checkpoint is verified first; a file appears whole or not at all. Nothing that the run
+    The checkpoint is verified first, and each file is written atomically. Nothing that the run
     folder names is imported.
 
     Args:
         source: a run folder, or a checkpoint in it.
         to: a file ending in `.safetensors`, or a folder; by default the run's `exports` folder.
-        weights: "live", those that were trained, or "averaged", what `AveragedWeights`, `SWA` or
-            `ScheduleFree` kept.
-        checkpoint: of a run folder: "latest", "best" or a name such as "step_00000120".
-        model: one of several models; None for all.
-        dtype: "fp32", "bf16" or "fp16" for the floating-point tensors; None leaves each its own.
+        weights: "live" for the trained weights, "averaged" for those that `AveragedWeights`, `SWA`
+            or `ScheduleFree` kept.
+        checkpoint: in a run folder, "latest", "best" or a name such as "step_00000120".
+        model: the name of one of several models; None for all.
+        dtype: "fp32", "bf16" or "fp16" for the floating-point tensors; None keeps their own.
+
+    Returns:
+        The files written.
 
     Raises:
-        ConfigError: an argument does not fit.
-        CheckpointError: no such checkpoint, a damaged one (the intact ones are named), no averaged
-            weights, values beyond the range of `dtype`, or a file cannot be written.
+        ConfigError: an argument is invalid.
+        CheckpointError: there is no such checkpoint, it is damaged (the message names the intact
+            ones) or has no averaged weights, a value is out of the range of `dtype`, or a file
+            cannot be written.
     """
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(EXPORT_DTYPES)}.")
@@ -99,11 +103,11 @@ def export(
 
 
 def find_checkpoint(source: Path | str, which: str = "latest") -> Checkpoint:
-    """The checkpoint asked for, read whole and found intact. Nothing is moved or changed.
+    """Finds a checkpoint and verifies all of it. Nothing is moved or changed.
 
     Args:
         source: a run folder, or a checkpoint in it.
-        which: of a run folder: "latest", "best" or a checkpoint's name.
+        which: in a run folder, "latest", "best" or a checkpoint's name.
 
     Raises:
         ConfigError: there is no such checkpoint.
@@ -147,16 +151,16 @@ def _none_in(path: Path) -> str:
 def read_weights(
     found: Checkpoint, weights: Weights = "live", dtype: torch.dtype | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The models' state dictionaries by the models' names, in host memory; little else is read.
+    """Reads the models' state dictionaries, by model name, into host memory.
 
     Args:
         found: an intact checkpoint, of any number of ranks.
         weights: "live" or "averaged".
-        dtype: of all floating-point tensors; None leaves each its own.
+        dtype: for all floating-point tensors; None keeps their own.
 
     Raises:
-        CheckpointError: there are no averaged weights, a state is no tensor, or does not fit into
-            `dtype`.
+        CheckpointError: there are no averaged weights, or an entry is not a tensor or is out of the
+            range of `dtype`.
     """
     if weights not in ("live", "averaged"):
         raise ConfigError(f"weights={weights!r}: choose 'live' or 'averaged'.")
@@ -195,7 +199,7 @@ def _is_state(state: Any) -> bool:
 
 
 def _average(found: Checkpoint, callbacks: Any) -> dict[str, torch.Tensor]:
-    """The state that a callback saved which averages: averages by `model.parameter`."""
+    """The averages, by `model.parameter`, in the state of the callback that kept them."""
     states = callbacks if isinstance(callbacks, dict) else {}
     kept = {
         name: state["average"]
@@ -204,8 +208,8 @@ def _average(found: Checkpoint, callbacks: Any) -> dict[str, torch.Tensor]:
     }
     if not kept:
         raise CheckpointError(
-            f"{found.path} holds no averaged weights: the run had no callback that keeps some "
-            "(AveragedWeights, SWA, ScheduleFree). Take the live ones."
+            f"{found.path} holds no averaged weights: the run had no callback that keeps them "
+            "(AveragedWeights, SWA, ScheduleFree). Export the live ones."
         )
     if len(kept) > 1:
         names = ", ".join(kept)
@@ -223,7 +227,7 @@ def _exported(
     average: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
-    """A model's state with averages in place of its parameters, converted; ties stay ties."""
+    """A model's state with averages in place of its parameters, converted; ties are kept."""
     for key, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
@@ -247,7 +251,7 @@ def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Ten
     """`tensor` in another dtype.
 
     Raises:
-        CheckpointError: a finite value is beyond its range, which would become infinite.
+        CheckpointError: a finite value is out of its range and would become infinite.
     """
     converted = tensor.to(dtype)
     if converted is not tensor and bool((converted.isinf() & tensor.isfinite()).any()):
@@ -262,7 +266,7 @@ def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Ten
 def _targets(
     found: Checkpoint, to: Path | str | None, models: list[str], suffix: str
 ) -> dict[str, Path]:
-    """Each model's file."""
+    """The file of each model."""
     if to is not None and str(to).endswith(_SUFFIX):
         if len(models) > 1:
             raise ConfigError(
@@ -273,7 +277,7 @@ def _targets(
     folder = _exports_of(found) if to is None else Path(to)
     for name in models:
         if not _FILE_NAME.fullmatch(name):
-            raise ConfigError(f"the model's name {name!r} names no file; choose a file.")
+            raise ConfigError(f"the model's name {name!r} is no file name; name a file to write.")
     return {name: folder / f"{name}_{suffix}{_SUFFIX}" for name in models}
 
 
@@ -281,14 +285,14 @@ def _exports_of(found: Checkpoint) -> Path:
     checkpoints = found.path.parent if found.path.parent.name else found.path.absolute().parent
     folder = checkpoints.parent / "exports"
     if checkpoints.name != "checkpoints" or folder.is_symlink():
-        raise ConfigError(f"{found.path} has no run folder to export to: say where.")
+        raise ConfigError(f"{found.path} has no run folder to export to: name a file or folder.")
     return folder
 
 
 def _write(
     path: Path, tensors: Mapping[str, torch.Tensor], found: Checkpoint, facts: dict[str, str]
 ) -> Exported:
-    """Writes one file beside its place, reads its header back, and renames it."""
+    """Writes a file under a hidden name, reads its header back, and renames it."""
     first: dict[int, str] = {}
     for name in sorted(tensors):
         first.setdefault(id(tensors[name]), name)
@@ -328,7 +332,7 @@ def _remove(disk: Disk, path: Path) -> None:
 
 
 def _told(found: Checkpoint) -> dict[str, str]:
-    """What the file says of where it comes from."""
+    """The file's metadata: which run and checkpoint it comes from."""
     run = found.path.absolute().parent.parent
     return {
         "format": "pt",

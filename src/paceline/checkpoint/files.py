@@ -1,7 +1,7 @@
 """Every file operation of a save, in one small layer.
 
-A save goes through a `Disk` and nothing else, so that a test can stand in for the machine: end
-the process after the n-th operation, fill the disk, write short. It has no options.
+A save uses a `Disk` and nothing else, so that a test can simulate faults: end the process after the
+n-th operation, fill the disk, write fewer bytes than asked. It has no options.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class Disk:
-    """The operations that change something. Each raises OSError."""
+    """The operations that change files. Each raises OSError."""
 
     def mkdir(self, path: Path) -> None:
         os.mkdir(path)
@@ -23,7 +23,15 @@ class Disk:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, fd: int, data: memoryview) -> int:
-        """Writes some of `data` (maybe not all) and returns how much."""
+        """Writes the beginning of `data`, maybe not all of it.
+
+        Args:
+            fd: an open file.
+            data: the bytes to write.
+
+        Returns:
+            The number of bytes written.
+        """
         return os.write(fd, data)
 
     def fsync(self, fd: int) -> None:
@@ -33,6 +41,12 @@ class Disk:
         os.close(fd)
 
     def rename(self, source: Path, target: Path) -> None:
+        """Renames a file or folder.
+
+        Args:
+            source: what to rename.
+            target: its new path; a file there is replaced.
+        """
         os.rename(source, target)
 
     def unlink(self, path: Path) -> None:
@@ -52,10 +66,15 @@ class Disk:
     def free_bytes(self, path: Path) -> int:
         return shutil.disk_usage(path).free
 
-    # What follows is composed of the operations above.
+    # The methods below are composed of the operations above.
 
     def write_all(self, fd: int, data: memoryview | bytes) -> None:
-        """Writes all of `data`, however short the single writes are."""
+        """Writes all of `data`, however many writes it takes.
+
+        Args:
+            fd: an open file.
+            data: the bytes to write.
+        """
         view = memoryview(data)
         while view:
             written = self.write(fd, view)
@@ -64,7 +83,12 @@ class Disk:
             view = view[written:]
 
     def write_file(self, path: Path, data: bytes) -> None:
-        """Writes a new file and makes its bytes durable."""
+        """Writes a new file and makes its bytes durable.
+
+        Args:
+            path: the file, which must not exist.
+            data: its content.
+        """
         fd = self.create(path)
         try:
             self.write_all(fd, data)
@@ -73,7 +97,12 @@ class Disk:
             self.close(fd)
 
     def replace_text(self, path: Path, text: str) -> None:
-        """Writes a small text file so that a reader sees the old text or the new, never a part."""
+        """Replaces a small text file atomically: a reader sees the old text or the new.
+
+        Args:
+            path: the file, which may exist.
+            text: its new content.
+        """
         beside = path.with_name(f".{path.name}.new")
         if os.path.lexists(beside):
             self.unlink(beside)
@@ -81,7 +110,7 @@ class Disk:
         self.rename(beside, path)
 
     def make_folders(self, path: Path) -> None:
-        """Makes a folder and those above it, as far as they are missing."""
+        """Makes a folder and its missing parents."""
         if not path.is_dir():
             self.make_folders(path.parent)
             try:
@@ -91,7 +120,7 @@ class Disk:
             self.fsync_folder(path.parent)
 
     def remove(self, path: Path) -> None:
-        """Removes a file or a whole folder; follows no link. Fine if it does not exist."""
+        """Removes a file or a whole folder, if it exists; follows no link."""
         if not os.path.lexists(path):
             return
         if not stat.S_ISDIR(os.lstat(path).st_mode):

@@ -1,4 +1,4 @@
-"""Whether what was stored fits what is there: every difference at once, nothing cast in silence."""
+"""Checks that a stored state fits a model: lists every difference, casts nothing silently."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def check_fits(
     """Compares names, shapes and dtypes of two state dictionaries; other values are not compared.
 
     Args:
-        expected: the state of what is there, e.g. `model.state_dict()`.
-        stored: the state about to be loaded into it.
-        what: what is being loaded, for the message.
+        expected: the state to load into, e.g. `model.state_dict()`.
+        stored: the state about to be loaded.
+        what: the name of what is being loaded, for the message.
 
     Raises:
-        MismatchError: lists every missing or unexpected name and every other shape or dtype.
+        MismatchError: lists every missing or unexpected name and every different shape or dtype.
     """
     lines = [f"missing from the checkpoint: {name}" for name in expected if name not in stored]
     lines += [f"only in the checkpoint: {name}" for name in stored if name not in expected]

@@ -1,7 +1,7 @@
-"""How one replica group's state gets to another: as a checkpoint, in a folder that both see.
+"""Passes one replica group's state to another: as a checkpoint, in a folder that both can read.
 
-torchft's own transports send pickles. This one hands over files that run no code, with the
-checksums of any checkpoint.
+torchft's own transports send pickles. This one writes files that run no code, with the checksums of
+any checkpoint.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _POLL = 0.05
 
 
 class HandOver:
-    """A `CheckpointTransport` of torchft's over a folder (the methods are those it calls).
+    """A `CheckpointTransport` for torchft over a folder, with the methods that torchft calls.
 
     Args:
-        folder: one for all groups of a run.
-        name: this group's, a number.
+        folder: the same for all groups of a run.
+        name: this group's name, a number.
         world: this group's ranks.
     """
 
@@ -42,16 +42,23 @@ class HandOver:
         return self._folder / self._name / "state"
 
     def metadata(self) -> str:
-        """What the others need to find this group's state."""
+        """What other groups need to find this group's state: its name."""
         return self._name
 
     def send_checkpoint(
         self, dst_ranks: list[int], step: int, state_dict: dict[str, Any], timeout: timedelta
     ) -> None:
-        """Writes this group's state, for every group that is behind."""
+        """Writes this group's state, for every group that is behind.
+
+        Args:
+            dst_ranks: the groups that need it; not used, since all read the same files.
+            step: of the state.
+            state_dict: the state.
+            timeout: not used: the write is synchronous.
+        """
         del dst_ranks, timeout
         tree = {**state_dict["user"]["default"], "torchft": state_dict["torchft"]}
-        # Never one of an earlier attempt, or of this group's life before a kill.
+        # Files of an earlier attempt, or from before this group was killed, must not be read.
         self.disallow_checkpoint()
         policy = CheckpointPolicy(keep_last=1, asynchronous=False)
         Checkpoints(self._own, policy, self._world).save(tree, step, synchronous=True)
@@ -61,8 +68,14 @@ class HandOver:
     ) -> dict[str, Any]:
         """Reads another group's state.
 
+        Args:
+            src_rank: the group to read from; not used, since `metadata` names it.
+            metadata: what that group's `metadata` returned.
+            step: of the state.
+            timeout: how long to wait for it.
+
         Raises:
-            CheckpointError: it has not come in time, or it is damaged.
+            CheckpointError: it did not arrive in time, or it is damaged.
         """
         del src_rank
         if not re.fullmatch(r"\d{1,9}", metadata):
@@ -72,7 +85,7 @@ class HandOver:
         while not path.exists():
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"{path} has not come: do all replica groups see the run's folder?"
+                    f"{path} did not arrive: can all replica groups read the run's folder?"
                 )
             time.sleep(_POLL)
         verify(path)
@@ -80,7 +93,7 @@ class HandOver:
         return {"torchft": tree.pop("torchft"), "user": {"default": tree}}
 
     def disallow_checkpoint(self) -> None:
-        """Removes what was written: nobody waits for it any more."""
+        """Removes what was written: no group waits for it any more."""
         shutil.rmtree(self._own, ignore_errors=True)
 
     def shutdown(self, wait: bool = True) -> None:

@@ -28,13 +28,13 @@ from paceline.world.world import World
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a checkpoint, for people to read.
+    """Something that happened to a checkpoint, to be shown to the user.
 
     Attributes:
         kind: `saved`, `failed`, `damaged` (set aside), `abandoned` (set aside), `recovered`, or
             `warning`.
         message: one line.
-        step: the checkpoint's step, where it is known.
+        step: the checkpoint's step, if known.
     """
 
     kind: Literal["saved", "failed", "damaged", "abandoned", "recovered", "warning"]
@@ -44,7 +44,7 @@ class Event:
 
 @dataclass
 class _Job:
-    """One save on its way to the disk."""
+    """One save in progress."""
 
     step: int
     best: bool
@@ -62,7 +62,7 @@ class Checkpoints:
     """The checkpoints in one folder. Every method is called on every rank, in the same order.
 
     Args:
-        folder: made at the first save.
+        folder: created at the first save.
         policy: what to keep, and whether to write in the background.
         world: the ranks that save together.
     """
@@ -71,7 +71,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.policy = policy
         self._ranks = Ranks(world)
-        self._in_stages = world.parallel.pipeline > 1  # so that no rank holds all tensors
+        self._in_stages = world.parallel.pipeline > 1  # then no rank holds all tensors
         self._disk = Disk()
         self._staging = Staging()
         self._plan: Any = None
@@ -96,23 +96,23 @@ class Checkpoints:
     ) -> None:
         """Saves the state, after finishing the save in flight if there is one.
 
-        With an asynchronous policy this returns once the state is copied; else, once it is on the
-        disk. A write that fails leaves the previous checkpoints alone, is reported by `poll`, and
+        With an asynchronous policy this returns once the state is copied, otherwise once it is on
+        the disk. A failed write leaves the previous checkpoints alone, is reported by `poll`, and
         makes `retry_due` true.
 
         Args:
-            tree: the state, the same on every rank but for `tree["rank"]`, where each rank gives
+            tree: the state, the same on every rank except `tree["rank"]`, where each rank gives
                 `{"<its rank>": {...}}` and the checkpoint gets all of them.
             step: optimizer steps done; a checkpoint of the same step is replaced.
-            best: this is the best so far by the monitored metric.
-            synchronous: be on the disk when this returns, or raise. For a run's last save.
-            info: goes to the manifest: why it was saved, metrics, best value.
+            best: whether it has the best value of the monitored metric so far.
+            synchronous: return only when it is on the disk, or raise. For a run's last save.
+            info: stored in the manifest: why it was saved, metrics, best value.
             before: called on rank 0 before anything is written, in the background if the save is;
-                what it raises fails the save. For what the checkpoint counts on.
+                if it raises, the save fails. For files that the checkpoint refers to.
 
         Raises:
-            StateError: something in the tree cannot be stored, or the ranks disagree about it.
-            CheckpointError: only if `synchronous`: it could not be written.
+            StateError: something in the tree cannot be stored, or the ranks' trees differ.
+            CheckpointError: it could not be written; raised only if `synchronous`.
         """
         self.wait()
         blocking = synchronous or not self.policy.asynchronous
@@ -137,7 +137,7 @@ class Checkpoints:
         return None if self._job is None else self._job.error
 
     def poll(self) -> builtins.list[Event]:
-        """What happened since the last call. Never waits; complete on rank 0 only."""
+        """The events since the last call. Never waits; complete on rank 0 only."""
         events = []
         while self._events:
             events.append(self._events.popleft())
@@ -145,9 +145,9 @@ class Checkpoints:
 
     @property
     def retry_due(self) -> bool:
-        """Whether the latest save has failed, so that the next occasion should be taken.
+        """Whether the latest save failed and should be tried again.
 
-        Ranks may see a background save end at different moments: act on rank 0's answer.
+        Ranks may see a background save end at different times: act on rank 0's answer.
         """
         return not self.busy and self._job is not None and self._job.error is not None
 
@@ -165,8 +165,8 @@ class Checkpoints:
 
     def recover(self) -> None:
         """Finishes or removes what a killed process left. Called once, before anything else."""
-        # A second of importing torch's own checkpointing belongs to a run's start, not to its
-        # first save, nor to `import paceline`.
+        # Importing torch's own checkpointing takes a second, which belongs to a run's start, not
+        # to its first save, nor to `import paceline`.
         from paceline.checkpoint import storage as _  # noqa: F401
 
         def work() -> list[str]:
@@ -180,11 +180,11 @@ class Checkpoints:
         self._tell("recovered", self._ranks.main(work))
 
     def list(self) -> builtins.list[Checkpoint]:
-        """The visible checkpoints with a whole manifest, oldest first; their files are not read."""
+        """The published checkpoints with intact manifests, oldest first; reads only these."""
         return self._ranks.main(lambda: publication.scan(self.folder)[0])
 
     def newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint by `save_id`, read whole; damaged ones are set aside.
+        """The newest intact checkpoint by `save_id`, verified; damaged ones are set aside.
 
         Raises:
             CheckpointError: one was written by another version of Paceline, or a damaged one cannot
@@ -200,7 +200,7 @@ class Checkpoints:
         return found
 
     def best(self) -> Checkpoint | None:
-        """The newest checkpoint that was the best when it was saved, by the manifests alone."""
+        """The newest checkpoint that was the best when it was saved, according to its manifest."""
         return next((c for c in reversed(self.list()) if c.best), None)
 
     def load(self, path: Path | str, *, into: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -208,8 +208,8 @@ class Checkpoints:
 
         Args:
             path: its folder.
-            into: a tree like the one saved, whose tensors are filled instead of making new ones:
-                DTensors get their own shards. Other leaves of it are not looked at.
+            into: a tree like the one saved, whose tensors are filled instead of making new ones;
+                DTensors get their own shards. Its other leaves are ignored.
 
         Returns:
             The tree, with every rank's part under `tree["rank"]`.
@@ -229,7 +229,7 @@ class Checkpoints:
         return self._ranks.together(lambda: load_tree(path, into))
 
     def abandon_after(self, save_id: int) -> None:
-        """Moves checkpoints with a larger `save_id` to `.abandoned`: for resuming from one."""
+        """Moves checkpoints with a larger `save_id` to `.abandoned`: a run resumes from it."""
         self.wait()
 
         def work() -> list[str]:
@@ -248,29 +248,33 @@ class Checkpoints:
     # Space
 
     def required_bytes(self, tree: dict[str, Any]) -> int:
-        """The bytes that one checkpoint of this tree takes on the disk, all ranks together."""
+        """The disk space that one checkpoint of this tree takes, all ranks together, in bytes."""
         self.wait()
         needed = self._prepare(tree, 0, False, {}, copy=False).needed
         return self._ranks.main(lambda: needed)
 
     def check_space(self, tree: dict[str, Any]) -> None:
-        """Raises a CheckpointError if there is no space for one checkpoint. For before step 1.
+        """Checks, before the first step, that there is space for one checkpoint.
 
-        With an asynchronous policy the host buffers are made here too, so that the first save takes
-        no longer than the next. Tensors that do not exist yet (most optimizers' state) come later.
+        With an asynchronous policy this also allocates the host buffers, so that the first save
+        takes no longer than the next. Buffers of tensors that do not exist yet (most optimizers'
+        state) are allocated later.
+
+        Raises:
+            CheckpointError: there is not enough space.
         """
         self.wait()
         job = self._prepare(tree, 0, False, {}, copy=self.policy.asynchronous)
         self._ranks.main(lambda: self._check_free(job.needed))
 
-    # How it is done
+    # Implementation
 
     def _encode(self, tree: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any, Any]:
-        """This rank's tensors, the skeleton that all share, and this rank's own."""
+        """This rank's tensors, the skeleton that all ranks share, and this rank's own skeleton."""
         own = tree.get("rank", {})
         rank = str(self._ranks.rank)
         if not isinstance(own, dict) or set(own) - {rank}:
-            raise StateError(f"rank: on rank {rank} only the key {rank!r} may stand here")
+            raise StateError(f"rank: on rank {rank} the only key allowed here is {rank!r}")
         shared, skeleton = encode(
             {key: value for key, value in tree.items() if key != "rank"},
             elsewhere=self._in_stages,
@@ -281,12 +285,12 @@ class Checkpoints:
     def _prepare(
         self, tree: dict[str, Any], step: int, best: bool, info: dict[str, Any], copy: bool
     ) -> _Job:
-        """Turns the state into a job; what cannot be stored is found here, by all ranks."""
+        """Turns the state into a job; if something cannot be stored, every rank raises here."""
         job = _Job(step, best, info)
 
         def work() -> tuple[Any, tuple[int, int], str, bool]:
             if encode(info)[0]:
-                raise StateError("info: only plain values go to the manifest, no tensors")
+                raise StateError("info: the manifest takes plain values only, no tensors")
             job.tensors, job.shared, own = self._encode(tree)
             job.forms = agreement.forms(job.tensors, staged=self._in_stages)
             digest = agreement.digest(job.forms, job.shared) if self._ranks.size > 1 else ""
@@ -306,7 +310,7 @@ class Checkpoints:
         return job
 
     def _take_own_part(self, job: _Job, planned: bool, copy: bool) -> None:
-        """Reduces a job's tensors to those that this rank writes, copied if need be."""
+        """Reduces a job's tensors to those that this rank writes, copied if necessary."""
         from paceline.checkpoint import storage
 
         if not planned:
@@ -317,7 +321,7 @@ class Checkpoints:
         job.tensors = self._ranks.together(lambda: self._staging.copy(mine)) if copy else mine
 
     def _write(self, job: _Job) -> None:
-        """Writes and publishes one job. Raises nothing: the outcome is left in `job.error`."""
+        """Writes and publishes one job. Raises nothing: a failure is kept in `job.error`."""
         from paceline.checkpoint.storage import write_planned
 
         hidden = publication.hidden(self.folder, publication.folder_name(job.step), "new")
@@ -340,12 +344,12 @@ class Checkpoints:
         self._disk.mkdir(hidden)
 
     def _publish(self, hidden: Path, records: builtins.list[FileRecord], job: _Job) -> None:
-        """Rank 0: what completes a checkpoint once all tensors are written, manifest last."""
+        """Rank 0: completes a checkpoint once all tensors are written; the manifest comes last."""
         for record in records:
             path = hidden / record.name
             if not path.is_file() or path.stat().st_size != record.bytes:
                 raise CheckpointError(
-                    f"{path} is not as its rank wrote it: all ranks must share the run's folder"
+                    f"{path} differs from what its rank wrote: ranks must share the run folder"
                 )
         own = [part for part in job.own if part is not None]
         rank = {key: value for part in own for key, value in part.items()} if own else None
@@ -370,7 +374,7 @@ class Checkpoints:
         self._after_publication(manifest.save_id)
 
     def _after_publication(self, save_id: int) -> None:
-        """Hints and pruning: the checkpoint is safe, so a failure here is only a warning."""
+        """Hints and pruning: the checkpoint is published, so a failure here is only a warning."""
         try:
             self._write_hints()
             found = publication.scan(self.folder)[0]
@@ -384,8 +388,8 @@ class Checkpoints:
             self._events.append(Event("warning", message))
 
     def _clean_up(self, hidden: Path, job: _Job) -> None:
-        """Rank 0: removes the part of a checkpoint that a failed write left, and reports it."""
-        kept = "the previous checkpoints are untouched; it is tried again at the next occasion"
+        """Rank 0: removes the partial checkpoint that a failed write left, and reports it."""
+        kept = "the previous checkpoints are untouched; the next boundary tries again"
         message = f"step {job.step}: the checkpoint could not be written: {job.error}; {kept}"
         try:
             self._disk.remove(hidden)
@@ -400,7 +404,7 @@ class Checkpoints:
         return self._last_id
 
     def _write_hints(self) -> None:
-        """`latest` and `best`, for people and scripts; nothing here ever reads them."""
+        """Writes `latest` and `best`, for people and scripts; Paceline never reads them."""
         found = publication.scan(self.folder)[0]
         for name, those in (("latest", found), ("best", [c for c in found if c.best])):
             if those:
@@ -460,7 +464,8 @@ def load_tree(
     Args:
         path: its folder.
         into: see `Checkpoints.load`.
-        parts: the keys of the tree to read, e.g. ("models",); None for all. Others cost nothing.
+        parts: the keys of the tree to read, e.g. ("models",); None for all. Other keys are not read
+            from the disk.
 
     Raises:
         MismatchError, CheckpointError: see `Checkpoints.load`.

@@ -11,18 +11,18 @@ from paceline.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy:
-    """When a run is saved and what is kept of it.
+    """When a run saves checkpoints, and which of them it keeps.
 
-    Whatever the policy, a run that ends or is told to stop is saved.
+    Whatever the policy, the final state is saved, whether the run finished or was stopped.
 
     Args:
         every_epochs: save at the end of every n-th epoch; None for never.
         every_steps: save after every n-th optimizer step; None for never.
-        keep_last: how many of the newest checkpoints to keep; None for all. As many stay of those
-            that were set aside as damaged, and as later than the one resumed from.
-        keep_every_steps: also keep, for good, those at a multiple of this many steps.
-        save_best: save when the monitored metric improves, and keep the best one.
-        asynchronous: write in the background while training goes on. Costs host memory for one
+        keep_last: how many of the newest checkpoints to keep; None for all. The same limit applies
+            to checkpoints set aside as damaged, and to those set aside as abandoned.
+        keep_every_steps: also keep, permanently, checkpoints at multiples of this many steps.
+        save_best: save when the monitored metric improves, and keep the best checkpoint.
+        asynchronous: write in the background while training continues. Takes host memory for one
             copy of the state.
 
     Raises:
@@ -52,7 +52,7 @@ class CheckpointPolicy:
 
 
 class Kept(Protocol):
-    """What `to_keep` needs to know of a checkpoint."""
+    """What `to_keep` needs to know about a checkpoint."""
 
     @property
     def save_id(self) -> int: ...
@@ -69,16 +69,16 @@ def reasons_due(
     epochs_done: int | None = None,
     improved: bool = False,
 ) -> list[str]:
-    """Why a checkpoint is due at this boundary; an empty list if none is.
+    """The reasons for a checkpoint at this boundary.
 
     Args:
         policy: the settings.
         step: optimizer steps done.
-        epochs_done: epochs done, if one has just ended; None in the middle of one.
+        epochs_done: epochs done, if one has just ended; None in the middle of an epoch.
         improved: whether the monitored metric has just improved.
 
     Returns:
-        Some of `"step"`, `"epoch"`, `"best"`, in this order.
+        Some of `"step"`, `"epoch"`, `"best"`, in this order; empty if no checkpoint is due.
     """
     reasons = []
     if policy.every_steps is not None and step > 0 and step % policy.every_steps == 0:

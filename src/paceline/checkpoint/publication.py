@@ -1,11 +1,11 @@
 """What makes a folder a checkpoint: its manifest, and the one rename that publishes it.
 
-A checkpoint is intact when its manifest is whole and every file named there has the size and the
-checksum written there. The manifest is written last. Folders that begin with a dot are on their way
-in or out:
+A checkpoint is intact when its manifest is whole and every file listed there has the recorded size
+and checksum. The manifest is written last. Folders that begin with a dot are being added or
+removed:
 
 - `.step_00000120.new`: being written; complete once it holds a manifest.
-- `.step_00000120.old`: the one that a new save of the same step replaces.
+- `.step_00000120.old`: replaced by a new save of the same step.
 - `.step_00000120.gone`: being removed.
 """
 
@@ -41,7 +41,7 @@ _MAX_JSON = 1 << 30
 
 
 class UnknownFormatError(CheckpointError):
-    """Written by another version of Paceline: nothing is wrong with it, and it is left alone."""
+    """Another version of Paceline wrote the checkpoint: it is not damaged, and is left alone."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Manifest:
     """What a checkpoint says about itself.
 
     Attributes:
-        save_id: rises with every save of a run, whatever happened to earlier ones.
+        save_id: increases with every save of a run, whatever happened to earlier ones.
         step: optimizer steps done.
         best: whether it had the best value of the monitored metric when it was saved.
         info: what the trainer adds: metrics, reasons, best value.
-        ranks: processes that wrote it.
-        torch, paceline: versions that wrote it.
+        ranks: the number of processes that wrote it.
+        torch, paceline: the versions that wrote it.
         checksum: the name of the checksum's algorithm.
         files: every file but the manifest.
     """
@@ -99,17 +99,23 @@ class Checkpoint:
 
 
 def folder_name(step: int) -> str:
-    """The folder of the checkpoint after `step` windows, beside the others."""
+    """The name of the folder of the checkpoint after `step` windows."""
     return f"step_{step:08d}"
 
 
 def hidden(folder: Path, step_name: str, stage: str) -> Path:
-    """The hidden sibling of a checkpoint's folder at a stage: new, old or gone."""
+    """The hidden sibling of a checkpoint's folder.
+
+    Args:
+        folder: where the checkpoints are.
+        step_name: the name of the checkpoint's folder.
+        stage: "new", "old" or "gone".
+    """
     return folder / f".{step_name}.{stage}"
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """A manifest as JSON; its last line is a checksum of all before."""
+    """A manifest as JSON; its last key is a checksum of the others."""
     body = asdict(manifest) | {
         "format": FORMAT,
         "info": encode(manifest.info)[1],
@@ -124,7 +130,7 @@ def _own_checksum(body: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions a manifest names."""
+    """The versions that a manifest records."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -135,7 +141,12 @@ def versions() -> dict[str, str]:
 
 
 def record_of(name: str, data: bytes) -> FileRecord:
-    """The record of a small file written from memory."""
+    """The record of a small file written from memory.
+
+    Args:
+        name: in the checkpoint's folder.
+        data: its content.
+    """
     return FileRecord(name, len(data), f"{zlib.crc32(data):08x}")
 
 
@@ -143,7 +154,7 @@ def read_manifest(path: Path) -> Manifest:
     """Reads the manifest of the checkpoint in folder `path`.
 
     Raises:
-        CheckpointError: there is none, or it is broken, or names files outside of its folder.
+        CheckpointError: it is missing or broken, or names files outside of its folder.
     """
     try:
         body = read_json(path / MANIFEST)
@@ -194,7 +205,7 @@ def read_json(path: Path) -> Any:
     """Parses a JSON file of bounded size.
 
     Raises:
-        CheckpointError: it is not a regular file with JSON in it.
+        CheckpointError: it is not a regular file that holds JSON.
     """
     try:
         with open(path, "rb") as file:
@@ -212,7 +223,7 @@ def verify(path: Path) -> Manifest:
     """Reads all of a checkpoint and compares every size and checksum with its manifest.
 
     Raises:
-        CheckpointError: what does not match, in one line.
+        CheckpointError: something does not match; the message says what, in one line.
     """
     manifest = read_manifest(path)
     if manifest.checksum != CHECKSUM:
@@ -256,7 +267,7 @@ def scan(folder: Path) -> tuple[list[Checkpoint], list[tuple[Path, CheckpointErr
 
 
 def highest_save_id(folder: Path) -> int:
-    """The largest `save_id` ever seen under a folder, set aside, hidden or not; 0 if none."""
+    """The largest `save_id` under a folder, among published, hidden and set-aside ones; or 0."""
     highest = 0
     for place in (folder, folder / DAMAGED, folder / ABANDONED):
         for path in place.iterdir() if place.is_dir() else []:
@@ -269,10 +280,15 @@ def highest_save_id(folder: Path) -> int:
 
 
 def publish(folder: Path, step_name: str, disk: Disk) -> None:
-    """Makes the complete hidden folder of a step visible; one already there is replaced.
+    """Publishes the complete hidden folder of a step, replacing one of the same step.
 
-    At every instant either the old or the new one is complete on the disk, under a name from which
-    `recover` puts it in place.
+    At every instant the old or the new one is complete on the disk, under a name from which
+    `recover` can restore it.
+
+    Args:
+        folder: where the checkpoints are.
+        step_name: the name of the checkpoint's folder.
+        disk: the file operations.
     """
     new, old, final = (
         hidden(folder, step_name, "new"),
@@ -295,16 +311,30 @@ def publish(folder: Path, step_name: str, disk: Disk) -> None:
 
 
 def discard(path: Path, disk: Disk) -> None:
-    """Removes a checkpoint; cut short, it leaves nothing that looks like one."""
+    """Removes a checkpoint; if interrupted, leaves nothing that looks like one.
+
+    Args:
+        path: the checkpoint's folder.
+        disk: the file operations.
+    """
     gone = hidden(path.parent, path.name, "gone")
     disk.remove(gone)
     disk.rename(path, gone)
-    disk.fsync_folder(path.parent)  # or a power cut could put half of it back under its own name
+    disk.fsync_folder(path.parent)  # else a power cut could bring half of it back under its name
     disk.remove(gone)
 
 
 def set_aside(path: Path, place: str, disk: Disk) -> Path:
-    """Moves a checkpoint to `.damaged` or `.abandoned` beside it and returns where it is now."""
+    """Moves a checkpoint to a folder beside it.
+
+    Args:
+        path: the checkpoint's folder.
+        place: `DAMAGED` or `ABANDONED`.
+        disk: the file operations.
+
+    Returns:
+        Its new path.
+    """
     shelf = path.parent / place
     disk.make_folders(shelf)
     name = path.name.removeprefix(".").removesuffix(".new").removesuffix(".old")
@@ -318,14 +348,14 @@ def set_aside(path: Path, place: str, disk: Disk) -> Path:
 
 
 def prune_set_aside(folder: Path, keep: int | None, disk: Disk) -> None:
-    """Removes what was set aside, but for the `keep` of each kind that were moved last.
+    """Removes checkpoints that were set aside, except the last `keep` of each kind.
 
-    For after a publication: until then it may be all that there is.
+    Call it only after a publication: until then they may be the only checkpoints.
 
     Args:
         folder: where the checkpoints are.
-        keep: how many; None for all.
-        disk: removes them.
+        keep: how many to keep; None for all.
+        disk: the file operations.
     """
     for shelf in (folder / DAMAGED, folder / ABANDONED):
         if keep is None or shelf.is_symlink() or not shelf.is_dir():
@@ -339,12 +369,16 @@ def prune_set_aside(folder: Path, keep: int | None, disk: Disk) -> None:
 def recover(folder: Path, disk: Disk) -> list[str]:
     """Finishes or undoes what a killed process left in hidden folders.
 
+    Args:
+        folder: where the checkpoints are.
+        disk: the file operations.
+
     Returns:
         One line for each thing done.
     """
     done: list[str] = []
     names = [m for m in map(_HIDDEN.fullmatch, _names(folder)) if m]
-    for stage in ("gone", "new", "old"):  # a new one first: it may be what replaces an old one
+    for stage in ("gone", "new", "old"):  # new before old: it may be what replaces the old one
         for match in names:
             if match[2] == stage:
                 done += _recover_one(folder, match[1], stage, disk)
@@ -368,7 +402,7 @@ def _recover_one(folder: Path, step_name: str, stage: str, disk: Disk) -> list[s
             set_aside(final, DAMAGED, disk)
         disk.rename(path, final)
         disk.fsync_folder(folder)
-        return [f"{step_name}: being replaced when the process died; put back"]
+        return [f"{step_name}: being replaced when the process died; restored"]
     disk.remove(path)
     return [f"{step_name}: removed what an interrupted save left"] if stage == "new" else []
 

@@ -1,4 +1,4 @@
-"""The ranks of a save acting as one: what fails on any of them fails on all, and none waits."""
+"""The ranks of a save act as one: a failure on any rank is raised on all, so none waits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Failed(Generic[T]):
         self.cause: Exception | None = error
 
     def __getstate__(self) -> dict[str, Any]:
-        # An exception may hold anything; only its words travel.
+        # An exception may hold anything, so only its message is sent.
         return self.__dict__ | {"cause": None}
 
     def error(self, rank: int | None = None) -> CheckpointError:
@@ -35,7 +35,7 @@ class _Failed(Generic[T]):
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line, for people: a full disk is not an `OSError(28, ...)`."""
+    """An error as one readable line: a full disk is not shown as `OSError(28, ...)`."""
     if isinstance(error, errors.PacelineError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -45,13 +45,13 @@ def describe(error: BaseException) -> str:
 
 
 class Ranks:
-    """All ranks of a world, talking over a process group that only checkpoints use.
+    """All ranks of a world, with a process group that only checkpoints use.
 
-    A group of their own lets a background save run beside training's own collectives. It is made
-    at first use, which must therefore come on every rank.
+    A separate group lets a background save run beside training's own collectives. It is created at
+    the first use, which must therefore happen on every rank.
 
     Args:
-        world: this process's place.
+        world: this process's rank among the others.
     """
 
     def __init__(self, world: World) -> None:
@@ -76,7 +76,7 @@ class Ranks:
 
         Args:
             work: this rank's part.
-            check: run on rank 0 with all results; what it raises, all raise.
+            check: called on rank 0 with all results; if it raises, all ranks raise.
 
         Returns:
             Every rank's result, in order, on rank 0; an empty list elsewhere.
@@ -104,7 +104,7 @@ class Ranks:
         return gathered or []
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs `work` on every rank and returns this rank's result; all raise if one fails."""
+        """Runs `work` on every rank and returns this rank's result; if one fails, all raise."""
         box: list[T] = []
         self.everywhere(lambda: box.append(work()))
         return box[0]
@@ -118,7 +118,7 @@ class Ranks:
         return _value(box[0])
 
     def scatter(self, work: Callable[[], list[T]]) -> T:
-        """Runs `work` on rank 0; rank i gets the i-th of its results, or all get its error."""
+        """Runs `work` on rank 0; rank i gets the i-th of its results, or all raise its error."""
         if self.size == 1:
             return _value(_attempt(lambda: work()[0]))
         made = _attempt(work) if self.is_main else None

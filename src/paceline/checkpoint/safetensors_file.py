@@ -1,4 +1,4 @@
-"""The safetensors format, byte by byte: writing a file in a stream, reading a header warily."""
+"""The safetensors format, byte by byte: streams files out, and validates headers when reading."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from paceline.checkpoint.files import Disk
 from paceline.errors import CheckpointError
 
 CHECKSUM = "crc32"
-"""Named in each manifest. crc32 finds every single flipped bit and every burst up to 32 bits, and
-runs at 3 GB/s where SHA-256 makes 1.5 GB/s with hardware help and 0.4 without."""
+"""Recorded in each manifest. crc32 detects every single flipped bit and every burst of up to 32
+bits, and runs at 3 GB/s; SHA-256 reaches 1.5 GB/s with hardware support and 0.4 GB/s without."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 8 << 20
@@ -41,7 +41,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in a file: bytes `begin` to `end`, counted from the file's start."""
+    """The place of a tensor in a file: bytes `begin` to `end`, from the beginning of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """What is known of a tensor (or one rank's piece of it) before its bytes are there."""
+    """What is known about a tensor (or one rank's piece of it) before its bytes are."""
 
     name: str
     dtype: torch.dtype
@@ -64,7 +64,7 @@ class Part:
 
 
 class Checksum:
-    """A running checksum over chunks, computed in a thread of its own while the disk is busy."""
+    """A running checksum over chunks, computed in its own thread while the disk is busy."""
 
     def __init__(self) -> None:
         self._value = 0
@@ -87,8 +87,8 @@ def header_of(parts: list[Part], metadata: dict[str, str] | None = None) -> byte
 
     Args:
         parts: the tensors, or this rank's pieces of them.
-        metadata: what the file tells of itself; by default where the pieces belong, as torch's own
-            checkpoint writer puts it.
+        metadata: the file's metadata; by default the offsets of the pieces in their tensors, in the
+            format of torch's own checkpoint writer.
     """
     if metadata is None:
         metadata = {
@@ -113,13 +113,16 @@ def header_of(parts: list[Part], metadata: dict[str, str] | None = None) -> byte
 def write_stream(
     disk: Disk, path: Path, header: bytes, tensors: Iterable[torch.Tensor]
 ) -> FileRecord:
-    """Writes a file chunk by chunk and makes it durable; no second copy of the tensors is made.
+    """Writes a file chunk by chunk, without copying the tensors, and makes it durable.
 
     Args:
         disk: the file operations.
         path: the new file.
         header: from `header_of`.
-        tensors: contiguous tensors in host memory, in the header's order.
+        tensors: contiguous tensors in host memory, of any shape, in the header's order.
+
+    Returns:
+        The file's name, size and checksum.
     """
     checksum = Checksum()
     size = 0
@@ -137,7 +140,7 @@ def write_stream(
 
 
 def _chunks(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[memoryview | bytes]:
-    """Large tensors in pieces of their own memory, small ones gathered into larger writes."""
+    """Views of large tensors' memory; small tensors are gathered into larger writes."""
     small = bytearray(header)
     for tensor in tensors:
         data = raw_bytes(tensor)
@@ -160,13 +163,13 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous host tensor of any dtype."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    # Not reshape: a single element may have any stride, which `view` refuses.
+    # Not reshape: a single element may have any stride, which `view` rejects.
     flat = tensor.detach().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data
 
 
 def checksum_of(path: Path) -> str:
-    """The checksum of a file that exists."""
+    """The checksum of an existing file."""
     value = 0
     buffer = memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:
@@ -176,7 +179,7 @@ def checksum_of(path: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file tells of itself.
+    """The metadata in a safetensors file's header.
 
     Raises:
         CheckpointError: as `read_header`.
@@ -189,10 +192,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Reads and checks a safetensors header; what it promises lies within the file.
+    """Reads a safetensors header and checks that every tensor lies within the file.
 
     Raises:
-        CheckpointError: the file is not a whole safetensors file, whatever is wrong with it.
+        CheckpointError: the file is not a valid safetensors file.
     """
     try:
         return _read_header(path)

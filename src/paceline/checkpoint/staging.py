@@ -1,4 +1,4 @@
-"""Kept host buffers: a copy of the state to write while training goes on."""
+"""Persistent host buffers: a copy of the state to write while training continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PIECE = 8 << 20
 
 
 class Staging:
-    """Host memory for one copy of the state, made at the first save and used again at each."""
+    """Host memory for one copy of the state, allocated at the first save and reused."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -31,7 +31,7 @@ class Staging:
             on_device = local.device.type != "cpu"
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
-                # Pinned memory lets the device copy while the host goes on to the next tensor.
+                # Pinned memory lets the device copy while the host proceeds to the next tensor.
                 buffer = torch.empty(
                     local.shape, dtype=local.dtype, pin_memory=on_device and local.numel() > 0
                 )
@@ -62,12 +62,12 @@ def _pieces(buffer: torch.Tensor, local: torch.Tensor) -> list[_Piece]:
 
 
 def _copy_pieces(pieces: list[_Piece]) -> None:
-    """Copies host memory in a few threads that meet once.
+    """Copies host memory in a few threads that synchronise once.
 
-    Torch's own copy lets its threads meet, spinning, after every tensor: on a machine whose cores
-    are taken (loader workers), that is ten times slower.
+    Torch's own copy synchronises its threads, spinning, after every tensor: on a machine whose
+    cores are busy (loader workers) that is ten times slower.
     """
-    # numpy gives up the interpreter's lock while it copies.
+    # numpy releases the interpreter's lock while it copies.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "staging") as pool:
         for _ in pool.map(lambda piece: np.copyto(*piece), pieces):
             pass

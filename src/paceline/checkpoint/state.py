@@ -4,17 +4,17 @@
     optimizers/<name>     state and groups, by parameter name
     schedulers/<name>     state dict
     scaler                of fp16 training
-    progress              counters, what is pending, skipped steps
-    data                  where the training data stands, if the same on every rank
+    progress              counters, pending parts of a boundary, skipped steps
+    data                  position in the training data, if the same on every rank
     monitor               best metric and validations since
-    callbacks/<name>      what each callback's state_dict gives; averaged weights among them
+    callbacks/<name>      each callback's state_dict; averaged weights among them
     objects/<name>        `Trainer.checkpoint_objects`
-    rank/<r>/data         where this rank's loader stands, if it keeps its own order
+    rank/<r>/data         position in this rank's data, if it keeps its own order
     rank/<r>/sums         open metric sums
     rank/0/sinks          byte offsets of the row files
-    identity, horizon     the settings a resumed run is compared with
+    identity, horizon     the settings that a resumed run is compared with
 
-Random states are absent: streams are derived from what they are for (`world/seeding.py`).
+There are no random states: streams are derived from their purpose (`world/seeding.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from paceline.world.dtensors import is_dtensor, spread_like
 
 
 def parameter_names(models: Mapping[str, torch.nn.Module]) -> dict[int, str]:
-    """`id(parameter)` -> "model.parameter", over all models; a tied one has its first name."""
+    """`id(parameter)` -> "model.parameter" for all models; tied parameters have the first name."""
     names: dict[int, str] = {}
     for model_name, model in models.items():
         for name, parameter in model.named_parameters():
@@ -39,10 +39,10 @@ def parameter_names(models: Mapping[str, torch.nn.Module]) -> dict[int, str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
-    """The optimizer's state by parameter name, so that it does not depend on their order.
+    """The optimizer's state by parameter name, independent of the parameters' order.
 
     Args:
-        optimizer: whose state.
+        optimizer: the optimizer.
         names: `parameter_names` of the models.
     """
     state = optimizer.state_dict()
@@ -62,7 +62,13 @@ def load_optimizer_state(
     names: Mapping[int, str],
     what: str,
 ) -> None:
-    """Takes back what `optimizer_state` gave.
+    """Restores what `optimizer_state` returned.
+
+    Args:
+        optimizer: the optimizer to load into.
+        stored: the state.
+        names: `parameter_names` of the models.
+        what: the optimizer's name, for the message.
 
     Raises:
         MismatchError: the groups hold other parameters.
@@ -76,7 +82,7 @@ def load_optimizer_state(
             "state": {
                 index[name]: _spread_state(values, parameters[index[name]])
                 for name, values in stored["state"].items()
-                if not parameters[index[name]].is_meta  # which is another rank's
+                if not parameters[index[name]].is_meta  # those of other ranks
             },
             "param_groups": [
                 {**group, "params": [index[name] for name in group["params"]]}
@@ -95,6 +101,12 @@ def check_optimizer_state(
 ) -> None:
     """Compares the groups' parameters with those of a stored state; changes nothing.
 
+    Args:
+        optimizer: the optimizer.
+        stored: the state.
+        names: `parameter_names` of the models.
+        what: the optimizer's name, for the message.
+
     Raises:
         MismatchError: the groups hold other parameters.
     """
@@ -112,7 +124,7 @@ def check_optimizer_state(
 
 
 def _spread_state(values: Any, parameter: torch.Tensor) -> Any:
-    """One parameter's state, sharded as the parameter is; what has another shape stays whole."""
+    """One parameter's state, sharded like the parameter; tensors of another shape stay whole."""
     if not is_dtensor(parameter) or not isinstance(values, dict):
         return values
     return {
@@ -129,7 +141,7 @@ def _spread(value: Any, like: Any) -> Any:
 def _undo_casts(
     optimizer: torch.optim.Optimizer, stored: Mapping[str, Any], names: Mapping[int, str]
 ) -> None:
-    """torch casts state to its parameter's dtype on load; state of another dtype comes back."""
+    """Restores the dtype of state that torch casts to its parameter's dtype on load."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             kept = stored[names[id(parameter)]][key]
@@ -138,23 +150,33 @@ def _undo_casts(
 
 
 def load_model_state(model: torch.nn.Module, stored: Mapping[str, Any], what: str) -> None:
-    """Loads weights and buffers after every name, shape and dtype has been found to fit.
+    """Loads weights and buffers after checking every name, shape and dtype.
 
-    What the model's own `state_dict` leaves out (frozen parts that come from elsewhere) stays.
+    Tensors that the model's own `state_dict` omits (frozen parts from elsewhere) are not changed.
+
+    Args:
+        model: the model to load into.
+        stored: its state dictionary.
+        what: the model's name, for the message.
 
     Raises:
-        MismatchError: listing all that does not.
+        MismatchError: lists every difference.
     """
     check_fits(model.state_dict(), dict(stored), what)
     load_tensors(model, stored)
 
 
 def load_tensors(model: torch.nn.Module, stored: Mapping[str, Any]) -> None:
-    """Loads what there is into a model, whole or sharded; what is not there stays as it is."""
+    """Loads tensors into a model, whole or sharded.
+
+    Args:
+        model: the model to load into; tensors that `stored` lacks are not changed.
+        stored: tensors by name, of the model's own shapes.
+    """
     here = model.state_dict()
     spread = {
         name: _spread(value, here.get(name))
         for name, value in stored.items()
-        if not (name in here and here[name].is_meta)  # which is another rank's
+        if not (name in here and here[name].is_meta)  # those of other ranks
     }
     model.load_state_dict(spread, strict=False)

@@ -1,12 +1,12 @@
 """Tensors to and from safetensors files, planned by torch.distributed.checkpoint.
 
-Torch plans who writes which piece (replicated tensors once, shards by their owners) and who reads
-what (a state saved by n ranks loads on m). The bytes take a shorter way than in torch: they are
-streamed from where they lie, where torch's writer builds each shard in memory first. The files are
-the same: `torch.distributed.checkpoint.HuggingFaceStorageReader` reads them.
+Torch plans which rank writes which piece (replicated tensors once, shards by their owners) and
+which reads what (a state saved by n ranks loads on m). The bytes take a shorter path than in torch:
+they are streamed from their own memory, while torch's writer first builds each shard in memory. The
+files are the same: `torch.distributed.checkpoint.HuggingFaceStorageReader` reads them.
 
-Writer and planner are driven here and not through `dcp.save`: its failures are no `Exception`s, and
-the ranks must agree on more than what it knows about.
+Writer and planner are called here and not through `dcp.save`: its failures are not `Exception`s,
+and the ranks have to agree on more than it checks.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from paceline.errors import CheckpointError, MismatchError
 
 
 class StreamingWriter(HuggingFaceStorageWriter):
-    """Torch's safetensors writer, writing as it goes.
+    """Torch's safetensors writer, but streaming.
 
     Args:
-        folder: exists and is empty.
+        folder: an existing, empty folder.
         disk: the file operations.
 
     Attributes:
@@ -112,15 +112,17 @@ def _resolved(items: list[WriteItem], planner: SavePlanner) -> Iterator[torch.Te
 
 
 def plan_writes(tensors: dict[str, torch.Tensor], ranks: Ranks) -> SavePlan:
-    """Decides which rank writes what; the plan serves until a name, shape or placement changes.
+    """Decides which rank writes what; the plan is valid until a name, shape or placement changes.
+
+    Every rank has to call it.
 
     Args:
-        tensors: all of this rank's, by name; tensors only. One on the meta device stands for what
-            another rank holds.
-        ranks: who writes together. Every rank calls this.
+        tensors: all of this rank's tensors, by name. One on the meta device stands for a tensor
+            that another rank holds.
+        ranks: the ranks that write together.
 
     Returns:
-        This rank's part.
+        This rank's part of the plan.
 
     Raises:
         CheckpointError: on every rank, if one failed.
@@ -143,24 +145,24 @@ def plan_writes(tensors: dict[str, torch.Tensor], ranks: Ranks) -> SavePlan:
 
 
 def planned_names(plan: SavePlan) -> list[str]:
-    """The tensors that a rank needs to carry out its part of a plan."""
+    """The names of the tensors that a rank writes under its part of a plan."""
     return [item.index.fqn for item in plan.items]
 
 
 def write_planned(
     plan: SavePlan, tensors: dict[str, torch.Tensor], folder: Path, ranks: Ranks, disk: Disk
 ) -> list[FileRecord]:
-    """Writes all ranks' tensors into `folder`, one file a rank. Every rank calls this.
+    """Writes all ranks' tensors into `folder`, one file per rank. Every rank has to call it.
 
     Args:
         plan: from `plan_writes`.
-        tensors: this rank's, at least those that the plan names.
-        folder: exists and is empty, the same for all ranks.
-        ranks: who writes together.
+        tensors: this rank's tensors, by name, at least those in the plan.
+        folder: an existing, empty folder, the same for all ranks.
+        ranks: the ranks that write together.
         disk: the file operations.
 
     Returns:
-        All files, on rank 0; an empty list elsewhere.
+        All files, on rank 0; an empty list on other ranks.
 
     Raises:
         CheckpointError: on every rank, if one failed.
@@ -178,7 +180,7 @@ def write_planned(
 
 
 class StreamingReader(HuggingFaceStorageReader):
-    """Torch's safetensors reader, which reads whole tensors straight into their memory."""
+    """Torch's safetensors reader, but it reads whole tensors directly into their memory."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
@@ -201,7 +203,7 @@ class StreamingReader(HuggingFaceStorageReader):
 
 
 def _read_whole(file: Any, entries: dict[str, Entry], item: ReadItem, planner: LoadPlanner) -> bool:
-    """Reads a stored piece into contiguous host memory; returns False if it is not that simple."""
+    """Reads a stored piece into contiguous host memory; returns False if that is not possible."""
     entry = entries[item.storage_index.fqn]
     target = planner.resolve_tensor(item).detach()
     simple = target.is_contiguous() and target.device.type == "cpu" and target.dtype == entry.dtype
@@ -223,16 +225,16 @@ def read_tensors(
     into: dict[str, torch.Tensor] | None = None,
     only: Collection[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a checkpoint. Needs no other rank.
+    """Reads the tensors of a checkpoint, without communication.
 
     Args:
         folder: a verified checkpoint.
-        into: tensors to fill instead of new ones, by name; a DTensor gets its own shard. Names that
-            the checkpoint lacks are left alone.
+        into: tensors to fill instead of new ones, by name; a DTensor gets its own shard. Tensors
+            that the checkpoint lacks are not changed.
         only: the names to read; None for all.
 
     Returns:
-        The tensors by name, new ones in host memory.
+        The tensors by name; new ones are in host memory.
 
     Raises:
         MismatchError: a tensor of `into` has another dtype or shape.
@@ -252,7 +254,7 @@ def _read_tensors(
     folder: Path, into: dict[str, torch.Tensor], only: Collection[str] | None
 ) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
-        read_header(path)  # refuses what would make torch's reader ask for absurd memory
+        read_header(path)  # rejects headers that would make torch's reader allocate absurd memory
     reader = StreamingReader(folder)
     metadata = reader.read_metadata()
     stored = _stored(metadata)
@@ -286,7 +288,7 @@ def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 
 
 def _stored(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    """What is stored, by name, once its pieces are seen to make up each whole."""
+    """The stored tensors by name, after checking that their pieces are complete."""
     stored: dict[str, TensorStorageMetadata] = {}
     for name, known in metadata.state_dict_metadata.items():
         assert isinstance(known, TensorStorageMetadata)

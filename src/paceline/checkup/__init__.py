@@ -1,8 +1,8 @@
-"""Looking before training: a recipe rehearsed, shown, and the machine it would run on.
+"""Checks before training: of a recipe, and of the machine.
 
-`preflight(recipe)` takes a few real steps of everything, `fits(recipe, "64xH100-80GB")` takes them
-on paper, to see whether they fit on devices that need not be there, `preview(recipe)` shows what
-would be trained, `doctor()` looks at the machine and tests the promises on it.
+`preflight(recipe)` takes a few real steps of everything, `fits(recipe, "64xH100-80GB")` simulates
+them without memory, to see whether they fit on devices that need not be there, `preview(recipe)`
+shows what would be trained, `doctor()` checks the machine and tests the promises on it.
 """
 
 from paceline.checkup.doctor import doctor

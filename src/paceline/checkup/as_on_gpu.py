@@ -1,4 +1,4 @@
-"""What torch does otherwise on a GPU than on a CPU, and what makes a difference to memory."""
+"""What torch does differently on a GPU than on a CPU, as far as it affects memory."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 class AutocastAsOnGpu(TorchFunctionMode):
-    """Where autocast is on, computes in float32 what it computes so on a GPU.
+    """Under autocast, computes in float32 the operations that autocast does so on a GPU.
 
-    A CPU's autocast leaves some of it in the lower precision: softmax and layer norms, say.
+    A CPU's autocast leaves some of them, such as softmax and layer norms, in the lower precision.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,9 +89,9 @@ def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def exchanged_as_on_gpu() -> Iterator[None]:
-    """Has DTensors change the dimension along which they are split by an exchange of parts.
+    """Makes DTensors change their sharding dimension with an all-to-all, as on a GPU.
 
-    Gloo, and so torch on a CPU, has none: there each rank gathers the whole.
+    Gloo, and so torch on a CPU, has no all-to-all: there each rank all-gathers the whole tensor.
     """
     placements: Any = importlib.import_module("torch.distributed.tensor.placement_types")
     on_cpu = placements.shard_dim_alltoall
@@ -108,7 +108,7 @@ def exchanged_as_on_gpu() -> Iterator[None]:
 
 
 def update_all_at_once(optimizer: torch.optim.Optimizer) -> None:
-    """Has an optimizer that was not told how do as torch's own choose to on a GPU.
+    """Makes an optimizer choose between its implementations as torch does on a GPU.
 
     See `torch.optim.optimizer._default_to_fused_or_foreach`.
     """

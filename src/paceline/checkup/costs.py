@@ -1,4 +1,4 @@
-"""What a whole run will take: validations, checkpoints on the disk, seconds."""
+"""The costs of a whole run: validations, checkpoints on the disk, seconds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is; each is None if only the data's end will tell.
+    """The length of a run; each is None if unknown until the data ends.
 
     Attributes:
         steps: optimizer steps.
         epochs: whole epochs.
-        validations: those within the run, the one at its end included.
+        validations: all validations, including the one at the end.
     """
 
     steps: int | None
@@ -30,8 +30,8 @@ def length_of(trainer: Trainer, validate_every: str | int) -> Length:
     """The length of the run that a started trainer would make.
 
     Args:
-        trainer: its data are counted.
-        validate_every: the recipe's.
+        trainer: one that has been started, so that its data are counted.
+        validate_every: the recipe's setting.
     """
     steps, an_epoch = trainer.training_horizon, trainer.source.windows_per_epoch
     epochs = trainer.epochs
@@ -49,15 +49,15 @@ def length_of(trainer: Trainer, validate_every: str | int) -> Length:
 
 
 def most_checkpoints(policy: CheckpointPolicy, length: Length, *, monitored: bool) -> int | None:
-    """The most checkpoints that lie on the disk at once, the one being written included.
+    """The most checkpoints on the disk at any time, including the one being written.
 
     Args:
         policy: when to save and what to keep.
-        length: of the run.
-        monitored: a metric decides what is best.
+        length: the run's length.
+        monitored: whether a metric decides which is best.
 
     Returns:
-        Their number, None if it depends on a length that is not known.
+        Their number, or None if it depends on a length that is unknown.
     """
     best = policy.save_best and monitored
     known = length.steps is not None and length.epochs is not None
@@ -65,7 +65,7 @@ def most_checkpoints(policy: CheckpointPolicy, length: Length, *, monitored: boo
     if known and length.validations is not None:
         assert length.steps is not None
         assert length.epochs is not None
-        saves = 1 + best * length.validations  # the last, and each that may be the best
+        saves = 1 + best * length.validations  # the last one, and each that may be the best
         saves += length.steps // policy.every_steps if policy.every_steps else 0
         saves += length.epochs // policy.every_epochs if policy.every_epochs else 0
     if policy.keep_last is None:

@@ -1,4 +1,4 @@
-"""Doctor: what this machine offers a run."""
+"""Doctor: checks what this machine offers a run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _FOR_DEVELOPERS = "dev"
 
 
 def doctor(*, self_test: bool = True) -> Report:
-    """Looks at the machine.
+    """Checks the machine.
 
     Args:
-        self_test: also train a few tiny runs in a temporary folder, to see on this machine that
-            the promises hold. Takes seconds.
+        self_test: also train a few tiny runs in a temporary folder, to test the promises on this
+            machine. Takes seconds.
 
     Raises:
         ConfigError: this process is one of several.
@@ -99,7 +99,7 @@ def _distributed() -> list[Check]:
 
 
 def _disk() -> list[Check]:
-    """The folder that runs would be written to by default, and whether it keeps its word."""
+    """The folder that runs are written to by default, and whether it can be written and synced."""
     here = Path.cwd()
     free = shutil.disk_usage(here).free
     little = "; little for checkpoints" if free < _LITTLE_DISK else ""
@@ -113,7 +113,7 @@ def _disk() -> list[Check]:
     except OSError as error:
         text = f"nothing can be written and synced in {here}: {error}"
         return [*checks, Check("fsync", "WARN", text)]
-    slow = "; slow: checkpoints wait for it" if seconds > _SLOW_FSYNC else ""
+    slow = "; slow: checkpoints have to wait for it" if seconds > _SLOW_FSYNC else ""
     detail = f"1 MB written and synced in {readable_seconds(seconds)}{slow}"
     return [*checks, Check("fsync", "WARN" if slow else "PASS", detail)]
 
@@ -144,7 +144,7 @@ def _shared_memory(folder: Path = Path("/dev/shm")) -> list[Check]:
     if not folder.is_dir():
         return [Check("shared memory", "SKIP", f"there is no {folder} on this system")]
     size = shutil.disk_usage(folder).total
-    detail = f"{readable_bytes(size)} in {folder}, through which loader workers hand over batches"
+    detail = f"{readable_bytes(size)} in {folder}, through which loader workers pass batches"
     if size < _LITTLE_SHARED_MEMORY:
         detail += "; little (in a container: --shm-size or --ipc=host)"
         return [Check("shared memory", "WARN", detail)]
@@ -164,7 +164,7 @@ def _open_files() -> list[Check]:
 
 
 def extras() -> list[Check]:
-    """Paceline's optional parts, and how to get those that are missing."""
+    """Paceline's optional extras, and how to install those that are missing."""
     about = metadata.metadata("paceline")
     required = [Requirement(text) for text in metadata.requires("paceline") or []]
     checks = []
@@ -177,13 +177,13 @@ def extras() -> list[Check]:
             checks.append(Check(f"extra {extra}", "PASS", f"installed: {there}"))
         elif extra != _FOR_DEVELOPERS:
             how = f"pip install 'paceline[{extra}]'"
-            text = f"not installed: {', '.join(missing)}; {how} brings it"
+            text = f"not installed: {', '.join(missing)}; {how} installs it"
             checks.append(Check(f"extra {extra}", "SKIP", text))
     return checks
 
 
 def _always(requirement: Requirement) -> bool:
-    """Whether a requirement with a marker (of a system, say) is wanted without any extra."""
+    """Whether a requirement with a marker (e.g. for a system) applies without any extra."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 

@@ -1,4 +1,4 @@
-"""Models without memory: modules whose parameters are fake from the moment they take them."""
+"""Models without memory: modules whose parameters become fake when they are registered."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # other kinds of tensor stay what they are
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # other kinds of tensors are not changed
 
 
 @contextmanager
 def parameters_made_fake(fake: FakeTensorMode) -> Iterator[None]:
-    """Has every module that is made meanwhile hold parameters without memory.
+    """Within the block, modules that are constructed hold parameters without memory.
 
-    All else that a constructor does, it does for real: a model that fits nowhere can be built, one
-    parameter at a time. A fake mode around the constructor would do as much, but would leave fake
-    tensors in caches of the user's code, and bears no `.item()` or `.numpy()`.
+    Everything else in a constructor is real, so a model that fits nowhere can be built, one
+    parameter at a time. A fake mode around the constructor would also work, but would leave fake
+    tensors in caches of the user's code, and does not support `.item()` or `.numpy()`.
     """
     converter = fake.fake_tensor_converter.meta_converter
     memo, converter.tensor_memo = converter.tensor_memo, _Recent()  # pyright: ignore
@@ -37,7 +37,15 @@ def parameters_made_fake(fake: FakeTensorMode) -> Iterator[None]:
 
 
 def fake_parameter(fake: FakeTensorMode, parameter: Any) -> Any:
-    """A parameter like this one, without memory; itself, if it is fake already."""
+    """Converts a parameter to a fake one.
+
+    Args:
+        fake: the mode that the fake parameter belongs to.
+        parameter: of any shape; one that is already fake is returned as it is.
+
+    Returns:
+        A parameter of the same shape and dtype, without memory.
+    """
     if type(parameter) not in _PLAIN:
         return parameter
     with fake:
@@ -51,9 +59,9 @@ def fake_parameter(fake: FakeTensorMode, parameter: Any) -> Any:
 
 @contextmanager
 def meshes_made_real() -> Iterator[None]:
-    """Has meshes that FSDP2 puts together, to shard split modules, be made of real numbers.
+    """Within the block, meshes that FSDP2 concatenates have real ranks, not fake ones.
 
-    A rank looks for its place among them.
+    FSDP2 does so to shard modules under tensor parallelism, and looks up this rank in the mesh.
     """
     put_together = DeviceMesh._concatenate
 
@@ -70,9 +78,10 @@ def meshes_made_real() -> Iterator[None]:
 
 @contextmanager
 def whole_shapes_found_apart() -> Iterator[None]:
-    """Has DTensors work out the shape of a whole tensor apart from the fake mode that is entered.
+    """Makes DTensors compute the shape of a whole tensor outside of the current fake mode.
 
-    They do it with fake tensors, in that mode if there is one, though nobody ever has the whole.
+    They use fake tensors for it, in the current mode if there is one, where the whole tensor would
+    be counted although no rank ever holds it.
     """
     find = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -88,10 +97,14 @@ def whole_shapes_found_apart() -> Iterator[None]:
 
 
 def make_fake(modules: Iterable[torch.nn.Module], fake: FakeTensorMode) -> dict[int, Any]:
-    """Makes fake what modules hold for real: buffers, and parameters put there past their back.
+    """Makes real tensors of modules fake: buffers, and parameters that bypassed registration.
+
+    Args:
+        modules: the modules to change.
+        fake: the mode that the fake tensors belong to.
 
     Returns:
-        What became of parameters, by the `id` of what they were.
+        The fake parameters, by the `id` of the real ones.
     """
     renewed: dict[int, Any] = {}
     for module in modules:
@@ -106,10 +119,10 @@ def make_fake(modules: Iterable[torch.nn.Module], fake: FakeTensorMode) -> dict[
 
 
 class _Recent(dict[Any, Any]):
-    """A fake mode's memory of what it made of which tensor, for as long as it takes to look there.
+    """A fake mode's cache from real to fake tensors that forgets each entry after its use.
 
-    Torch's own keeps weak references, and a parameter to which there is one cannot be swapped, as
-    `module.to(...)` does with fake ones.
+    Torch's own keeps weak references, and `module.to(...)` cannot swap a fake parameter that has
+    one.
     """
 
     def __setitem__(self, key: Any, value: Any) -> None:

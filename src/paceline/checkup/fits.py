@@ -1,4 +1,4 @@
-"""Whether a recipe fits on devices that need not be there, and what would make it fit."""
+"""Whether a recipe fits on devices that need not be there, and which settings make it fit."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from paceline.recipe.recipe import Recipe
 from paceline.world.layout import Parallel
 
 NOT_COUNTED = (
-    "the device's context, the workspaces of its libraries (cuBLAS, cuDNN, NCCL), and what the "
-    "allocator loses to fragments: they depend on the device, so no number is assumed for them",
+    "the device's context, the workspaces of its libraries (cuBLAS, cuDNN, NCCL) and the "
+    "allocator's fragmentation: they depend on the device, so no number is assumed for them",
     "validation, and batches that are larger than the first one",
-    "what compile=True saves, and kernels that keep more or less on a GPU than on a CPU",
+    "memory saved by compile=True, and kernels that keep more or less on a GPU than on a CPU",
 )
 _ON_PAPER = {
     "dp_replicate", "dp_shard", "tensor", "context", "activation_checkpointing", "cpu_offload",
@@ -44,10 +44,10 @@ class Devices:
     """Devices of one kind.
 
     Attributes:
-        text: as they were asked for.
-        count: one rank each.
-        memory_bytes: of each.
-        on_cpu: they are CPUs, by their name.
+        text: as the user wrote them.
+        count: their number; each runs one rank.
+        memory_bytes: the memory of each.
+        on_cpu: whether they are CPUs, by their name.
     """
 
     text: str
@@ -57,10 +57,10 @@ class Devices:
 
 
 def parse_devices(text: str) -> Devices:
-    """Reads `64xH100-80GB`: their number, any name, the memory of each (GB = 10^9 bytes, or GiB).
+    """Parses `64xH100-80GB`: a number, any name, the memory of each (GB = 10^9 bytes, or GiB).
 
     Raises:
-        ConfigError: it says something else.
+        ConfigError: the text has another form.
     """
     found = _DEVICES.fullmatch(text.strip())
     count, name, size, unit = found.groups() if found else ("0", "", "0", "GB")
@@ -75,12 +75,12 @@ def parse_devices(text: str) -> Devices:
 
 @dataclass(frozen=True)
 class Part:
-    """What one kind of tensors takes on a rank, in bytes.
+    """The memory of one kind of tensors on a rank, in bytes.
 
     Attributes:
         name: the kind.
-        at_peak: when all kinds together take the most.
-        at_most: at any moment.
+        at_peak: at the moment at which all kinds together take the most.
+        at_most: the most at any moment.
     """
 
     name: str
@@ -90,17 +90,17 @@ class Part:
 
 @dataclass
 class FitReport(Report):
-    """Whether a recipe fits, by what its step takes on paper.
+    """Whether a recipe fits, according to a simulated step.
 
     Attributes:
-        devices: those that it is to run on.
-        layout: how it is spread over them.
-        parts: what is taken on each rank, largest first.
-        peak_bytes: of all together; None if the step could not be taken.
-        moment: at which they are taken.
-        host_bytes: the most in the host's memory for each rank, with `parallel.cpu_offload`.
-        ways: settings that make it fit and the bytes that they come to, each computed likewise.
-        stack: of the error in the user's own code that ended it; empty if none did.
+        devices: the devices to run on.
+        layout: the parallel layout over the devices, in words.
+        parts: the memory on each rank by kind, largest first.
+        peak_bytes: the peak of all kinds together; None if the step failed.
+        moment: the stage of the step at which the peak occurs.
+        host_bytes: the peak in the host's memory per rank, with `parallel.cpu_offload`.
+        ways: settings that make it fit, and their simulated peaks in bytes.
+        stack: the traceback of an error in the user's own code that ended it, or empty.
     """
 
     devices: Devices | None = None
@@ -113,7 +113,7 @@ class FitReport(Report):
     stack: str = ""
 
     def lines(self) -> list[str]:
-        """The table of parts, and what is not in it."""
+        """The table of parts, and what it does not count."""
         if self.peak_bytes is None:
             return []
         head = ("on each rank", "at the peak", "at most")
@@ -139,19 +139,19 @@ class FitReport(Report):
 
 
 def fits(recipe: Recipe, on: str) -> FitReport:
-    """Takes a recipe's first steps on paper, to see whether they fit.
+    """Simulates a recipe's first steps without memory, to see whether they fit.
 
-    Nothing is trained: the recipe's model, loss and optimizer, placed by its `parallel`, work with
-    tensors that have a shape and no memory. Of the data one batch is read. No device is needed, and
-    neither is the memory that the model would take.
+    Nothing is trained: the recipe's model, loss and optimizer, placed as `parallel` says, work with
+    tensors that have a shape and no memory. One batch of the data is read. Neither the devices nor
+    the model's memory are needed.
 
     Args:
-        recipe: the checked recipe; of several seeds the first is looked at.
-        on: the devices, as `64xH100-80GB`.
+        recipe: the checked recipe; if it has several seeds, the first is used.
+        on: the devices, e.g. `64xH100-80GB`.
 
     Raises:
-        ConfigError: `on` is no such text, or the recipe's layout does not fit the number, or
-            cannot be looked at yet.
+        ConfigError: `on` is malformed, or the recipe's layout does not match the number of devices
+            or cannot be simulated yet.
     """
     alone("preflight")
     devices = parse_devices(on)
@@ -165,7 +165,7 @@ def fits(recipe: Recipe, on: str) -> FitReport:
     report.layout = _layout(parallel, devices.count)
     try:
         peak = step.run()
-    except Exception as error:  # noqa: BLE001 - whatever the user's code raises is a line
+    except Exception as error:  # noqa: BLE001 - any error of the user's code becomes a line
         _fail(report, step, error)
         return report
     report.layout += f"; windows of {step.micro_batches} x {step.samples} samples a rank"
@@ -180,13 +180,13 @@ def _check(parallel: Parallel, precision: str | None) -> None:
     asked = {f.name for f in dataclass_fields(parallel) if getattr(parallel, f.name) != f.default}
     if unbuilt := sorted(asked - _ON_PAPER):
         raise ConfigError(
-            f"--on: parallel.{', parallel.'.join(unbuilt)} cannot be looked at on paper yet; leave "
-            "it out to see what the recipe takes without it."
+            f"--on: parallel.{', parallel.'.join(unbuilt)} cannot be simulated yet; leave it out "
+            "to see what the recipe takes without it."
         )
     if precision == "fp8":
         raise ConfigError(
-            "--on: precision=fp8 cannot be looked at on paper yet; say trainer.precision=bf16 to "
-            "see what the recipe takes with it."
+            "--on: precision=fp8 cannot be simulated yet; set trainer.precision=bf16 to see what "
+            "the recipe takes with it."
         )
 
 
@@ -229,15 +229,15 @@ def _fail(report: FitReport, step: StepOnPaper, error: Exception) -> None:
 
 
 class _Search:
-    """Looks for settings of `parallel` that make a recipe fit, by trying them.
+    """Searches for settings of `parallel` that make a recipe fit, by simulating them.
 
     Args:
-        recipe: what does not fit.
+        recipe: the recipe that does not fit.
         parallel: its layout.
-        devices: what it is to fit on.
+        devices: the devices that it has to fit on.
 
     Attributes:
-        nothing_fits: what was tried in vain.
+        nothing_fits: what was tried, if nothing fits.
     """
 
     def __init__(self, recipe: Recipe, parallel: Parallel, devices: Devices) -> None:
@@ -247,7 +247,7 @@ class _Search:
         self._devices = devices
 
     def ways(self) -> dict[str, int]:
-        """The least sharding and the least recomputation that fit, else the least of both."""
+        """The least sharding and the least activation checkpointing that fit, or both together."""
         count = self._devices.count
         copies, shards = self._parallel.sizes(count)
         more = [n for n in range(shards + 1, copies * shards + 1) if copies * shards % n == 0]
@@ -261,7 +261,7 @@ class _Search:
         return found
 
     def _least(self, ways: Sequence[dict[str, Any]]) -> dict[str, int]:
-        """The first that fits of ways each of which takes less than the one before."""
+        """The first that fits of settings ordered by decreasing memory."""
         taken: dict[int, int | None] = {}
 
         def fit(i: int) -> bool:
@@ -275,12 +275,12 @@ class _Search:
         return {" ".join(f"parallel.{k}={v}" for k, v in ways[first].items()): size}
 
     def _try(self, changes: dict[str, Any]) -> int | None:
-        """The bytes that it takes with changed settings, None if they cannot be."""
+        """The peak in bytes with changed settings, None if these are not possible."""
         if "dp_shard" in changes:
             changes = {**changes, "dp_replicate": "auto"}
         parallel = replace(self._parallel, **changes)
         count, on_cpu = self._devices.count, self._devices.on_cpu
         try:
             return StepOnPaper(self._recipe, parallel, count, on_cpu=on_cpu).run().total
-        except ConfigError:  # a model without repeated blocks, say
+        except ConfigError:  # e.g. a model without repeated blocks
             return None

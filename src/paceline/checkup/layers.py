@@ -20,9 +20,9 @@ class Layer:
         name: its dotted name, which begins with the model's.
         depth: 0 for the model itself.
         kind: its class.
-        output: what its first call gave, in words; empty if it was not called.
-        parameters: numbers in it and below, each counted once.
-        trainable: those that are trained.
+        output: the result of its first call, in words; empty if it was not called.
+        parameters: the number of parameters in it and its submodules, each counted once.
+        trainable: the number of trainable ones.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Layer:
 
 @contextmanager
 def outputs_noted(models: Mapping[str, torch.nn.Module]) -> Iterator[dict[torch.nn.Module, str]]:
-    """Notes what each module's first call gives, while the block runs."""
+    """Within the block, records the result of each module's first call."""
     outputs: dict[torch.nn.Module, str] = {}
 
     def note(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -60,7 +60,7 @@ def layers_of(
 
     Args:
         models: by name.
-        outputs: what `outputs_noted` gave.
+        outputs: from `outputs_noted`.
     """
     found = []
     for model_name, model in models.items():

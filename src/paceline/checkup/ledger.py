@@ -1,7 +1,7 @@
-"""A ledger of memory: every block of fake tensors' storage, from its making to its end.
+"""A ledger of memory: every storage of a fake tensor, from its allocation to its release.
 
-A fake tensor (torch's `FakeTensorMode`) has a shape, a dtype and a storage of a size, and no
-memory behind it. What a run would take is what its fake storages add up to.
+A fake tensor (torch's `FakeTensorMode`) has a shape, a dtype and a storage with a size, but no
+memory. The memory that a run would take is the sum of its fake storages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from paceline.world.dtensors import is_dtensor
 
 _READ = torch.ops.aten._local_scalar_dense.default
-_PASSING = {  # which argument of what FSDP2 does with a block is on its way from the host, or to it
+_PASSING = {  # the argument of FSDP2's operations that is copied from the host, or to it
     "fsdp::all_gather_copy_in": 0,
     "c10d::_reduce_scatter_base_": 0,
 }
@@ -28,7 +28,7 @@ _PASSING = {  # which argument of what FSDP2 does with a block is on its way fro
 
 @dataclass
 class _Block:
-    """A storage: its present size in bytes, what it is for, and whether the host has it."""
+    """A storage: its current size in bytes, its kind, and whether it is in the host's memory."""
 
     size: int
     kind: str
@@ -37,14 +37,14 @@ class _Block:
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment at which the most was taken.
+    """The peak of the device's memory.
 
     Attributes:
-        total: bytes.
-        moment: when it was.
+        total: the peak in bytes.
+        moment: the stage at which it occurs.
         parts: bytes by kind at that moment.
         most: the most bytes of each kind at any moment.
-        on_host: the most bytes of all kinds together in the host's memory, which no other counts.
+        on_host: the peak of all kinds together in the host's memory, which the others exclude.
     """
 
     total: int
@@ -55,23 +55,23 @@ class Peak:
 
 
 class Ledger(TorchDispatchMode):
-    """Writes down what fake tensors take, while it is entered (inside of their FakeTensorMode).
+    """Records the memory of fake tensors while it is entered (inside of their FakeTensorMode).
 
-    A block is known as an activation if gradients are on as it is made, else as temporary, until
-    `hold` says what it is for; that may be later, since the sums are made in the end. Torch's own
-    `MemTracker` follows one module and one optimizer through their hooks; this knows nothing of
-    either, so that any training step can be looked at.
+    A storage counts as an activation if gradients are enabled when it is allocated, else as
+    temporary, until `hold` sets its kind; that may be later, since the sums are computed at the
+    end. Torch's own `MemTracker` follows one module and one optimizer through their hooks; this
+    needs neither, so it supports any training step.
 
-    A value that is read (`.item()`, `if mask.any():`) is 1, since a fake tensor has none.
+    Reading a value (`.item()`, `if mask.any():`) gives 1, since a fake tensor has no values.
 
     Args:
         fake: the mode whose tensors count.
-        offloads: what is spread over ranks is held in the host's memory, and on the device only
-            while it is gathered or reduced.
+        offloads: whether sharded tensors are in the host's memory, and on the device only while
+            they are all-gathered or reduced.
 
     Attributes:
-        moment: what is being done, for `Peak.moment`.
-        on_host: whether it is done in the host's memory.
+        moment: the current stage, for `Peak.moment`.
+        on_host: whether the current stage allocates in the host's memory.
     """
 
     ACTIVATIONS, TEMPORARY, GATHERED = "activations", "temporary", "gathered parameters"
@@ -83,13 +83,17 @@ class Ledger(TorchDispatchMode):
         self.on_host = False
         self.offloads = offloads
         self._blocks: dict[int, tuple[Any, _Block]] = {}  # of live storages, by id
-        # (of which, bytes more, when, on the device though the host has it)
+        # (block, change in bytes, stage, on the device although it belongs to the host)
         self._events: list[tuple[_Block, int, str, bool]] = []
         self._resize: Any = None
 
     def hold(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Says what tensors are for, now and since they were made; others than fake ones do not
-        count."""
+        """Sets the kind of tensors, from their allocation on.
+
+        Args:
+            kind: the kind.
+            tensors: of any shape; those that are not fake are ignored.
+        """
         for tensor in tensors:
             part: Any = tensor._local_tensor if is_dtensor(tensor) else tensor  # pyright: ignore
             if self.counts(part):
@@ -97,11 +101,16 @@ class Ledger(TorchDispatchMode):
                 block.kind, block.on_host = kind, self.offloads and is_dtensor(tensor)
 
     def reserve(self, kind: str, size: int) -> None:
-        """Adds a block that stays, of `size` bytes, for what torch keeps outside of tensors."""
+        """Adds a permanent block, for memory that torch keeps outside of tensors.
+
+        Args:
+            kind: the kind.
+            size: in bytes.
+        """
         self._note(_Block(size, kind), size)
 
     def peak(self) -> Peak:
-        """The largest sum, and what it was made of."""
+        """The largest sum, and its parts."""
         total, most_total, moment = 0, 0, ""
         now: dict[str, int] = {}
         most: dict[str, int] = {}
@@ -121,7 +130,7 @@ class Ledger(TorchDispatchMode):
         return max(accumulate(there), default=0)
 
     def __enter__(self) -> Ledger:
-        """Listens to sharded models too, which resize what they gather past the dispatcher."""
+        """Also patches `resize_`, which FSDP2 calls on gathered storages without a dispatch."""
         self._resize = resize = torch.UntypedStorage.resize_
 
         def noted(storage: torch.UntypedStorage, size: int) -> Any:
@@ -141,7 +150,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(map(is_traceable_wrapper_subclass_type, types)):
-            return NotImplemented  # a DTensor first says what it does with its local part
+            return NotImplemented  # a DTensor first dispatches to its local part
         if func is _READ and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
         made = func(*args, **(kwargs or {}))
@@ -154,13 +163,13 @@ class Ledger(TorchDispatchMode):
         return made
 
     def _pass(self, tensors: Any) -> None:
-        """Has the device hold what the host has, for a moment."""
+        """Counts host tensors on the device for the duration of a copy."""
         blocks = [self._block_of(t, self.TEMPORARY) for t in tree_leaves(tensors) if self.counts(t)]
         self._events += [(block, block.size, self.moment, True) for block in blocks]
         self._events += [(block, -block.size, self.moment, True) for block in blocks]
 
     def counts(self, thing: Any) -> bool:
-        """Whether it is a tensor of ours; DTensor has a mode of its own, for working out shapes."""
+        """Whether it is a tensor of this mode; DTensor uses a mode of its own to compute shapes."""
         return type(thing) is FakeTensor and thing.fake_mode is self.fake
 
     def _block_of(self, tensor: torch.Tensor, kind: str) -> _Block:

@@ -1,4 +1,4 @@
-"""A training step on paper: a recipe's own, at any layout, with tensors that have no memory."""
+"""A simulated training step: a recipe's own, in any layout, with tensors that have no memory."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from paceline.world.paper import WorldOnPaper
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
-STEPS = 2  # in the second the optimizer's state is there from the beginning
-_MICRO_BATCHES = 3  # a first, one of those between, and a last tell of any number
+STEPS = 2  # in the second step the optimizer's state exists from the beginning
+_MICRO_BATCHES = 3  # a first, a middle and a last one stand for any number
 PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"
 EXCHANGE, BATCH, OTHER = "exchange buffers", "batch", "buffers, callbacks"
 STAGES = (
@@ -52,21 +52,21 @@ STAGES = (
 class StepOnPaper:
     """Two optimizer steps of a recipe's Trainer on rank 0 of a layout, without memory or a device.
 
-    A model that fits nowhere can be built and trained so. The Trainer's own code places, shards
-    and recomputes, and takes the steps, each micro-batch being the first batch of the training
-    data.
+    In this way a model that fits nowhere can be built and trained. The Trainer's own code places
+    and shards the model, applies activation checkpointing and takes the steps; each micro-batch is
+    the first batch of the training data.
 
     Args:
-        recipe: what is trained.
-        parallel: the layout, in place of the recipe's.
-        ranks: how many.
-        on_cpu: whether the devices are CPUs; else torch does as it does on a GPU, as far as
-            `as_on_gpu.py` knows.
+        recipe: the checked recipe.
+        parallel: the layout, which replaces the recipe's.
+        ranks: the number of ranks.
+        on_cpu: whether the devices are CPUs; otherwise torch behaves as on a GPU, as far as
+            `as_on_gpu.py` covers it.
 
     Attributes:
-        ledger: what was taken.
-        micro_batches: of a window, on each rank.
-        samples: of the first micro-batch, -1 if the loader does not say.
+        ledger: the memory used.
+        micro_batches: micro-batches in a window on each rank.
+        samples: samples in the first micro-batch, -1 if unknown.
     """
 
     def __init__(self, recipe: Recipe, parallel: Parallel, ranks: int, *, on_cpu: bool) -> None:
@@ -81,10 +81,10 @@ class StepOnPaper:
         self.samples = -1
 
     def run(self) -> Peak:
-        """Builds, takes the steps, and forgets all of it.
+        """Builds the trainer, takes the steps, and discards it.
 
         Raises:
-            Exception: whatever the recipe's code raises, at the stage `ledger.moment`.
+            Exception: an error of the recipe's code, at the stage `ledger.moment`.
         """
         with TemporaryDirectory() as scratch, ExitStack() as making:
             making.enter_context(parameters_made_fake(self.fake))
@@ -96,7 +96,7 @@ class StepOnPaper:
                 for _ in range(STEPS):
                     self._step(trainer, draw)
         del trainer
-        gc.collect()  # a trainer is full of cycles
+        gc.collect()  # a trainer has reference cycles
         return self.ledger.peak()
 
     def _build(self, scratch: Path) -> Trainer:
@@ -115,7 +115,7 @@ class StepOnPaper:
         return trainer
 
     def _place(self, trainer: Trainer, setup: Any) -> None:
-        """Does what the trainer does to place its models, of which nothing is real any more."""
+        """Places the models as the trainer does, after making all of their tensors fake."""
         trainer.compile = False
         optimizers = trainer.named_optimizers().values()
         follow(optimizers, make_fake(_modules(trainer), self.fake))
@@ -132,9 +132,9 @@ class StepOnPaper:
             trainer.replicas.append(_ReplicaOnPaper(_parameters(trainer)))
 
     def _hold(self, trainer: Trainer) -> None:
-        """Writes down what lies on the device before the first step."""
-        trainer.optimization.scaler = None  # it holds next to nothing, and steps by what it reads
-        trainer.optimization.compared = True  # no rank has other values than this one
+        """Records the memory of the device before the first step."""
+        trainer.optimization.scaler = None  # it takes no memory, and its step depends on values
+        trainer.optimization.compared = True  # no other rank has values to compare
         self.ledger.hold(OTHER, filter(self.ledger.counts, gc.get_objects()))
         self.ledger.hold(PARAMETERS, _parameters(trainer))
         for replica in trainer.replicas:
@@ -142,11 +142,11 @@ class StepOnPaper:
                 self.ledger.reserve(EXCHANGE, replica.bucket_bytes)
 
     def _first_batch(self, trainer: Trainer) -> Draw:
-        """A window's draw that gives the first batch again and again."""
+        """The draw of a window whose micro-batches are all the first batch."""
         self.ledger.moment = "training data"
         trainer.source.start_epoch(0)
         draw = trainer.source.draw()
-        assert draw is not None  # an empty loader has been refused
+        assert draw is not None  # opening the data rejects an empty loader
         batch = tree_map_only(torch.Tensor, self.fake.from_tensor, draw.batch(0))
         if self.parallel.context == 1:
             self.ledger.hold(BATCH, _tensors(batch))
@@ -154,7 +154,7 @@ class StepOnPaper:
         def read(_: int) -> Any:
             if self.parallel.context == 1:
                 return batch
-            return tree_map_only(torch.Tensor, torch.clone, batch)  # gone when its part is cut
+            return tree_map_only(torch.Tensor, torch.clone, batch)  # freed once it is sharded
 
         self.micro_batches, self.samples = len(draw.sizes), draw.sizes[0]
         return draw._replace(sizes=draw.sizes[:_MICRO_BATCHES], batch=read, ids=lambda _: [])
@@ -185,13 +185,13 @@ class StepOnPaper:
 
 
 class _ReplicaOnPaper:
-    """What the loop asks of a `Replica`, of all models at once and with nobody to exchange with.
+    """Replaces the `Replica`s of all models, without communication.
 
     Args:
-        parameters: of the models.
+        parameters: the models' parameters.
 
     Attributes:
-        bucket_bytes: what DDP would keep, a place for each gradient
+        bucket_bytes: the size of DDP's buckets, which have room for every gradient
             (https://docs.pytorch.org/docs/stable/notes/ddp.html, "Internal Design").
     """
 
@@ -209,7 +209,7 @@ class _ReplicaOnPaper:
 
 
 class _Moments(Callback):
-    """Tells the ledger what the step is at, and which tensors are the batch's or gradients."""
+    """Sets the ledger's stage, and the kind of the tensors of the batch and the gradients."""
 
     priority = -(10**9)
 

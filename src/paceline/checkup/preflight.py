@@ -1,4 +1,4 @@
-"""Preflight: the first steps of a recipe's run, taken for real and thrown away."""
+"""Preflight: takes the first steps of a recipe's run for real, then discards them."""
 
 from __future__ import annotations
 
@@ -44,15 +44,18 @@ NEARLY_FULL = 0.9  # of a device's memory
 
 
 def preflight(recipe: Recipe) -> PreflightReport:
-    """Builds what a recipe describes and takes its first steps, as training would.
+    """Builds a recipe's components and takes its first steps, as training would.
 
     The Trainer's own loop trains for a few optimizer steps, validates on a few batches, saves, and
-    loads the checkpoint back, in a scratch folder beside the run's that is removed again. The run's
-    own folder is neither read nor written, and its loggers are built but hear of nothing. Of
-    several seeds the first is rehearsed; the time and the disk are those of all their runs.
+    loads the checkpoint back, in a temporary folder beside the run folder. The run folder itself is
+    neither read nor written, and its loggers are built but get no rows. If the recipe has several
+    seeds, the first is rehearsed; the estimates of time and disk space are for all runs.
 
     Args:
-        recipe: the checked recipe. Its components are built anew, in this process.
+        recipe: the checked recipe. Its components are built in this process.
+
+    Returns:
+        The checks, one line each, and the estimates.
 
     Raises:
         ConfigError: this process is one of several: preflight is for one.
@@ -64,15 +67,18 @@ def preflight(recipe: Recipe) -> PreflightReport:
     report.checks += wrong_settings(recipe)
     one = recipe.of_seed(recipe.seeds[0]) if recipe.seeds else recipe
     with _scratch_beside(recipe.run_dir) as scratch:
-        # Nothing is recorded for the whole of several seeds: its folder is the run's own.
+        # Without `whole` nothing is written for all seeds together into the run's own folder.
         one = replace(one, run_dir=scratch / "run", whole=None)
         _Preflight(one, recipe.run_dir, len(recipe.seeds) or 1, report).run()
-    gc.collect()  # a trainer is full of cycles, and may hold all of the memory
+    gc.collect()  # a trainer has reference cycles, and may hold most of the memory
     return report
 
 
 def alone(command: str) -> None:
-    """Refuses to look at a recipe as one of several processes.
+    """Checks that this process is not one of several.
+
+    Args:
+        command: the command's name, for the message.
 
     Raises:
         ConfigError: this process is one of several, or one of several replica groups.
@@ -84,13 +90,13 @@ def alone(command: str) -> None:
 
 
 class _Preflight:
-    """One preflight at work.
+    """One preflight.
 
     Args:
-        recipe: with a scratch folder as its run's.
-        run_dir: where the run itself would be written.
-        runs: how many runs there are to be.
-        report: takes what is found.
+        recipe: with a temporary folder as its run folder.
+        run_dir: the run folder of the actual run.
+        runs: the number of runs.
+        report: collects the checks.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, runs: int, report: PreflightReport) -> None:
@@ -102,13 +108,13 @@ class _Preflight:
         self.trainer: Trainer | None = None
 
     def run(self) -> None:
-        """Rehearses, then says what was seen."""
+        """Rehearses, then writes the report."""
         try:
             trainer = self._build()
             trainer.fit(seed=self.recipe.seed)
             self._verdicts(until=None)
             self._checkpoint(trainer)
-        except Exception as error:  # noqa: BLE001 - whatever the user's code raises is a line
+        except Exception as error:  # noqa: BLE001 - any error of the user's code becomes a line
             self._fail(error)
         self._memory()
         if self.trainer is not None and self.rehearsal.seen.seconds:
@@ -119,10 +125,10 @@ class _Preflight:
         trainer.callbacks.append(self.rehearsal)
         trainer.loggers = []
         trainer.show_progress = False
-        trainer.log_every = 1  # with a row the device's verdict on the loss is read
+        trainer.log_every = 1  # each row reads whether the loss was finite
         trainer.check_gradients = True
         trainer.on_nonfinite = "raise"
-        trainer.validate_every = 1  # once: the rehearsal sees to that
+        trainer.validate_every = 1  # the rehearsal stops after the first validation
         if trainer.checkpoint_policy is not None:
             trainer.checkpoint_policy = replace(
                 trainer.checkpoint_policy, every_epochs=None, every_steps=None, save_best=False
@@ -135,7 +141,7 @@ class _Preflight:
         return length_of(self.trainer, self.recipe.setting("validate_every"))
 
     def _verdicts(self, until: str | None) -> None:
-        """The lines of every stage before `until`."""
+        """Adds the checks of every stage before `until`."""
         trainer, seen = self.trainer, self.rehearsal.seen
         assert trainer is not None
         for stage, verdict in _VERDICTS.items():
@@ -147,7 +153,7 @@ class _Preflight:
                 self.report.checks += wrong_lengths(trainer, self.recipe, validations)
 
     def _fail(self, error: Exception) -> None:
-        """A line for the stage that failed, and one for each that was not reached."""
+        """Adds a check for the failed stage, and one for each stage that was not reached."""
         seen, report = self.rehearsal.seen, self.report
         cause = cause_of(error)
         if not isinstance(cause, PacelineError):
@@ -162,10 +168,10 @@ class _Preflight:
         _let_go(error)
 
     def _checkpoint(self, trainer: Trainer) -> None:
-        """Loads what was saved, and weighs it."""
+        """Loads the checkpoint, compares it and measures its size."""
         saved, seen = trainer.result.checkpoint, self.rehearsal.seen
         if saved is None:
-            self.report.checks.append(Check("checkpoint", "SKIP", "the recipe saves none"))
+            self.report.checks.append(Check("checkpoint", "SKIP", "the recipe saves no checkpoint"))
             return
         seen.stage = "checkpoint"
         policy = self.recipe.settings.get("checkpoint") or type(trainer.checkpoint_policy)()
@@ -177,7 +183,7 @@ class _Preflight:
         trainer.fit(seed=self.recipe.seed)
         lost = reload.differences
         if lost is None or lost:
-            detail = f"came back changed: {some(lost or ['everything'])}"
+            detail = f"changed by saving and loading: {some(lost or ['everything'])}"
             self.report.checks.append(Check("checkpoint", "FAIL", detail))
         else:
             detail = f"{readable_bytes(size)}, saved and loaded back, equal bit by bit"
@@ -187,7 +193,7 @@ class _Preflight:
     def _disk(self, size: int, count: int | None) -> None:
         free = shutil.disk_usage(_existing(self.run_dir)).free
         if count is None:
-            text = f"{readable_bytes(size)} a checkpoint, an unknown number of them"
+            text = f"{readable_bytes(size)} per checkpoint, of which the number is unknown"
             self.report.checks.append(Check("disk", "WARN", f"{text}; {readable_bytes(free)} free"))
             return
         count *= self.runs
@@ -219,7 +225,7 @@ class _Preflight:
         report.seconds_per_step = seconds
         rate = f", {seen.window / seconds:,.0f} samples a second" if seen.window > 0 else ""
         how = f"median of {len(timed)} steps after {LOOKED_INTO}" if timed else "of a first step"
-        detail = f"about {readable_seconds(seconds)} a step{rate} ({how}; an estimate)"
+        detail = f"about {readable_seconds(seconds)} per step{rate} ({how}; an estimate)"
         report.checks.append(Check("speed", "PASS", detail))
         validating = None
         if trainer.validation is not None and seen.validation_seconds is not None:
@@ -230,7 +236,7 @@ class _Preflight:
             one = seconds * length.steps + (validating or 0.0)
             report.seconds_for_the_run = one * self.runs
         detail = verdicts.duration(seconds, length.steps, validating)
-        detail += f"; {self.runs} seeds, a run each" if self.runs > 1 else ""
+        detail += f"; {self.runs} seeds, one run each" if self.runs > 1 else ""
         report.checks.append(Check("the whole run", "PASS", detail))
 
 
@@ -239,14 +245,14 @@ def _stage(error: Exception, seen: Seen) -> str:
     if isinstance(error, NonFiniteError):
         return "backward pass" if seen.finite_loss else "forward pass"
     if isinstance(error, MetricError) and seen.stage == "training data":
-        return "validation"  # found when its metrics were looked at
+        return "validation"  # raised when its metrics were judged
     if isinstance(error, DataError) and seen.stage == STAGES[0]:
         return "validation" if str(error).startswith("val_dataloader") else "training data"
     return seen.stage
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error in the user's own code that an error of ours tells of, or itself."""
+    """The error in the user's own code that caused one of our errors, or the error itself."""
     cause = error.__cause__
     if isinstance(error, PacelineError) and cause is not None:
         return cause_of(cause)
@@ -254,7 +260,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def _let_go(error: BaseException) -> None:
-    """Empties the frames of an error, which hold loader workers that are to end in order."""
+    """Clears the frames of an error, which keep loader workers alive."""
     each: BaseException | None = error
     while each is not None:
         traceback.clear_frames(each.__traceback__)
@@ -262,7 +268,7 @@ def _let_go(error: BaseException) -> None:
 
 
 def told(error: BaseException) -> str:
-    """An error as a line: its own words, and the place in the user's code that it came from."""
+    """An error as one line: its message, and the line of the user's code that raised it."""
     cause = cause_of(error)
     if isinstance(cause, PacelineError):
         return str(cause)
@@ -272,16 +278,16 @@ def told(error: BaseException) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder at or above `path` that is there."""
+    """The nearest existing folder at or above `path`."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
 
 @contextmanager
 def _scratch_beside(run_dir: Path) -> Iterator[Path]:
-    """A folder on the disk that the run would be written to, where its space and rights count.
+    """A temporary folder on the run folder's disk, so that its space and permissions are tested.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be created.
     """
     place = _existing(run_dir.absolute().parent)
     try:

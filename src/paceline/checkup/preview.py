@@ -1,4 +1,4 @@
-"""Preview: what a recipe says, what it builds, and how its run would go. Nothing is trained."""
+"""Preview: a recipe's settings, its components, and an outline of its run. Trains nothing."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Preview:
     """What would be trained.
 
     Attributes:
-        settings: of the recipe, with their places.
+        settings: the recipe's settings, with their places.
         layers: every module of every model.
         flops: floating-point operations of one batch's forward pass (a multiplication and an
-            addition are two); None where they cannot be counted: a step() of the trainer's own, or
-            a derivative taken in the forward pass.
+            addition are two); None if they cannot be counted: with an overridden `step()`, or a
+            derivative taken in the forward pass.
         problem: why the forward pass failed; empty if it did not.
-        components: optimizers, schedulers and the like, by what they are.
-        training, validation: what is known of the data, by what it is.
-        plan: (decision, setting that changes it), for what the recipe left open.
-        schedules: learning rates, one an optimizer.
+        components: optimizers, schedulers and other components, by name.
+        training, validation: facts about the data, by name.
+        plan: (decision, setting that changes it) for each decision that the recipe left open.
+        schedules: the learning rates of each optimizer.
     """
 
     settings: list[Setting]
@@ -63,14 +63,13 @@ class Preview:
 
 
 def preview(recipe: Recipe) -> Preview:
-    """Builds what a recipe describes and sends one batch through it.
+    """Builds a recipe's components and runs one batch through the model.
 
     The run is started as training would start it, without its callbacks and loggers and without a
-    folder: nothing is written. An overridden `step()` takes its one step on what is then thrown
-    away.
+    run folder: nothing is written. An overridden `step()` takes one step, which is discarded.
 
     Args:
-        recipe: the checked recipe; of several seeds the first is built.
+        recipe: the checked recipe; if it has several seeds, the first is used.
 
     Raises:
         PacelineError: it cannot be built, or its run cannot start.
@@ -81,7 +80,7 @@ def preview(recipe: Recipe) -> Preview:
     recipe = replace(one, whole=None)
     trainer = build_trainer(recipe, resume="never")
     records = (each for each in trainer.callbacks if isinstance(each, RecordRecipe))
-    decided = next(records, recipe).plan  # a trainer of one's own may drop callbacks
+    decided = next(records, recipe).plan  # the user's own trainer may drop callbacks
     trainer.callbacks, trainer.loggers, trainer.checkpoint_policy = [], [], None
     trainer.run_dir, trainer.show_progress, trainer.compile = None, False, False
     trainer.parallel = replace(trainer.parallel, activation_checkpointing=None)
@@ -103,12 +102,12 @@ def preview(recipe: Recipe) -> Preview:
         schedules=schedules,
     )
     del trainer, forward
-    gc.collect()  # a trainer is full of cycles, and may hold all of the memory
+    gc.collect()  # a trainer has reference cycles, and may hold most of the memory
     return shown
 
 
 class _Forward:
-    """One batch through the models of a run that has been started."""
+    """Runs one batch through the models of a run that has been started."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.outputs: Any = {}
@@ -118,7 +117,7 @@ class _Forward:
         self._trainer = trainer
 
     def run(self) -> None:
-        """Counts and notes; a failure is kept as `problem`."""
+        """Counts operations and records outputs; a failure is kept as `problem`."""
         trainer = self._trainer
         try:
             window = next(iter(trainer.epoch_windows()))
@@ -142,7 +141,7 @@ class _Forward:
                 with counter:
                     self._trainer.training_step(batch, batch_idx)
                 self.flops = counter.get_total_flops()
-            except Exception:  # noqa: BLE001 - the counter bears no autograd.grad; else it fails again
+            except Exception:  # noqa: BLE001 - the counter does not support autograd.grad
                 self._trainer.training_step(batch, batch_idx)
 
 
@@ -192,4 +191,4 @@ def _validation(trainer: Trainer) -> dict[str, str]:
 
 
 def _number(count: int | None) -> str:
-    return "not known beforehand" if count is None else f"{count:,}"
+    return "not known in advance" if count is None else f"{count:,}"

@@ -1,4 +1,4 @@
-"""A few real steps of a run, watched. The loop is the Trainer's own; this only looks on."""
+"""Observes a few real steps of a run. The loop is the Trainer's own; this only watches."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from paceline.data.source import Validation
     from paceline.trainer.trainer import Trainer
 
-# A schedule may begin at a rate of zero, a weight of zero may keep another's gradient at zero.
+# A schedule may begin at a rate of zero; a weight of zero may keep another's gradient at zero.
 LOOKED_INTO = 2
 TIMED = 3
 VALIDATED = 2
-ENOUGH_SECONDS = 60.0  # steps that take so long need not be timed three times
+ENOUGH_SECONDS = 60.0  # steps that take this long are not timed three times
 
-# The parts of a step in their order, which is that of the report.
+# The stages of a step in order, which is also the order of the report.
 STAGES = (
     "components",
     "training data",
@@ -46,7 +46,7 @@ class LossCall:
 
     Attributes:
         outputs, targets: shapes.
-        indices: the targets are whole numbers.
+        indices: whether the targets are integers.
         value: the loss, None if it is not one number.
     """
 
@@ -58,7 +58,7 @@ class LossCall:
 
 @dataclass
 class Parameter:
-    """What reached one trainable parameter in the steps that were looked into."""
+    """The gradients and updates of one trainable parameter in the first steps."""
 
     arrived: bool = False
     nonzero: bool = False
@@ -68,24 +68,24 @@ class Parameter:
 
 @dataclass
 class Seen:
-    """What the rehearsal saw; a field is empty until its part of a step has run.
+    """What the rehearsal observed; a field is empty until its stage of a step has run.
 
     Attributes:
-        stage: the part at hand, one of `STAGES`.
+        stage: the current stage, one of `STAGES`.
         computes_in: the precision.
         batch: the first batch, in words.
         window: samples of the first optimizer step.
         loss: the first step's loss, the mean over its items.
-        finite_loss: no loss was NaN or infinite.
+        finite_loss: whether every loss was finite.
         call: the first call of the loss function.
-        parameters: by name, the trainable ones that an optimizer holds.
-        norm: of the first step's gradients, over all optimizers.
-        optimizers: names of those that took a step.
-        rates: the learning rate of each looked-into step, by optimizer.
-        seconds: of each step, by its number from 1.
-        validation_batches, validation_seconds: those rehearsed, and the time of one.
-        metrics: what they measured; None before the validation.
-        extra_schedule_step: schedulers of interval "epoch" were stepped once to try them.
+        parameters: the trainable parameters that an optimizer holds, by name.
+        norm: the norm of the first step's gradients, over all optimizers.
+        optimizers: the names of the optimizers that took a step.
+        rates: the learning rate in each of the first steps, by optimizer.
+        seconds: the duration of each step, by its number from 1.
+        validation_batches, validation_seconds: the validation batches run, and the time of one.
+        metrics: the validation's metrics; None before the validation.
+        extra_schedule_step: whether schedulers of interval "epoch" were stepped once to test them.
     """
 
     stage: str = STAGES[0]
@@ -107,12 +107,12 @@ class Seen:
 
 
 class Rehearsal(Callback):
-    """Watches the first steps of a run, then asks it to stop.
+    """Observes the first steps of a run, then asks it to stop.
 
-    It comes after every other callback, so that what those do is part of what is seen.
+    It comes after every other callback, so that their effects are included.
 
     Attributes:
-        seen: what there was to see.
+        seen: the observations.
     """
 
     priority = 10**9
@@ -127,7 +127,7 @@ class Rehearsal(Callback):
         self._unwatch: Callable[[], None] | None = None
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Shortens the validation and listens to the loss function."""
+        """Shortens the validation and wraps the loss function."""
         self.seen.computes_in = trainer.computes_in
         if trainer.validation is not None:
             trainer.validation = _FirstBatches(trainer.validation, VALIDATED)
@@ -135,29 +135,29 @@ class Rehearsal(Callback):
         self._names = parameter_names(trainer.named_models())
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Everything is built: the first batch is next."""
+        """Enters the next stage: the first batch."""
         self.seen.stage = "training data"
         self._began = self._stamp = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Notes the first batch."""
+        """Describes the first batch."""
         self.seen.stage = "forward pass"
         if self.seen.batch is None:
             self.seen.batch = describe(batch)
 
     def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
-        """Notes whether the loss is a number: a policy may drop the window behind this."""
+        """Records whether the loss is finite: a policy may drop the window after this event."""
         self.seen.stage = "backward pass"
         self.seen.finite_loss &= bool(torch.isfinite(loss.detach()).all())
 
     def on_train_batch_end(
         self, trainer: Trainer, batch: Any, batch_idx: int, loss: torch.Tensor
     ) -> None:
-        """The next micro-batch follows, or the step."""
+        """Enters the next stage: another forward pass, or the optimizer step."""
         self.seen.stage = "optimizer step" if trainer.window.is_last else "training data"
 
     def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
-        """Looks at every gradient, and keeps one weight of each parameter to compare."""
+        """Checks every gradient, and keeps one weight of each parameter to compare."""
         self.seen.stage = "optimizer step"
         if trainer.global_step >= LOOKED_INTO:
             return
@@ -187,7 +187,7 @@ class Rehearsal(Callback):
             self._before.append((parameter, tensor, strongest, value))
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Compares the weights, takes the time, and ends the rehearsal when it has seen enough."""
+        """Compares the weights, takes the time, and ends the rehearsal after enough steps."""
         now, seen, step = time.perf_counter(), self.seen, trainer.global_step
         seen.seconds[step] = now - self._stamp
         for parameter, tensor, place, value in self._before:
@@ -205,7 +205,7 @@ class Rehearsal(Callback):
         self._stamp = time.perf_counter()
 
     def _try_schedules(self, trainer: Trainer) -> None:
-        """No epoch may have ended yet, and its schedulers are to be tried all the same."""
+        """Steps schedulers of interval "epoch" once, if no epoch has ended."""
         if trainer.lr_scheduler_interval == "epoch" and trainer.current_epoch == 0:
             self.seen.stage = "scheduler step"
             self.seen.extra_schedule_step = True
@@ -217,7 +217,7 @@ class Rehearsal(Callback):
         self._stamp = time.perf_counter()
 
     def on_validation_batch_end(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
-        """Takes the time of the latest batch; the first one's includes starting workers."""
+        """Takes the time of the latest batch; that of the first one includes starting workers."""
         _wait_for(trainer.device)
         now = time.perf_counter()
         self.seen.validation_seconds = now - self._stamp
@@ -225,39 +225,39 @@ class Rehearsal(Callback):
         self._stamp = now
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One validation is enough."""
+        """Ends the rehearsal after one validation."""
         self.seen.metrics = metrics
         self.seen.stage = "training data"
         trainer.validate_every = "epoch"
         self._stamp = time.perf_counter()
 
     def on_save_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        """The step is done; its state goes to the disk."""
+        """Enters the next stage: the checkpoint."""
         self.seen.stage = "checkpoint"
 
     def on_teardown(self, trainer: Trainer) -> None:
-        """Stops listening."""
+        """Unwraps the loss function."""
         if self._unwatch is not None:
             self._unwatch()
             self._unwatch = None
 
 
 class Reload(Callback):
-    """Wipes the state, lets the run load its checkpoint, and compares.
+    """Clears the state, lets the run load its checkpoint, and compares.
 
     Attributes:
-        differences: paths in the state tree that did not come back bit by bit; None before.
+        differences: paths in the state tree that were not restored bit by bit; None before.
     """
 
     priority = 10**9
-    name = Rehearsal.name  # it takes that callback's place
+    name = Rehearsal.name  # it replaces that callback
 
     def __init__(self) -> None:
         self.differences: list[str] | None = None
 
     @torch.no_grad()
     def on_setup(self, trainer: Trainer) -> None:
-        """Wipes what the checkpoint has to bring back."""
+        """Clears the state that the checkpoint has to restore."""
         for model in trainer.named_models().values():
             for value in model.state_dict().values():
                 if isinstance(value, torch.Tensor):
@@ -266,26 +266,32 @@ class Reload(Callback):
             optimizer.state.clear()
 
     def on_load_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None:
-        """Compares what is on the disk with what the trainer has now."""
+        """Compares the checkpoint with the trainer's state."""
         now = trainer.state_dict()
-        # Where a loader stands may be written in another form before its first batch.
+        # Before its first batch a loader may save its position in another form.
         compared = set(state) - {"data", "rank", "horizon"}
         self.differences = [
             path for key in sorted(compared) for path in differing(state[key], now.get(key), key)
         ]
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Nothing is to be trained, nor saved again."""
+        """Stops the run: nothing is to be trained or saved again."""
         trainer.checkpoint_policy = None
         trainer.request_stop("preflight")
 
 
 def differing(left: Any, right: Any, path: str) -> list[str]:
-    """The paths at which two state trees are not the same, tensors compared by their bytes."""
+    """The paths at which two state trees differ; tensors are compared by their bytes.
+
+    Args:
+        left: a state tree.
+        right: another; a tensor on the meta device in it belongs to another rank.
+        path: the path of both in a larger tree.
+    """
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         alike = (left.dtype, left.shape) == (right.dtype, right.shape)
         if alike and right.is_meta:
-            return []  # another stage's, on its own ranks
+            return []  # another pipeline stage's, on its own ranks
         return [] if alike and torch.equal(_bytes(left), _bytes(right)) else [path]
     if isinstance(left, dict) and isinstance(right, dict):
         keys = [*left, *(key for key in right if key not in left)]
@@ -327,7 +333,7 @@ class _FirstBatches:
 
 
 def _watch_loss(trainer: Trainer, seen: Seen) -> Callable[[], None]:
-    """Notes the first call of `trainer.loss_fn`; returns what ends that."""
+    """Records the first call of `trainer.loss_fn`; returns a function that unwraps it."""
     loss_fn = trainer.loss_fn
     if loss_fn is None:
         return lambda: None

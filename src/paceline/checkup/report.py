@@ -1,4 +1,4 @@
-"""What a checkup found: one line a check, and a few numbers."""
+"""The report of a checkup: one line per check, and a few numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check.
 
     Attributes:
-        name: what it is.
-        status: "PASS"; "WARN", it works and is likely a mistake; "FAIL", it does not work; "SKIP",
-            it was not looked at, and `detail` says why.
+        name: what was checked.
+        status: "PASS"; "WARN", it works but is probably a mistake; "FAIL", it does not work;
+            "SKIP", it was not checked, and `detail` says why.
         detail: what was found, and for a "WARN" or "FAIL" what to do.
     """
 
@@ -29,7 +29,7 @@ class Report:
     """The outcome of a checkup.
 
     Attributes:
-        checks: in the order in which they were made.
+        checks: the checks in order.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Report:
         return all(check.status != "FAIL" for check in self.checks)
 
     def lines(self) -> list[str]:
-        """What there is to read before the checks."""
+        """Lines to show before the checks."""
         return []
 
     def as_json(self) -> dict[str, Any]:
@@ -53,13 +53,13 @@ class PreflightReport(Report):
     """The outcome of a preflight.
 
     Attributes:
-        peak_memory_mb: the most memory of this process, in MB (10^6 bytes), Python and data
-            included; None if it is not known.
-        gpu_memory_mb: the most memory on the accelerator, None on a CPU.
+        peak_memory_mb: the peak memory of this process, in MB (10^6 bytes), including Python and
+            data; None if unknown.
+        gpu_memory_mb: the peak memory on the accelerator in MB, None on a CPU.
         seconds_per_step: of one optimizer step after the first ones; an estimate.
-        seconds_for_the_run: all steps and validations; an estimate.
-        disk_bytes: the most that the run's checkpoints take at once.
-        stack: of the error in the user's own code that ended the rehearsal; empty if none did.
+        seconds_for_the_run: of all steps and validations; an estimate.
+        disk_bytes: the most disk space that the run's checkpoints take at any time.
+        stack: the traceback of an error in the user's own code that ended the rehearsal, or empty.
     """
 
     peak_memory_mb: float | None = None
@@ -81,7 +81,7 @@ class PreflightReport(Report):
 
 
 def readable_bytes(count: float) -> str:
-    """`count` bytes with a unit, in powers of 1000 as disks are sold and `as_json` counts."""
+    """A number of bytes as text, in powers of 1000, as disks are sold and `as_json` counts."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
@@ -90,7 +90,7 @@ def readable_bytes(count: float) -> str:
 
 
 def readable_seconds(seconds: float) -> str:
-    """A duration to read: `2.13 ms`, `1.5 s`, `12 min 30 s`, `3 h 05 min`, `2 d 07 h`."""
+    """A duration as text: `2.13 ms`, `1.5 s`, `12 min 30 s`, `3 h 05 min`, `2 d 07 h`."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 60:
@@ -105,5 +105,10 @@ def readable_seconds(seconds: float) -> str:
 
 
 def some(names: list[str], most: int = 8) -> str:
-    """The first of many names, and how many more there are."""
+    """The first of many names, and the number of the others.
+
+    Args:
+        names: all names.
+        most: how many to list.
+    """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

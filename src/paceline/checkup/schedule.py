@@ -1,4 +1,4 @@
-"""The learning rates that a run will have, and a picture of them in characters."""
+"""The learning rates that a run will have, and a plot of them in characters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paceline.trainer.optimization import takes_metric
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
-_MOST = 1_000_000  # steps of a schedule that are computed: some ten seconds
+_MOST = 1_000_000  # the most steps of a schedule to compute: about ten seconds
 _HEIGHT = 9
 _LABEL = 9  # characters of "1.00e-03" and a space
 
@@ -24,8 +24,8 @@ class Schedule:
 
     Attributes:
         optimizer: its name.
-        unit: what the rates are counted in, "optimizer steps" or "epochs".
-        rates: of the first parameter group, one a unit; the first is that of the first step.
+        unit: the unit of the index, "optimizer steps" or "epochs".
+        rates: of the first parameter group, one per unit, beginning with the first step.
         note: why `rates` is shorter than the run, or empty.
     """
 
@@ -41,7 +41,7 @@ class Schedule:
 
 
 def schedules_of(trainer: Trainer) -> list[Schedule]:
-    """The rates of each optimizer, from stepping copies of its schedulers to the run's end.
+    """The rates of each optimizer, computed by stepping copies of its schedulers.
 
     Args:
         trainer: one whose run has been started, so that its length is known.
@@ -55,7 +55,7 @@ def schedules_of(trainer: Trainer) -> list[Schedule]:
         if any(takes_metric(s) for s in own):
             found.append(Schedule(name, unit, [start], "it follows a metric"))
         elif length is None:
-            found.append(Schedule(name, unit, [start], "the run's length is not known beforehand"))
+            found.append(Schedule(name, unit, [start], "the run's length is not known in advance"))
         else:
             note = f"the first {_MOST:,} of {length:,}" if length > _MOST else ""
             found.append(Schedule(name, unit, _stepped(optimizer, own, min(length, _MOST)), note))
@@ -65,7 +65,7 @@ def schedules_of(trainer: Trainer) -> list[Schedule]:
 def _stepped(optimizer: Any, schedulers: list[Any], length: int) -> list[float]:
     if not schedulers:
         return [float(optimizer.param_groups[0]["lr"])] * length
-    # The copies share the parameters, which nobody touches.
+    # The copies share the parameters, which do not change.
     shared = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     schedulers = copy.deepcopy(schedulers, shared)
     group = schedulers[0].optimizer.param_groups[0]
@@ -81,13 +81,13 @@ def _stepped(optimizer: Any, schedulers: list[Any], length: int) -> list[float]:
 
 
 def plot(rates: Sequence[float], unit: str, *, width: int = 80, ascii: bool = False) -> list[str]:
-    """Lines of a picture of learning rates, from zero to the highest.
+    """The lines of a plot of learning rates, from zero to the highest.
 
     Args:
         rates: at least one.
         unit: written below the axis.
-        width: characters in a line.
-        ascii: use no others than ASCII's.
+        width: characters per line.
+        ascii: use ASCII characters only.
     """
     dot, wall, corner, floor = ("*", "|", "+", "-") if ascii else ("•", "│", "└", "─")
     columns = min(width - _LABEL - 1, max(len(rates), 2))

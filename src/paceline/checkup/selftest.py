@@ -1,4 +1,4 @@
-"""The promises, tested in a few seconds on the machine at hand."""
+"""Tests some of the promises in a few seconds on this machine."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from paceline.world.world import World
 
 _STEPS, _STOP = 12, 5
 _HUGE = 10**9
-_UNEVEN = 13  # samples, shared by two ranks
-_PATIENCE = 120.0  # seconds for two processes to import torch and train that
+_UNEVEN = 13  # samples, split over two ranks
+_PATIENCE = 120.0  # seconds for two processes to import torch and train on these
 _RANKS = 2
 
 
 class PromiseBrokenError(Exception):
-    """A self-test saw something else than was promised."""
+    """A self-test observed something that contradicts a promise."""
 
 
 class NotPossibleError(Exception):
-    """A self-test cannot be made on this machine."""
+    """A self-test cannot run on this machine."""
 
 
 def self_tests() -> list[Check]:
-    """Trains tiny runs in a temporary folder, which is removed again."""
+    """Trains tiny runs in a temporary folder, which is removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="paceline-doctor-") as folder:
         return [_tested(name, test, Path(folder) / name.split()[0]) for name, test in TESTS.items()]
 
@@ -55,7 +55,7 @@ def _tested(name: str, test: Callable[[Path], str], folder: Path) -> Check:
         return Check(name, "SKIP", str(error))
     except PromiseBrokenError as error:
         return Check(name, "FAIL", str(error))
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong here is what was asked for
+    except Exception as error:  # noqa: BLE001 - any error here is a finding
         return Check(name, "FAIL", told(error))
 
 
@@ -94,7 +94,7 @@ def _train(run_dir: Path, *callbacks: Callback, **settings: Any) -> Trainer:
 
 
 def exact_resume(folder: Path) -> str:
-    """A run that was stopped and resumed ends as one that never stopped."""
+    """A run that was stopped and resumed ends like an uninterrupted one."""
     whole = _train(folder / "whole", _StopAt(0))
     _train(folder / "parts", _StopAt(_STOP))
     parts = _train(folder / "parts", _StopAt(0))
@@ -108,7 +108,7 @@ def exact_resume(folder: Path) -> str:
 
 
 def a_flipped_bit(folder: Path) -> str:
-    """A damaged checkpoint is set aside and the one before it is used."""
+    """A damaged checkpoint is set aside and the previous one is used."""
     policy = CheckpointPolicy(every_epochs=None, every_steps=4, keep_last=2)
     _train(folder / "run", checkpoint=policy)
     saved = Checkpoints(folder / "run" / "checkpoints", policy, World())
@@ -120,11 +120,11 @@ def a_flipped_bit(folder: Path) -> str:
     found = saved.newest()
     if found is None or found.step != before.step or newest.path.exists():
         raise PromiseBrokenError("a checkpoint with a flipped bit was not set aside")
-    return f"one bit flipped in step {newest.step}: refused, step {found.step} is used"
+    return f"one bit flipped in step {newest.step}: set aside, step {found.step} is used"
 
 
 class _Virtual(Dataset):
-    """As many samples as nobody can store, computed when asked for."""
+    """More samples than fit on any disk, computed on demand."""
 
     def __init__(self) -> None:
         self.read: list[int] = []
@@ -138,7 +138,7 @@ class _Virtual(Dataset):
 
 
 def any_place(folder: Path) -> str:
-    """Getting to the far end of the data reads nothing on the way."""
+    """The end of the data is reached without reading what comes before."""
     data = _Virtual()
     source = open_training(DataLoader(data, 4, shuffle=True), WindowSize(), 1, World())
     start = time.perf_counter()
@@ -150,19 +150,19 @@ def any_place(folder: Path) -> str:
     seconds = time.perf_counter() - start
     source.close()
     if len(data.read) != 4 or len(set(data.read)) != 4:
-        raise PromiseBrokenError(f"the last batch of 10^9 samples took reading {len(data.read)}")
+        raise PromiseBrokenError(f"the last batch of 10^9 samples read {len(data.read)} samples")
     return f"the last of 10^9 samples reached in {readable_seconds(seconds)}, reading 4"
 
 
 def every_sample_once(folder: Path) -> str:
-    """Two processes share an uneven number of samples: each is seen once."""
+    """An uneven number of samples on two processes: each is seen once."""
     codes, errors = _run_ranks(folder)
     if any(codes):
         last = [text.strip().splitlines()[-1] for text in errors if text.strip()]
-        raise PromiseBrokenError(f"left with codes {codes}: {'; '.join(last)}")
+        raise PromiseBrokenError(f"exited with codes {codes}: {'; '.join(last)}")
     shares = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(_RANKS)]
     if sorted(index for share in shares for index in share) != list(range(_UNEVEN)):
-        raise PromiseBrokenError(f"the samples were shared as {shares}")
+        raise PromiseBrokenError(f"the samples were split as {shares}")
     sizes = " and ".join(str(len(share)) for share in shares)
     return f"{_UNEVEN} samples on {_RANKS} gloo processes: {sizes}, each once"
 
@@ -171,8 +171,8 @@ def _run_ranks(folder: Path) -> tuple[list[int], list[str]]:
     """Starts the ranks and waits; returns their exit codes and what they wrote to stderr.
 
     Raises:
-        NotPossibleError: this machine starts no processes, or lets none of them meet.
-        PromiseBrokenError: they did not end in time.
+        NotPossibleError: this machine cannot start processes, or they cannot connect.
+        PromiseBrokenError: they did not exit in time.
     """
     ranks: list[subprocess.Popen[str]] = []
     deadline = time.monotonic() + _PATIENCE
@@ -204,7 +204,7 @@ def _run_ranks(folder: Path) -> tuple[list[int], list[str]]:
 
 
 def _environment() -> dict[str, str]:
-    """What the ranks have in common, a free port among it."""
+    """The environment variables of both ranks, with a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -213,7 +213,7 @@ def _environment() -> dict[str, str]:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(_RANKS),
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, whatever there is
+        "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, whatever devices there are
         "HIP_VISIBLE_DEVICES": "",
     }
 
@@ -227,7 +227,7 @@ class _Ids(Callback):
 
 
 def _be_a_rank(folder: Path) -> None:
-    """What each of the processes does: one epoch over the uneven data."""
+    """The work of each process: one epoch over the uneven data."""
     model = nn.Linear(1, 1)
     ids = _Ids()
     x = torch.arange(_UNEVEN, dtype=torch.float32)[:, None]

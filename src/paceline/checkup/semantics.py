@@ -1,4 +1,4 @@
-"""Settings that are of the right type and still cannot be meant."""
+"""Settings that have the right type but are probably a mistake."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WARMUPS = ("num_warmup_steps", "warmup_steps", "warmup")
 
 
 def wrong_settings(recipe: Recipe) -> list[Check]:
-    """What the recipe alone tells: nothing is built."""
+    """Wrong settings that can be found from the recipe alone, without building anything."""
     checks: list[Check] = []
     for _, optimizer in each(recipe.parts.get("optimizer")):
         rate = optimizer.kwargs.get("lr")
@@ -34,8 +34,8 @@ def wrong_lengths(trainer: Trainer, recipe: Recipe, validations: int | None) -> 
 
     Args:
         trainer: one that has been started, so that its data are counted.
-        recipe: what it was built from.
-        validations: in the whole run; None if that is not known.
+        recipe: the recipe that it was built from.
+        validations: validations in the whole run; None if unknown.
     """
     told: list[str] = []
     if validations is not None:
@@ -62,9 +62,9 @@ def wrong_lengths(trainer: Trainer, recipe: Recipe, validations: int | None) -> 
 def _wrong_schedule(
     name: str, scheduler: Any, written: Any, length: int, unit: str, part: bool = False
 ) -> list[str]:
-    """What a schedule's own numbers say of the `length` steps that it has; a part may be full."""
+    """What is wrong with a schedule's own numbers, given the `length` steps that it has."""
     inner = getattr(scheduler, "_schedulers", None)
-    if inner:  # a SequentialLR, of which each has its part; or a ChainedScheduler, all of them all
+    if inner:  # a SequentialLR splits the length over them; a ChainedScheduler gives it to each
         begins = getattr(scheduler, "_milestones", None)
         told = [
             f"{name}: its milestone {begin} lies beyond the run's {length} {unit}"
@@ -94,7 +94,7 @@ def _wrong_schedule(
 
 
 def _warmup(scheduler: Any, written: Any) -> int | None:
-    """Steps in which a schedule rises, as far as it says so."""
+    """The steps of a schedule's warm-up, if it says so."""
     if getattr(scheduler, "start_factor", 1.0) < getattr(scheduler, "end_factor", 1.0):
         return scheduler.total_iters  # LinearLR
     named = (getattr(scheduler, key, written.get(key)) for key in _WARMUPS)

@@ -1,4 +1,4 @@
-"""The settings of a recipe, each with where it was written."""
+"""The settings of a recipe, each with the place where it was written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from paceline.recipe.compose import Composed
 from paceline.recipe.mistakes import Path, dotted
 
-# `${oc.env:TOKEN}` and other look-ups outside the recipe; `${model.width}` is none.
+# `${oc.env:TOKEN}` and other look-ups outside the recipe; `${model.width}` is not one.
 _LOOK_UP = re.compile(r"\$\{[^{}]*:")
 
 
@@ -22,7 +22,7 @@ class Setting:
 
     Attributes:
         key: its dotted place in the recipe.
-        value: with references to other keys followed; look-ups (of the environment, say) are left
+        value: with references to other keys resolved; look-ups (e.g. of the environment) are left
             as they are written, so that no secret is shown.
         place: `file:line`, or the override that set it.
     """
@@ -40,7 +40,7 @@ def settings_of(composed: Composed) -> list[Setting]:
 
 
 def _resolved(config: DictConfig) -> Any:
-    """The tree with references followed. Look-ups are hidden from OmegaConf meanwhile."""
+    """The tree with references resolved, while look-ups are hidden from OmegaConf."""
     hidden: list[str] = []
     copy = config.copy()
     OmegaConf.set_struct(copy, False)
@@ -73,7 +73,7 @@ def _shown(value: Any, hidden: list[str]) -> Any:
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """Plain values; a list without mappings in it is one."""
+    """The plain values; a list without mappings in it counts as one."""
     if isinstance(value, dict) and (value or not path):
         for key, below in value.items():
             yield from _leaves(below, (*path, str(key)))

@@ -1,6 +1,6 @@
-"""From what a rehearsal saw to the lines of the report, one function a stage.
+"""From a rehearsal's observations to the checks of the report, one function per stage.
 
-Each gets a trainer that has run and what was seen of it, and assumes that its stage was reached.
+Each function assumes that its stage was reached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ _INDEX_LOSSES = ("CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss")
 
 
 def components(trainer: Trainer, seen: Seen) -> list[Check]:
-    """What was built, and how much of it is trained."""
+    """The components, and how many parameters are trainable.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
     parts = []
     for name, model in trainer.named_models().items():
         every = list(model.parameters())
@@ -37,7 +42,12 @@ def components(trainer: Trainer, seen: Seen) -> list[Check]:
 
 
 def training_data(trainer: Trainer, seen: Seen) -> list[Check]:
-    """What the training loader gives."""
+    """The training data.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
     batches, windows = trainer.train_batches, trainer.source.windows_per_epoch
     length = "of unknown length" if batches is None else f"{batches:,} batches an epoch"
     if windows is not None and windows != batches:
@@ -47,7 +57,7 @@ def training_data(trainer: Trainer, seen: Seen) -> list[Check]:
 
 
 def samples_in(loader: Any) -> int | None:
-    """How many samples a loader's dataset says it has, None if it does not."""
+    """The number of samples in a loader's dataset, None if unknown."""
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError):
@@ -56,11 +66,16 @@ def samples_in(loader: Any) -> int | None:
 
 def _samples(loader: Any) -> str:
     count = samples_in(loader)
-    return "samples not counted beforehand" if count is None else f"{count:,} samples"
+    return "unknown number of samples" if count is None else f"{count:,} samples"
 
 
 def forward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
-    """The loss, whether it is what a guess would have, and the shapes it is made of."""
+    """The loss, the shapes it was computed from, and whether it is that of a random guess.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
     loss = "" if seen.loss is None else f"loss {seen.loss:.4g}"
     checks = [Check("forward pass", "PASS", loss or "the first step has a loss")]
     if seen.call is None:
@@ -76,17 +91,17 @@ def _shapes(call: LossCall) -> Check:
         return Check("output shape", "PASS", shapes)
     if call.indices and len(call.outputs) == len(call.targets) + 1 and _classes(call) > 1:
         return Check("output shape", "PASS", f"{shapes}: class scores and class indices")
-    detail = f"{shapes} differ: does loss_fn mean to broadcast one against the other?"
+    detail = f"{shapes} differ: is loss_fn meant to broadcast one against the other?"
     return Check("output shape", "WARN", detail)
 
 
 def _classes(call: LossCall) -> int:
-    """By torch's convention the second dimension, or the only one of an unbatched sample."""
+    """The number of classes: the second dimension, or the only one of an unbatched sample."""
     return call.outputs[1 if len(call.outputs) > 1 else 0]
 
 
 def _chance(trainer: Trainer, call: LossCall) -> list[Check]:
-    """For classes given by index: is the first loss about that of a guess, ln(classes)?"""
+    """For class indices: whether the first loss is about that of a random guess, ln(classes)."""
     function: Any = trainer.loss_fn
     kind = getattr(function, "func", function)
     name = getattr(kind, "__name__", type(kind).__name__)
@@ -103,15 +118,20 @@ def _chance(trainer: Trainer, call: LossCall) -> list[Check]:
     if abs(call.value - guess) <= margin:
         return [Check("loss at the start", "PASS", f"{said}, within {margin:.2g}")]
     if call.value > guess:
-        why = "the model starts out sure and wrong: are inputs scaled, outputs raw scores (no "
+        why = "the model starts confident and wrong: are inputs scaled, outputs raw scores (no "
         why += "softmax), weights small?"
     else:
-        why = "better than a guess: right for pretrained weights; else, do inputs hold the answer?"
+        why = "better than a guess: fine for pretrained weights; else, do inputs hold the answer?"
     return [Check("loss at the start", "WARN", f"{said}, more than {margin:.2g} off; {why}")]
 
 
 def backward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
-    """The gradients: that they are numbers, and that they arrive."""
+    """The gradients: whether they are finite, and whether every parameter gets one.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
     found = seen.parameters
     steps = f"in {min(LOOKED_INTO, max(1, trainer.global_step))} steps"
     broken = [name for name, p in found.items() if not p.finite]
@@ -132,7 +152,7 @@ def backward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
                 "unused parameters",
                 "FAIL" if every else "WARN",
                 f"no gradient {steps}: {some(never)}. Is the loss computed from them? Several "
-                "processes (DDP) refuse such a model; freeze them with requires_grad_(False)",
+                "processes (DDP) reject such a model; freeze them with requires_grad_(False)",
             )
         )
     zero = [name for name, p in found.items() if p.arrived and p.finite and not p.nonzero]
@@ -143,7 +163,12 @@ def backward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
 
 
 def optimizer_step(trainer: Trainer, seen: Seen) -> list[Check]:
-    """That steps move weights."""
+    """Whether steps change the weights.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
     missing = [name for name in trainer.named_optimizers() if name not in seen.optimizers]
     checks = []
     if missing:
@@ -168,7 +193,12 @@ def optimizer_step(trainer: Trainer, seen: Seen) -> list[Check]:
 
 
 def scheduler_step(trainer: Trainer, seen: Seen) -> list[Check]:
-    """That schedules follow."""
+    """Whether schedulers are stepped.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
     schedulers = trainer.named_schedulers() or {}
     if not schedulers:
         return [Check("scheduler step", "SKIP", "there is no lr_scheduler")]
@@ -176,14 +206,19 @@ def scheduler_step(trainer: Trainer, seen: Seen) -> list[Check]:
     steps = {name: int(getattr(s, "last_epoch", 0)) for name, s in schedulers.items()}
     rates = ", ".join(f"{name} {rate:.4g}" for name, rate in trainer.learning_rates.items())
     told = ", ".join(f"{name} stepped {n} times" for name, n in steps.items())
-    once = " (once to try it)" if seen.extra_schedule_step else ""
+    once = " (once to test it)" if seen.extra_schedule_step else ""
     status = "PASS" if all(steps.values()) else "WARN"
     detail = f"{told}{once}, each {interval}; learning rate now: {rates}"
     return [Check("scheduler step", status, detail)]
 
 
 def validation(trainer: Trainer, seen: Seen) -> list[Check]:
-    """What a validation gives and measures."""
+    """The validation data and metrics.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
     if trainer.validation is None:
         return [Check("validation", "SKIP", "there is no val_dataloader")]
     length = trainer.validation.length
@@ -204,12 +239,12 @@ def duration(seconds_per_step: float, horizon: int | None, validations: float | 
     """The line about the time of the whole run.
 
     Args:
-        seconds_per_step: of an optimizer step.
-        horizon: optimizer steps in the run.
-        validations: seconds of all validations.
+        seconds_per_step: the time of an optimizer step.
+        horizon: optimizer steps in the run; None if unknown.
+        validations: the time of all validations, in seconds; None if unknown.
     """
     if horizon is None:
-        return "the run's length is not known beforehand"
+        return "the run's length is not known in advance"
     steps = seconds_per_step * horizon
     text = f"{horizon:,} steps take about {readable_seconds(steps)}"
     if validations:

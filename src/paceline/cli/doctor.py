@@ -1,4 +1,4 @@
-"""`paceline doctor`: the machine, and the promises tested on it."""
+"""`paceline doctor`: checks the machine, and tests the promises on it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from paceline.exit_codes import FAILED
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     self_test: Annotated[
-        bool, typer.Option(help="Train a few tiny runs, to see the promises kept here.")
+        bool, typer.Option(help="Train a few tiny runs, to test the promises here.")
     ] = True,
 ) -> None:
-    """Looks at this machine, and tests in a few seconds that the promises hold on it.
+    """Checks this machine, and tests in a few seconds that the promises hold on it.
 
-    Exit codes: 0 all is well, 1 something fails.
+    Exit codes: 0 no check fails, 1 one does.
     """
     from paceline.checkup.doctor import doctor
 

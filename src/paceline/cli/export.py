@@ -10,14 +10,14 @@ import typer
 
 
 class Weights(StrEnum):
-    """Which of a checkpoint's weights."""
+    """Which weights of a checkpoint to export."""
 
     live = "live"
     averaged = "averaged"
 
 
 class Dtype(StrEnum):
-    """What floating-point tensors are converted to."""
+    """The dtype that floating-point tensors are converted to."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -30,10 +30,10 @@ def export(
         typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False),
     ],
     weights: Annotated[
-        Weights, typer.Option(help="The trained ones, or the average that a callback kept.")
+        Weights, typer.Option(help="The trained weights, or the average that a callback kept.")
     ] = Weights.live,
     checkpoint: Annotated[
-        str, typer.Option(metavar="latest|best|step_00000120", help="Which of the run's.")
+        str, typer.Option(metavar="latest|best|step_00000120", help="The run's checkpoint.")
     ] = "latest",
     to: Annotated[
         Path | None,
@@ -48,7 +48,7 @@ def export(
 ) -> None:
     """Writes the weights of a run as safetensors, under the model's own names.
 
-    model.load_state_dict(safetensors.torch.load_file(path)) takes them back.
+    model.load_state_dict(safetensors.torch.load_file(path)) loads them.
     """
     from paceline.checkpoint.export import export as write
     from paceline.runs.text import printable

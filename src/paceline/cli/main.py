@@ -1,4 +1,4 @@
-"""The command `paceline`. Each subcommand is a file of its own beside this one."""
+"""The command `paceline`. Each subcommand has its own file beside this one."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def paceline(
     """Train PyTorch models from recipes.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 75 stopped by a signal, a time limit or a
-    stop file, and saved: the same command goes on.
+    stop file, and saved: the same command resumes the run.
     """
 
 
 def main() -> None:
-    """Runs the command line and leaves with its exit code."""
+    """Runs the command line and exits with its code."""
     try:
         app(prog_name="paceline")
     except PacelineError as error:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _show(error: PacelineError) -> None:
-    """An error as one message, with the stack of the user's own code where that is the cause."""
+    """An error as one message, with the traceback if the user's own code is the cause."""
     from rich.console import Console
     from rich.text import Text
 
@@ -85,7 +85,7 @@ def _show(error: PacelineError) -> None:
         lines = traceback.format_exception(cause)
         console.print(Text("".join(lines).rstrip()), style="dim")
     where = f"{_rank()}: " if _rank() else ""
-    # A recipe's mistakes need no name for their class; what befalls a run does.
+    # Mistakes in a recipe need no class name; other errors do.
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     told = "\n".join(map(printable, f"{name}{error}".split("\n")))
     console.print(Text.assemble((f"{where}error: ", "bold red"), told))

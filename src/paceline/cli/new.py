@@ -10,9 +10,9 @@ import typer
 
 def new(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Of the project.", show_default=False)
+        str, typer.Argument(metavar="NAME", help="The project's name.", show_default=False)
     ],
-    folder: Annotated[Path, typer.Option(help="Where its folder is made.")] = Path(),
+    folder: Annotated[Path, typer.Option(help="Where to create its folder.")] = Path(),
 ) -> None:
     """Writes a project that trains: a recipe, its trainer, a test."""
     from paceline.starter import new_project

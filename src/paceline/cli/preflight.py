@@ -1,4 +1,4 @@
-"""`paceline preflight`: the first steps of a recipe's run, before anything is spent on it."""
+"""`paceline preflight`: takes the first steps of a recipe's run, as a test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def preflight(
         str | None,
         typer.Option(
             metavar="DEVICES",
-            help="Take the steps on paper instead: whether they fit on e.g. 64xH100-80GB.",
+            help="Simulate the steps instead: do they fit on e.g. 64xH100-80GB?",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -40,11 +40,11 @@ def preflight(
 ) -> None:
     """Checks a recipe, then builds everything and takes a few real steps of its run.
 
-    With --on nothing is trained and no device is needed: the steps' memory is added up for the
-    recipe's layout on those devices, rank by rank alike.
+    With --on nothing is trained and no device is needed: the steps' memory per rank is computed for
+    the recipe's layout on those devices.
 
     Exit codes: 0 no check fails, 1 one does, or it does not fit; 2 wrong usage or mistakes in the
-    recipe. The run's own folder is left alone; what the recipe's code prints goes to stderr.
+    recipe. The run folder is not touched; what the recipe's code prints goes to stderr.
     """
     from paceline.checkup.preflight import preflight
     from paceline.checkup.report import Check, Report
@@ -59,7 +59,7 @@ def preflight(
             show_report(Report([Check("recipe", "FAIL", str(error))]), json=True)
         raise
     except Preempted as stop:
-        print(f"paceline: preflight was ended by {stop.result.stopped_by}", file=sys.stderr)
+        print(f"paceline: preflight was stopped by {stop.result.stopped_by}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
     if report.stack:
         print(report.stack, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`paceline preview`: what a recipe says, builds and would do."""
+"""`paceline preview`: shows a recipe, its components and its run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def preview(
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
     ] = None,
     depth: Annotated[
-        int, typer.Option(min=0, help="How far down the model's modules are shown.")
+        int, typer.Option(min=0, help="How many levels of the model's modules to show.")
     ] = 3,
     trust: Annotated[
         list[str] | None,
         typer.Option(metavar="PACKAGE", help="Let the recipe name things from PACKAGE too."),
     ] = None,
 ) -> None:
-    """Shows a recipe resolved, its model, its data and its learning rates; trains nothing."""
+    """Shows the resolved recipe, its model, its data and its learning rates; trains nothing."""
     from paceline.checkup.preview import preview
     from paceline.recipe.recipe import load_recipe
 
@@ -76,7 +76,7 @@ def _model(shown: Preview, depth: int) -> None:
     if shown.flops is not None:
         print(f"{shown.flops:.4g} floating-point operations in the forward pass of one batch")
     if shown.problem:
-        print(f"the forward pass failed, so no more is known: {shown.problem}")
+        print(f"the forward pass failed, so nothing more is known: {shown.problem}")
 
 
 def _schedule(schedule: Schedule) -> None:
@@ -103,7 +103,7 @@ def _heading(title: str) -> None:
 
 
 def _table(rows: Iterable[Sequence[Any]]) -> None:
-    """Aligned columns; folded to a terminal's width, whole lines where there is none."""
+    """Prints aligned columns, folded to the terminal's width if there is a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

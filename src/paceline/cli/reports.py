@@ -1,4 +1,4 @@
-"""How commands that look print what they found: a table for people, or JSON alone on stdout."""
+"""How commands print their reports: a table for people, or JSON alone on stdout."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def show_report(report: Report, *, json: bool) -> None:
     """Prints a report.
 
     Args:
-        report: what was found.
-        json: as JSON instead; never wrapped, whatever the terminal.
+        report: the report.
+        json: print JSON instead, never wrapped to the terminal.
     """
     if json:
         print(_json.dumps(report.as_json(), indent=2, allow_nan=False))
@@ -54,7 +54,7 @@ def _summary(report: Report) -> str:
 
 @contextlib.contextmanager
 def own_output_apart() -> Iterator[None]:
-    """Sends to stderr what a recipe's code (and its loader workers) prints on stdout."""
+    """Redirects to stderr what a recipe's code (and its loader workers) prints on stdout."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

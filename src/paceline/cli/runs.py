@@ -1,4 +1,4 @@
-"""`paceline runs`: the runs in a folder, chosen, sorted and compared."""
+"""`paceline runs`: lists, filters, sorts and compares the runs in a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FIRST = ("name", "status", "step", "epoch", "monitor", "best")
 _LAST = ("started", "duration")
-_METRICS = 6  # columns of metrics, unless --columns says which
+_METRICS = 6  # the most columns of metrics, unless --columns chooses
 
 
 def runs(
@@ -36,14 +36,14 @@ def runs(
     sort: Annotated[
         str | None, typer.Option(metavar="KEY", help="Smallest first; by default the newest run.")
     ] = None,
-    reverse: Annotated[bool, typer.Option("--reverse", help="The other way round.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many runs.")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Reverse the order.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show at most this many runs.")] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="KEY,...", help="What to show of each run.")
+        str | None, typer.Option(metavar="KEY,...", help="What to show for each run.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     diff: Annotated[
-        bool, typer.Option("--diff", help="Compare two runs; the words are their folders.")
+        bool, typer.Option("--diff", help="Compare two runs; the arguments are their folders.")
     ] = False,
 ) -> None:
     """Lists runs, their status and metrics; with --diff, compares two of them.
@@ -51,7 +51,7 @@ def runs(
     Filters, --sort and --columns take any name in run.json, of a metric, or of the recipe (dotted,
     as in an override).
     """
-    # Comparing is an option and no subcommand: a folder of runs may be called "diff".
+    # Comparing is an option, not a subcommand: a folder of runs may be called "diff".
     if diff:
         _compare(words or [], as_json)
         return
@@ -77,15 +77,15 @@ def runs(
 
 
 def _folder_and_filters(words: list[str]) -> tuple[Path, list[str]]:
-    """A word without an operator, or which is a folder that exists, says where to look."""
+    """A word that has no operator, or is an existing folder, is the folder to search."""
     folders = [w for w in words if Path(w).is_dir() or not any(c in w for c in "=<>~")]
     if len(folders) > 1:
-        raise ConfigError(f"one folder is looked through, not {' and '.join(folders)!r}.")
+        raise ConfigError(f"give one folder to search, not {' and '.join(folders)!r}.")
     return Path(folders[0] if folders else "runs"), [w for w in words if w not in folders]
 
 
 def _columns(chosen: list[RunFolder]) -> list[str]:
-    """What is shown unless told otherwise, without what none of the runs has."""
+    """The default columns, without those that no run has."""
     metrics = Counter(name for run in chosen for name in run.metrics)
     shown = {name for name, _ in metrics.most_common(_METRICS)}
     keys = [*_FIRST, *(name for name in metrics if name in shown), *_LAST]
@@ -116,14 +116,14 @@ def _compare(words: list[str], as_json: bool) -> None:
 
 
 def _print_table(keys: list[str], rows: list[list[Any]], by_key: bool = False) -> None:
-    """A table; with `by_key` the second column names what a row's values are."""
+    """Prints a table; with `by_key` the second column is the key of the row's values."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from paceline.runs.text import cell, printable
 
-    # Nothing is cut off where no terminal sets a width.
+    # Without a terminal nothing is cut off.
     console = Console(width=None if sys.stdout.isatty() else 100_000, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, key in enumerate(keys):
@@ -142,7 +142,7 @@ def _print_json(value: Any) -> None:
 
 
 def _as_json(run: RunFolder, wanted: list[str] | None) -> dict[str, Any]:
-    """One run: the columns asked for, or all that is known of it."""
+    """One run: the chosen columns, or everything known about it."""
     if wanted is not None:
         return {key: _plain(run.get(key)) for key in wanted}
     values = {key: _plain(value) for key, value in run.values.items()}
@@ -152,7 +152,7 @@ def _as_json(run: RunFolder, wanted: list[str] | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no nan and no inf: they are text, as in the rows of a run."""
+    """JSON has neither NaN nor infinity: they are text, as in the rows of a run."""
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 

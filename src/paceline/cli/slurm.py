@@ -1,4 +1,4 @@
-"""`paceline train --slurm`: the same command as a job of Slurm, through submitit."""
+"""`paceline train --slurm`: submits the command as a Slurm job, through submitit."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def submit(name: str, folder: Path, words: Sequence[str], settings: Sequence[str
 
     Args:
         name: the job's name, unless the settings give one.
-        folder: where submitit keeps the job's script, its pickled call and its output.
-        words: this command's arguments; `--slurm` is left out of the job's.
+        folder: where submitit writes the job's script, its pickled call and its output.
+        words: this command's arguments; the job gets them without `--slurm`.
         settings: `key=value`, as submitit's `AutoExecutor.update_parameters` takes them.
 
     Returns:
         The job's id.
 
     Raises:
-        ConfigError: a setting that submitit does not know, or that is none.
+        ConfigError: a setting is malformed, or submitit does not know it.
         MissingExtraError: submitit is not installed.
     """
     try:
@@ -44,7 +44,7 @@ def submit(name: str, folder: Path, words: Sequence[str], settings: Sequence[str
     try:
         executor = submitit.AutoExecutor(folder=folder / "%j", cluster="slurm")
         executor.update_parameters(**{"name": name, **_parsed(settings)})
-    # submitit's own words for a name, a type or a value that it does not know, or no srun here
+    # submitit's own message about an unknown name, type or value, or about a missing srun
     except (NameError, AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"--slurm: {error}") from error
     return executor.submit(Job(_without_slurm(words))).job_id
@@ -76,9 +76,8 @@ def _parsed(settings: Sequence[str]) -> dict[str, Any]:
 class Job:
     """One task of the job: `paceline *words`, in this process.
 
-    Slurm's warning before it takes the job's place away (submitit asks for SIGUSR2) is a clean
-    stop, after which the job is put back into the queue and goes on from there. SIGTERM, which
-    `scancel` sends, is a clean stop and the end.
+    Slurm's warning before it preempts the job (submitit asks for SIGUSR2) is a clean stop, after
+    which the job is requeued and resumes. SIGTERM, which `scancel` sends, is a clean stop for good.
     """
 
     words: tuple[str, ...]
@@ -87,14 +86,14 @@ class Job:
         """Trains.
 
         Raises:
-            SystemExit: with the command's code, unless it is 0 or the job was put back.
+            SystemExit: with the command's code, unless it is 0 or the job was requeued.
         """
         warned = False
 
         def pass_on(number: int, frame: object) -> None:
             nonlocal warned
             warned = True
-            signal.raise_signal(signal.SIGUSR1)  # which a run takes for a stop
+            signal.raise_signal(signal.SIGUSR1)  # a clean stop for a run
 
         def leave(number: int, frame: object) -> None:
             raise SystemExit(STOPPED)
@@ -113,6 +112,6 @@ class Job:
 
 
 def _requeue() -> None:
-    """Puts this job back into the queue, by its first task; that ends all of its tasks."""
+    """Requeues this job, from its first task; that ends all of its tasks."""
     if os.environ.get("SLURM_PROCID", "0") == "0":
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)

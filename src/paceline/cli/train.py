@@ -1,4 +1,4 @@
-"""`paceline train`: a run from a recipe."""
+"""`paceline train`: trains a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paceline.errors import ConfigError
 from paceline.exit_codes import STOPPED
 from paceline.world.signals import handling
 
-if TYPE_CHECKING:  # torch is imported when it is known to be needed, so that --help is quick
+if TYPE_CHECKING:  # torch is imported only once it is needed, so that --help is quick
     from paceline.recipe.recipe import Recipe
     from paceline.trainer.settings import Resume
     from paceline.world.rendezvous import Rendezvous
@@ -35,16 +35,16 @@ def train(
         int | None, typer.Option(min=1, help="Processes to start on this machine.")
     ] = None,
     nnodes: Annotated[
-        int | None, typer.Option(min=1, help="Machines on which this same command is started.")
+        int | None, typer.Option(min=1, help="Machines on which this command is started.")
     ] = None,
     rdzv_endpoint: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where these machines meet.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Where these machines rendezvous.")
     ] = None,
     rdzv_id: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run's name there, if there are others.")
+        str | None, typer.Option(metavar="NAME", help="The run's name there, to tell runs apart.")
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="How often all processes start again after a failure.")
+        int, typer.Option(min=0, help="How often to restart all processes after a failure.")
     ] = 0,
     slurm: Annotated[
         list[str] | None,
@@ -52,7 +52,7 @@ def train(
     ] = None,
     resume: Annotated[
         str,
-        typer.Option(metavar="auto|never|must|PATH", help="Go on with an earlier run, or not."),
+        typer.Option(metavar="auto|never|must|PATH", help="Whether to resume an earlier run."),
     ] = "auto",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an earlier run aside and start again.")
@@ -61,17 +61,17 @@ def train(
         list[str] | None, typer.Option(metavar="KEY", help="Resume although KEY has changed.")
     ] = None,
     init_from: Annotated[
-        str | None, typer.Option(metavar="PATH", help="First weights from a run or an export.")
+        str | None, typer.Option(metavar="PATH", help="Initial weights from a run or an export.")
     ] = None,
     trust: Annotated[
         list[str] | None,
         typer.Option(metavar="PACKAGE", help="Let the recipe name things from PACKAGE too."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe, print it, and build nothing.")
+        bool, typer.Option("--dry-run", help="Check and print the recipe; build nothing.")
     ] = False,
 ) -> None:
-    """Trains what a recipe describes; started again, it goes on where it stopped."""
+    """Trains a recipe; the same command resumes a run that was stopped."""
     if fresh and resume != "auto":
         raise ConfigError("--fresh and --resume exclude each other.")
     with _stop_cleanly_before_training():
@@ -103,10 +103,10 @@ def train(
 
 @contextlib.contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Keeps Python from looking for garbage in what is imported and read here: none of it is any.
+    """Switches garbage collection off while modules are imported: there is no garbage yet.
 
-    With torch in memory each search takes as long as the work that it interrupts, and there is one
-    more at the end of the process.
+    With torch in memory each collection takes as long as the work that it interrupts, and there is
+    one more at the end of the process.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -123,14 +123,14 @@ def _machines(nnodes: int | None, endpoint: str | None, name: str | None) -> Ren
 
     if nnodes is None and (endpoint or name):
         raise ConfigError(
-            f"--rdzv-{'endpoint' if endpoint else 'id'} is for several machines: say with "
-            "--nnodes how many."
+            f"--rdzv-{'endpoint' if endpoint else 'id'} is for several machines: give their number "
+            "with --nnodes."
         )
     return Rendezvous(nnodes or 1, endpoint, name or Rendezvous.id)
 
 
 def _check_launcher(nproc: int | None, nnodes: int | None, max_restarts: int) -> None:
-    """Refuses what only a launcher can do, in a process that another launcher has started."""
+    """Rejects launcher options in a process that another launcher has started."""
     world = os.environ.get("WORLD_SIZE")
     if world is None:
         return
@@ -142,8 +142,8 @@ def _check_launcher(nproc: int | None, nnodes: int | None, max_restarts: int) ->
     wrong = ", ".join(option for option, is_wrong in given.items() if is_wrong)
     if wrong:
         raise ConfigError(
-            f"{wrong}: this process was started as one of {world} already; leave it out, or give "
-            "it to what has started them."
+            f"{wrong}: this process was already started as one of {world}; leave it out, or give "
+            "it to the launcher that started them."
         )
 
 
@@ -159,10 +159,10 @@ def _submit(recipe: Recipe, settings: Sequence[str], alone: bool) -> None:
 
     if not alone:
         raise ConfigError(
-            "--slurm submits a job whose tasks are the processes: say how many with "
+            "--slurm submits a job whose tasks are the processes: set their number with "
             "--slurm nodes=N --slurm tasks_per_node=N, and leave out other launchers' options."
         )
-    # Beside the run's folder, which --fresh moves aside.
+    # Beside the run folder, which --fresh moves aside.
     folder = recipe.run_dir.with_name(f"{recipe.run_dir.name}.slurm")
     job = submit(recipe.name, folder, sys.argv[1:], settings)
     print(f"submitted as job {job}; its output is in {folder / job}")
@@ -184,9 +184,9 @@ def _print(recipe: Recipe) -> None:
 
 
 def _stop_cleanly_before_training() -> contextlib.AbstractContextManager[None]:
-    """A signal while imports run and objects are built is a clean stop too: nothing is lost.
+    """Makes a signal during imports and construction a clean stop too: nothing is lost.
 
-    The trainer has handlers of its own while it trains.
+    The trainer has its own handlers while it trains.
     """
 
     def leave(number: int, frame: object) -> None:

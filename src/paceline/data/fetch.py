@@ -22,15 +22,16 @@ class Fetcher(Dataset):
     """Reads a request from a map-style dataset, in this process or in a loader's worker.
 
     Before each sample the generators of torch, numpy and `random` are seeded from (seed, pass,
-    index), so that augmentation depends on neither worker, nor batch, nor what was read before.
-    Collation gets one stream a batch. A plain TensorDataset draws nothing and is indexed whole.
+    index), so that augmentation does not depend on the worker, the batch or what was read before.
+    Collation gets one stream per batch. A plain TensorDataset draws nothing and is indexed a batch
+    at a time.
 
     Args:
         dataset: the user's map-style dataset.
         collate: turns the list of samples into a batch.
         seed: the run's seed.
         label: the family of streams ("sample" for training, "val-sample" for validation).
-        single: the dataset's items are batches already (a loader with batch_size=None).
+        single: the dataset's items are already batches (a loader with batch_size=None).
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Fetcher(Dataset):
         return self.collate(self.__getitems__(request))
 
     def __getitems__(self, request: Request) -> list[Any]:
-        """The samples; the name under which torch's DataLoader asks a dataset for a batch."""
+        """The samples; torch's DataLoader calls this method to get a batch from a dataset."""
         samples: list[Any] = []
         first = None
         for pass_, units in request:
@@ -78,7 +79,7 @@ class Fetcher(Dataset):
         return samples
 
     def collate(self, samples: list[Any]) -> Any:
-        """Samples to a batch."""
+        """Collates samples into a batch."""
         return self._collate(samples[0] if self._single else samples)
 
     def _index_whole(self, request: Request) -> list[torch.Tensor]:
@@ -96,11 +97,11 @@ def plain(units: Sequence[Any]) -> Sequence[Any]:
 
 
 def seed_sample(key: int, index: Any) -> None:
-    """Starts a sample's random streams, in the generators that work on the CPU.
+    """Seeds the CPU generators for one sample.
 
     Args:
-        key: of the seed, the family of streams and the pass.
-        index: the sample's.
+        key: a hash of the seed, the family of streams and the pass.
+        index: the sample's index.
     """
     seed = mix(key, index if type(index) is int else _number(index))
     torch.default_generator.manual_seed(seed)
@@ -109,7 +110,7 @@ def seed_sample(key: int, index: Any) -> None:
 
 
 def _number(index: Any) -> int:
-    """An integer for a sample's index; keys of other types get one from their text."""
+    """An integer for a sample's index; for keys of other types, a hash of their text."""
     if hasattr(index, "__index__"):
         return operator.index(index)
     text = hashlib.blake2b(str(index).encode(), digest_size=8)

@@ -1,9 +1,9 @@
-"""Map-style data: every position is computed, so that any rank count sees the same windows.
+"""Map-style data: every position is computed, so any number of ranks sees the same windows.
 
 An epoch is a range of units (samples; or batches, if a batch sampler makes them). A window is the
-next `micro_batches x batch_size x ranks` units, never across the epoch's end. Each micro-batch is a
-contiguous run of the window, split evenly over the ranks: what differs between 1 rank accumulating
-4 micro-batches and 4 ranks accumulating 1 is who computes, not what.
+next `micro_batches x batch_size x ranks` units and never crosses the end of an epoch. Each
+micro-batch is a contiguous run of the window, split evenly over the ranks: 1 rank that accumulates
+4 micro-batches and 4 ranks that accumulate 1 compute the same windows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Layout:
         batch_size: units in a rank's micro-batch (1 if units are batches).
         dp_rank, dp_size: this replica and their number.
         epoch_length: micro-batches a rank sees in an epoch; None for one pass over the data.
-        batched: each unit is a list of sample indices, a batch sampler's batch.
+        batched: each unit is a list of sample indices from a batch sampler.
     """
 
     def __init__(
@@ -60,14 +60,30 @@ class Layout:
         return -(-self.units(epoch) // self.chunk)
 
     def share_out(self, rank: int, ranks: int) -> bool:
-        """Splits from now on among so many; returns whether that is new."""
+        """Changes the rank and the number of ranks that share the units.
+
+        Args:
+            rank: this rank among them.
+            ranks: their number.
+
+        Returns:
+            Whether either has changed.
+        """
         is_new = (rank, ranks) != (self._rank, self._ranks)
         self.chunk = self.chunk // self._ranks * ranks
         self._rank, self._ranks = rank, ranks
         return is_new
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
-        """This rank's part of the units [start, stop); ranks differ by one unit at most."""
+        """This rank's part of some units; ranks' parts differ by at most one unit.
+
+        Args:
+            start: the first unit in the epoch.
+            stop: the unit after the last.
+
+        Returns:
+            The first unit of the part, and the unit after its last.
+        """
         if self._ranks == 1:
             return start, stop
         base, extra = divmod(stop - start, self._ranks)
@@ -75,7 +91,13 @@ class Layout:
         return first, first + base + (self._rank < extra)
 
     def request(self, epoch: int, start: int, stop: int) -> Request:
-        """The samples of the units [start, stop) of `epoch`, by pass."""
+        """The samples of some units, by pass.
+
+        Args:
+            epoch: the epoch, from 0.
+            start: the first unit in the epoch.
+            stop: the unit after the last.
+        """
         if self._epoch_units is None:
             return [(epoch, self._samples(epoch, start, stop))]
         length = self.order.length(0)
@@ -102,19 +124,31 @@ class Layout:
         return [sample for unit in units for sample in unit] if self.batched else units
 
     def count(self, epoch: int, start: int, stop: int) -> int:
-        """Samples in the units [start, stop) of `epoch`."""
+        """The number of samples in some units.
+
+        Args:
+            epoch: the epoch, from 0.
+            start: the first unit in the epoch.
+            stop: the unit after the last.
+        """
         if not self.batched:
             return stop - start
         return sum(len(run) for _, run in self.request(epoch, start, stop))
 
     def requests(self, epoch: int, offset: int, *, endless: bool) -> Iterator[Request]:
-        """This rank's requests from `offset` in `epoch` to its end, or on through later epochs."""
+        """This rank's requests, one per micro-batch.
+
+        Args:
+            epoch: the epoch to start in, from 0.
+            offset: the unit in it to start at.
+            endless: continue with the following epochs.
+        """
         while True:
             end = self.units(epoch)
             while offset < end:
                 stop = min(offset + self.chunk, end)
                 first, last = self.share(offset, stop)
-                # A rank without a unit runs the chunk's first one, with weight zero.
+                # A rank without a unit runs the micro-batch's first one with weight zero.
                 yield self.request(
                     epoch, *((first, last) if last > first else (offset, offset + 1))
                 )
@@ -136,7 +170,7 @@ class _Requests:
 
 
 class Reader:
-    """Turns requests into batches, here or in the user's number of worker processes."""
+    """Turns requests into batches, in this process or in the loader's number of workers."""
 
     def __init__(self, fetcher: Fetcher, loader: DataLoader, layout: Layout) -> None:
         self._fetcher = fetcher
@@ -145,7 +179,13 @@ class Reader:
         self.persistent = loader.persistent_workers
 
     def read(self, epoch: int, offset: int, *, endless: bool = False) -> Iterator[Any]:
-        """Batches of this rank from a position on."""
+        """This rank's batches.
+
+        Args:
+            epoch: the epoch to start in, from 0.
+            offset: the unit in it to start at.
+            endless: continue with the following epochs.
+        """
         requests = _Requests(self._layout, epoch, offset, endless=endless)
         if self._loader.num_workers == 0:
             return self._read_here(requests)
@@ -161,7 +201,7 @@ class Reader:
                 worker_init_fn=theirs.worker_init_fn,
                 multiprocessing_context=theirs.multiprocessing_context,
                 prefetch_factor=theirs.prefetch_factor,
-                # A generator of its own: making an iterator must not draw from the global one.
+                # Its own generator: creating an iterator must not draw from the global one.
                 generator=torch.Generator().manual_seed(0),
             )
         )
@@ -176,12 +216,12 @@ class IndexedSource:
     """Training windows over map-style data (`Source`).
 
     Args:
-        layout: how units are split.
-        reader: how they are read.
+        layout: splits the units.
+        reader: reads them.
         micro_batches_per_window: micro-batches a rank accumulates for one optimizer step.
-        sizes_known: whether units are counted samples (not with a loader's batch_size=None).
-        identity: what a resumed run must find unchanged.
-        plan: what was decided, for the printed plan.
+        sizes_known: whether a unit is one sample (not with a loader's batch_size=None).
+        identity: settings that a resumed run must not change.
+        plan: decisions, for the printed plan.
     """
 
     per_rank = False
@@ -207,7 +247,7 @@ class IndexedSource:
         self._epoch = 0
         self._offset = 0
         self._end = 0
-        self._unread = 0  # micro-batches of the window at hand that nobody has asked for
+        self._unread = 0  # micro-batches of the current window that have not been read
         self._batches: Iterator[Any] | None = None
 
     def start_epoch(self, epoch: int) -> None:
@@ -218,7 +258,12 @@ class IndexedSource:
         self._end = self._layout.units(epoch)
 
     def share_out(self, rank: int, ranks: int) -> None:
-        """Splits the same windows among another number of ranks from here on."""
+        """Splits the same windows among another number of ranks from the next window on.
+
+        Args:
+            rank: this rank among them.
+            ranks: their number.
+        """
         if self._layout.share_out(rank, ranks):
             self.close()
 

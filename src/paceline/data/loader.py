@@ -1,8 +1,8 @@
 """From the user's DataLoader, or any iterable, to what the loop reads.
 
 A plain DataLoader over a map-style dataset keeps its dataset, collate_fn, batch size, workers and
-drop_last; its order becomes a function of (seed, pass), so that any position can be found at once.
-Everything else keeps its own order and is iterated.
+drop_last; its order becomes a function of (seed, pass), so that any position is computed directly.
+Every other loader keeps its own order and is iterated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class WindowSize:
 
     Args:
         gradient_accumulation_steps: micro-batches a rank accumulates for one step.
-        global_batch_size: samples of all ranks in one step; if given, the accumulation follows.
+        global_batch_size: samples of all ranks in one step; if given, it determines the
+            accumulation.
         epoch_length: micro-batches a rank sees in an epoch; None for one pass over the loader.
     """
 
@@ -46,8 +47,12 @@ class WindowSize:
     def micro_batches(self, batch_size: int, dp_size: int) -> int:
         """Micro-batches a rank accumulates for one step.
 
+        Args:
+            batch_size: samples in a micro-batch.
+            dp_size: data-parallel ranks.
+
         Raises:
-            ConfigError: `global_batch_size` is no multiple of what the ranks take at a time.
+            ConfigError: `global_batch_size` is not a multiple of `batch_size` times `dp_size`.
         """
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps
@@ -74,7 +79,7 @@ def is_indexed(loader: Any) -> TypeGuard[DataLoader]:
 
 
 def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: World) -> Source:
-    """The training source for a user's loader.
+    """Opens the training source for a user's loader.
 
     Args:
         loader: a DataLoader, a loader with `state_dict`, or any iterable of batches.
@@ -84,7 +89,7 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
 
     Raises:
         DataError: the loader is empty.
-        ConfigError: the sizes do not fit together.
+        ConfigError: the sizes do not match.
     """
     if size.epoch_length is not None and size.epoch_length < 1:
         raise ConfigError(f"epoch_length={size.epoch_length}: an epoch needs at least one batch.")
@@ -123,7 +128,16 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
 
 
 def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
-    """The validation source for a user's loader; the arguments are those of `open_training`."""
+    """Opens the validation source for a user's loader.
+
+    Args:
+        loader: a DataLoader, a loader with `state_dict`, or any iterable of batches.
+        seed: the run's seed.
+        world: the ranks that share the data.
+
+    Raises:
+        DataError: the loader is empty, or has too few samples for the layout.
+    """
     if not is_indexed(loader):
         _check_no_stages("val_dataloader", world)
         return StreamedValidation(loader, seed, world)
@@ -133,8 +147,9 @@ def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validatio
     if world.parallel.calls_together and layout.units(0) < world.dp_size:
         setting = "expert" if world.shards == 1 else "dp_shard"
         raise ConfigError(
-            f"val_dataloader: with parallel.{setting} each of {world.dp_size} ranks validates on "
-            f"something, and there {'is' if layout.units(0) == 1 else 'are'} {layout.units(0)}."
+            f"val_dataloader: with parallel.{setting} each of the {world.dp_size} ranks needs at "
+            f"least one sample, and there {'is' if layout.units(0) == 1 else 'are'} "
+            f"{layout.units(0)}."
         )
     single = loader.batch_size is None and not batched
     fetcher = Fetcher(loader.dataset, loader.collate_fn, seed, "val-sample", single=single)
@@ -149,12 +164,12 @@ def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validatio
 def count_windows(
     loader: Iterable[Any], size: WindowSize, epochs: int | None, max_steps: int | None, dp_size: int
 ) -> int | None:
-    """Optimizer steps in a whole run, or None if only the data's end will tell.
+    """Optimizer steps in a whole run, or None if unknown until the data ends.
 
     Args:
         loader: the training loader.
         size: samples in a window and micro-batches in an epoch.
-        epochs, max_steps: where the run ends, whichever comes first.
+        epochs, max_steps: the end of the run, whichever comes first.
         dp_size: data-parallel ranks.
     """
     world = World()
@@ -167,7 +182,7 @@ def count_windows(
 def _check_no_stages(which: str, world: World) -> None:
     if world.parallel.pipeline > 1:
         raise ConfigError(
-            f"{which}: one that keeps its own order does not exist yet with parallel.pipeline: "
+            f"{which}: parallel.pipeline does not support loaders that keep their own order yet; "
             "give a DataLoader over a map-style dataset."
         )
 
@@ -196,14 +211,14 @@ def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> St
     plan = [
         (
             "the training loader keeps its own order and "
-            + ("is asked for its state" if stateful else "is read again from the start at resume"),
+            + ("is asked for its state" if stateful else "is read again from the start on resume"),
             "a map-style dataset in a DataLoader resumes by position",
         )
     ]
     if stateful and getattr(loader, "num_workers", 0):
         plan.append(
             (
-                "random numbers drawn in the training loader's workers are not restored at resume; "
+                "random numbers drawn in the training loader's workers are not restored on resume; "
                 "a generator in the dataset's own state_dict is",
                 "num_workers=0, or a map-style dataset",
             )
@@ -216,7 +231,7 @@ def _open_streamed(loader: Any, size: WindowSize, seed: int, world: World) -> St
 def _order(
     loader: DataLoader, seed: int, world: World
 ) -> tuple[Order, bool, list[tuple[str, str]]]:
-    """The loader's order, whether its units are batches, and what to say of it."""
+    """The loader's order, whether its units are batches, and lines for the plan."""
     n = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     own_batches = loader.batch_size is None and loader.batch_sampler is not None
     if own_batches or (
@@ -245,7 +260,7 @@ def _order(
 
 
 def _shuffles(sampler: Any) -> bool | None:
-    """Whether a sampler of torch's shuffles, or None if it is another kind of sampler."""
+    """Whether one of torch's own samplers shuffles, or None for any other sampler."""
     if type(sampler) is SequentialSampler:
         return False
     if type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None:
@@ -256,7 +271,7 @@ def _shuffles(sampler: Any) -> bool | None:
 
 
 class _Trimmed:
-    """An order without the last units of each pass, for drop_last."""
+    """An order without the last, incomplete batch of each pass, for drop_last."""
 
     def __init__(self, order: Order, batch_size: int) -> None:
         self._order = order
@@ -288,12 +303,12 @@ def _shared(order: Sampled, name: str, world: World) -> Sampled:
     """Checks that a sampler gives every rank the same units, of which each then takes its share.
 
     Raises:
-        DataError: it does not, as one that shares them out itself.
+        DataError: it does not, e.g. because it splits the data by rank itself.
     """
     if world.mesh is not None and len(set(world.all_gather_object(order.fingerprint()))) > 1:
         raise DataError(
-            f"{name} does not give every rank the same order. Ranks take their shares of one order "
-            "here: give a sampler that does not share out the data by rank and draws from torch's, "
-            "numpy's or random's global generator."
+            f"{name} does not give every rank the same order, of which each rank would take its "
+            "share. Give a sampler that does not split the data by rank and that draws from "
+            "torch's, numpy's or random's global generator."
         )
     return order

@@ -1,6 +1,6 @@
-"""Who comes when: the order of samples as a function of (seed, pass, position).
+"""The order of samples as a function of (seed, pass, position).
 
-No permutation is ever held in memory, so that position 10^9 costs what position 0 costs.
+No permutation is ever held in memory: position 10^9 costs the same as position 0.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from paceline.errors import DataError
 from paceline.world.seeding import mix, seed_everything, stream
 
-ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would be another order
-_ROUNDS = 12  # fewer leave the orders of very small sets visibly uneven
+ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would give another order
+_ROUNDS = 12  # fewer make the orders of very small sets visibly uneven
 _BLOCK = 4096
 
 
@@ -30,16 +30,22 @@ class Order(Protocol):
         ...
 
     def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
-        """The units at positions `start` up to `stop` of pass `pass_`: a list, or int64 [units]."""
+        """The units at some positions of a pass.
+
+        Args:
+            pass_: the pass over the data, from 0.
+            start: the first position.
+            stop: the position after the last.
+        """
         ...
 
 
 class Permutation:
-    """A keyed permutation of range(n), any part of which is computed on its own.
+    """A keyed permutation of range(n) that can be computed at any positions.
 
     A Feistel network over the pairs (x // width, x % width): even rounds add a keyed hash of one
-    half to the other modulo its size, odd rounds the reverse; results outside range(n) are sent
-    through again (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    half to the other modulo its size, odd rounds the reverse; results outside range(n) are permuted
+    again (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
 
     def __init__(self, n: int, key: int) -> None:
@@ -67,13 +73,13 @@ class Permutation:
 
 
 def _hash(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """Spreads keyed 64-bit integers; the top 32 bits, so that a sum cannot overflow."""
+    """Hashes 64-bit integers with a key; returns the top 32 bits, so that a sum cannot overflow."""
     x = (x ^ key) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     return x >> np.uint64(32)
 
 
-class Sequential:
+class Sequential(Order):
     """0, 1, 2, ... in every pass."""
 
     def __init__(self, n: int) -> None:
@@ -86,7 +92,7 @@ class Sequential:
         return range(start, stop)
 
 
-class Shuffled:
+class Shuffled(Order):
     """A new permutation of all `n` samples in every pass."""
 
     def __init__(self, n: int, seed: int) -> None:
@@ -115,11 +121,11 @@ class Shuffled:
         self._held = (pass_, block)
 
 
-class Sampled:
-    """The order of a sampler or batch sampler of the user's own, drawn once a pass.
+class Sampled(Order):
+    """The order of the user's own sampler or batch sampler, drawn once per pass.
 
-    It is drawn under generators seeded by (seed, pass), so that any pass can be drawn again; the
-    generators' state is put back afterwards. The first pass is drawn twice, to see whether it can.
+    The generators are seeded by (seed, pass) before each draw, so that any pass can be drawn again;
+    their state is restored afterwards. The first pass is drawn twice, to check that this holds.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -141,8 +147,8 @@ class Sampled:
         units = self._drawn(pass_)
         if not self._lengths and _text(units) != _text(self._drawn(pass_)):
             raise DataError(
-                f"{type(self._sampler).__name__} gives another order each time it is asked, with "
-                "the same random seeds: no resumed run could find its place. Let it draw from "
+                f"{type(self._sampler).__name__} gives a different order each time, under the "
+                "same random seeds: a resumed run could not find its position. Let it draw from "
                 "torch's, numpy's or random's global generator or from an attribute `generator`, "
                 "and take the pass from set_epoch(pass) if it needs it."
             )
@@ -150,7 +156,7 @@ class Sampled:
         return units
 
     def fingerprint(self) -> bytes:
-        """The same for samplers that give the same first pass."""
+        """A hash of the first pass, equal for samplers that give the same order."""
         return hashlib.sha256(_text(self._draw(0)).encode()).digest()
 
     def _drawn(self, pass_: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the loop asks of its data: windows of micro-batches, and where it stands."""
+"""What the loop needs from its data: windows of micro-batches, and the position to resume from."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Draw(NamedTuple):
-    """What one window takes from the data on this rank.
+    """The data of one window on this rank.
 
     Attributes:
-        sizes: this rank's samples in each micro-batch; 0 is a stand-in that keeps ranks in step,
-            -1 is unknown until the batch is counted.
-        samples: samples of all ranks, or -1 if the loader does not say.
-        batch: the j-th micro-batch; to be asked for in order.
-        ids: the sample indices of the j-th micro-batch, if the loader knows them.
+        sizes: this rank's samples in each micro-batch; 0 marks a stand-in that keeps ranks in step,
+            -1 a number that is unknown until the batch is counted.
+        samples: samples of all ranks, or -1 if unknown.
+        batch: returns the j-th micro-batch; call it in order.
+        ids: returns the sample indices of the j-th micro-batch, if the loader knows them.
     """
 
     sizes: list[int]
@@ -24,14 +24,14 @@ class Draw(NamedTuple):
 
 
 class Source(Protocol):
-    """Training data, seen from the loop.
+    """Training data as the loop sees it.
 
     Attributes:
-        micro_batches: micro-batches of this rank in an epoch, None if only the end will tell.
+        micro_batches: micro-batches of this rank in an epoch, None if unknown until the data ends.
         windows_per_epoch: optimizer steps in an epoch, or None.
-        per_rank: whether each rank's state is its own.
-        plan: what was decided about the data, as (decision, setting) pairs.
-        identity: what a resumed run must find unchanged.
+        per_rank: whether each rank has a state of its own.
+        plan: decisions about the data, as (decision, setting) pairs.
+        identity: settings that a resumed run must not change.
     """
 
     micro_batches: int | None
@@ -41,7 +41,7 @@ class Source(Protocol):
     identity: dict[str, Any]
 
     def start_epoch(self, epoch: int) -> None:
-        """Stands at the first window of `epoch`, unless a loaded state says where in it."""
+        """Moves to the first window of `epoch`, or to the position of a loaded state in it."""
         ...
 
     def draw(self) -> Draw | None:
@@ -49,19 +49,23 @@ class Source(Protocol):
         ...
 
     def at_end(self, *, keep: bool) -> bool:
-        """Whether the epoch ends here; `keep` if a state may be taken before the next draw."""
+        """Whether the epoch ends here.
+
+        Args:
+            keep: whether `state_dict` may be called before the next draw.
+        """
         ...
 
     def batches_done(self) -> int:
-        """This rank's micro-batches before here in the epoch."""
+        """The micro-batches of the epoch that this rank has done."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data stands, between two windows."""
+        """The position in the data, between two windows."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state` was taken."""
+        """Restores the position in `state`."""
         ...
 
     def close(self) -> None:
@@ -81,9 +85,9 @@ class Validation(Protocol):
     plan: list[tuple[str, str]]
 
     def batches(self) -> Iterator[tuple[Any, int]]:
-        """This rank's (batch, samples) pairs; samples is -1 if the loader does not say.
+        """This rank's (batch, samples) pairs; samples is -1 if unknown.
 
-        Those of 0 samples are stand-ins, which keep ranks in step.
+        A batch of 0 samples is a stand-in that keeps ranks in step.
         """
         ...
 

@@ -1,11 +1,12 @@
 """Data that can only be iterated: streaming sets, torchdata's StatefulDataLoader, generators.
 
 Each rank iterates its own loader, which has to know its share of the data. Ranks that work on the
-same samples (split modules, parts of sequences) have one share, and are held to it. A loader with
-`state_dict` is asked where it stands; any other is replayed to its place at resume.
+same samples (tensor or context parallelism) have the same share, which is checked. A loader with
+`state_dict` saves its position; any other is replayed to its position on resume.
 
-Making an iterator and reading its first batch happen under the same random stream on every rank, so
-that a loader may shuffle the whole before it takes its share; later batches have a stream a rank.
+An iterator is created, and its first batch read, under the same random stream on every rank, so
+that a loader may shuffle all the data before it takes its share; later batches have one stream per
+rank.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class StreamedSource:
     """Training windows from an iterable (`Source`).
 
     Args:
-        loader: yields batches; has `state_dict` and `load_state_dict`, or is replayed at resume.
+        loader: yields batches; has `state_dict` and `load_state_dict`, or is replayed on resume.
         micro_batches_per_window: micro-batches a rank accumulates for one optimizer step.
         epoch_length: micro-batches in an epoch; None for one pass over the loader.
-        seed: the run's seed; whatever the loader draws is seeded from (seed, pass, batch).
-        world: ranks agree on each window's length and on the epoch's end.
-        plan: what was decided, for the printed plan.
+        seed: the run's seed; the loader's random numbers are seeded from (seed, pass, batch).
+        world: the ranks that agree on each window's length and on the end of the epoch.
+        plan: decisions, for the printed plan.
     """
 
     per_rank = True
@@ -71,9 +72,9 @@ class StreamedSource:
         self._in_epoch = 0  # batches drawn in this epoch
         self._ended = False  # this rank's loader has no more batches in this epoch
         self._iterator: Iterator[Any] | None = None
-        self._held: Any = _END  # a batch drawn ahead, to see whether the epoch goes on
-        self._kept: dict[str, Any] | None = None  # the state from before `_held`
-        self._begun = False  # the loader has been read, here or before a resume
+        self._held: Any = _END  # a batch drawn ahead, to see whether the epoch continues
+        self._kept: dict[str, Any] | None = None  # the state before `_held` was drawn
+        self._begun = False  # the loader has been read, in this process or before a resume
         self._last: Any = _END  # for a stand-in when another rank has more batches
         self._compared = False  # whether the ranks' shares have been compared
 
@@ -100,7 +101,7 @@ class StreamedSource:
         return Draw([-1] * drawn + [0] * (longest - drawn), -1, batches.__getitem__, lambda j: [])
 
     def _level(self, batches: list[Any]) -> int:
-        """Adds stand-ins until this rank has as many batches as any; returns that number."""
+        """Adds stand-ins until this rank has as many batches as any other; returns that number."""
         world, drawn = self._world, len(batches)
         alike = world.size // world.dp_size
         # Not the very first batch, which draws the same random numbers on every rank.
@@ -122,8 +123,8 @@ class StreamedSource:
                 warnings.warn(
                     "every rank reads the same batches, so each sample is seen "
                     f"{world.dp_size} times a pass: give each rank its share of the data "
-                    "(dp_rank of dp_size, of trainer.world), or use a map-style dataset, which is "
-                    "shared out."
+                    "(dp_rank of dp_size, of trainer.world), or use a map-style dataset, which "
+                    "Paceline splits."
                 )
         return longest
 
@@ -146,7 +147,7 @@ class StreamedSource:
         if self._kept is not None:
             return self._kept
         if self._held is not _END:
-            raise DataError("the loader has been read ahead of the state that is asked for.")
+            raise DataError("the loader was read beyond the position of the state to be saved.")
         return {
             "epoch": self._epoch,
             "pass": self._pass,
@@ -154,7 +155,7 @@ class StreamedSource:
             "in_epoch": self._in_epoch,
             "ended": self._ended,
             "open": self._iterator is not None,
-            # One that has not begun would make its iterator now, under some other random stream.
+            # A loader not yet read would create its iterator now, under another random stream.
             "loader": self._loader.state_dict() if self._stateful and self._begun else None,
         }
 
@@ -180,7 +181,7 @@ class StreamedSource:
             set_epoch = getattr(thing, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(self._pass)
-        # Making an iterator draws from the global generators; so may the loader's shuffling.
+        # Creating an iterator draws from the global generators; so may the loader's shuffling.
         seed_everything(stream(self._seed, "loader", self._pass))
         self._iterator, self._begun = iterate(self._loader), True
 
@@ -212,9 +213,9 @@ class StreamedSource:
 
     def _replay(self, batches: int) -> None:
         warnings.warn(
-            f"resume reads {batches} batches again to find its place, because "
+            f"resuming reads {batches} batches again to restore the position, because "
             f"{type(self._loader).__name__} has no state_dict; torchdata's StatefulDataLoader or "
-            "a map-style dataset resumes at once."
+            "a map-style dataset resumes directly."
         )
         self._in_pass = 0
         for _ in range(batches):
@@ -228,7 +229,8 @@ class StreamedSource:
 class StreamedValidation:
     """Validation over an iterable (`Validation`); each rank iterates its own share.
 
-    Where ranks exchange within a model, one that has no more batches stands in with its last one.
+    If a model's forward pass communicates, a rank without further batches repeats its last one as a
+    stand-in.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int, world: World) -> None:
@@ -260,7 +262,7 @@ class StreamedValidation:
                 self.close()
 
     def _goes_on(self, batch: Any, *, first: bool) -> bool:
-        """Whether there is a batch: here, or on any rank that this one has to keep in step with."""
+        """Whether this rank, or any rank that it has to keep in step with, has a batch."""
         if not self._in_step:
             return batch is not _END
         alike = self._world.size > self._world.dp_size
@@ -270,8 +272,8 @@ class StreamedValidation:
         has = [there for there, _ in told]
         if first and any(has) and not all(has):
             raise DataError(
-                f"val_dataloader: rank {has.index(False)} yields no batch, and where models are "
-                "spread each rank validates on something."
+                f"val_dataloader: rank {has.index(False)} yields no batch; with sharded or split "
+                "models each rank needs at least one batch."
             )
         return any(has)
 
@@ -281,28 +283,28 @@ class StreamedValidation:
 
 
 def _check_alike(told: list[Any], world: World) -> None:
-    """Refuses ranks that work on the same samples and have read different ones.
+    """Checks that ranks that work on the same samples have read the same samples.
 
     Args:
         told: what each rank has read.
-        world: the ranks; those that work on the same samples follow one another.
+        world: the ranks; those that work on the same samples have consecutive numbers.
 
     Raises:
-        DataError: on every rank.
+        DataError: they have not; raised on every rank.
     """
     alike = world.size // world.dp_size
     for first in range(0, world.size, alike):
         if len(set(told[first : first + alike])) > 1:
             raise DataError(
                 f"ranks {first} to {first + alike - 1} work on the same samples (parallel.tensor, "
-                "parallel.context), and their loaders give them different ones: a loader that "
-                "keeps its own order takes the share dp_rank of dp_size (trainer.world), which is "
+                "parallel.context), but their loaders gave them different ones: a loader that "
+                "keeps its own order has to take the share dp_rank of dp_size (trainer.world), "
                 "not RANK of WORLD_SIZE."
             )
 
 
 def _close(loader: Any, iterator: Any) -> None:
-    """Ends an iterator and its workers; torch's loaders may keep both for the next pass."""
+    """Closes an iterator and its workers; torch's loaders may keep both for the next pass."""
     stop_workers(iterator)
     if getattr(loader, "_iterator", None) is not None:
         loader._iterator = None
@@ -313,7 +315,7 @@ def _batch_seed(seed: int, label: str, pass_: int, index: int, world: World) -> 
 
 
 def _fingerprint(batches: list[Any]) -> bytes:
-    """Tells what ranks read apart, by the tensors in their last batch; empty without any."""
+    """A hash of the tensors in the last batch, to compare ranks; empty if there is none."""
     held = [leaf for leaf in tree_leaves(batches[-1:]) if isinstance(leaf, torch.Tensor)]
     digest = hashlib.sha256()
     for tensor in held:

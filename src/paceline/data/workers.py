@@ -1,4 +1,4 @@
-"""Loader workers: processes that leave signals to the one they work for, and die with it."""
+"""Loader workers: they leave signals to the main process, and exit with it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader
 from paceline.world.orphans import signal_when_parent_dies
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_SIGTERM_GRACE = 600  # seconds in which the main process closes its workers itself
-_SAME = 2.0  # seconds within which a second SIGTERM is the first one, sent twice
+_SIGTERM_GRACE = 600  # seconds for the main process to close its workers itself
+_SAME = 2.0  # seconds within which a second SIGTERM counts as the first one, sent twice
 
 
 class WorkerInit:
-    """Runs first in each loader worker: signals are the main process's business.
+    """Runs first in each loader worker, so that signals are left to the main process.
 
-    A scheduler or a terminal signals every process of the group; a worker that died of it would
-    take the run down before it could be saved. A second SIGTERM is the main process ending a worker
-    that does not come to its end; one that stays behind all the same ends by itself after a grace
+    A scheduler or a terminal signals every process of the group; a worker that died of the signal
+    would end the run before it could be saved. A second SIGTERM means that the main process
+    terminates a worker that has not exited; a worker that is left behind anyway exits after a grace
     period.
 
     Args:
@@ -53,7 +53,7 @@ class WorkerInit:
 
 
 def iterate(loader: Any) -> Iterator[Any]:
-    """`iter(loader)`; the workers that a DataLoader starts for it leave signals to this process."""
+    """`iter(loader)`, with workers that leave signals to this process."""
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return iter(loader)
     own = loader.worker_init_fn
@@ -66,10 +66,10 @@ def iterate(loader: Any) -> Iterator[Any]:
 
 
 def stop_workers(iterator: Any) -> None:
-    """Ends a DataLoader iterator's workers now.
+    """Stops a DataLoader iterator's workers now.
 
-    They would end with the iterator, but after an error the frames of its traceback hold that for
-    as long as somebody holds the error.
+    They would stop with the iterator, but after an error the traceback's frames keep the iterator
+    alive as long as the error is.
     """
     stop = getattr(iterator, "_shutdown_workers", None)
     if stop is not None:
@@ -78,9 +78,9 @@ def stop_workers(iterator: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Signals wait while workers start: each begins with them blocked, until its `WorkerInit`.
+    """Blocks signals while workers start; each inherits the mask until its `WorkerInit` runs.
 
-    In between, torch's own handlers or Python's would end it.
+    Before that, torch's own handlers or Python's would end the worker.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

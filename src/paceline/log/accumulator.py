@@ -11,18 +11,18 @@ import torch
 
 from paceline.errors import MetricError
 
-_PACK = 1024  # values a name that stand alone on a device, where each takes a block of its own
+_PACK = 1024  # separate values per name on a device, each of which takes an allocator block
 
 
 class Accumulator:
     """Sums of value x weight and of weight, by name; a metric is their quotient.
 
-    Sums are sequential and in double precision, so that neither saving in between nor the number
-    of steps a row spans changes a bit of it. On a CPU each value is read as it comes, which is
-    free there; on an accelerator values stay where they are until `sums` reads them all at once.
+    Sums are sequential and in double precision, so that neither a checkpoint nor the number of
+    steps per row changes a bit of them. On a CPU each value is read at once, which is free there;
+    on an accelerator values stay on the device until `sums` reads all of them together.
 
     Args:
-        reads_are_free: whether reading a tensor waits for no device.
+        reads_are_free: whether reading a tensor does not wait for a device.
     """
 
     def __init__(self, *, reads_are_free: bool) -> None:
@@ -34,9 +34,9 @@ class Accumulator:
         """Adds one value.
 
         Args:
-            name: of the metric.
+            name: the metric's name.
             value: a number or a tensor of one element: a mean over `weight` items.
-            weight: items behind the value, a number or a tensor of one element.
+            weight: the number of items, a number or a tensor of one element.
 
         Raises:
             MetricError: the value is not a real number.
@@ -65,17 +65,17 @@ class Accumulator:
             self._add(name, float(value), float(weight))
         except (TypeError, ValueError) as error:
             raise MetricError(
-                f"log({name!r}, ...) got the weight {weight!r}: no number."
+                f"log({name!r}, ...) got the weight {weight!r}, which is not a number."
             ) from error
 
     def sums(self) -> dict[str, tuple[float, float]]:
-        """(sum of value x weight, sum of weight) by name; this is where a device is waited for."""
+        """(sum of value x weight, sum of weight) by name. Waits for the device."""
         for name in list(self._held):
             self._read(name)
         return {name: (total, weight) for name, (total, weight) in self._sums.items()}
 
     def reset(self) -> None:
-        """Starts anew, after a row."""
+        """Clears all sums, after a row."""
         self._sums.clear()
         self._held.clear()
 
@@ -84,7 +84,7 @@ class Accumulator:
         return {name: list(pair) for name, pair in self.sums().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.reset()
         self._sums.update({name: list(pair) for name, pair in state.items()})
 
@@ -110,10 +110,7 @@ class Accumulator:
 
 
 class Held:
-    """Values and weights in the order in which they came, until a device is read.
-
-    Either may be numbers or tensors of one element, which are copied.
-    """
+    """Values and weights in the order in which they were added, until the device is read."""
 
     def __init__(self) -> None:
         self._values: list[Any] = []
@@ -121,7 +118,12 @@ class Held:
         self._loose = 0
 
     def add(self, value: Any, weight: Any) -> None:
-        """Holds one more of each."""
+        """Adds a value and its weight.
+
+        Args:
+            value: a number, or a tensor of one element, which is copied.
+            weight: likewise.
+        """
         self._values.append(_own(value))
         self._weights.append(_own(weight))
         self._loose += 1
@@ -130,17 +132,17 @@ class Held:
             self._loose = 0
 
     def read(self) -> Iterator[tuple[Any, Any]]:
-        """All of them as numbers; they stay held. Waits for the device."""
+        """All pairs as numbers; they are kept. Waits for the device."""
         return zip(_numbers(self._values), _numbers(self._weights), strict=True)
 
 
 def _own(value: Any) -> Any:
-    """A copy of a tensor, as one of one dimension, which may be changed by nobody; or a number."""
+    """A number as it is, or a copy of a tensor with one dimension, which nothing else changes."""
     return value.detach().reshape(1).clone() if isinstance(value, torch.Tensor) else value
 
 
 def _packed(values: list[Any]) -> list[Any]:
-    """The same with neighbouring tensors of one dtype joined into one."""
+    """The same values with neighbouring tensors of one dtype concatenated."""
     packed: list[Any] = []
     for dtype, run in groupby(values, key=lambda value: getattr(value, "dtype", None)):
         same = list(run)
@@ -149,7 +151,7 @@ def _packed(values: list[Any]) -> list[Any]:
 
 
 def _numbers(values: list[Any]) -> list[Any]:
-    """The values on the host; one wait for the device, not one a value."""
+    """The values on the host; waits for the device once, not once per value."""
     numbers: list[Any] = []
     for value in _packed(values):
         numbers += value.tolist() if isinstance(value, torch.Tensor) else [value]

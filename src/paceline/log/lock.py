@@ -12,26 +12,30 @@ from pathlib import Path
 from paceline.errors import ConfigError
 
 LOCK_FILE = ".lock"
-_PATIENCE = 60.0  # seconds; ranks that a killed launcher has left behind are gone by then
+_PATIENCE = 60.0  # seconds; ranks that a killed launcher left behind have exited by then
 
 
 class FolderLock:
     """Keeps a second process out of a run folder while this one trains there.
 
-    Two of them would cut each other's rows and take each other's saves for remains. It matters when
-    a run is started again while ranks of the killed one still live. The kernel gives the lock back
-    when its process dies, and worker processes do not inherit it. On a file system that knows no
-    locks there is none.
+    Two processes would truncate each other's rows and remove each other's saves. This happens when
+    a run is started again while ranks of the killed one are still alive. The kernel releases the
+    lock when its process dies, and worker processes do not inherit it. A file system without locks
+    gives no protection.
     """
 
     def __init__(self) -> None:
         self._handle: int | None = None
 
     def take(self, folder: Path, say: Callable[[str], None]) -> None:
-        """Takes the lock of `folder`, which exists, waiting a while for another process to go.
+        """Takes the lock, waiting up to a minute for another process to release it.
+
+        Args:
+            folder: the run folder, which has to exist.
+            say: prints a line to the user.
 
         Raises:
-            ConfigError: another process goes on training there.
+            ConfigError: another process is still training there.
         """
         handle = _opened(folder)
         deadline = time.monotonic() + _PATIENCE
@@ -41,7 +45,7 @@ class FolderLock:
             if time.monotonic() > deadline:
                 os.close(handle)
                 raise ConfigError(
-                    f"another process ({owner}) is training in {folder}: wait for its end, stop "
+                    f"another process ({owner}) is training in {folder}: wait until it ends, stop "
                     "it, or choose another run_dir."
                 )
             if not waiting:
@@ -51,7 +55,7 @@ class FolderLock:
         self._sign(handle)
 
     def try_to_take(self, folder: Path) -> bool:
-        """Takes the lock of `folder`, which exists, if it is free. Not while this object has it."""
+        """Takes the lock of an existing folder if it is free. Not while this object holds it."""
         handle = _opened(folder)
         if not _locked(handle):
             os.close(handle)
@@ -60,23 +64,23 @@ class FolderLock:
         return True
 
     def _sign(self, handle: int) -> None:
-        with contextlib.suppress(OSError):  # a full disk: nobody will read who it was
+        with contextlib.suppress(OSError):  # a full disk: the owner stays unknown
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._handle = handle
 
     def release(self) -> None:
-        """Gives the lock back. Safe to call twice."""
+        """Releases the lock. Safe to call twice."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
 
 
 def is_free(folder: Path) -> bool:
-    """Whether certainly no other process of this machine trains in a run folder.
+    """Whether it is certain that no other process of this machine trains in a run folder.
 
-    Never call it where this very process may be training: the system gives up a process's lock
-    when it closes any handle of the file.
+    Never call it for a folder in which this process may be training: the system releases a
+    process's lock when the process closes any handle of the file.
     """
     try:
         import fcntl
@@ -87,9 +91,9 @@ def is_free(folder: Path) -> bool:
     except (ImportError, OSError):
         return False
     try:
-        # Held for an instant: a process that wants to train asks again a moment later.
+        # Held for an instant: a process that wants to train retries a moment later.
         fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # held by another, or there are no locks here
+    except OSError:  # held by another process, or the file system has no locks
         return False
     finally:
         os.close(handle)
@@ -101,7 +105,7 @@ def _opened(folder: Path) -> int:
 
 
 def _locked(handle: int) -> bool:
-    """Tries to take the lock; True also where there are no locks to be had."""
+    """Tries to take the lock; also True on a file system without locks."""
     try:
         import fcntl
     except ImportError:

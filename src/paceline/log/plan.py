@@ -1,4 +1,4 @@
-"""The plan: every decision the trainer took by itself, and the setting that changes it."""
+"""The plan: every decision that the trainer made by itself, and the setting that changes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PlanLine:
 
     Attributes:
         decision: what was decided, with its value, e.g. "8 samples a rank (64 over 8 ranks)".
-        setting: what the user writes to decide otherwise, e.g. "global_batch_size"; may be empty.
+        setting: the setting that changes it, e.g. "global_batch_size"; may be empty.
     """
 
     decision: str
@@ -31,7 +31,12 @@ class Plan:
         self._lines: dict[PlanLine, None] = {}
 
     def add(self, decision: str, setting: str = "") -> None:
-        """Adds a line; one that is there already (a second `train()`) is not repeated."""
+        """Adds a line, unless it is already there (a second `train()`).
+
+        Args:
+            decision: what was decided, with its value.
+            setting: the setting that changes it.
+        """
         self._lines.setdefault(PlanLine(decision, setting))
 
     def as_list(self) -> list[dict[str, str]]:

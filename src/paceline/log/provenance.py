@@ -1,7 +1,7 @@
 """run.json: what a run was, where it ran, and why it stopped.
 
-Nothing secret is written: values that look like credentials are masked wherever they stand, and
-of the environment only the variables in `RECORDED_ENVIRONMENT` are kept.
+No secrets are written: values that look like credentials are masked wherever they occur, and only
+the environment variables in `RECORDED_ENVIRONMENT` are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STATUSES = ("running", "complete", "stopped", "failed")
 MASK = "***"
 _MAX_RECORD = 16 << 20
 
-# The ones that can change a result or explain a layout; none of them ever holds a secret.
+# Variables that can change a result or explain a layout; none of them ever holds a secret.
 RECORDED_ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_VISIBLE_DEVICES",
@@ -53,8 +53,8 @@ RECORDED_ENVIRONMENT = (
 
 _log = logging.getLogger(__name__)
 
-# A name counts as secret by how it ENDS: `hf_token` and `apikey` do, `tokenizer` and
-# `max_tokens` do not. Masking a harmless `sort_key` costs nothing, the reverse would.
+# The END of a name makes it secret: `hf_token` and `apikey` are, `tokenizer` and `max_tokens` are
+# not. Masking a harmless `sort_key` costs nothing; showing a secret would.
 _SECRET_NAME = (
     r"[\w./@-]*(?:token|key|passwords?|passwd|passphrase|pwd|secrets?|credentials?|auth"
     r"|authorization|bearer)"
@@ -63,8 +63,8 @@ _SECRET_FLAG = re.compile(rf"-+{_SECRET_NAME}", re.IGNORECASE)
 _SECRET_ASSIGNMENT = re.compile(rf"([-+~]*{_SECRET_NAME}\s*=).+", re.IGNORECASE | re.DOTALL)
 _VALUE = r"(?:\"[^\"]*\"|'[^']*'|[^\s,;&}\]\"']+)"
 _SECRET_INSIDE = re.compile(rf"(\b{_SECRET_NAME}[\"']?\s*=\s*){_VALUE}", re.IGNORECASE)
-# After a colon only where it must be a field (`{token: x}`, `"api_key": "x"`, `password: x`): an
-# error message that ends in "no such key: x" is to stay readable.
+# After a colon only if it is certainly a field (`{token: x}`, `"api_key": "x"`, `password: x`): an
+# error message that ends in "no such key: x" has to stay readable.
 _SECRET_FIELD = re.compile(
     rf"((?:[{{,\"']\s*[\w.-]*(?:token|key)|\b\w+[_-](?:token|key)|\b[\w.-]*(?:passwords?|passwd"
     rf"|secrets?|authorization))[\"']?\s*:\s*(?:bearer\s+)?){_VALUE}",
@@ -88,7 +88,7 @@ def mask_command(argv: Sequence[str]) -> list[str]:
     """`argv` with the values of secret-looking options and overrides masked.
 
     Args:
-        argv: a command line as in `sys.argv`: `--token x`, `--token=x` and `a.token=x` are known.
+        argv: a command line as in `sys.argv`; masks `--token x`, `--token=x` and `a.token=x`.
     """
     masked: list[str] = []
     secret_follows = False
@@ -105,14 +105,14 @@ def mask_command(argv: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A new text file that takes the place of `path` when the block ends well.
+    """A new text file that replaces `path` when the block ends without an error.
 
-    A reader, or a crash, sees the old file or the new one, never a part of it.
+    After a crash, and for any reader, there is the old file or the new one, never a part of it.
 
     Raises:
         OSError: nothing was replaced.
     """
-    # One fixed name: what a killed process left behind is overwritten, not collected.
+    # A fixed name: a file that a killed process left behind is overwritten.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
@@ -127,7 +127,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` (a rename, a new file) survive a power cut."""
+    """Makes the names in `folder` (a rename, a new file) durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -136,16 +136,16 @@ def sync_folder(folder: Path) -> None:
 
 
 class RunRecord:
-    """Keeps `run.json` of one run folder true. Only rank 0 may call it.
+    """Writes the `run.json` of one run folder. Only rank 0 may call it.
 
-    The file holds the present start of the run at its top level and every earlier start, oldest
+    The file holds the current start of the run at its top level and every earlier start, oldest
     first, in the list `starts`.
 
     Args:
         run_dir: the run folder, or None, in which case nothing is written.
 
     Attributes:
-        record: what the file holds (empty before `start`).
+        record: the file's content (empty before `start`).
     """
 
     def __init__(self, run_dir: Path | str | None) -> None:
@@ -161,14 +161,14 @@ class RunRecord:
         argv: Sequence[str] | None = None,
         fresh: bool = False,
     ) -> None:
-        """Writes the record of a run that begins or goes on, with status "running".
+        """Writes the record of a run that starts or resumes, with status "running".
 
         Args:
             seed: the run's seed.
             plan: the plan's lines as plain data (`Plan.as_list()`).
             world_size: processes in the run.
             argv: the command; by default this process's own, interpreter and `-m` included.
-            fresh: forget the starts of an earlier run in the same folder.
+            fresh: discard the starts of an earlier run in the same folder.
 
         Raises:
             OSError: the file cannot be written.
@@ -210,12 +210,14 @@ class RunRecord:
         self._write()
 
     def finish(self, status: str, stopped_by: str | None = None, **fields: Any) -> None:
-        """Writes how the run ended. A disk that fails is reported, not raised: this runs on
-        every way out, and must not take the place of the error that led there.
+        """Writes how the run ended.
+
+        A failing disk is reported, not raised: this runs on every exit path, and must not replace
+        the error that led there.
 
         Args:
             status: "complete", "stopped" or "failed".
-            stopped_by: why, in words, e.g. "epochs", "SIGTERM", "NonFiniteError: ...".
+            stopped_by: the reason in words, e.g. "epochs", "SIGTERM", "NonFiniteError: ...".
             **fields: more top-level fields, as in `update`.
         """
         if status not in STATUSES:
@@ -226,7 +228,7 @@ class RunRecord:
             self.update(status=status, stopped_by=stopped_by, ended=_now(), **fields)
         except OSError as error:
             _log.warning(
-                "%s could not be written (%s): it does not say that the run is %s",
+                "%s could not be written (%s): it does not record that the run is %s",
                 self.path,
                 error,
                 status,
@@ -246,7 +248,7 @@ class RunRecord:
             return []
         if old.get("status") == "running":
             old["status"] = "failed"
-            old["stopped_by"] = "ended without a word: killed, or the machine went down"
+            old["stopped_by"] = "unknown: the process was killed, or the machine went down"
         return [*starts, old]
 
     def _write(self) -> None:
@@ -261,10 +263,16 @@ class RunRecord:
 
 
 def regular(path: str, flags: int) -> int:
-    """An `opener` of `open` for files of unknown origin: refuses links, and pipes that would block.
+    """An `opener` for `open` that rejects links, and pipes that would block.
+
+    For files of unknown origin.
+
+    Args:
+        path: the file to open.
+        flags: as `open` passes them.
 
     Raises:
-        OSError: it is no regular file.
+        OSError: it is not a regular file.
     """
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -277,7 +285,7 @@ def read_run(run_dir: Path | str) -> dict[str, Any]:
     """The record in a run folder's `run.json`; nothing is imported or executed.
 
     Raises:
-        OSError: there is none, or it is no regular file.
+        OSError: it does not exist, or is not a regular file.
         ValueError: it is not a JSON object of a sensible size.
     """
     with open(Path(run_dir) / RUN_FILE, "rb", opener=regular) as file:
@@ -289,14 +297,14 @@ def read_run(run_dir: Path | str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     if isinstance(metrics := record.get("metrics"), dict):
         record["metrics"] = {key: revived(value) for key, value in metrics.items()}
     return record
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on; None for a package that is not installed."""
+    """Versions of the packages that a result depends on; None for one that is not installed."""
     return dict(_versions())
 
 
@@ -317,18 +325,18 @@ def git_state(folder: Path | str | None = None, timeout: float = 5.0) -> dict[st
 
     Args:
         folder: where to look; the working directory by default.
-        timeout: seconds after which a slow disk or file server is given up on.
+        timeout: seconds to wait for a slow disk or file server.
 
     Returns:
         `commit` is None before the first commit and `branch` is None on a detached head; `dirty`
-        speaks of tracked files alone, since a run's own folder is usually untracked.
+        ignores untracked files, since a run's own folder is usually untracked.
     """
     command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         answer = subprocess.run(
             command,
             cwd=folder,
-            # Without optional locks, a commit made at this moment is not disturbed.
+            # Without optional locks this does not disturb a commit made at the same moment.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
             capture_output=True,
             text=True,
@@ -379,7 +387,7 @@ def _cpu_name() -> str:
 
 
 def _usable_cores() -> int | None:
-    # A container or a batch system often lends fewer cores than the machine has.
+    # A container or a batch system often grants fewer cores than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

@@ -1,6 +1,7 @@
 """Sinks: where a run's rows go. `JsonlSink` writes the run folder's own files.
 
-The local files are the truth about a run; a tracker is a copy. Only rank 0 calls a sink.
+The local files are the authoritative record of a run; a tracker is a copy. Only rank 0 calls a
+sink.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sink:
-    """The base of every sink; each method does nothing until it is overridden.
+    """The base of every sink; its methods do nothing until they are overridden.
 
     A row is a flat dictionary of host values (numbers, strings); its key order is kept.
     """
@@ -40,7 +41,7 @@ class Sink:
         Args:
             run_dir: the run folder, or None for a run that writes nothing.
             config: the run's settings as plain data, for sinks that show them.
-            fresh: rows which an earlier run left in this place are to be discarded.
+            fresh: discard rows that an earlier run left there.
         """
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -55,29 +56,29 @@ class Sink:
         A checkpoint written in the background calls it from its thread, while rows may come in.
 
         Raises:
-            CheckpointError: it cannot; the checkpoint that counts on these rows must not appear.
+            CheckpointError: it cannot; the checkpoint that refers to these rows is not published.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on in the same place."""
+        """What a resumed run needs to continue at the same place."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken. Called after `open`."""
+        """Returns to the place in `state`. Called after `open`."""
 
     def close(self, status: str) -> None:
-        """Called once on every way out, with run.json's status; must not raise."""
+        """Called once, however the run ends, with run.json's status; must not raise."""
 
 
 class RowFile:
     """One append-only file of JSON lines that never shows half a row.
 
-    Each row is one write to the file. When the disk refuses it, the row stays in memory and goes
-    out before the next one; what half of it reached the file is cut off again.
+    Each row is one write to the file. If the write fails, the row stays in memory and is written
+    before the next one; the part of it that reached the file is truncated.
 
     Args:
-        path: the file; made if it is missing, in a folder that exists.
-        fresh: discard what the file holds.
+        path: the file, created if it is missing; its folder has to exist.
+        fresh: discard the file's content.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
@@ -93,7 +94,7 @@ class RowFile:
         self._rows = _count_rows(path)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes `row`, or keeps it in memory while the disk fails (one warning an outage)."""
+        """Writes `row`, or keeps it in memory while the disk fails (one warning per outage)."""
         line = json.dumps(_plain(row, ""), ensure_ascii=False, allow_nan=False) + "\n"
         with self._lock:
             self._pending.append(line.encode())
@@ -104,10 +105,10 @@ class RowFile:
                 self._warn(error)
 
     def sync(self) -> None:
-        """Puts every row on the disk.
+        """Makes every row durable.
 
         Raises:
-            CheckpointError: the disk refuses; the rows are still in memory.
+            CheckpointError: the disk fails; the rows are still in memory.
         """
         with self._lock:
             try:
@@ -115,7 +116,7 @@ class RowFile:
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path}: {len(self._pending)} rows could not be written ({error}). "
-                    "They are kept in memory and tried again at the next row."
+                    "They are kept in memory and written with the next row."
                 ) from error
             # A copy of the handle: the slow part runs without the lock and outlives a close.
             handle = os.dup(self._handle)
@@ -128,7 +129,7 @@ class RowFile:
             os.close(handle)
 
     def position(self) -> dict[str, int]:
-        """`{"bytes", "rows"}` up to and with the last row taken, written or still in memory.
+        """`{"bytes", "rows"}` up to and including the last row, written or still in memory.
 
         Rows in memory count, since `sync` succeeds only once they are in the file.
         """
@@ -137,7 +138,7 @@ class RowFile:
             return {"bytes": self._bytes + waiting, "rows": self._rows + len(self._pending)}
 
     def check(self, position: Mapping[str, int]) -> str | None:
-        """What keeps the file from being cut back to `position`, in words; None if nothing."""
+        """Why the file cannot be truncated to `position`, in words; None if it can."""
         wanted, rows = position["bytes"], position["rows"]
         if self._bytes < wanted:
             return (
@@ -146,27 +147,27 @@ class RowFile:
             )
         if wanted and os.pread(self._handle, 1, wanted - 1) != b"\n":
             return (
-                f"{self.path} was changed: byte {wanted}, where the checkpoint stood, is no "
+                f"{self.path} was changed: byte {wanted}, the checkpoint's position, is not the "
                 "end of a row"
             )
         return None
 
     def cut(self, position: Mapping[str, int]) -> None:
-        """Discards what follows `position`; those rows come again."""
+        """Truncates the file to `position`; the resumed run writes those rows again."""
         with self._lock:
             self._pending.clear()
             os.ftruncate(self._handle, position["bytes"])
             self._bytes, self._rows = position["bytes"], position["rows"]
 
     def close(self) -> None:
-        """Writes what is left and closes the file; rows that the disk refuses are reported."""
+        """Writes the rows in memory and closes the file; reports rows that cannot be written."""
         with self._lock:
             try:
                 self._flush()
                 os.fsync(self._handle)
             except OSError as error:
                 lost = len(self._pending)
-                _log.error("%s: the disk refused the last rows (%d): %s", self.path, lost, error)
+                _log.error("%s: the last %d rows could not be written: %s", self.path, lost, error)
             finally:
                 os.close(self._handle)
 
@@ -174,10 +175,10 @@ class RowFile:
         while self._pending:
             line = self._pending[0]
             try:
-                # At a place of our own choice, not "the end": should even the truncation below
-                # fail, the next try overwrites the half row instead of standing behind it.
+                # At an explicit offset, not "the end": if even the truncation below fails, the next
+                # try overwrites the half row instead of following it.
                 written = os.pwrite(self._handle, line, self._bytes)
-                if written != len(line):  # a disk takes what still fits before it says "full"
+                if written != len(line):  # a disk accepts what still fits before it is full
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 with contextlib.suppress(OSError):
@@ -190,7 +191,7 @@ class RowFile:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             _log.warning(
-                "%s cannot be written (%s). Training goes on; rows are kept in memory and tried "
+                "%s cannot be written (%s). Training continues; rows are kept in memory and tried "
                 "again at each row, and no checkpoint is published before they are written.",
                 self.path,
                 error,
@@ -220,10 +221,10 @@ class JsonlSink(Sink):
     """Writes `metrics.jsonl` and `timing.jsonl` in the run folder, and `metrics.csv` at the end.
 
     Floats are written so that they are read back bit by bit; since JSON has no non-finite
-    numbers, those are the strings "nan", "inf" and "-inf" (`read_rows` gives floats back).
+    numbers, those are the strings "nan", "inf" and "-inf" (`read_rows` returns floats).
 
     Args:
-        accept_lost_rows: resume even if the files hold fewer rows than the checkpoint counts on.
+        accept_lost_rows: resume even if the files hold fewer rows than the checkpoint refers to.
     """
 
     def __init__(self, *, accept_lost_rows: bool = False) -> None:
@@ -232,11 +233,11 @@ class JsonlSink(Sink):
         self._files: dict[str, RowFile] = {}
 
     def open(self, run_dir: Path | None, config: Mapping[str, Any], *, fresh: bool = False) -> None:
-        """See `Sink.open`. Without `fresh`, rows that are there stay and new ones follow them;
-        a last row torn by a crash is cut off."""
+        """See `Sink.open`. Without `fresh`, existing rows stay and new ones follow them; a last row
+        torn by a crash is truncated."""
         del config  # run.json and recipe.yaml hold it
         if self._files:
-            raise RuntimeError("the sink is open already")
+            raise RuntimeError("the sink is already open")
         self._run_dir = None if run_dir is None else Path(run_dir)
         if self._run_dir is None:
             return
@@ -272,45 +273,45 @@ class JsonlSink(Sink):
         return {name: file.position() for name, file in self._files.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cuts both files back to where the checkpoint stood.
+        """Truncates both files to the checkpoint's position.
 
         Raises:
-            CheckpointError: metrics.jsonl holds less than that; neither file was touched. Lost
-                speeds and durations are only worth a warning.
+            CheckpointError: metrics.jsonl is shorter than that; neither file was changed. Lost
+                speeds and durations only cause a warning.
         """
         known = {name: file for name, file in self._files.items() if name in state}
         problem = METRICS_FILE in known and known[METRICS_FILE].check(state[METRICS_FILE])
         if problem and not self.accept_lost_rows:
             raise CheckpointError(
-                f"{problem}. Put the file back, or go on without those rows with "
+                f"{problem}. Restore the file, or resume without those rows with "
                 "JsonlSink(accept_lost_rows=True)."
             )
         for name, file in known.items():
             if (problem := file.check(state[name])) is None:
                 file.cut(state[name])
             else:
-                _log.warning("%s. The run goes on without them.", problem)
+                _log.warning("%s. The run continues without them.", problem)
 
     def close(self, status: str) -> None:
-        """Writes what is left, derives metrics.csv and closes the files."""
+        """Writes the rows in memory, derives metrics.csv and closes the files."""
         del status
         for file in self._files.values():
             file.close()
         if self._files and self._run_dir is not None:
             try:
                 write_csv(self._run_dir)
-            except (OSError, MetricError) as error:  # derived: it can be made again
+            except (OSError, MetricError) as error:  # it can be derived again
                 _log.warning("%s could not be written: %s", self._run_dir / CSV_FILE, error)
         self._files = {}
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines, "nan" and "inf" given back as floats.
+    """The rows of a file of JSON lines, with "nan" and "inf" as floats.
 
-    A last line without its end (a row being written, or torn by a crash) is left out.
+    A last line without a line end (a row being written, or torn by a crash) is left out.
 
     Raises:
-        MetricError: a whole line is no JSON object; the message gives its number.
+        MetricError: a whole line is not a JSON object; the message gives its number.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -332,11 +333,11 @@ def last_row(path: Path) -> dict[str, Any] | None:
 def latest_values(path: Path, within: int = 1 << 16) -> dict[str, Any]:
     """The newest value of each key in the last rows of a file of JSON lines.
 
-    A training row and a validation's row have different keys; together they say where a run is.
+    Training rows and validation rows have different keys; together they give a run's current state.
 
     Args:
         path: the file, of any length: only its end is read.
-        within: bytes to look at.
+        within: bytes to read.
 
     Raises:
         OSError: it cannot be read.
@@ -353,14 +354,14 @@ def latest_values(path: Path, within: int = 1 << 16) -> dict[str, Any]:
 
 
 def write_csv(run_dir: Path) -> Path:
-    """Derives `metrics.csv` from `metrics.jsonl`: a column a key, in order of first appearance.
+    """Derives `metrics.csv` from `metrics.jsonl`: one column per key, in order of appearance.
 
     Returns:
         The file written. A run without rows gets an empty file.
 
     Raises:
         OSError: it cannot be written.
-        MetricError: `metrics.jsonl` holds a line that is no row.
+        MetricError: `metrics.jsonl` has a line that is not a row.
     """
     source, target = Path(run_dir) / METRICS_FILE, Path(run_dir) / CSV_FILE
     columns: dict[str, None] = {}
@@ -376,7 +377,7 @@ def write_csv(run_dir: Path) -> Path:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """`value` as what JSON can hold; non-finite floats become strings."""
+    """`value` as plain JSON data; non-finite floats become strings."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""TensorBoard: a run's rows as scalars that TensorBoard shows, each exactly once."""
+"""TensorBoard: writes a run's rows as TensorBoard scalars, each exactly once."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ _log = logging.getLogger(__name__)
 class TensorBoard(Sink):
     """Writes the numbers of each row, by their names, at the row's step.
 
-    The files stand in `tensorboard/` in the run folder: `tensorboard --logdir runs` finds them.
-    Each start of the run writes a file of its own. A checkpoint notes how long the files are; a
-    resumed run cuts them back to that, so that every scalar is there once for each step, with the
-    value that a run never stopped would have written (rounded to float32, as TensorBoard has it).
+    The files are in `tensorboard/` in the run folder: `tensorboard --logdir runs` finds them. Each
+    start of the run writes a file of its own. A checkpoint records the lengths of the files; a
+    resumed run truncates them, so that each step has every scalar once, with the value that an
+    uninterrupted run would have written (rounded to float32, as TensorBoard stores it).
 
-    Counters (epoch, samples, items) and timing rows are left to the run folder's own files. Those
-    are the truth about a run and this is a copy: when the disk refuses it, a warning is given and
-    the run goes on. Give both, `loggers=[JsonlSink(), TensorBoard()]`, or there is but the copy.
+    Counters (epoch, samples, items) and timing rows are only in the run folder's own files. Those
+    are the authoritative record and this is a copy: if it cannot be written, a warning is logged
+    and the run continues. Give both, `loggers=[JsonlSink(), TensorBoard()]`, or there is only the
+    copy.
 
     Raises:
         MissingExtraError: the package `tensorboard` is not installed.
@@ -62,7 +63,7 @@ class TensorBoard(Sink):
                 path.unlink()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """See `Sink.write`. Entries that are no numbers are left out."""
+        """See `Sink.write`. Values that are not numbers are left out."""
         if self._folder is None:
             return
         scalars = {
@@ -84,7 +85,7 @@ class TensorBoard(Sink):
             self._warned = True
 
     def sync(self) -> None:
-        """See `Sink.sync`; no checkpoint depends on a copy, so that a failure is only reported."""
+        """See `Sink.sync`; no checkpoint depends on a copy, so a failure is only reported."""
         if self._file is None:
             return
         try:
@@ -102,7 +103,7 @@ class TensorBoard(Sink):
         return {"step": self._step, "files": {path.name: path.stat().st_size for path in files}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cuts the files back to where the checkpoint stood, and removes later ones."""
+        """Truncates the files to the checkpoint's lengths, and removes later ones."""
         if self._folder is None:
             return
         self._step = self._resumed_at = state["step"]
@@ -117,7 +118,7 @@ class TensorBoard(Sink):
                 os.truncate(path, wanted)
 
     def _beginning(self) -> bytes:
-        """What a file begins with, for a file of this start's own."""
+        """Chooses this start's file, and returns its first records."""
         assert self._folder is not None
         seconds, count = int(time.time()), len(_event_files(self._folder))
         # TensorBoard reads a folder's files in the order of their names.
@@ -125,12 +126,12 @@ class TensorBoard(Sink):
         self._file = self._folder / name
         records = _record(_event(version=True))
         if self._resumed_at is not None:
-            # One that has been reading forgets what was cut off.
+            # A running TensorBoard discards the truncated part.
             records += _record(_event(step=self._resumed_at + 1, start=True))
         return records
 
     def _append(self, records: bytes) -> None:
-        """Writes all of it or nothing."""
+        """Writes all of the records or none."""
         assert self._file is not None
         with open(self._file, "ab", buffering=0) as file:
             before = file.tell()
@@ -155,10 +156,10 @@ def _event(
     version: bool = False,
     start: bool = False,
 ) -> bytes:
-    """An event as TensorBoard's protocol buffers have it."""
+    """An event, serialised as TensorBoard's protocol buffer."""
     from tensorboard.compat.proto import event_pb2
 
-    messages: Any = event_pb2  # which names it has is known when it runs only
+    messages: Any = event_pb2  # its names exist only at run time
     event = messages.Event(wall_time=time.time(), step=step)
     if version:
         event.file_version = "brain.Event:2"
@@ -170,7 +171,7 @@ def _event(
 
 
 def _record(data: bytes) -> bytes:
-    """A record of the file: its length and its bytes, each with a checksum."""
+    """A record of the file: its length and its data, each with a checksum."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     buffer = io.BytesIO()

@@ -79,7 +79,12 @@ class Replica(DistributedDataParallel):
         return min(parameters, key=torch.Tensor.numel)
 
     def tell(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
-        """Adds zero, or NaN, to a loss, so that it reaches the sentinel whatever the model does."""
+        """Adds zero, or NaN, to a loss, so that the sentinel gets it as its gradient.
+
+        Args:
+            loss: a scalar.
+            poison: zero, or NaN if the loss is not finite; a number or a scalar.
+        """
         return loss + (self.sentinel * poison).sum()
 
     def verdict(self) -> torch.Tensor | None:

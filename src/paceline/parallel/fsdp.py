@@ -124,7 +124,12 @@ class Shards:
         """Nothing to refuse: a sharded parameter that is used without a call is no plain tensor."""
 
     def tell(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
-        """Has zero, or NaN, added to the sentinel's gradient in the backward pass to come."""
+        """Adds zero, or NaN, to the sentinel's gradient in the next backward pass.
+
+        Args:
+            loss: a scalar, returned as it is.
+            poison: zero, or NaN if the loss is not finite; a number or a scalar.
+        """
         self._poison = poison
         return loss
 
@@ -352,16 +357,20 @@ def call_again(calls: list[Call]) -> None:
 
 
 def follow(optimizers: Iterable[torch.optim.Optimizer], renewed: dict[int, Any]) -> None:
-    """Has optimizers train the parameters that took the place of those they were given.
+    """Replaces optimizers' parameters by the sharded ones.
+
+    Args:
+        optimizers: the optimizers, which are changed.
+        renewed: the new parameters by the `id` of the old ones.
 
     Raises:
-        ConfigError: an optimizer has made steps already.
+        ConfigError: an optimizer has already taken steps.
     """
     for optimizer in optimizers:
         if any(id(p) in renewed for p in optimizer.state):
             raise ConfigError(
-                f"the {type(optimizer).__name__} has made steps before its model was sharded: "
-                "give a new one, or go on from a checkpoint."
+                f"the {type(optimizer).__name__} has taken steps before its model was sharded: "
+                "give a new one, or resume from a checkpoint."
             )
         for group in optimizer.param_groups:
             # In place: some optimizers hold on to the list.

@@ -158,11 +158,21 @@ class StagedWindow(Protocol):
         ...
 
     def loss_of(self, outputs: Any, j: int) -> torch.Tensor:
-        """The mean loss of the j-th micro-batch; on the last stage alone."""
+        """The mean loss of a micro-batch; called on the last stage.
+
+        Args:
+            outputs: of the last stage.
+            j: the micro-batch's index in the window.
+        """
         ...
 
     def loss_to_send(self, outputs: Any, j: int) -> torch.Tensor:
-        """The loss that the j-th micro-batch's backward pass begins with; on the last stage."""
+        """The loss with which a micro-batch's backward pass begins; called on the last stage.
+
+        Args:
+            outputs: of the last stage.
+            j: the micro-batch's index in the window.
+        """
         ...
 
     def gradients_added(self) -> None:

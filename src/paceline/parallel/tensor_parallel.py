@@ -155,11 +155,15 @@ def _inputs(style: str, parts: Iterable[torch.nn.Module]) -> dict[str, Any]:
 
 
 def check_whole_gradients(models: Mapping[str, torch.nn.Module], world: World) -> None:
-    """Compares the gradients of parameters that no style split, once, before a first step.
+    """Compares the gradients of parameters that no style splits, before the first step.
+
+    Args:
+        models: by name, with gradients.
+        world: the ranks.
 
     Raises:
-        ConfigError: naming those that the ranks of a split do not agree on: each has seen its part
-            of the computation only.
+        ConfigError: the ranks of a tensor-parallel group have different gradients for some, since
+            each saw only its part of the computation; the message names these parameters.
     """
     wholes = {
         f"{model_name}.{name}": p.grad

@@ -1,7 +1,7 @@
 """Recipes: a YAML file that describes a run, its checks, and the builder of its components.
 
 `load_recipe(path, overrides)` reads and checks one; `build_trainer(recipe)` builds its Trainer;
-`Launcher(path, overrides).run()` does both and trains; `load_model(run_dir)` gives the trained
+`Launcher(path, overrides).run()` does both and trains; `load_model(run_dir)` returns the trained
 model of a run.
 """
 

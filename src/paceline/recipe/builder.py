@@ -44,10 +44,10 @@ class Builder:
 
         Args:
             component: what to build.
-            **given: arguments for it, of which it gets those that it has.
+            **given: further arguments; those that its callable does not take are dropped.
 
         Raises:
-            RecipeError: its constructor failed, or made something of another kind.
+            RecipeError: its constructor failed, or returned an object of another kind.
         """
         args = [self._value(value) for value in component.args]
         kwargs = {name: self._value(value) for name, value in component.kwargs.items()}
@@ -61,12 +61,12 @@ class Builder:
             raise type(error)(f"{self._where(component)}: {error}") from error
         except Exception as error:
             raise RecipeError(
-                f"{self._where(component)}: {component.target.__qualname__} could not be made: "
+                f"{self._where(component)}: {component.target.__qualname__} could not be built: "
                 f"{type(error).__name__}: {error}{origin(error)}"
             ) from error
         if not component.kind.accepts(made):
             raise RecipeError(
-                f"{self._where(component)}: {component.target.__qualname__} made a "
+                f"{self._where(component)}: {component.target.__qualname__} returned a "
                 f"{type(made).__name__}, which is not a {component.kind.name}."
             )
         return made
@@ -87,7 +87,7 @@ class Builder:
 def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     """Builds the Trainer that a recipe describes; call its `train(seed=recipe.seed)`.
 
-    Everything that the recipe decided by itself is added to the trainer's plan.
+    Every decision that the recipe left open is added to the trainer's plan.
 
     Args:
         recipe: the checked recipe.
@@ -96,11 +96,11 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     Raises:
         RecipeError: a constructor failed; the message gives its place and error.
     """
-    recipe = replace(recipe, plan=[*recipe.plan])  # which this trainer's decisions join
+    recipe = replace(recipe, plan=[*recipe.plan])  # a copy, to add this trainer's decisions
     builder = Builder(recipe.composed.mistakes().locate)
     parts = recipe.parts
     arguments: dict[str, Any] = dict(recipe.settings)
-    # Before anything draws a random number: the weights are a function of the seed.
+    # Before any random number is drawn: the weights are a function of the seed.
     seed_everything(recipe.seed)
     for slot in ("model", "train_dataloader", "val_dataloader", "loss_fn"):
         if (part := parts.get(slot)) is not None:
@@ -135,7 +135,7 @@ def _optimizers(builder: Builder, recipe: Recipe, model: Any) -> Any:
 
 
 def _schedulers(builder: Builder, length: Horizon, optimizer: Any) -> Any:
-    """The schedulers, each with the optimizer of its name, told the length of the run."""
+    """The schedulers, each with the optimizer of its name and the length of the run."""
     part = length.recipe.parts["lr_scheduler"]
     made = {
         name: _scheduler(builder, length.fill(component), optimizer[name] if name else optimizer)
@@ -145,7 +145,7 @@ def _schedulers(builder: Builder, length: Horizon, optimizer: Any) -> Any:
 
 
 def _scheduler(builder: Builder, component: Component, optimizer: Any) -> Any:
-    """A scheduler, after those that it is made of."""
+    """A scheduler; the schedulers that it contains are built first."""
     kwargs = dict(component.kwargs)
     inner = kwargs.get("schedulers")
     if isinstance(inner, list):
@@ -154,12 +154,12 @@ def _scheduler(builder: Builder, component: Component, optimizer: Any) -> Any:
 
 
 def _alike(part: Part, made: dict[str, Any]) -> Any:
-    """What was made of a part: one object, or several by name as in the recipe."""
+    """The objects built for a part: one, or several by name as in the recipe."""
     return made[""] if isinstance(part, Component) else made
 
 
 def _records(recipe: Recipe) -> list[RecordRecipe]:
-    """What writes the recipe into its run folder, and that of several seeds into theirs."""
+    """The callbacks that write the recipe into its run folder, and one with `seeds` into theirs."""
     wholes = [] if recipe.whole is None else [recipe.whole]
     return [RecordRecipe(one.run_dir, one.text, one.code, one.plan) for one in (*wholes, recipe)]
 

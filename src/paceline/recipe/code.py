@@ -15,7 +15,7 @@ from types import ModuleType
 
 from paceline.errors import RecipeError, nearest
 
-# In a module's namespace: another recipe's code of the same name may take its place.
+# In a module's namespace: another recipe's code of the same name may replace it.
 _MARK = "__paceline_code__"
 
 
@@ -27,7 +27,7 @@ def find_code(code: str, folder: Path) -> Path:
         folder: the recipe's folder.
 
     Raises:
-        RecipeError: it does not exist, is no Python, lies outside the folder (a recipe could
+        RecipeError: it does not exist, is not Python, is outside the folder (a recipe could
             otherwise run any Python file of the machine), or its name is taken.
     """
     try:
@@ -38,7 +38,7 @@ def find_code(code: str, folder: Path) -> Path:
         why = getattr(error, "strerror", None) or error
         raise RecipeError(f"{code!r} cannot be a file's name: {why}.") from None
     if not path.is_relative_to(folder.resolve()) or path == folder.resolve():
-        raise RecipeError(f"{code!r} lies outside the recipe's folder; put it next to the recipe.")
+        raise RecipeError(f"{code!r} is outside the recipe's folder; put it next to the recipe.")
     if not exists:
         there = [other.name for other in folder.glob("*.py")]
         raise RecipeError(f"there is no file {str(start)!r}{nearest(code, there) or '.'}")
@@ -53,13 +53,13 @@ def find_code(code: str, folder: Path) -> Path:
 
 
 def load_code(path: Path) -> ModuleType:
-    """Imports what `find_code` found; the same file is imported once.
+    """Imports the file or package that `find_code` found, once.
 
-    Its folder comes first on `sys.path`, as for a script, so that it may import its neighbours
+    Its folder comes first on `sys.path`, as for a script, so that it can import its neighbours
     and so that spawned processes find it.
 
     Raises:
-        RecipeError: its import fails.
+        RecipeError: the import fails.
     """
     start = path / "__init__.py" if path.is_dir() else path
     held = sys.modules.get(path.stem)
@@ -85,12 +85,12 @@ def load_code(path: Path) -> ModuleType:
 
 
 def is_own_code(name: str) -> bool:
-    """Whether a module of that name was loaded as the code of a recipe."""
+    """Whether the module of that name was loaded as a recipe's code."""
     return hasattr(sys.modules.get(name), _MARK)
 
 
 def _is_taken(name: str, start: Path) -> bool:
-    """Whether a module of that name is imported that is neither this file nor a recipe's code."""
+    """Whether the name belongs to an imported module other than this file or a recipe's code."""
     held = sys.modules.get(name)
     if held is None or getattr(held, _MARK, False):
         return False
@@ -98,7 +98,7 @@ def _is_taken(name: str, start: Path) -> bool:
 
 
 def _told(error: Exception, path: Path) -> str:
-    """The error and the line of the user's own file that it came from."""
+    """The error, and the line of the user's own file that raised it."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,7 @@
-"""What each key of a recipe allows and all together do not: found without building anything.
+"""Finds settings that are valid alone but not together, without building anything.
 
-The Trainer knows its own rules; they are asked of a trainer that has the recipe's settings and was
-never made.
+The Trainer knows its own rules; they are checked on a placeholder that has the recipe's settings
+but whose constructor never ran.
 """
 
 from __future__ import annotations
@@ -26,17 +26,24 @@ from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validatio
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.trainer import Trainer
 
-# A line of the Trainer's: `name=value: why`, or `name: why`.
+# A line of the Trainer's message: `name=value: why`, or `name: why`.
 _LINE = re.compile(r"(\w+)(?:=(.+?))?(?: and \w+)?: (.*)", re.DOTALL)
 
 
 def check_combinations(
     schema: Schema, trainer: Component | None, parts: dict[str, Part], mistakes: Mistakes
 ) -> None:
-    """Notes what cannot work together, as far as the parts are right by themselves."""
+    """Adds a mistake for each invalid combination of settings that are valid alone.
+
+    Args:
+        schema: the recipe's top level.
+        trainer: the Trainer class and its settings; None if they have mistakes.
+        parts: the components by the Trainer's argument.
+        mistakes: collects the mistakes.
+    """
     values = _given(schema, mistakes)
     cls = Trainer if trainer is None else cast(type[Trainer], trainer.target)
-    # A class with a constructor of its own may fill in what the recipe does not say.
+    # A class with its own constructor may fill in settings that the recipe leaves out.
     fills = not inspect.isclass(cls) or cls.__init__ is not Trainer.__init__
     stand_in = _stand_in(Trainer if fills else cls, schema, values)
     lines = wrong_settings(stand_in)
@@ -54,7 +61,7 @@ def check_combinations(
 
 
 def _given(schema: Schema, mistakes: Mistakes) -> dict[str, Any]:
-    """The Trainer's settings that the recipe gives and that are right by themselves."""
+    """The Trainer's settings that the recipe gives and that are valid alone."""
     known = signature_of(Trainer).named
     return {
         name: value
@@ -64,7 +71,7 @@ def _given(schema: Schema, mistakes: Mistakes) -> dict[str, Any]:
 
 
 def _stand_in(cls: type[Trainer], schema: Schema, values: Mapping[str, Any]) -> Any:
-    """A trainer with a recipe's settings and no components; no constructor has run."""
+    """A trainer with a recipe's settings, without components; no constructor runs."""
     stand_in = object.__new__(cls)
     held = {**signature_of(Trainer).defaults, **values}
     held |= {name: getattr(schema, name) for name in ("val_dataloader", "loss_fn")}
@@ -102,7 +109,7 @@ def _check_present(schema: Schema, mistakes: Mistakes) -> None:
         ("optimizer", "nothing would be trained"),
         ("train_dataloader", "there is nothing to train on"),
     ):
-        # A misspelt key is likely to be the one that is missing.
+        # If there is a misspelt key, it is probably the missing one.
         if getattr(schema, name) is None and not unknown and not mistakes.concern((name,)):
             mistakes.add((name,), f"{what}: a recipe needs `{name}:`.")
 
@@ -143,7 +150,7 @@ def _check_batch_size(
     if not isinstance(batch_size, int) or batch_size < 1:
         return
     try:
-        # A launcher's world is not there yet; its workers know it.
+        # A launcher has no world yet; its workers check this.
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         WindowSize(global_batch_size=wanted).micro_batches(batch_size, ranks)
     except ConfigError as error:

@@ -128,7 +128,20 @@ class Checker:
         filled: Collection[str] = (),
         args: Any = (),
     ) -> Component | None:
-        """Checks a call of `target` that `path` describes; see `component`."""
+        """Checks a call of `target`; see `component`.
+
+        Args:
+            target: the class or function.
+            arguments: keyword arguments from the recipe.
+            path: the place of the call in the recipe.
+            kind: what the slot takes.
+            given: arguments that the builder gives and the recipe may not.
+            filled: arguments that the builder gives if the recipe does not.
+            args: positional arguments (`_args_`), a list.
+
+        Returns:
+            The component, or None if it has mistakes.
+        """
         before = self.mistakes.count
         if not isinstance(args, list | tuple):
             self.mistakes.add((*path, "_args_"), f"expected a list, got {args!r}")
@@ -344,7 +357,11 @@ def _hint(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
 def fit(value: Any, hint: Any) -> Any:
     """Checks a plain value against an annotation: strictly, but as YAML can write it.
 
-    A list does for a tuple and an integer for a float; "1" does not do for 1.
+    A list is accepted for a tuple and an integer for a float, but not "1" for 1.
+
+    Args:
+        value: from the recipe.
+        hint: the annotation.
 
     Returns:
         The value, as a tuple or a path where the annotation says so.

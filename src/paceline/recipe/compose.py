@@ -1,11 +1,11 @@
 """A recipe file and its overrides -> one tree of plain values.
 
 Hydra composes: defaults lists, config groups in the recipe's folder, `${...}` interpolation and
-`key=value` overrides work as its users know them. Nothing is imported and nothing is built here,
-so that any command may read a recipe that it does not trust.
+`key=value` overrides work as Hydra's users know them. Nothing is imported or built here, so that
+any command may read a recipe that it does not trust.
 
-Hydra gives up at the first thing it cannot use. Here what is wrong is noted and left out, so that
-the rest can be composed and checked too.
+Hydra stops at the first mistake. Here a mistake is collected and its value left out, so that the
+rest can be composed and checked too.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
 
 @dataclass(frozen=True)
 class Taken:
-    """An override that could be read.
+    """A valid override.
 
     Attributes:
         text: as the user wrote it.
-        override: what Hydra reads in it.
-        lenient: as Hydra is given it: with `++`, so that a misspelt key is found by the check.
+        override: as Hydra parsed it.
+        lenient: as passed to Hydra: with `++`, so that our check finds a misspelt key, not Hydra.
     """
 
     text: str
@@ -65,9 +65,9 @@ class Composed:
 
     Attributes:
         path: the recipe file.
-        overrides: those that were applied.
-        config: the tree, with interpolations still unresolved.
-        noted: the mistakes that were met on the way.
+        overrides: the overrides that were applied.
+        config: the tree, with interpolations unresolved.
+        noted: the mistakes found during composition.
     """
 
     path: FilePath
@@ -76,15 +76,15 @@ class Composed:
     noted: Mistakes
 
     def text(self) -> str:
-        """The recipe as YAML, interpolations unresolved, so that no secret is written."""
+        """The recipe as YAML, with interpolations unresolved, so that no secret is written."""
         return OmegaConf.to_yaml(self.config, resolve=False)
 
     def changed(self, changes: Mapping[str, Any], without: str = "") -> Composed:
-        """The same recipe with some values set and a key taken out.
+        """The same recipe with some values changed and a key removed.
 
         Args:
-            changes: the values, by dotted path.
-            without: the top-level key to take out.
+            changes: the new values, by dotted path.
+            without: the top-level key to remove.
         """
         config = self.config.copy()
         with open_dict(config):
@@ -94,20 +94,20 @@ class Composed:
         return replace(self, config=config)
 
     def mistakes(self) -> Mistakes:
-        """The mistakes so far, in a collection that knows where this recipe's values stand."""
+        """The mistakes so far, in a collection that knows the lines of this recipe's values."""
         marks: dict[Path, str] = {}
 
         def locate(path: Path) -> str:
             if not marks:
                 marks.update(_marks(self))
-            while path and path not in marks:  # what is missing is reported at its parent
+            while path and path not in marks:  # a missing key is reported at its parent
                 path = path[:-1]
             return marks.get(path, str(self.path))
 
         return Mistakes(locate, list(self.noted.found), set(self.noted.unknown))
 
     def resolve(self, mistakes: Mistakes) -> dict[str, Any]:
-        """The tree as plain values; what cannot be resolved is noted and left as None."""
+        """The tree as plain values; one that cannot be resolved is a mistake and becomes None."""
         return _resolve_mapping(self.config, (), mistakes)
 
     def own_keys(self) -> set[str]:
@@ -127,10 +127,10 @@ def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
         overrides: `key=value`, `+key=value`, `~key`, or `group=option`.
 
     Returns:
-        What could be composed, and the mistakes met in doing so.
+        The composed recipe, and the mistakes found during composition.
 
     Raises:
-        RecipeError: no such file, not YAML, or nothing that Hydra can compose.
+        RecipeError: the file does not exist, is not YAML, or cannot be composed at all.
     """
     register_resolvers()
     file = FilePath(path)
@@ -156,7 +156,7 @@ def _read_overrides(texts: Sequence[str], folder: FilePath, noted: Mistakes) -> 
         elif key.split(".")[0].split("/")[0] == "hydra":
             wrong = "is Hydra's: it only composes recipes, and has no settings here."
         elif override.is_sweep_override():
-            wrong = "gives several values: a recipe takes one for each key, not a sweep."
+            wrong = "gives several values: a recipe takes one value per key, not a sweep."
         if wrong is not None:
             noted.add((), f"{text!r} {wrong}", "override")
         elif override.type is OverrideType.CHANGE and not (folder / key).is_dir():
@@ -167,10 +167,10 @@ def _read_overrides(texts: Sequence[str], folder: FilePath, noted: Mistakes) -> 
 
 
 def _check_file(file: FilePath, noted: Mistakes) -> None:
-    """Notes what is wrong with the recipe file by itself.
+    """Adds the mistakes in the recipe file itself.
 
     Raises:
-        RecipeError: it cannot be read at all; the mistakes so far are told too.
+        RecipeError: it cannot be read at all; the message has the mistakes so far too.
     """
     node = None
     if not file.is_file():
@@ -192,7 +192,7 @@ def _check_file(file: FilePath, noted: Mistakes) -> None:
         return
     for key, _ in node.value:
         if key.value == "hydra":
-            # It configures an application that is not running here, and can import packages.
+            # It configures an application that does not run here, and can import packages.
             noted.add(
                 ("hydra",),
                 "Hydra only composes recipes, so its own settings have no effect. Remove them; "
@@ -203,7 +203,7 @@ def _check_file(file: FilePath, noted: Mistakes) -> None:
 
 
 def _compose(file: FilePath, taken: list[Taken], noted: Mistakes) -> tuple[DictConfig, list[Taken]]:
-    """Composes with what can be used.
+    """Composes what is valid.
 
     Raises:
         RecipeError: nothing can be composed, whatever is left out.
@@ -225,7 +225,7 @@ def _hydra(file: FilePath, taken: Sequence[Taken], noted: Mistakes) -> DictConfi
 def _without_missing(
     error: MissingConfigException, file: FilePath, taken: list[Taken], noted: Mistakes
 ) -> list[Taken]:
-    """Notes that an option of a config group does not exist; goes on without the group."""
+    """Adds a mistake for a missing option of a config group, and leaves the group out."""
     name = (error.missing_cfg_file or "").removesuffix(".yaml")
     group, _, option = name.rpartition("/")
     path = tuple(group.split("/")) if group else ()
@@ -259,10 +259,10 @@ def _place_of_default(file: FilePath, names: set[str]) -> str | None:
 
 
 def _without_culprits(file: FilePath, taken: list[Taken], noted: Mistakes) -> list[Taken]:
-    """Finds the overrides that cannot be applied, and notes them.
+    """Adds a mistake for each override that cannot be applied.
 
     Raises:
-        RecipeError: it is not the overrides; the mistakes so far are told too.
+        RecipeError: the overrides are not the cause; the message has the mistakes so far too.
     """
     try:
         _hydra(file, [], noted)
@@ -289,7 +289,7 @@ def _without_culprits(file: FilePath, taken: list[Taken], noted: Mistakes) -> li
 
 @contextlib.contextmanager
 def _config_loader(file: FilePath, noted: Mistakes) -> Iterator[ConfigLoader]:
-    """Hydra, set up on the recipe's folder and cleared again whatever happens."""
+    """Hydra, set up for the recipe's folder and always reset afterwards."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -300,17 +300,17 @@ def _config_loader(file: FilePath, noted: Mistakes) -> Iterator[ConfigLoader]:
                     source.load_config = _tolerant(source, file, noted)  # pyright: ignore
             yield loader
     finally:
-        # A program of the user's that runs under Hydra finds its own Hydra again.
+        # A user's program that runs under Hydra gets its own Hydra back.
         GlobalHydra.instance().hydra = before
 
 
 def _tolerant(
     source: ConfigSource, recipe: FilePath, noted: Mistakes
 ) -> Callable[[str], ConfigResult]:
-    """Hydra's own loading of a file, but a key that stands there twice is noted and used once."""
+    """Hydra's own loading of a file, except that a duplicate key is a mistake and used once."""
     load = source.load_config
 
-    # A plain function: Hydra copies its sources, and with a partial the notes would be copied too.
+    # A plain function: Hydra copies its sources, and would copy a partial's `noted` too.
     def load_config(config_path: str) -> ConfigResult:
         try:
             return load(config_path)
@@ -323,7 +323,7 @@ def _tolerant(
         drop_duplicates(
             root,
             lambda path, line, first: noted.add(
-                path, f"duplicate key: it stands in line {first} already.", f"{file}:{line}"
+                path, f"duplicate key: it is already in line {first}.", f"{file}:{line}"
             ),
         )
         config: Any = OmegaConf.load(StringIO(yaml.serialize(root, allow_unicode=True)))
@@ -334,7 +334,7 @@ def _tolerant(
 
 
 def told(error: BaseException) -> str:
-    """An error's message in one line, without the frames that Hydra and PyYAML add to it."""
+    """An error's message in one line, without the context that Hydra and PyYAML add."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
     if isinstance(error, RecursionError):
@@ -374,7 +374,7 @@ def _resolve(parent: DictConfig | ListConfig, key: Any, path: Path, mistakes: Mi
 
 
 def _marks(composed: Composed) -> dict[Path, str]:
-    """Where each value was written: `file:line`, or the override. Later ones win, as in Hydra."""
+    """Where each value comes from: `file:line`, or the override. Later ones win, as in Hydra."""
     marks: dict[Path, str] = {}
     lenient = [each.lenient for each in composed.overrides]
     try:
@@ -387,7 +387,7 @@ def _marks(composed: Composed) -> dict[Path, str]:
     for each in composed.overrides:
         place = f"override {each.text!r}"
         marks[each.path] = place
-        for i in range(1, len(each.path)):  # what the override itself has made
+        for i in range(1, len(each.path)):  # mappings that the override itself created
             marks.setdefault(each.path[:i], place)
     return marks
 

@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer in a recipe: who gets another learning rate or weight decay.
+"""Parameter groups of an optimizer in a recipe: which parameters get other settings.
 
 ```yaml
 optimizer:
@@ -10,8 +10,8 @@ optimizer:
     - {params: ["encoder.*", "embed*"], lr: 1e-4}  # by name, in the shell's patterns
 ```
 
-A parameter belongs to the first group that takes it; what none takes keeps the optimizer's own
-settings. A group that takes nothing is a mistake, found when the model is there.
+A parameter belongs to the first group that matches it; one that matches none keeps the optimizer's
+own settings. A group without parameters is a mistake, found when the model is built.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Group:
     """Parameters with settings of their own.
 
     Attributes:
-        path: where the group stands in the recipe.
+        path: the group's place in the recipe.
         patterns: of the parameters' names, or `("vectors",)`.
         settings: the optimizer's arguments that differ for them.
     """
@@ -45,7 +45,12 @@ class Group:
     settings: Mapping[str, Any]
 
     def takes(self, name: str, parameter: Parameter) -> bool:
-        """Whether a parameter belongs to this group."""
+        """Whether a parameter belongs to this group.
+
+        Args:
+            name: the parameter's name in its model.
+            parameter: of any shape; "vectors" matches those below two dimensions.
+        """
         if self.patterns == (VECTORS,):
             return parameter.dim() < 2
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
@@ -54,13 +59,16 @@ class Group:
 def check_groups(
     node: Any, path: Path, optimizer: Component | None, mistakes: Mistakes
 ) -> list[Group]:
-    """The groups that a recipe's `groups:` describes; what is wrong is noted.
+    """Checks a recipe's `groups:`.
 
     Args:
         node: the recipe's list.
-        path: where it stands.
-        optimizer: whose arguments the settings are; None if that is not known.
-        mistakes: takes what is wrong.
+        path: its place in the recipe.
+        optimizer: the optimizer, whose arguments the settings are; None if it is unknown.
+        mistakes: collects the mistakes.
+
+    Returns:
+        The groups without mistakes.
     """
     if not isinstance(node, list):
         mistakes.add(path, f"expected a list of groups, got {node!r}")
@@ -101,14 +109,14 @@ def _check_settings(
 def grouped(
     named: Iterable[tuple[str, Parameter]], groups: list[Group]
 ) -> list[Parameter] | list[dict[str, Any]]:
-    """What an optimizer gets as `params`.
+    """The `params` of an optimizer.
 
     Args:
         named: the model's parameters by name.
-        groups: none, for one group with the optimizer's own settings.
+        groups: the groups; empty for one group with the optimizer's own settings.
 
     Raises:
-        RecipeError: a group takes no parameter.
+        RecipeError: a group has no parameter.
     """
     named = list(named)
     if not groups:

@@ -20,12 +20,12 @@ from paceline.world.world import World
 
 @dataclass(frozen=True)
 class Horizon:
-    """Fills in what schedulers want to know about the run.
+    """Fills in the length of the run in schedulers' arguments.
 
     Args:
         recipe: the checked recipe; its plan gets a line for each number that is filled in.
         loader: the training loader, None if the recipe has none.
-        resume: how the run goes on: it keeps the samples per step that it has had.
+        resume: the Trainer's `resume`: a resumed run keeps its samples per step.
     """
 
     recipe: Recipe
@@ -33,17 +33,17 @@ class Horizon:
     resume: Resume
 
     def fill(self, component: Component, steps: int | None = None) -> Component:
-        """A scheduler with its length, and with those of the schedulers that it is made of.
+        """A scheduler with its length filled in, and that of the schedulers that it contains.
 
-        Those of a `SequentialLR` get the stretch between its milestones; those of any other get
-        the whole. Milestones may be given as shares of the run (0.5, but not 1).
+        The schedulers in a `SequentialLR` get the length between its milestones; those in any other
+        get the whole length. Milestones may be given as fractions of the run (0.5, but not 1).
 
         Args:
             component: the scheduler.
-            steps: of its stretch; None for the whole run.
+            steps: its length, in calls of `step`; None for the whole run.
 
         Raises:
-            RecipeError: the length is not known beforehand, and the recipe does not give it.
+            RecipeError: the length is not known in advance, and the recipe does not give it.
         """
         if self.recipe.setting("lr_scheduler_interval") == "metric":
             return component
@@ -63,7 +63,7 @@ class Horizon:
                 self.fill(one, length) for one, length in zip(inner, stretches, strict=True)
             ]
         name = next((name for name in HORIZON if name in component.parameters), None)
-        # OneCycleLR may be told its length as epochs times steps_per_epoch instead.
+        # OneCycleLR also accepts its length as epochs times steps_per_epoch.
         if name is not None and not {name, "steps_per_epoch"} & set(kwargs):
             kwargs[name] = self._known(component, name) if steps is None else steps
             setting = f"{dotted(component.path)}.{name}"
@@ -74,12 +74,12 @@ class Horizon:
     def _stretches(
         self, component: Component, milestones: list[int], total: int, count: int
     ) -> list[int | None]:
-        """The steps of each of `count` schedulers that follow each other."""
+        """The steps of each of `count` consecutive schedulers."""
         lengths = [after - before for before, after in pairwise((0, *milestones, total))]
         if len(lengths) != count or min(lengths) < 1:
             raise RecipeError(
                 f"{dotted(component.path)}: milestones {milestones} do not split {total} "
-                f"{self._unit} into {count} stretches: {count} schedulers need {count - 1} rising "
+                f"{self._unit} into {count} parts: {count} schedulers need {count - 1} increasing "
                 "milestones within the run."
             )
         return list(lengths)
@@ -95,7 +95,7 @@ class Horizon:
         if steps is None:
             more = "trainer.epochs" if by_epoch else "trainer.max_steps or trainer.epoch_length"
             raise RecipeError(
-                f"{dotted(component.path)}: the run's length is not known beforehand; set "
+                f"{dotted(component.path)}: the run's length is not known in advance; set "
                 f"{dotted(component.path)}.{name}, {more}."
             )
         return steps

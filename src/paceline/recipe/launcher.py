@@ -1,4 +1,4 @@
-"""For programs of one's own that train recipes: `paceline train` as a class to override."""
+"""`paceline train` as a class to override, for programs that train recipes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Launcher:
         recipe: the YAML file.
         overrides: `key=value` changes, in Hydra's grammar.
         trust: further packages whose classes and functions the recipe may name.
-        resume: how the run goes on, as for the Trainer.
-        dump_config: a file to write the composed recipe to, in place of training.
+        resume: the Trainer's `resume`.
+        dump_config: a file to write the composed recipe to, instead of training.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Launcher:
         self.dump_config = dump_config
 
     def resolvers(self) -> Mapping[str, Callable[..., Any]]:
-        """What `${name:...}` in the recipe may call, beside what there is."""
+        """Further resolvers that `${name:...}` in the recipe may call."""
         return {}
 
     def load(self) -> Recipe:
@@ -60,7 +60,11 @@ class Launcher:
         return load_recipe(self.recipe, self.overrides, trust=self.trust)
 
     def build(self, recipe: Recipe, resume: Resume) -> Trainer:
-        """The Trainer of one run; with several seeds this is called for each.
+        """Builds the Trainer of one run; with several seeds, called once for each.
+
+        Args:
+            recipe: the checked recipe, with one seed.
+            resume: how to resume.
 
         Raises:
             RecipeError: a constructor failed.
@@ -71,15 +75,15 @@ class Launcher:
         """Trains to the end.
 
         Returns:
-            What came of the run, or of those of all seeds; None if the recipe was only dumped.
+            The result of the run, or of the runs of all seeds; None if the recipe was only dumped.
 
         Raises:
             RecipeError: the recipe has mistakes; nothing was built.
-            SystemExit: with code 75, if a run was stopped: the same call goes on.
+            SystemExit: with code 75, if a run was stopped; the same call resumes it.
         """
         recipe = self.load()
         if self.dump_config is not None:
-            # Look-ups stay what they are, so that no secret is written.
+            # Environment look-ups stay unresolved, so that no secret is written.
             Path(self.dump_config).write_text(recipe.composed.text(), encoding="utf-8")
             return None
         train = train_seeds if recipe.seeds else train_recipe

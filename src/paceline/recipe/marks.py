@@ -1,4 +1,4 @@
-"""The text of a YAML file: where each value stands, what is given twice, what is shared."""
+"""The text of a YAML file: the line of each value, duplicate keys, and anchors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from paceline.recipe.mistakes import Path
 
-# Deeper than any recipe; an alias that contains itself would go on for ever.
+# Deeper than any recipe; an alias that contains itself would never end.
 MAX_DEPTH = 60
 _MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
 
@@ -18,24 +18,31 @@ def read_node(file: FilePath) -> yaml.Node | None:
     """A file's YAML as nodes that know their lines; None if it is empty.
 
     Raises:
-        yaml.YAMLError, UnicodeDecodeError: it is none.
+        yaml.YAMLError, UnicodeDecodeError: the file is not YAML.
     """
     with file.open(encoding="utf-8") as text:
         return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def mark(node: yaml.Node, path: Path, file: FilePath, marks: dict[Path, str]) -> None:
-    """Notes `file:line` for every value below `path`."""
+    """Records `file:line` for every value of a node.
+
+    Args:
+        node: the node.
+        path: its place in the recipe.
+        file: the file that it is in.
+        marks: `file:line` by place; the values are added to it.
+    """
     if len(path) > MAX_DEPTH:
         return
     if isinstance(node, yaml.MappingNode):
-        # What a merge brings gives way to a key of the mapping's own.
+        # The mapping's own keys override merged ones.
         here: set[str] = set()
         for key, value in sorted(node.value, key=lambda pair: pair[0].tag != _MERGE):
             name = str(key.value)
             if key.tag == _MERGE:
                 mark(value, path, file, marks)
-            elif name not in here:  # of a key that stands there twice the first counts
+            elif name not in here:  # the first of duplicate keys counts
                 here.add(name)
                 marks[(*path, name)] = f"{file}:{key.start_mark.line + 1}"
                 mark(value, (*path, name), file, marks)
@@ -47,7 +54,7 @@ def mark(node: yaml.Node, path: Path, file: FilePath, marks: dict[Path, str]) ->
 
 
 def drop_duplicates(node: yaml.Node, note: Callable[[Path, int, int], None]) -> None:
-    """Takes out keys that stand twice in one mapping; the first stays.
+    """Removes duplicate keys of a mapping, except the first.
 
     Args:
         node: the file's root, which is changed.
@@ -79,7 +86,7 @@ def drop_duplicates(node: yaml.Node, note: Callable[[Path, int, int], None]) -> 
 
 
 def shared_keys(root: yaml.Node | None) -> set[str]:
-    """Top-level keys that hold an anchor which stands in another one as well (`<<: *base`)."""
+    """Top-level keys with an anchor that another top-level key refers to (`<<: *base`)."""
     first: dict[int, str] = {}
     shared: set[str] = set()
     if not isinstance(root, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""Mistakes in a recipe: where each stands, and how all of them are told at once."""
+"""Mistakes in a recipe: where each one is, and one error that lists all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paceline.trainer.settings import ELSEWHERE
 Path = tuple[str, ...]
 """A place in a recipe, outermost key first; a list's items count from "0"."""
 
-# What people also call things, in other libraries or in a hurry.
+# Other names for our keys, from other libraries.
 _ALSO_CALLED = {
     "learning_rate": "lr",
     "base_lr": "lr",
@@ -27,7 +27,7 @@ _ALSO_CALLED = {
     "early_stopping": "early_stop",
     **ELSEWHERE,
 }
-_MOST = 14  # names that are worth listing
+_MOST = 14  # the most names to list
 
 
 def dotted(path: Path) -> str:
@@ -36,7 +36,12 @@ def dotted(path: Path) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest right one, or all that there are."""
+    """The end of a message about an unknown name: the nearest known one, or all known ones.
+
+    Args:
+        name: as the user wrote it.
+        known: the names to choose from.
+    """
     known = list(known)
     others = {other: ours for other, ours in _ALSO_CALLED.items() if ours in known}
     near = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
@@ -49,12 +54,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing that is wrong.
+    """One mistake.
 
     Attributes:
-        path: where in the recipe.
+        path: its place in the recipe.
         text: what was expected, what was found, and the nearest right name.
-        place: `file:line` or the override, where the path does not tell it.
+        place: `file:line` or the override, if it does not follow from the path.
     """
 
     path: Path
@@ -64,13 +69,13 @@ class Mistake:
 
 @dataclass
 class Mistakes:
-    """Collects mistakes, so that all of them can be told at once.
+    """Collects mistakes, so that all of them can be reported at once.
 
     Args:
         locate: turns a path into the file and line, or the override, that set it.
         found: the mistakes.
-        unknown: paths of which nothing more can be said, since their value is not known.
-        count: how often something was wrong, what only follows from a mistake included.
+        unknown: paths whose value is unknown, so that further mistakes there are not reported.
+        count: the number of calls of `add`, mistakes that only follow from others included.
     """
 
     locate: Callable[[Path], str]
@@ -79,13 +84,13 @@ class Mistakes:
     count: int = 0
 
     def add(self, path: Path, text: str, place: str | None = None, *, known: bool = True) -> None:
-        """Notes a mistake; the same one is noted once, and none that only follows from another.
+        """Adds a mistake, unless it is a duplicate or only follows from another one.
 
         Args:
-            path: where in the recipe.
+            path: its place in the recipe.
             text: what is wrong.
-            place: `file:line` or the override, where the path does not tell it.
-            known: the value that stands at `path` is known, so that more may be said of it.
+            place: `file:line` or the override, if it does not follow from the path.
+            known: whether the value at `path` is known, so that further mistakes there count.
         """
         self.count += 1
         if any(path[: len(unknown)] == unknown for unknown in self.unknown):
@@ -97,11 +102,11 @@ class Mistakes:
             self.unknown.add(path)
 
     def concern(self, path: Path) -> bool:
-        """Whether something at or below a path is wrong."""
+        """Whether there is a mistake at or below a path."""
         return any(mistake.path[: len(path)] == path for mistake in self.found)
 
     def raise_any(self, recipe: Any) -> None:
-        """Raises what has been found.
+        """Raises if there are mistakes.
 
         Raises:
             RecipeError: there is at least one mistake; the message lists them all.

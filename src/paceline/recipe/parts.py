@@ -43,7 +43,15 @@ def each(part: Part) -> Iterator[tuple[str, Component]]:
 
 
 def check_trainer(node: Mapping[str, Any], checker: Checker) -> Component | None:
-    """The Trainer class and its settings."""
+    """Checks `trainer:`, the Trainer class and its settings.
+
+    Args:
+        node: the section.
+        checker: checks components, and collects the mistakes.
+
+    Returns:
+        The component, or None if it has mistakes.
+    """
     node = dict(node)
     path = ("trainer",)
     for name in [n for n in _NOT_UNDER_TRAINER if n in node]:
@@ -60,7 +68,15 @@ def check_trainer(node: Mapping[str, Any], checker: Checker) -> Component | None
 
 
 def check_parts(schema: Schema, checker: Checker) -> tuple[dict[str, Part], dict[str, list[Group]]]:
-    """Every component of the Trainer's, and the parameter groups of its optimizers by name."""
+    """Checks the Trainer's components.
+
+    Args:
+        schema: the recipe's top level.
+        checker: checks components, and collects the mistakes.
+
+    Returns:
+        The components by slot, and the parameter groups by the optimizer's name.
+    """
     parts: dict[str, Part] = {}
     groups: dict[str, list[Group]] = {}
     counted = HORIZON if schema.trainer.get("lr_scheduler_interval") != "metric" else ()
@@ -89,7 +105,12 @@ def check_parts(schema: Schema, checker: Checker) -> tuple[dict[str, Part], dict
 
 
 def is_several(slot: str, node: Any) -> bool:
-    """Whether a slot holds components by name, not one."""
+    """Whether a slot holds several components by name, not one.
+
+    Args:
+        slot: the slot's key.
+        node: the section.
+    """
     if slot not in _NAMED or not isinstance(node, Mapping) or is_component(node):
         return False
     return len(node) > 0 and all(isinstance(one, Mapping) for one in node.values())
@@ -127,7 +148,15 @@ def _check_names(schema: Schema, slot: str, needs: str, checker: Checker) -> Non
 
 
 def check_lists(schema: Schema, checker: Checker) -> dict[str, list[Component]]:
-    """Callbacks and loggers, from a list or from a mapping of names (null takes one out)."""
+    """Checks callbacks and loggers: a list, or a mapping of names (null removes one).
+
+    Args:
+        schema: the recipe's top level.
+        checker: checks components, and collects the mistakes.
+
+    Returns:
+        The components without mistakes; a list that the recipe does not give is absent.
+    """
     lists: dict[str, list[Component]] = {}
     for slot, kind in _LISTS.items():
         node = getattr(schema, slot)
@@ -146,7 +175,15 @@ def check_lists(schema: Schema, checker: Checker) -> dict[str, list[Component]]:
 
 
 def check_settings(schema: Schema, checker: Checker) -> dict[str, Any]:
-    """`parallel:` and `checkpoint:`, as far as the recipe gives them."""
+    """Checks `parallel:` and `checkpoint:`.
+
+    Args:
+        schema: the recipe's top level.
+        checker: checks components, and collects the mistakes.
+
+    Returns:
+        The settings that the recipe gives, by key.
+    """
     found: dict[str, Any] = {}
     if schema.parallel:
         found["parallel"] = settings(Parallel, schema.parallel, ("parallel",), checker)
@@ -163,7 +200,17 @@ def check_settings(schema: Schema, checker: Checker) -> dict[str, Any]:
 
 
 def settings(cls: type, node: Mapping[str, Any], path: Path, checker: Checker) -> Any:
-    """An object that holds nothing but settings; made at once, since only it knows its limits."""
+    """Builds an object that holds only settings, since its constructor checks their limits.
+
+    Args:
+        cls: its class.
+        node: its arguments.
+        path: their place in the recipe.
+        checker: checks the arguments, and collects the mistakes.
+
+    Returns:
+        The object, or None if there are mistakes.
+    """
     component = checker.call(cls, node, path, KINDS["part"])
     if component is None:
         return None

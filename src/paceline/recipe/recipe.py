@@ -1,4 +1,4 @@
-"""A recipe, checked whole: every component known, nothing built."""
+"""A recipe with all of its components checked, and none of them built."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Recipe:
 
     Attributes:
         composed: its text, for the run folder.
-        seed: the run's seed; of several, the first.
-        seeds: one run each, in folders of their own below `run_dir`; usually empty.
-        project, name, run_dir: what the run is called and where it is written.
+        seed: the run's seed; the first if there are several.
+        seeds: one run each, in its own folder below `run_dir`; usually empty.
+        project, name, run_dir: the names of the project and the run, and the run folder.
         code: the user's own module or package, or None.
         trainer: the Trainer class and its scalar settings.
-        parts: the components by the Trainer's argument: one, several by name, or None where the
+        parts: the components by the Trainer's argument: one, several by name, or None if the
             recipe says null.
         lists: callbacks and loggers; a list that the recipe does not give is absent.
         settings: parallel and checkpoint, if the recipe gives them.
-        plan: (decision, setting that changes it), for what was decided so far.
-        groups: the parameter groups of optimizers, by the optimizer's name ("" of a single one).
+        plan: (decision, setting that changes it) for each decision so far.
+        groups: the parameter groups of optimizers, by the optimizer's name ("" if there is one).
         trust: the packages given with `--trust`.
-        whole: the recipe with `seeds` that this is one run of, or None.
+        whole: the recipe with `seeds` of which this is one run, or None.
     """
 
     composed: Composed
@@ -61,23 +61,23 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The recipe as its run folder keeps it, so that it can be run again from there."""
+        """The recipe as it is stored in the run folder, from which it can be run again."""
         changes: dict[str, Any] = {"run.project": self.project, "run.name": self.name}
         if self.code is not None:
             changes["code"] = f"{CODE_FOLDER}/{self.code.name}"
         return self.composed.changed(changes).text()
 
     def of_seed(self, seed: int) -> Recipe:
-        """The recipe of one of several runs: `seed` in the place of `seeds`, a folder of its own.
+        """The recipe of one of several runs: `seed` instead of `seeds`, and its own folder.
 
         Raises:
-            RecipeError: a mistake that shows with this seed alone.
+            RecipeError: there is a mistake with this seed only.
         """
         changes = {"seed": seed, "run.dir": str(self.run_dir / f"seed_{seed}")}
         return replace(check(self.composed.changed(changes, "seeds"), self.trust), whole=self)
 
     def setting(self, name: str) -> Any:
-        """A scalar setting of the trainer: the recipe's, or the Trainer's default."""
+        """A scalar setting of the trainer: the recipe's value, or the Trainer's default."""
         if name in self.trainer.kwargs:
             return self.trainer.kwargs[name]
         return signature_of(self.trainer.target).defaults.get(name)
@@ -86,7 +86,7 @@ class Recipe:
 def load_recipe(
     path: Path | str, overrides: Sequence[str] = (), *, trust: Collection[str] = ()
 ) -> Recipe:
-    """Reads a recipe and checks all of it. Imports its `code:`; builds nothing.
+    """Reads and checks a recipe. Imports its `code:`; builds nothing.
 
     Args:
         path: the YAML file.
@@ -94,13 +94,22 @@ def load_recipe(
         trust: further packages whose classes and functions the recipe may name.
 
     Raises:
-        RecipeError: all its mistakes, each with its place, what was expected and the nearest name.
+        RecipeError: the recipe has mistakes; each is listed with its place, what was expected and
+            the nearest name.
     """
     return check(compose(path, overrides), trust)
 
 
 def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
-    """Checks all of a recipe that was read; see `load_recipe`."""
+    """Checks a recipe that was composed; see `load_recipe`.
+
+    Args:
+        composed: the composed recipe.
+        trust: further packages whose classes and functions the recipe may name.
+
+    Raises:
+        RecipeError: the recipe has mistakes.
+    """
     mistakes = composed.mistakes()
     schema = parse(_values(composed, mistakes), composed.own_keys(), mistakes)
     code = _code(schema.code, composed, mistakes)
@@ -125,7 +134,7 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
 
 
 def _values(composed: Composed, mistakes: Mistakes) -> dict[str, Any]:
-    """The recipe's values. Where there are several seeds, `${seed}` is looked up as the first."""
+    """The recipe's values. If there are several seeds, `${seed}` resolves to the first."""
     config = composed.config
     seeds = OmegaConf.select(config, "seeds", throw_on_resolution_failure=False)
     first = None

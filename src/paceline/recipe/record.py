@@ -17,18 +17,18 @@ CODE_FOLDER = "code"
 
 
 class RecordRecipe(Callback):
-    """Keeps `recipe.yaml` and a copy of the recipe's `code:` in the run folder.
+    """Writes `recipe.yaml` and a copy of the recipe's `code:` into the run folder.
 
-    They are written when training starts and not before: only then is it settled that this recipe
-    may go on with this run, and an older run may have been moved aside.
+    They are written when training starts and not before: only then is it certain that this recipe
+    may resume this run, and an older run may have been moved aside.
 
-    The plan gets the lines of what the recipe left open.
+    It also adds the recipe's decisions to the plan.
 
     Args:
         run_dir: the run folder.
         text: the recipe as YAML.
         code: the recipe's own module or package, or None.
-        plan: (decision, setting that changes it).
+        plan: (decision, setting that changes it) for each decision.
     """
 
     priority = 0
@@ -42,7 +42,7 @@ class RecordRecipe(Callback):
         self.plan = plan
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Adds to the plan, which is printed and saved after this."""
+        """Adds the decisions to the plan, which is printed and saved after this event."""
         for decision, setting in self.plan:
             trainer.plan.add(decision, setting)
 
@@ -58,10 +58,15 @@ class RecordRecipe(Callback):
 
 
 def copy_code(code: Path, folder: Path) -> None:
-    """Copies a module or package into `folder`, unless it is there already."""
+    """Copies a module or package, unless it is already there.
+
+    Args:
+        code: the file or package.
+        folder: where the copy goes.
+    """
     target = folder / code.name
     if target.resolve() == code.resolve():
-        return  # the run's own recipe is running
+        return  # this recipe runs from the run folder
     folder.mkdir(exist_ok=True)
     if code.is_dir():
         shutil.rmtree(target, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What `${name:...}` in a recipe may compute, beside OmegaConf's own `oc.*`."""
+"""Functions that `${name:...}` in a recipe may call, besides OmegaConf's own `oc.*`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from omegaconf import OmegaConf
 
 
 def length(values: Sequence[object]) -> int:
-    """`${len:${vocabulary}}`: the number of items of a list or mapping, or of a text's letters."""
+    """`${len:${vocabulary}}`: the length of a list, a mapping or a text."""
     return len(values)
 
 
 def product(*factors: float) -> float:
-    """`${multiply:${batch},${length}}`: the product; a whole number if all factors are."""
+    """`${multiply:${batch},${length}}`: the product; an integer if all factors are."""
     return math.prod(factors)
 
 
 def register_resolvers(own: Mapping[str, Callable[..., Any]] = {}) -> None:
-    """Makes them known to OmegaConf. Whoever has given a name a meaning of their own keeps it.
+    """Registers the resolvers with OmegaConf, unless the user has registered the name.
 
     Args:
-        own: further ones, which take the place of what has their name.
+        own: further resolvers, which replace any of the same name.
     """
     for name, resolver in own.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that recipes need and torch has not."""
+"""Learning-rate schedules that recipes need and torch does not have."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class WarmupCosine(LRScheduler):
     After T steps the rate stays at m times the base.
 
     Args:
-        optimizer: whose learning rates to set.
+        optimizer: the optimizer whose learning rates to set.
         total_steps: T, in calls of `step` (optimizer steps, unless the trainer's
             `lr_scheduler_interval` says otherwise).
-        warmup: W; a whole number is steps, a number below 1 a share of `total_steps`.
+        warmup: W; an integer is a number of steps, a number below 1 a fraction of `total_steps`.
         min_ratio: m, from 0 to 1.
 
     Attributes:
         warmup_steps: W in steps.
 
     Raises:
-        ConfigError: the numbers make no schedule.
+        ConfigError: the numbers are out of range.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class WarmupCosine(LRScheduler):
         min_ratio: float = 0.0,
     ) -> None:
         if isinstance(warmup, float) and not 0 <= warmup < 1:
-            raise ConfigError(f"warmup={warmup}: a share is from 0 to 1; steps are a whole number.")
+            raise ConfigError(f"warmup={warmup}: give a number of steps, or a fraction below 1.")
         self.total_steps = total_steps
         self.warmup_steps = round(warmup * total_steps) if isinstance(warmup, float) else warmup
         self.min_ratio = min_ratio
@@ -53,11 +53,11 @@ class WarmupCosine(LRScheduler):
         super().__init__(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands. Its settings are not state: a longer run has a new curve."""
+        """The schedule's position. Its settings are not state: a longer run has a new curve."""
         return {name: getattr(self, name) for name in ("last_epoch", "base_lrs", "_last_lr")}
 
     def factor(self, step: int) -> float:
-        """The share of the base learning rate at `step`."""
+        """The fraction of the base learning rate at `step`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -65,6 +65,6 @@ class WarmupCosine(LRScheduler):
         return self.min_ratio + (1 - self.min_ratio) * cosine
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of each parameter group at the present step."""
+        """The learning rate of each parameter group at the current step."""
         factor = self.factor(self.last_epoch)
         return [base * factor for base in self.base_lrs]

@@ -1,4 +1,4 @@
-"""The keys of a recipe and the types of those that are no components."""
+"""The keys of a recipe, and the types of those that are not components."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def parse(values: Mapping[str, Any], own: Collection[str], mistakes: Mistakes) -
 
     Args:
         values: the resolved recipe.
-        own: keys of the recipe's own, which others refer to and which may hold anything.
-        mistakes: takes every mistake.
+        own: the recipe's own keys, which other keys refer to and which may hold anything.
+        mistakes: collects the mistakes.
 
     Returns:
-        What is right of it, with defaults for the rest.
+        The keys without mistakes, with defaults for the rest.
     """
     known = Schema.model_fields
     values = {name: value for name, value in values.items() if name in known or name not in own}

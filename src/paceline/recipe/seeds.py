@@ -1,4 +1,4 @@
-"""Training what a recipe describes: one run, or one for each of its seeds."""
+"""Trains a recipe: one run, or one for each of its seeds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Build = Callable[[Recipe, Resume], Trainer]
 
 @dataclass(frozen=True)
 class Seeds:
-    """What came of a recipe's seeds.
+    """The results of a recipe's seeds.
 
     Attributes:
         metric: the metric that is compared: the monitored one, else "val/loss".
@@ -50,14 +50,14 @@ class Seeds:
     metrics: dict[int, dict[str, float]]
 
     def mean(self, name: str) -> float | None:
-        """The mean of a metric over the seeds; None if one of them has not measured it."""
+        """The mean of a metric over the seeds; None if one of them did not measure it."""
         values = self._values(name)
         return statistics.fmean(values) if values else None
 
     def std(self, name: str) -> float | None:
-        """The standard deviation of a sample (divided by n - 1); None for fewer than two seeds."""
+        """The sample standard deviation (divided by n - 1); None for fewer than two seeds."""
         values = self._values(name)
-        # A value that is not finite makes stdev fail, and the mean says so already.
+        # stdev fails on a value that is not finite, and the mean already shows it.
         return (
             statistics.stdev(values)
             if len(values) > 1 and all(map(math.isfinite, values))
@@ -98,49 +98,49 @@ def train_recipe(recipe: Recipe, resume: Resume, build: Build | None = None) -> 
 
     Args:
         recipe: one with a single seed.
-        resume: how the run goes on.
+        resume: how to resume.
         build: makes its Trainer; `build_trainer` unless given.
 
     Raises:
-        SystemExit: with code 75, if the run was stopped, saved, and wants to go on.
+        SystemExit: with code 75, if the run was stopped and saved, to be resumed.
     """
     trainer = build(recipe, resume) if build else build_trainer(recipe, resume=resume)
-    trainer.fit(seed=recipe.seed)  # a train() of the user's own may take no seed
+    trainer.fit(seed=recipe.seed)  # the user's own train() may take no seed
     if trainer.result.stopped_by in TO_BE_RESUMED:  # as after a signal: start the same again
         raise SystemExit(STOPPED)
     return trainer.result
 
 
 def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> Seeds:
-    """Trains a run for each seed, one after the other, in `seed_<n>` below the recipe's folder.
+    """Trains one run per seed, one after the other, in `seed_<n>` below the recipe's folder.
 
-    A run that is complete is skipped, and one that was stopped goes on. When all are done, what
-    they came to is printed and written to `seeds.json`, of this recipe's seeds alone.
+    A complete run is skipped, and a stopped one is resumed. When all are done, the results of this
+    recipe's seeds are printed and written to `seeds.json`.
 
     Args:
         recipe: one with `seeds`.
-        resume: how each of the runs goes on.
-        build: makes the Trainer of one; `build_trainer` unless given.
+        resume: how to resume each of the runs.
+        build: makes the Trainer of one run; `build_trainer` unless given.
 
     Raises:
-        ConfigError: `resume` asks for one checkpoint, of which there is one a seed; or this process
-            is a replica group.
-        SystemExit: with code 75, if a run was stopped: the same call goes on.
+        ConfigError: `resume` names one checkpoint, but each seed has its own; or this process is a
+            replica group.
+        SystemExit: with code 75, if a run was stopped; the same call resumes it.
     """
     refuse_replica_groups("several `seeds` do")
     if resume.path is not None or resume.mode == "must":
         raise ConfigError(
-            f"--resume {resume.mode}: each seed has a run of its own. Leave it out to go on with "
+            f"--resume {resume.mode}: each seed has its own run. Leave the option out to resume "
             "those that were stopped, or train one of them with `~seeds seed=...`."
         )
     runs = [recipe.of_seed(seed) for seed in recipe.seeds]
     metrics: dict[int, dict[str, float]] = {}
     for i, run in enumerate(runs):
         found = None if resume.mode == "fresh" else finished(run)
-        done = "" if found is None else " is complete already"
+        done = "" if found is None else " is already complete"
         _say(f"seed {run.seed}, {i + 1} of {len(runs)}, in {run.run_dir}{done}")
         metrics[run.seed] = found if found is not None else train_recipe(run, resume, build).metrics
-        gc.collect()  # a run's tensors before the next one's
+        gc.collect()  # frees the run's tensors before the next run
     monitor = recipe.setting("metric_monitor")
     seeds = Seeds("val/loss" if monitor is None else monitor.metric_name, metrics)
     if World().is_main:
@@ -150,15 +150,15 @@ def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> S
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
-    """The final metrics of a run that is complete and was trained by just this recipe.
+    """The final metrics of a complete run that was trained by exactly this recipe.
 
-    Without building anything. Where the recipes differ, or look something up when they are
-    composed, the trainer has to say whether the run is complete: None.
+    Builds nothing. Returns None if the recipes differ or use resolvers: then only the trainer can
+    tell whether the run is complete.
     """
     try:
         kept = (recipe.run_dir / RECIPE_FILE).read_text(encoding="utf-8")
         record = read_run(recipe.run_dir)
-        # The order of keys is no change.
+        # The order of keys does not matter.
         changed = yaml.safe_load(kept) != yaml.safe_load(recipe.text)
     except (OSError, ValueError, yaml.YAMLError):
         return None

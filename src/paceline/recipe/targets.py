@@ -1,17 +1,17 @@
 """What a recipe may name, and how a name becomes a class or a function.
 
-A recipe is text from somewhere. `_target_: torch.os.system` is a path inside torch, and torch holds
-classes that run commands or unpickle files, so a target must pass three gates:
+A recipe may come from anywhere. `_target_: torch.os.system` is a path inside torch, and torch holds
+classes that run commands or unpickle files, so a target must pass three checks:
 
 1. Its first name is torch, torchdata, paceline, the recipe's own code, a package with an entry
    point in the group "paceline", or one named by `--trust`.
-2. The path is resolved attribute by attribute; each module on it must be called what the path
-   says, and the object must come from the same package under its own name. So a module that
-   merely imported `os` or `subprocess` leads nowhere.
+2. The path is resolved attribute by attribute; each module on it must have the name in the path,
+   and the object must be defined in the same package under its own name. So a module that merely
+   imported `os` or `subprocess` leads nowhere.
 3. The object is of the kind that its slot takes. From torch and paceline only classes of that kind
-   count, from the modules that are their home, and functions of an explicit list. A function of a
-   trusted package must be annotated to return that kind; one of the recipe's own code is called,
-   and what it makes is looked at.
+   in their home modules, and functions on an explicit list, are accepted. A function of a trusted
+   package must be annotated to return that kind; one of the recipe's own code is called, and its
+   result is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Kind:
         name: the slot's name, which is also its registry (`type: name`).
         base: "module:Class" that a class must derive from.
         homes: the modules of torch and paceline whose classes may fill the slot.
-        methods: having all of these is enough for a class of the user's own.
+        methods: the user's own class is also accepted if it has all of these.
         functions: "module:name" of torch's functions that may fill the slot.
         is_value: a function is the value itself (a loss, a collate_fn); otherwise it is called to
             make the value.
@@ -62,7 +62,7 @@ class Kind:
         cls = value if inspect.isclass(value) else type(value)
         if issubclass(cls, _load(self.base)):
             return True
-        # Not hasattr: every class is callable itself, which says nothing of its instances.
+        # Not hasattr: every class is callable, whether its instances are or not.
         defined = {name for base in cls.__mro__ for name in vars(base)}
         return bool(self.methods) and defined.issuperset(self.methods)
 
@@ -123,7 +123,7 @@ KINDS: dict[str, Kind] = {
         Kind("collate_fn", "", (), is_value=True),
         Kind("callback", "paceline.trainer.callback:Callback"),
         Kind("logger", "paceline.log.sinks:Sink"),
-        # An argument of a component, where no slot says more.
+        # An argument of a component that has no slot of its own.
         Kind("part", "", ("torch.nn.modules", *_DATA, "paceline.recipe.schedules")),
     )
 }
@@ -131,7 +131,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Roots:
-    """The packages whose names this recipe may use, beyond torch's and ours.
+    """The packages whose names this recipe may use, besides torch and Paceline.
 
     Args:
         code: the name of the recipe's own module, or None.
@@ -147,7 +147,12 @@ class Roots:
 
 
 def find_target(text: str, kind: Kind, roots: Roots) -> Callable[..., Any]:
-    """The class or function that `_target_: text` names, which is not called here.
+    """Finds the class or function that `_target_: text` names; does not call it.
+
+    Args:
+        text: the dotted path.
+        kind: what the slot takes.
+        roots: the packages that the recipe may name.
 
     Raises:
         RecipeError: it may not be named, does not exist, or is not of the slot's kind.
@@ -177,7 +182,7 @@ def check_kind(text: str, target: Any, kind: Kind, *, own: bool) -> None:
         text: how the recipe names it.
         target: the class or function.
         kind: what the slot takes.
-        own: it is the user's code (or trusted), not torch's or ours.
+        own: whether it is the user's code (or trusted), not torch's or Paceline's.
 
     Raises:
         RecipeError: it may not.
@@ -195,9 +200,9 @@ def check_kind(text: str, target: Any, kind: Kind, *, own: bool) -> None:
 
 
 def _check_factory(text: str, target: Any, kind: Kind) -> None:
-    """A function of a package that is merely trusted has to say that it makes what is wanted.
+    """Checks that a function of a merely trusted package is annotated to return the slot's kind.
 
-    The recipe chooses its arguments, and a package has many functions that make something else.
+    The recipe chooses its arguments, and a package has many functions that do something else.
     """
     if inspect.isclass(target) or kind.is_value:
         return
@@ -256,7 +261,7 @@ def _import(path: str) -> ModuleType:
 
 
 def _attribute(module: ModuleType, name: str) -> Any:
-    """A module's attribute, or None: some of torch's modules answer with errors of their own."""
+    """A module's attribute, or None: some of torch's modules raise errors of their own."""
     try:
         return getattr(module, name, None)
     except Exception:  # noqa: BLE001 - for a look-up, no answer is an answer
@@ -270,6 +275,6 @@ def _load(reference: str) -> Any:
 
 @cache
 def _plugins() -> frozenset[str]:
-    """The installed packages that offer something to Paceline."""
+    """The installed packages that have an entry point for Paceline."""
     found = entry_points(group="paceline")
     return frozenset(point.value.partition(":")[0].split(".")[0] for point in found)

@@ -1,4 +1,4 @@
-"""A trained model back from its run: built as the recipe says, with a checkpoint's weights."""
+"""Loads a trained model from its run: built from the recipe, with a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -28,30 +28,33 @@ def load_model(
     model: str | None = None,
     trust: Collection[str] = (),
 ) -> torch.nn.Module:
-    """The model of a run that was trained from a recipe, on the CPU and in evaluation mode.
+    """Loads the model of a run that was trained from a recipe.
 
-    Unlike commands that only look at a run, this imports the code that the run folder keeps: call
-    it on runs that you would train. The settings are `load_recipe(run_dir / "recipe.yaml")`.
+    Unlike commands that only read a run, this imports the code in the run folder: call it only on
+    runs that you would train. The settings are `load_recipe(run_dir / "recipe.yaml")`.
 
     Args:
         run_dir: the run folder.
-        weights: "live", those that were trained, or "averaged", what a callback such as
+        weights: "live" for the trained weights, "averaged" for those that a callback such as
             `AveragedWeights` kept.
         checkpoint: "latest", "best" or a name such as "step_00000120".
-        model: which one, if the recipe has several by name.
+        model: the model's name, if the recipe has several.
         trust: as for `load_recipe`.
+
+    Returns:
+        The model, on the CPU and in evaluation mode.
 
     Raises:
         RecipeError: the recipe has mistakes, or the model cannot be built.
         ConfigError: there is no recipe, no `model:` in it, or no such checkpoint.
         CheckpointError: the checkpoint is damaged, or has no averaged weights.
-        MismatchError: the model that is built is not the one that was saved.
+        MismatchError: the model that was built differs from the saved one.
     """
     path = Path(run_dir) / RECIPE_FILE
     if not path.is_file():
         raise ConfigError(
-            f"{run_dir} has no {RECIPE_FILE} to build the model from. For a run made in Python, "
-            "load what `paceline export` writes into your model."
+            f"{run_dir} has no {RECIPE_FILE} to build the model from. For a run built in Python, "
+            "load the files that `paceline export` writes into your model."
         )
     found = find_checkpoint(run_dir, checkpoint)
     recipe = load_recipe(path, trust=trust)
@@ -77,12 +80,12 @@ def _not_there(path: Path, model: str | None, known: Collection[str]) -> str:
 
 @contextmanager
 def _as_the_run_began(seed: int) -> Iterator[None]:
-    """The random state in which the run built its model; the caller's own comes back.
+    """The random state in which the run built its model; the caller's own is restored afterwards.
 
-    What a model draws and no checkpoint holds (buffers that are not persistent) is the same again.
+    So random values that no checkpoint holds (non-persistent buffers) are the same again.
     """
     python, numpy = random.getstate(), np.random.get_state()
-    # The devices that are seeded below.
+    # The devices seeded below.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         seed_everything(seed)

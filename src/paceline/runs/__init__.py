@@ -1,4 +1,4 @@
-"""Runs that are there already: listed, compared, shown. Only reads, and never runs what it reads.
+"""Reads run folders: lists, filters and compares them. Never executes what it reads.
 
 `find_runs(folder)` finds them, `select` filters and sorts them, `differences` compares two.
 """

@@ -1,4 +1,4 @@
-"""What two runs differ in: settings, versions, code, seed; and what came of it."""
+"""The differences of two runs: settings, versions, code, seed and results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Difference:
     Attributes:
         part: "recipe", "run" (of run.json) or "result".
         key: dotted, as in a filter.
-        left, right: the two values; None also where a run does not have the key.
+        left, right: the two values; None also if a run does not have the key.
     """
 
     part: str
@@ -27,9 +27,13 @@ class Difference:
 
 
 def differences(left: RunFolder, right: RunFolder) -> list[Difference]:
-    """The recipe's keys and the facts of `run.json` that differ, then all results of both.
+    """Compares two runs: recipe keys and facts in `run.json` that differ, then all results.
 
-    Results are listed even where they are the same: that they are is worth knowing.
+    Results are listed even if they are equal, which is worth knowing.
+
+    Args:
+        left: a run.
+        right: another run.
     """
     lines = list(_differing("recipe", left.recipe, right.recipe))
     lines += _differing("run", _facts(left), _facts(right))

@@ -1,7 +1,7 @@
-"""Finds runs and reads what they say of themselves: `run.json`, rows, and the recipe's text.
+"""Finds run folders and reads them: `run.json`, rows, and the recipe's text.
 
-A run folder may come from anywhere. It is read as JSON and YAML within bounds; nothing in it is
-imported, no link in it is followed, and damage makes a run "damaged" instead of an error.
+A run folder may come from anywhere. It is read as JSON and YAML of bounded size; nothing in it is
+imported, no link in it is followed, and a broken file makes a run "damaged", not an error.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class RunFolder:
     Attributes:
         folder: the run folder.
         name: its path below the folder that was searched, e.g. `digits/baseline/seed_1`.
-        status: "complete", "stopped", "failed", "running", "killed" (it says that it is running
-            and no process trains there) or "damaged" (`problem` says why).
-        record: `run.json` as it is, empty if damaged.
-        metrics: of the last validation; of a run that has not ended, the newest logged values.
+        status: "complete", "stopped", "failed", "running", "killed" (recorded as running, but no
+            process trains there) or "damaged" (`problem` says why).
+        record: the content of `run.json`, empty if damaged.
+        metrics: of the last validation; the newest logged values of a run that has not ended.
         problem: what is wrong with `run.json`.
     """
 
@@ -58,11 +58,10 @@ class RunFolder:
 
     @cached_property
     def values(self) -> dict[str, Value]:
-        """All that `run.json` says, flat: `status`, `best`, `val/loss`, `git.commit`, ...
+        """Everything in `run.json`, flat: `status`, `best`, `val/loss`, `git.commit`, ...
 
-        What is looked at most has the names `name`, `status`, `step`, `epoch`, `monitor` (the
-        monitored metric), `best` (its best value) and `duration` (seconds of training, all starts
-        together).
+        The most important values are `name`, `status`, `step`, `epoch`, `monitor` (the monitored
+        metric), `best` (its best value) and `duration` (seconds of training in all starts).
         """
         told = {k: v for k, v in self.record.items() if k not in ("starts", "plan", "metrics")}
         if isinstance(command := told.get("command"), list):
@@ -78,14 +77,14 @@ class RunFolder:
 
     @cached_property
     def recipe(self) -> dict[str, Value]:
-        """The recipe by dotted keys, interpolations as they were written; {} if there is none."""
+        """The recipe by dotted keys, with unresolved interpolations; {} if there is none."""
         try:
             return flat(_read_yaml(self.folder / "recipe.yaml"))
         except (OSError, ValueError, yaml.YAMLError):
             return {}
 
     def get(self, key: str) -> Value:
-        """A value by its name: of `values`, or else of `recipe`; None if there is none."""
+        """A value by its name in `values`, or else in `recipe`; None if there is none."""
         if key in self.values:
             return self.values[key]
         return self.recipe.get(key)
@@ -95,13 +94,13 @@ class RunFolder:
 
 
 def find_runs(folder: Path | str) -> list[RunFolder]:
-    """Every run in a folder and below it, the latest started first.
+    """Every run in a folder and its subfolders, the latest started first.
 
     Args:
-        folder: a folder of runs, or a run. Folders below it that are links are not entered.
+        folder: a folder of runs, or a run. Links below it are not followed.
 
     Raises:
-        ConfigError: it is no folder.
+        ConfigError: the folder does not exist.
     """
     top = Path(folder)
     if not top.is_dir():
@@ -111,17 +110,17 @@ def find_runs(folder: Path | str) -> list[RunFolder]:
 
 
 def read(folder: Path, name: str | None = None) -> RunFolder:
-    """Reads one run folder; never fails, whatever lies there.
+    """Reads one run folder; never raises, whatever it contains.
 
     Args:
         folder: the run folder.
-        name: what to call it, by default its own last two names.
+        name: its name in lists, by default the last two parts of its path.
     """
     if name is None:
         name = _name(folder, folder)
     try:
         run = _read(folder, name)
-        run.values  # noqa: B018  what cannot be listed is found here
+        run.values  # noqa: B018  raises here if it cannot be listed
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         return RunFolder(folder, name, "damaged", problem=str(why))
@@ -145,7 +144,12 @@ def _read(folder: Path, name: str) -> RunFolder:
 
 
 def duration(record: Mapping[str, Any], status: str) -> float | None:
-    """Seconds of training of all starts together, as far as their ends are known."""
+    """Seconds of training in all starts of a run, as far as their ends are known.
+
+    Args:
+        record: the content of `run.json`.
+        status: the run's status; a running one is counted until now.
+    """
     starts = record.get("starts")
     parts = [p for p in starts if isinstance(p, dict)] if isinstance(starts, list) else []
     ended = record.get("ended")
@@ -165,7 +169,7 @@ def flat(tree: Any) -> dict[str, Value]:
     """The leaves of a tree of dictionaries and lists by dotted key.
 
     Raises:
-        ValueError: it is larger or deeper than any that a run writes.
+        ValueError: it is larger or deeper than any tree that a run writes.
     """
     found: dict[str, Value] = {}
     waiting: list[tuple[tuple[str, ...], Any]] = [((), tree)]
@@ -187,7 +191,7 @@ def flat(tree: Any) -> dict[str, Value]:
 
 
 def _plain(value: Any) -> Value:
-    """A leaf as a number, text, truth value or None."""
+    """A leaf as a number, text, boolean or None."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
         return math.inf if value > 0 else -math.inf  # not even Python prints one of any length
     return value if isinstance(value, Value) else str(value)
@@ -212,14 +216,14 @@ def _name(path: Path, top: Path) -> str:
 
 
 def _running_or_killed(folder: Path, record: Mapping[str, Any]) -> str:
-    """A run that calls itself running is killed if it ran here and nobody holds its folder."""
+    """A run recorded as running counts as killed if it ran here and its folder is not locked."""
     here = record.get("hostname") == socket.gethostname()
     own = here and record.get("pid") == os.getpid()
     return "killed" if here and not own and is_free(folder) else "running"
 
 
 def _read_yaml(path: Path) -> Any:
-    """A YAML file without anchors, which a run's own recipe never has: they can grow endlessly.
+    """Reads a YAML file without anchors, which could expand without bound; no run writes them.
 
     Raises:
         OSError, ValueError, yaml.YAMLError: it cannot be read, or is not such a file.
@@ -233,8 +237,8 @@ def _read_yaml(path: Path) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH or isinstance(event, yaml.AliasEvent):
-            raise ValueError("it is no recipe that a run has written")
+            raise ValueError("it is not a recipe that a run has written")
     try:
-        return yaml.load(text, Loader=_YAML)  # a SafeLoader, in C where there is one
+        return yaml.load(text, Loader=_YAML)  # a SafeLoader, in C if available
     except (AttributeError, TypeError, OverflowError) as error:  # PyYAML's own, for odd scalars
         raise ValueError(str(error)) from error

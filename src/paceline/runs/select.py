@@ -1,4 +1,4 @@
-"""Chooses among runs: filters such as `val/accuracy>0.9`, and the order they are listed in."""
+"""Filters runs, e.g. with `val/accuracy>0.9`, and sorts them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _CONSTANTS: dict[str, Value] = {"true": True, "false": False, "null": None}
 class Filter:
     """One condition on a run.
 
-    Numbers are compared as numbers, all else as text; `~` asks whether the text contains another,
-    in capitals or not. A run that does not have the key does not match, whatever the operator.
+    Numbers are compared as numbers, anything else as text; `~` tests whether the text contains
+    another, ignoring case. A run without the key does not match, whatever the operator.
 
     Args:
         key: a name of `RunFolder.get`.
         operator: one of = != < <= > >= ~
-        wanted: what stands on its right.
+        wanted: the right-hand side.
     """
 
     key: str
@@ -38,16 +38,16 @@ class Filter:
 
     @staticmethod
     def parse(text: str) -> Filter:
-        """Reads `KEY OPERATOR VALUE`.
+        """Parses `KEY OPERATOR VALUE`.
 
         Raises:
-            ConfigError: it is no such thing.
+            ConfigError: the text has another form.
         """
         match = _FILTER.fullmatch(text.strip())
         if match is None:
             raise ConfigError(
-                f"{printable(text)!r} is no filter. A filter is KEY, one of = != < <= > >= ~, and "
-                "a value: 'val/accuracy>0.9' (in quotes, or the shell takes > for itself)."
+                f"{printable(text)!r} is not a filter. A filter is KEY, one of = != < <= > >= ~, "
+                "and a value: 'val/accuracy>0.9' (in quotes, or the shell interprets the >)."
             )
         return Filter(*match.groups())
 
@@ -77,15 +77,16 @@ def select(
     """The runs that meet all filters, in order.
 
     Args:
-        runs: as `find_runs` gives them.
+        runs: from `find_runs`.
         filters: e.g. `"val/accuracy>0.9"`, `"model.depth=4"`, `"name~digits"`.
         sort: a name of `RunFolder.get`, smallest first; runs without it come last. None keeps the
             order.
-        reverse: the other way round.
-        limit: at most so many, of the first.
+        reverse: reverse the order.
+        limit: the most runs to return.
 
     Raises:
-        ConfigError: a filter cannot be read, or no run has its key; the nearest names are told.
+        ConfigError: a filter is malformed, or no run has its key; the message suggests the nearest
+            names.
     """
     conditions = [Filter.parse(f) if isinstance(f, str) else f for f in filters]
     check_keys(runs, [c.key for c in conditions] + ([] if sort is None else [sort]))
@@ -100,10 +101,14 @@ def select(
 
 
 def check_keys(runs: Sequence[RunFolder], keys: Iterable[str]) -> None:
-    """Whether each key is one that at least one run has.
+    """Checks that at least one run has each of the keys.
+
+    Args:
+        runs: the runs.
+        keys: names of `RunFolder.get`.
 
     Raises:
-        ConfigError: naming the nearest known ones.
+        ConfigError: no run has a key; the message suggests the nearest ones.
     """
     for key in keys:
         if runs and not any(key in run for run in runs):
@@ -111,13 +116,13 @@ def check_keys(runs: Sequence[RunFolder], keys: Iterable[str]) -> None:
             near = [printable(name) for name in _nearest(key, known)]
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
             raise ConfigError(
-                f"no run here has {printable(key)!r}{hint} Names are those of run.json, of its "
+                f"no run here has {printable(key)!r}{hint} Names are those in run.json, of its "
                 "metrics, and the recipe's dotted keys."
             )
 
 
 def _nearest(key: str, known: Iterable[str]) -> list[str]:
-    """The three nearest names, a part of a dotted name (`lr` of `optimizer.lr`) among them."""
+    """The three nearest names; parts of dotted names (`lr` of `optimizer.lr`) count too."""
     parts: dict[str, list[str]] = {}
     for name in sorted(known):
         for part in {name, re.split(r"[./]", name)[-1]}:
@@ -151,5 +156,5 @@ def _sortable(value: Value) -> bool:
 
 
 def _order(value: Any) -> tuple[bool, Any]:
-    """Numbers before text: the two cannot be compared."""
+    """Sorts numbers before text, which cannot be compared."""
     return (True, value) if isinstance(value, str) else (False, value)

@@ -1,4 +1,4 @@
-"""Values from run folders as text for a terminal. Nothing a folder holds gets there raw."""
+"""Values from run folders as text for a terminal, with control characters escaped."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ LONGEST = 120
 
 
 def printable(value: Any, longest: int | None = None) -> str:
-    r"""Text in which whatever is not printable is escaped (`\x1b`).
+    r"""Text in which characters that are not printable are escaped (`\x1b`).
 
-    A terminal obeys what it is sent: an escape sequence in a run's name could hide other runs, or
-    retitle the window.
+    A terminal interprets escape sequences: one in a run's name could hide other runs, or change the
+    window's title.
 
     Args:
         value: what to show.
-        longest: characters after which it is cut.
+        longest: the most characters to show.
     """
     text = value if isinstance(value, str) else str(value)
     if longest is not None and len(text) > longest:
@@ -25,7 +25,12 @@ def printable(value: Any, longest: int | None = None) -> str:
 
 
 def cell(key: str, value: Any) -> str:
-    """One value as a table shows it: floats to five digits, times to the minute."""
+    """Formats a value for a table: floats to five digits, times to the minute.
+
+    Args:
+        key: the value's name, as in `RunFolder.get`.
+        value: the value.
+    """
     if value is None:
         return ""
     if isinstance(value, bool):

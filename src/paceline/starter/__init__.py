@@ -1,4 +1,4 @@
-"""A starter project: a recipe, its trainer, and a test that holds. `paceline new` writes it."""
+"""A starter project: a recipe, its trainer, and a test that passes. `paceline new` writes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from paceline.errors import ConfigError
 
-# Template -> file. The templates are no .py files: they are not a part of this package's code.
+__all__ = ["new_project"]
+
+# Template -> file. The templates are not .py files: they are not part of this package's code.
 _FILES = {
     "recipe.yaml": "recipe.yaml",
     "trainer.py.txt": "{name}.py",
@@ -22,29 +24,29 @@ _PLACEHOLDER = "__NAME__"
 
 
 def new_project(name: str, folder: Path | str = ".") -> list[Path]:
-    """Writes a small project that trains, and that can be changed into one's own.
+    """Writes a small project that trains, as a starting point.
 
     Args:
-        name: of the project, its folder and its Python module.
-        folder: where the project's folder is made.
+        name: the name of the project, its folder and its Python module.
+        folder: where to create the project's folder.
 
     Returns:
         The files written.
 
     Raises:
-        ConfigError: the name cannot be a module's or belongs to another one, or there is a folder
-            of that name already (which stays as it is).
+        ConfigError: the name is not a module name or belongs to another module, or the folder
+            already exists (and is not changed).
     """
-    check_name(name)
+    _check_name(name)
     project = Path(folder) / name
     try:
         project.mkdir(parents=True)
     except FileExistsError:
         raise ConfigError(
-            f"{project} exists already and is left alone; choose another name or --folder."
+            f"{project} already exists and is left alone; choose another name or --folder."
         ) from None
     except OSError as error:
-        raise ConfigError(f"{project} cannot be made: {error.strerror}.") from None
+        raise ConfigError(f"{project} cannot be created: {error.strerror}.") from None
     written = []
     for template, target in _FILES.items():
         text = (resources.files(__name__) / template).read_text(encoding="utf-8")
@@ -54,11 +56,11 @@ def new_project(name: str, folder: Path | str = ".") -> list[Path]:
     return written
 
 
-def check_name(name: str) -> None:
-    """Whether a recipe's code may have this name.
+def _check_name(name: str) -> None:
+    """Checks that a recipe's code may have this name.
 
     Raises:
-        ConfigError: it may not; a name that could be meant is suggested.
+        ConfigError: it may not; the message suggests another name.
     """
     if not name.isidentifier() or not name.isascii() or name.startswith("_"):
         plain = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_").lower()
@@ -68,11 +70,11 @@ def check_name(name: str) -> None:
             f"{_suggestion(plain)}"
         )
     if keyword.iskeyword(name) or keyword.issoftkeyword(name):
-        raise ConfigError(f"{name!r} is a word of Python itself{_suggestion(f'{name}_project')}")
+        raise ConfigError(f"{name!r} is a Python keyword{_suggestion(f'{name}_project')}")
     if name in sys.stdlib_module_names or _is_installed(name):
         raise ConfigError(
-            f"the name {name!r} belongs to a module that is installed here, which the project's "
-            f"own would hide{_suggestion(f'{name}_project')}"
+            f"the name {name!r} belongs to an installed module, which the project's own would "
+            f"hide{_suggestion(f'{name}_project')}"
         )
 
 
@@ -81,10 +83,10 @@ def _suggestion(name: str) -> str:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether `import name` finds something, which is not imported to find out."""
+    """Whether `import name` would find a module; does not import it."""
     try:
         spec = importlib.util.find_spec(name)
-    except ValueError:  # a module that was made by hand
+    except ValueError:  # a module without a spec, created by hand
         return True
-    # A plain folder beside the caller would be found too, as a package without code.
+    # A plain folder beside the caller is found too, as a package without code.
     return spec is not None and spec.origin is not None

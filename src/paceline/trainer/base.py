@@ -164,11 +164,21 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """The mean loss over a batch's items."""
+        """The mean loss over a batch's items.
+
+        Args:
+            batch: on the device.
+            batch_idx: its index in the epoch, on this rank.
+        """
 
     @abstractmethod
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs what a validation measures."""
+        """Logs what a validation measures.
+
+        Args:
+            batch: on the device.
+            batch_idx: its index in the validation, on this rank.
+        """
 
     @abstractmethod
     def get_val_metrics(self) -> dict[str, Any]:
@@ -407,7 +417,12 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.recorder.log_loss(loss)
 
     def log_timing(self, name: str, value: float) -> None:
-        """Adds a measurement (speed, memory) to the next row of timing.jsonl."""
+        """Adds a measurement (speed, memory) to the next row of timing.jsonl.
+
+        Args:
+            name: the measurement's name.
+            value: its value.
+        """
         self.recorder.add_timing(name, value)
 
     def note_gradient_norm(self, norm: torch.Tensor) -> None:

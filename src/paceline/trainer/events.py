@@ -129,7 +129,13 @@ class Events(SimpleNamespace):
 
 
 def overrides(listener: object, name: str, base: type) -> bool:
-    """Whether a method is overridden, on the listener's class or on the instance itself."""
+    """Whether a method is overridden, on the listener's class or on the instance itself.
+
+    Args:
+        listener: an instance of a subclass of `base`.
+        name: the method's name.
+        base: the class that defines the method.
+    """
     return name in vars(listener) or getattr(type(listener), name, None) is not getattr(base, name)
 
 

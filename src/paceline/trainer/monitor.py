@@ -80,8 +80,12 @@ class MetricMonitor:
 def metric_of(metrics: dict[str, float], name: str) -> float:
     """A validation's metric by its name.
 
+    Args:
+        metrics: the validation's metrics.
+        name: the metric's name.
+
     Raises:
-        MetricError: it is not among them; those that are get listed.
+        MetricError: there is no such metric; the message lists those that there are.
     """
     if name not in metrics:
         raise MetricError(

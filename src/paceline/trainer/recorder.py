@@ -71,7 +71,12 @@ class Recorder:
         return {**self._counters(), **self._rates(), **means}
 
     def add_timing(self, name: str, value: float) -> None:
-        """Adds a measurement to the next timing row."""
+        """Adds a measurement to the next timing row.
+
+        Args:
+            name: the measurement's name.
+            value: its value.
+        """
         self._timing[name] = value
 
     def write(self, row: dict[str, Any]) -> None:
@@ -88,7 +93,12 @@ class Recorder:
             sink.write_timing(timing)
 
     def validation_metrics(self, own: dict[str, float], samples: float) -> dict[str, float]:
-        """All metrics of a validation: logged ones, and a trainer's own weighted by items."""
+        """All metrics of a validation: those logged, and the trainer's own, averaged over ranks.
+
+        Args:
+            own: the metrics of `get_val_metrics` on this rank.
+            samples: this rank's items in the validation, the weight of its own metrics.
+        """
         ours = {name: (float(value) * samples, samples) for name, value in own.items() if samples}
         parts = self._world.gather_parts((self.val.sums(), ours))
         self.val.reset()

@@ -154,7 +154,13 @@ class ReplicaGroups:
     def open_training(
         self, loader: Iterable[Any], size: WindowSize, seed: int, world: World
     ) -> Any:
-        """The training data; the arguments are those of `open_training` without groups.
+        """Opens the training data, split over the groups.
+
+        Args:
+            loader: a DataLoader over a map-style dataset.
+            size: samples in a window and micro-batches in an epoch.
+            seed: the run's seed.
+            world: this group's ranks.
 
         Raises:
             ConfigError: something about the components does not exist yet with groups.
@@ -471,7 +477,12 @@ class KeptRows(Sink):
         return {"rows": self._dropped + len(self.kept)}
 
     def restore(self, rows: int, kept: list[list[Any]]) -> None:
-        """Stands behind so many rows, the last of which are kept."""
+        """Restores the rows of another group.
+
+        Args:
+            rows: their number since the beginning of the run.
+            kept: the last of them, pairs of a metrics row and a timing row.
+        """
         self._dropped, self.kept = rows - len(kept), list(kept)
 
     def behind(self, rows: int) -> list[list[Any]]:

@@ -66,7 +66,12 @@ class Resume:
 
 
 def unknown_keyword(names: dict[str, Any], trainer: type) -> ConfigError:
-    """The error for keywords that the Trainer does not have; another system's get ours named."""
+    """The error for keywords that the Trainer does not have.
+
+    Args:
+        names: the unknown keywords; those of other systems are translated.
+        trainer: the class, whose constructor's keywords are suggested.
+    """
     known = [name for name in inspect.signature(trainer).parameters if name != "unknown"]
     lines = [
         f"{name}: "

@@ -83,14 +83,24 @@ class StagedStep:
         seed_everything(mix(mix(self._key, j), self._pipeline.index))
 
     def loss_of(self, outputs: Any, j: int) -> torch.Tensor:
-        """The mean loss of the j-th micro-batch; on the last stage alone."""
+        """The mean loss of a micro-batch; called on the last stage.
+
+        Args:
+            outputs: of the last stage.
+            j: the micro-batch's index in the window.
+        """
         with self._pipeline.autocast:
             loss = whole(self._loss_fn(outputs, self._targets[j]))
         check_loss(loss, giver="loss_fn")
         return loss
 
     def loss_to_send(self, outputs: Any, j: int) -> torch.Tensor:
-        """The loss that the backward pass of the j-th micro-batch begins with."""
+        """The loss with which a micro-batch's backward pass begins; called on the last stage.
+
+        Args:
+            outputs: of the last stage.
+            j: the micro-batch's index in the window.
+        """
         loss = self.loss_of(outputs, j)
         self._losses[j] = loss.detach()
         weight = self._weights[j]

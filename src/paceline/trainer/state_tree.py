@@ -255,13 +255,24 @@ def replayed(schedulers: list[Any], stored: list[dict[str, Any]]) -> list[dict[s
 
 
 def load_schedule(scheduler: Any, stored: dict[str, Any], changed: list[str]) -> None:
-    """Loads a scheduler's state, but for the settings in `changed`, which stay as they are."""
+    """Loads a scheduler's state, except changed settings.
+
+    Args:
+        scheduler: the scheduler to load into.
+        stored: its state in the checkpoint.
+        changed: names of settings that keep their current values.
+    """
     kept = {name: vars(scheduler)[name] for name in changed if name in vars(scheduler)}
     scheduler.load_state_dict(stored)
     vars(scheduler).update(kept)
 
 
 def put(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]]) -> None:
-    """Writes what `replayed` gave, after the optimizer's state was loaded."""
+    """Sets the scheduled values of an optimizer, after its state was loaded.
+
+    Args:
+        optimizer: the optimizer, which is changed.
+        wanted: the values of each parameter group, from `replayed`.
+    """
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
         group.update(values)

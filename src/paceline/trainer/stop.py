@@ -210,9 +210,14 @@ class StopAgreement:
         return point >= self._wait()
 
     def abandons(self, point: int, batch: int = 0) -> bool:
-        """Whether to leave the validation on the way to `point` before its `batch`.
+        """Whether to abandon a validation before a batch; to be called after `hold`.
 
-        True on every rank at the same batch, if it has that many. To be called after `hold`.
+        Args:
+            point: the point that follows the validation.
+            batch: the index of the batch on this rank.
+
+        Returns:
+            True on every rank at the same batch, if the rank has that many.
         """
         if self._world.size == 1:
             return self._request is not None

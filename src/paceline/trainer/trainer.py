@@ -155,11 +155,24 @@ class Trainer(TrainerBase):
         return self.loss_fn(self.model(inputs), targets)  # pyright: ignore[reportCallIssue,reportOptionalCall]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """The mean loss over a batch's items, or independent losses by optimizer name."""
+        """The mean loss over a batch's items, or independent losses by optimizer name.
+
+        Args:
+            batch: as the loader yields it, on the device.
+            batch_idx: its index in the epoch, on this rank.
+
+        Returns:
+            A tensor of one element, or several by optimizer name.
+        """
         return self.loss(batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs what a validation measures; by default the loss, as "val/loss"."""
+        """Logs what a validation measures; by default the loss, as "val/loss".
+
+        Args:
+            batch: as the loader yields it, on the device.
+            batch_idx: its index in the validation, on this rank.
+        """
         self.log("val/loss", self.loss(batch))
 
     def get_val_metrics(self) -> dict[str, Any]:
@@ -365,10 +378,14 @@ class Trainer(TrainerBase):
         self.progress.batch = 0
 
     def checkpoint(self, reasons: Sequence[str] = ("asked for",), *, best: bool = False) -> None:
-        """Saves all state at this boundary; asked for within a window, at the one behind it.
+        """Saves all state at this boundary or, if called within a window, at the next one.
 
-        On several ranks each of them has to ask, in the same window. What ends a run (the reasons
-        "stop" and "end") is waited for.
+        If there are several ranks, all of them have to call it in the same window.
+
+        Args:
+            reasons: recorded in the manifest; with "stop" or "end", which end a run, the call
+                returns only when the checkpoint is on the disk.
+            best: whether it is the best checkpoint so far.
         """
         run = self._at_hand
         if run.saver is None or self.checkpoint_policy is None:

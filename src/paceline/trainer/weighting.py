@@ -10,7 +10,12 @@ from paceline.errors import LossError
 
 
 def weighted(loss: torch.Tensor, weight: Any) -> torch.Tensor:
-    """A mean loss times its weight in the window; of no items it may be anything."""
+    """Multiplies a micro-batch's mean loss by its weight in the window.
+
+    Args:
+        loss: a scalar; it may be anything, NaN too, if the weight is zero.
+        weight: a number, or a scalar on the device.
+    """
     if isinstance(weight, torch.Tensor):
         return torch.where(weight == 0, 0.0, loss * weight)
     return loss if weight == 1.0 else loss * weight

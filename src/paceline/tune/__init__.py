@@ -1,4 +1,4 @@
-"""RunConfig: one YAML file of dotted paths and keyword dictionaries, trained once for each seed."""
+"""RunConfig: one YAML file of dotted paths and keyword dictionaries, trained once per seed."""
 
 from __future__ import annotations
 

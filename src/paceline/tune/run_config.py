@@ -1,8 +1,8 @@
 """RunConfig: a configuration of dotted paths and keyword dictionaries.
 
-It is the shorter cousin of a recipe, for whoever keeps `net:`, `optimizer:` and their `_config`s in
-one flat file. Names are resolved, arguments checked and objects built by the recipes' own checker
-and builder, under the same rules.
+It is a shorter form of a recipe, for users who keep `net:`, `optimizer:` and their `_config`s in
+one flat file. The recipes' own checker and builder resolve names, check arguments and build
+objects, under the same rules.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """When to give up.
+    """When to stop early.
 
     Attributes:
-        enabled: whether to.
-        patience: epochs in a row that bring nothing better.
+        enabled: whether to stop early at all.
+        patience: epochs in a row without improvement.
         mode: whether lower or higher is better.
-        min_delta: by which share of the best value's magnitude a value must beat it.
+        min_delta: the least improvement that counts, as a fraction of the best value's magnitude.
     """
 
     enabled: bool = False
@@ -56,14 +56,14 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep; without `enabled`, the last epoch's state alone.
+    """When to save and what to keep; without `enabled`, only the last epoch's state.
 
     Attributes:
-        enabled: whether what follows applies.
-        save_every_n_epochs: 0 for none but the best and the last.
+        enabled: whether the other settings apply.
+        save_every_n_epochs: 0 to save only the best and the last.
         keep_last_k: checkpoints to keep beside the best.
         save_best: save whenever the metric is the best so far.
-        monitor: that metric; `val_loss` is Paceline's "val/loss".
+        monitor: the metric; `val_loss` is Paceline's "val/loss".
         mode: whether lower or higher is better.
     """
 
@@ -77,30 +77,30 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run's settings, frozen through and through: change them with `with_overrides`.
+    """A run's settings, frozen at every depth: change them with `with_overrides`.
 
     Attributes:
         project: the folder of its runs, `runs/<project>`.
-        device: "cpu" or "cuda", handed to the model; it has to be where Paceline computes.
+        device: "cpu" or "cuda", passed to the model; it has to be the device Paceline uses.
         seeds: one run each.
-        net: class of the model, made as `net(net_config, device=device)`.
-        optimizer: its class, made as `optimizer(parameters, **optimizer_config)`.
-        scheduler: its class, made as `scheduler(optimizer, **scheduler_config)`; it steps once an
-            epoch.
+        net: the model's class, called as `net(net_config, device=device)`.
+        optimizer: the optimizer's class, called as `optimizer(parameters, **optimizer_config)`.
+        scheduler: the scheduler's class, called as `scheduler(optimizer, **scheduler_config)`; it
+            steps once per epoch.
         epochs: passes over the data.
         batch_size: of both loaders.
         net_config, optimizer_config, scheduler_config, criterion_config: the arguments.
-        early_stopping_config: when to give up.
-        criterion: class of the loss, made as `criterion(**criterion_config)`.
-        data: function without arguments that returns a training and a validation set of pairs.
+        early_stopping_config: when to stop early.
+        criterion: the loss's class, called as `criterion(**criterion_config)`.
+        data: a function without arguments that returns a training and a validation set of pairs.
         checkpoint_config: when to save and what to keep.
         monitor: the metric that early stopping watches.
         wandb: has to be false: there is no such tracker yet.
-        trust: packages beyond torch, Paceline and the modules beside `source` that may be named.
+        trust: packages that may be named besides torch, Paceline and the modules beside `source`.
         source: the YAML file this was read from, or None.
 
     Raises:
-        RecipeError: all mistakes, each with its key.
+        RecipeError: there are mistakes; each is listed with its key.
     """
 
     project: str
@@ -141,27 +141,28 @@ class RunConfig:
     def from_yaml(
         cls, path: Path | str, overrides: Sequence[str] = (), *, trust: Collection[str] = ()
     ) -> RunConfig:
-        """Reads a configuration and checks what can be checked without importing anything.
+        """Reads a configuration and checks it as far as possible without importing anything.
 
         Args:
             path: the YAML file.
             overrides: `key=value` changes, in Hydra's grammar.
-            trust: further packages that the file may name things from.
+            trust: further packages whose classes and functions the file may name.
 
         Raises:
-            RecipeError: all mistakes, each with file, line, key and the nearest right name.
+            RecipeError: there are mistakes; each is listed with file, line, key and the nearest
+                right name.
         """
         composed = compose(path, overrides)
         mistakes = composed.mistakes()
         values = composed.resolve(mistakes)
         if "oc.env:" in composed.text():
-            mistakes.add((), "a RunConfig is written out as it is: no look-ups in the environment.")
+            mistakes.add((), "a RunConfig is stored as written: it takes no environment look-ups.")
         _check(values, RunConfig, (), mistakes)
         mistakes.raise_any(composed.path)
         return cls(**values, trust=tuple(trust), source=composed.path)
 
     def to_yaml(self, path: Path | str) -> None:
-        """Writes what `from_yaml` reads, in the order of the keys above."""
+        """Writes a file that `from_yaml` reads, in the order of the keys above."""
         with replacing(Path(path)) as file:
             yaml.safe_dump(self.to_dict(), file, sort_keys=False)
 
@@ -176,8 +177,8 @@ class RunConfig:
     def with_overrides(self, **changes: Any) -> RunConfig:
         """A new configuration with some settings changed; dictionaries are merged at every depth.
 
-        Where another `net`, `optimizer`, `scheduler` or `criterion` is named, its `_config` starts
-        empty, since the old one's arguments are not its own.
+        If another `net`, `optimizer`, `scheduler` or `criterion` is named, its `_config` starts
+        empty, since the old arguments belong to the old class.
         """
         values = {**self.to_dict(), "trust": self.trust, "source": self.source}
         for part in _PARTS:
@@ -188,43 +189,43 @@ class RunConfig:
     # Building
 
     def create_model(self) -> torch.nn.Module:
-        """The model. Seed the generators first for weights that can be had again."""
+        """Builds the model. Seed the generators first for reproducible weights."""
         return self._build("net")
 
     def create_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a model's parameters."""
+        """Builds the optimizer of a model's parameters."""
         return self._build("optimizer", params=model.parameters())
 
     def create_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The schedule of an optimizer's learning rate."""
+        """Builds the scheduler of an optimizer."""
         return self._build("scheduler", optimizer=optimizer)
 
     def create_criterion(self) -> Any:
-        """The loss, called with outputs and targets."""
+        """Builds the loss, called with outputs and targets."""
         return self._build("criterion")
 
     def create_dataloaders(self) -> tuple[DataLoader, DataLoader]:
-        """The loaders of what `data` returns: the first is shuffled.
+        """Builds the loaders of the two sets that `data` returns; the first is shuffled.
 
         Raises:
-            ConfigError: it returns no two sets.
+            ConfigError: `data` does not return two sets.
         """
         sets = self._components()["data"].target()
         if not isinstance(sets, tuple) or len(sets) != 2:
-            raise ConfigError(f"data: {self.data} returned no (training set, validation set).")
+            raise ConfigError(f"data: {self.data} did not return (training set, validation set).")
         train, val = sets
         return DataLoader(train, self.batch_size, shuffle=True), DataLoader(val, self.batch_size)
 
     def validate_for_execution(self) -> None:
-        """Imports everything that is named and checks all arguments; builds nothing.
+        """Imports every named class and function and checks all arguments; builds nothing.
 
         Raises:
-            RecipeError: all mistakes, each with its key.
+            RecipeError: there are mistakes; each is listed with its key.
         """
         self._components()
 
     def validate_semantics(self) -> list[str]:
-        """What is allowed and yet hardly meant, one line each."""
+        """Settings that are allowed but probably a mistake, one line each."""
         found = []
         rate, length = self.optimizer_config.get("lr"), self.scheduler_config.get("T_max")
         patience = self.early_stopping_config.patience
@@ -243,10 +244,10 @@ class RunConfig:
 
     @property
     def group(self) -> str:
-        """The name that these settings share over seeds, devices and numbers of epochs.
+        """The name that these settings share across seeds, devices and numbers of epochs.
 
-        What cannot change in a run that goes on is in it: the model, optimizer, schedule, loss,
-        data and batch size.
+        It is made from the settings that a resumed run cannot change: the model, optimizer,
+        schedule, loss, data and batch size.
         """
         shown = [name.rpartition(".")[2] for name in (self.net, self.optimizer)]
         values = self.to_dict()
@@ -290,12 +291,12 @@ class RunConfig:
         try:
             wanted = torch.device(self.device)
         except RuntimeError:
-            return mistakes.add(("device",), f"{self.device!r} is no device.")
+            return mistakes.add(("device",), f"{self.device!r} is not a device.")
         if wanted.type != here.type or wanted.index not in (None, here.index):
             mistakes.add(
                 ("device",),
-                f"{self.device!r}, but Paceline computes on {here} here: it takes the accelerator "
-                "that there is, and CUDA_VISIBLE_DEVICES says which (none, if empty).",
+                f"{self.device!r}, but Paceline computes on {here} here: it uses the accelerator "
+                "if there is one, and CUDA_VISIBLE_DEVICES chooses which (none, if empty).",
             )
 
     def _roots(self, mistakes: Mistakes) -> Roots:
@@ -314,7 +315,7 @@ class RunConfig:
         return Roots(None, (*self.trust, *found))
 
 
-# Part -> its kind, and the arguments that are given to it.
+# Part -> its kind, and the arguments that Paceline gives it.
 _PARTS = {
     "net": ("model", ()),
     "optimizer": ("optimizer", ("params",)),
@@ -330,7 +331,7 @@ _NOT_IN_YAML = ("trust", "source")
 
 
 def _target(config: RunConfig, part: str, kind: Kind, checker: Checker) -> Any:
-    """What a part's dotted path names, or None if that is a mistake."""
+    """The class or function that a part's dotted path names, or None if that is a mistake."""
     try:
         return find_target(getattr(config, part), kind, checker.roots)
     except (ConfigError, ImportError) as error:
@@ -346,7 +347,7 @@ def _load(name: str, folder: Path, mistakes: Mistakes) -> None:
 
 
 def _check(values: Mapping[str, Any], cls: type, path: Place, mistakes: Mistakes) -> None:
-    """Notes unknown and missing keys, wrong types and limits, of a section or the whole."""
+    """Adds mistakes for unknown or missing keys and wrong types or limits in a section."""
     hints = get_type_hints(cls, include_extras=True)
     known = {each.name: each for each in fields(cls) if each.name not in _NOT_IN_YAML}
     for name in values:
@@ -369,7 +370,7 @@ def _check(values: Mapping[str, Any], cls: type, path: Place, mistakes: Mistakes
 
 
 def _anything(value: Any) -> None:
-    """No limit beyond the type."""
+    """Accepts any value of the right type."""
 
 
 def _dotted_path(value: str) -> None:
@@ -379,7 +380,7 @@ def _dotted_path(value: str) -> None:
 
 def _no_tracker(value: bool) -> None:
     if value:
-        raise ValueError("there is no wandb tracker yet; say `wandb: false`.")
+        raise ValueError("there is no wandb tracker yet; write `wandb: false`.")
 
 
 _MORE: dict[str, Callable[[Any], Any]] = {
@@ -405,7 +406,7 @@ def _plain(value: Any) -> Any:
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`old` with `new` over it, mappings within mappings likewise."""
+    """`old` updated with `new`, at every depth."""
     merged = dict(old)
     for key, value in new.items():
         both = isinstance(value, Mapping) and isinstance(old.get(key), Mapping)

@@ -1,4 +1,4 @@
-"""`run`: trains what a RunConfig describes, one run for each seed."""
+"""`run`: trains a RunConfig, one run per seed."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ def run(
     resume: str | Resume = "auto",
     **settings: Any,
 ) -> float:
-    """Trains one run for each seed, in `runs/<project>/<group>/seed_<n>`.
+    """Trains one run per seed, in `runs/<project>/<group>/seed_<n>`.
 
-    A run that is complete trains no more, one that was stopped goes on; other settings have other
-    folders. What the seeds came to is written to `seeds.json` there.
+    A complete run is skipped, and a stopped one is resumed; other settings have other folders. The
+    results of the seeds are written to `seeds.json` there.
 
     Args:
         config: the settings.
-        dl_train, dl_val: the loaders, unless `config.data` is to give them.
+        dl_train, dl_val: the loaders; by default those of `config.data`.
         trainer: a subclass of Trainer, or a function with its keywords.
         resume: the Trainer's `resume`.
         **settings: further keywords of the Trainer, such as `callbacks` or `progress`.
 
     Returns:
-        The mean over the seeds of each last validation's loss.
+        The mean over the seeds of the last validation's loss.
 
     Raises:
-        ConfigError: of the loaders only one is given, or no loss was measured; or this process is a
-            replica group.
-        Preempted: a run was stopped, and saved: the same call goes on.
+        ConfigError: only one of the loaders is given, no validation loss was logged, or this
+            process is a replica group.
+        Preempted: a run was stopped and saved; the same call resumes it.
     """
     refuse_replica_groups("runs for several seeds do")
     config.validate_for_execution()

@@ -19,21 +19,20 @@ class DeviceParameters:
     """Layout, precision and compilation of a run.
 
     Args:
-        param_dtype: what models compute in: float32, or bfloat16 or float16 by autocast. Sharded
-            parameters are gathered in it; what is kept stays as it is.
+        param_dtype: the dtype that models compute in: float32, or bfloat16 or float16 by autocast.
+            Sharded parameters are gathered in it; weights keep their own dtype.
         compile_model: compile the models in place.
-        checkpoint_activations: keep the inputs of the models' repeated blocks alone, and compute
-            the rest once more in the backward pass.
-        activation_memory_budget: the part of its activations, from 0 to 1, that a compiled model
-            keeps; the rest is computed once more.
+        checkpoint_activations: keep only the inputs of the models' repeated blocks, and recompute
+            the rest in the backward pass.
+        activation_memory_budget: the fraction of its activations, from 0 to 1, that a compiled
+            model keeps; the rest is recomputed.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory.
-        dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
-        dp_shard: processes over which each copy is sharded (FSDP2); `"auto"` takes all there are.
-        tensor_parallel, context_parallel, pipeline_parallel: further sizes of the layout; those
-            that `Parallel` does not have yet are refused.
+        dp_replicate: replicas of the model's state; `"auto"` for as many as the processes allow.
+        dp_shard: processes over which each replica is sharded (FSDP2); `"auto"` for all.
+        tensor_parallel, context_parallel, pipeline_parallel: further sizes of the layout.
 
     Raises:
-        ConfigError: a layout or dtype that does not exist.
+        ConfigError: the layout or dtype does not exist.
     """
 
     param_dtype: torch.dtype = torch.float32
@@ -53,20 +52,19 @@ class DeviceParameters:
             raise ConfigError(f"param_dtype={self.param_dtype}: expected one of {names}.")
         if self.dp_shard == "auto" and self.dp_replicate == "auto":
             raise ConfigError(
-                "dp_shard='auto' and dp_replicate='auto' leave open which of them takes the "
-                "processes: give one of them a number."
+                "dp_shard='auto' and dp_replicate='auto' are ambiguous: give one of them a number."
             )
         if self.checkpoint_activations and self.activation_memory_budget != 1:
             raise ConfigError(
                 "checkpoint_activations=True and activation_memory_budget="
-                f"{self.activation_memory_budget}: the first keeps nothing of a block but its "
-                "inputs, the second a part; give one of them."
+                f"{self.activation_memory_budget}: the first keeps only the inputs of blocks, the "
+                "second a fraction of all activations; give one of them."
             )
-        self.parallel  # noqa: B018  refuses a layout that does not exist, before anything is built
+        self.parallel  # noqa: B018  raises if the layout does not exist, before anything is built
 
     @property
     def parallel(self) -> Parallel:
-        """The layout, in the world that this process is part of now."""
+        """The layout, in this process's current world."""
         budget = None if self.activation_memory_budget == 1 else self.activation_memory_budget
         return Parallel(
             dp_replicate=self.dp_replicate,
@@ -84,7 +82,7 @@ class DeviceParameters:
         return max(1, _processes() // max(1, others * self.pipeline_parallel))
 
     def settings(self) -> dict[str, Any]:
-        """The same as keywords of `Trainer`."""
+        """These settings as keywords of `Trainer`."""
         return {
             "parallel": self.parallel,
             "precision": _PRECISIONS[self.param_dtype],
@@ -98,22 +96,32 @@ class DeviceParameters:
 
     @classmethod
     def DDP(cls, **others: Any) -> DeviceParameters:
-        """A replica on each process."""
+        """One replica on each process."""
         return cls(dp_replicate="auto", **others)
 
     @classmethod
     def FSDP(cls, dp_shard: int | Literal["auto"] = "auto", **others: Any) -> DeviceParameters:
-        """State sharded over `dp_shard` processes, all there are unless given."""
+        """One copy of the state, sharded.
+
+        Args:
+            dp_shard: processes to shard over; `"auto"` for all.
+            **others: further settings.
+        """
         return cls(dp_replicate=1, dp_shard=dp_shard, **others)
 
     @classmethod
     def HSDP(cls, dp_shard: int, **others: Any) -> DeviceParameters:
-        """Replicas, each sharded over `dp_shard` processes."""
+        """Replicas, each of them sharded.
+
+        Args:
+            dp_shard: processes to shard each replica over.
+            **others: further settings.
+        """
         return cls(dp_replicate="auto", dp_shard=dp_shard, **others)
 
 
 def _processes() -> int:
-    """Processes in this one's world."""
+    """The number of processes in the current world."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -1,7 +1,6 @@
-"""DTensors, met or not: what works on a tensor that may be spread over processes.
+"""Operations on tensors that may be DTensors, without importing torch's DTensor.
 
-Importing torch's DTensor takes longer than all of ours, and nobody who has not made that import
-holds one.
+That import takes longer than all of Paceline's, and a process that has not done it has no DTensor.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ from torch.nn.utils import get_total_norm
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is spread over processes."""
+    """Whether a tensor is distributed over processes."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
+    """The local tensor of a DTensor; any other tensor as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a DTensor, gathered by all its processes; any other tensor as it is."""
+    """The full tensor of a DTensor, all-gathered; any other tensor as it is."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor that every process holds, spread as `like` is; nothing is exchanged.
+    """Distributes a full tensor like another one, without communication.
 
     Args:
-        value: the whole, equal on all processes; a DTensor is returned as it is.
+        value: a full tensor, equal on all processes; a DTensor is returned as it is.
         like: a DTensor of the same shape, or any other tensor, for which `value` stays whole.
     """
     if not is_dtensor(like) or is_dtensor(value):
@@ -48,29 +47,34 @@ def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def placed_like(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of what is spread as `like` is, as the whole that it belongs to."""
+    """Wraps a local tensor in a DTensor with the placements of another; nothing is exchanged.
+
+    Args:
+        part: this process's part, of the shape of `like`'s own.
+        like: a DTensor, or any other tensor, for which `part` is returned as it is.
+    """
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
 
     assert isinstance(like, DTensor)
-    # from_local would move the part to the mesh's device; only the placement is wanted.
+    # from_local would move the part to the mesh's device.
     return DTensor(part, like._spec, requires_grad=False)
 
 
 @torch.no_grad()
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that is spread as the tensor is, and has no gradient; nothing is exchanged."""
+    """A copy without a gradient, distributed like the tensor; made without communication."""
     return placed_like(local_part(tensor).detach().clone(), tensor)
 
 
 @torch.no_grad()
 def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
-    """`target.copy_(value)` for tensors that may be spread over processes.
+    """`target.copy_(value)` for tensors that may be DTensors.
 
     Args:
-        target: what is written, in place.
-        value: of the same shape; a whole tensor is one that every process holds.
+        target: the tensor to write to, in place.
+        value: of the same shape; a full tensor has to be equal on all processes.
     """
     value = spread_like(value, target)
     if is_dtensor(target) and _spread_alike(target, value):  # torch would plan each shape first
@@ -83,9 +87,13 @@ def _spread_alike(one: Any, other: Any) -> bool:
 
 
 def respread(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A gradient with the placements of its parameter, which torch does not see to.
+    """Redistributes a gradient to the placements of its parameter, since torch does not.
 
-    That of a split embedding is whole on each process, say. Of another tensor, as it is.
+    For example, the gradient of a sharded embedding is whole on each process.
+
+    Args:
+        gradient: a DTensor, or any other tensor, which is returned as it is.
+        parameter: of the same shape.
     """
     if not is_dtensor(gradient):
         return gradient
@@ -93,7 +101,7 @@ def respread(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(models: Iterable[torch.nn.Module]) -> None:
-    """Drops what FSDP2 has gathered for a call: parameters are sharded again, and up to date."""
+    """Frees the parameters that FSDP2 has gathered, so that they are sharded and up to date."""
     for model in models:
         for module in model.modules():
             if callable(drop := getattr(module, "reshard", None)):
@@ -104,13 +112,14 @@ _planned_for: Any = None  # the meshes that operations may be planned for
 
 
 def forget_other_meshes(meshes: Iterable[Any]) -> None:
-    """Drops torch's plans of operations if they were made for groups that these meshes do not have.
+    """Clears torch's cached sharding plans if they were made for process groups of other meshes.
 
-    Groups of a run that is over are gone. A mesh that equals one of its meshes finds the plans for
-    that one, which name its groups; those of runs in one layout have the same names.
+    The process groups of an earlier run no longer exist. A mesh that equals one of its meshes would
+    find the cached plans of that mesh, which name its groups; in runs of one layout the names are
+    the same.
 
     Args:
-        meshes: those of the run that begins.
+        meshes: the meshes of the new run.
     """
     global _planned_for
     names = [[group.group_name for group in mesh.get_all_groups()] for mesh in meshes]
@@ -122,7 +131,7 @@ def forget_other_meshes(meshes: Iterable[Any]) -> None:
 
 
 def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Tensors that one operation can take together: whole ones, and DTensors of each mesh."""
+    """Groups tensors that one operation can take together: plain ones, and DTensors by mesh."""
     groups: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:
         mesh = tensor.device_mesh if is_dtensor(tensor) else None  # type: ignore[attr-defined]
@@ -131,7 +140,7 @@ def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def total_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
-    """The 2-norm of all gradients as one vector, as `torch.nn.utils.get_total_norm` takes it."""
+    """The 2-norm of all gradients as one vector, like `torch.nn.utils.get_total_norm`."""
     norms = [whole(get_total_norm(g)) for g in by_mesh(t for t in gradients if t is not None)]
     return norms[0] if len(norms) == 1 else get_total_norm(norms)
 
@@ -142,12 +151,21 @@ def clip_gradients(
     max_norm: float,
     norm_of: Callable[[Iterable[torch.Tensor | None]], torch.Tensor] = total_norm,
 ) -> torch.Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, for parameters of several meshes too; returns the norm."""
+    """`torch.nn.utils.clip_grad_norm_`, also for parameters of several meshes.
+
+    Args:
+        parameters: of any shapes; their gradients are scaled in place.
+        max_norm: the largest norm to keep.
+        norm_of: computes the norm of all gradients, a 0-dim tensor.
+
+    Returns:
+        The norm before clipping, a 0-dim tensor on the device.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = norm_of(gradients)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if gradients:
-        # Part by part: for DTensors torch would first plan the product, anew in each process.
+        # On local tensors: for DTensors torch would first plan the product, in each process.
         parts = [local_part(gradient) for gradient in gradients]
         torch._foreach_mul_(parts, factor.to(parts[0].device))  # pyright: ignore[reportPrivateImportUsage]
     return norm
@@ -155,7 +173,7 @@ def clip_gradients(
 
 @contextmanager
 def groups_by_mesh(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While it lasts, no parameter group has whole parameters and DTensors, or those of two meshes.
+    """A context in which no parameter group mixes plain tensors and DTensors, or two meshes.
 
     Fused and foreach steps take a group's parameters together.
     """
@@ -167,5 +185,5 @@ def groups_by_mesh(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         optimizer.param_groups = groups
         for group, (first, *_) in zip(groups, parts, strict=True):
-            # What some optimizers count by group.
+            # Some optimizers count steps in their groups.
             group.update({key: value for key, value in first.items() if key != "params"})

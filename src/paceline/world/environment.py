@@ -1,7 +1,7 @@
-"""A process's place among those of its run, in torchrun's variables, whoever started it.
+"""A process's rank in its run, in torchrun's environment variables, whatever the launcher.
 
-Everything reads `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`: the library,
-torch and users' own datasets. srun sets none of them, so its own variables are translated, once.
+The library, torch and users' own datasets read `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`
+and `MASTER_PORT`. srun sets none of them, so its own variables are translated, once.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from paceline.errors import ConfigError
 from paceline.world.orphans import signal_when_parent_dies
 
 LAUNCHER = "PACELINE_LAUNCHER"
-"""The environment variable by which a worker knows the process that launched it."""
+"""The environment variable that tells a worker the process that launched it."""
 
-# Below the ports that Linux gives to outgoing connections (32768 and up).
+# Below the ports that Linux uses for outgoing connections (32768 and up).
 _FIRST_PORT, _PORTS = 10_000, 20_000
 _STARTS = {
     "TORCHELASTIC_RESTART_COUNT": "TORCHELASTIC_RUN_ID",
     "SLURM_RESTART_COUNT": "SLURM_JOB_ID",
 }
-"""Variables that count restarts, and those that name what was restarted."""
+"""Variables that count restarts, with the variables that identify what was restarted."""
 
 
 def follow_launcher() -> bool:
-    """In a worker: stop cleanly should `launch` die, and leave the printing to rank 0.
+    """Prepares a worker of `launch`: it stops cleanly if `launch` dies, and only rank 0 prints.
 
     Returns:
-        Whether this process is a worker of `launch`, rather than of another launcher or of none.
+        Whether this process is a worker of `launch`, not of another launcher or none.
     """
     if os.environ.get("RANK", "0") != "0":
         with open(os.devnull, "w") as nowhere:
@@ -43,19 +43,19 @@ def follow_launcher() -> bool:
 
 
 def adopt_slurm() -> None:
-    """Gives this process the variables that torchrun would have set, if it is a task of srun.
+    """Sets the variables that torchrun would have set, if this process is a task of srun.
 
     Does nothing under another launcher, in a step of one task, or in a shell of `salloc` or
-    `sbatch`. A `MASTER_ADDR` or `MASTER_PORT` that is set already stays.
+    `sbatch`. A `MASTER_ADDR` or `MASTER_PORT` that is already set is kept.
     """
     for name, value in from_slurm(os.environ).items():
         os.environ.setdefault(name, value)
 
 
 def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for a task of srun; none for any other process.
+    """torchrun's variables for a task of srun; empty for any other process.
 
-    The tasks meet on the host of task 0, the first of the step's, at a port that follows from job
+    The tasks rendezvous on the host of task 0, the first of the step, at a port derived from job
     and step. Variables: https://slurm.schedmd.com/srun.html, "output environment variables".
 
     Args:
@@ -77,30 +77,31 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 def is_srun_task(environment: Mapping[str, str]) -> bool:
     """Whether a process is one of several that srun started.
 
-    A shell inside an allocation has a rank and the job's number of tasks too, but belongs to no
-    step, or, where `salloc` opens an interactive step, to one of a single task.
+    A shell inside an allocation also has a rank and the job's number of tasks, but belongs to no
+    step or, if `salloc` opens an interactive step, to a step of a single task.
     """
     return "SLURM_STEP_ID" in environment and int(_tasks(environment)) > 1
 
 
 def _tasks(environment: Mapping[str, str]) -> str:
-    # The step's number: the job's may come through from the allocation.
+    # The step's number: the allocation may pass on the job's.
     return environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1")
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list as Slurm writes it: `"gpu01"` for `"gpu[01-03,7],cpu2"`."""
+    """The first host in a list of Slurm's: `"gpu01"` for `"gpu[01-03,7],cpu2"`."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
 @dataclass(frozen=True)
 class ReplicaGroup:
-    """A process's place among the replica groups of a run, as torchft's examples name it.
+    """A process's replica group in a run, in the variables of torchft's examples.
 
     Attributes:
-        lighthouse: the address of torchft's lighthouse, at which the groups meet.
-        number: this group's, which no other has.
-        groups: how many there are when all of them run; a step sees as many shares of samples.
+        lighthouse: the address of torchft's lighthouse, through which the groups connect.
+        number: this group's number, which no other group has.
+        groups: the number of groups if all of them are up, into which each step's samples are
+            split.
     """
 
     lighthouse: str
@@ -109,10 +110,10 @@ class ReplicaGroup:
 
 
 def replica_group() -> ReplicaGroup | None:
-    """Which replica group this process is; None if `TORCHFT_LIGHTHOUSE` is not set.
+    """This process's replica group; None if `TORCHFT_LIGHTHOUSE` is not set.
 
     Raises:
-        ConfigError: it is, but not which of how many groups this is.
+        ConfigError: it is set, but this group's number or the number of groups is not.
     """
     lighthouse = os.environ.get("TORCHFT_LIGHTHOUSE")
     if lighthouse is None:
@@ -123,7 +124,7 @@ def replica_group() -> ReplicaGroup | None:
         if not text.isdecimal() or int(text) < least:
             raise ConfigError(
                 f"TORCHFT_LIGHTHOUSE is set, so this is one of several replica groups: {name} has "
-                f"to be a whole number from {least} on, and is {text or 'not set'!r}. Unset "
+                f"to be a whole number of at least {least}, and is {text or 'not set'!r}. Unset "
                 "TORCHFT_LIGHTHOUSE to train without them."
             )
         numbers.append(int(text))
@@ -136,10 +137,13 @@ def replica_group() -> ReplicaGroup | None:
 
 
 def refuse_replica_groups(what: str) -> None:
-    """Refuses what is no single run, which is all that replica groups train together.
+    """Checks that this process is not a replica group; groups can only train a single run.
+
+    Args:
+        what: the subject of the message, ending in an auxiliary verb ("`paceline preview` does").
 
     Raises:
-        ConfigError: this process is one of them.
+        ConfigError: this process is a replica group.
     """
     if "TORCHFT_LIGHTHOUSE" in os.environ:
         raise ConfigError(
@@ -148,10 +152,10 @@ def refuse_replica_groups(what: str) -> None:
 
 
 def began_before_restart(recorded: Mapping[str, str]) -> bool:
-    """Whether this process was restarted, and a run was begun by it before that.
+    """Whether a launcher restarted this process, and the run had started before that.
 
     Args:
-        recorded: the variables that the run's record keeps from its last start.
+        recorded: the environment variables in the run's record of its last start.
     """
     return any(
         int(os.environ.get(count, 0)) > 0 and recorded.get(name) == os.environ.get(name, "")

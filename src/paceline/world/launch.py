@@ -1,4 +1,4 @@
-"""Starts a run's processes on this machine, or its share of them, through torch's elastic agent."""
+"""Starts a run's processes on this machine through torch's elastic agent."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from paceline.world.signals import handling
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# The agent ends the other ranks as soon as one has left. After a clean stop that is seconds
-# apart; one that is stuck for longer than this is ended after all.
+# The agent terminates the other ranks as soon as one has exited. After a clean stop ranks exit
+# seconds apart; one that takes longer than this is terminated after all.
 _LAST_RANKS_SECONDS = 60.0
 _ELASTIC = "torch.distributed.elastic"
 
@@ -42,25 +42,25 @@ def launch(
     machines: Rendezvous = ONE_MACHINE,
     max_restarts: int = 0,
 ) -> int:
-    """Runs `python -m paceline *argv` in `nproc` processes here, as one world with other machines'.
+    """Runs `python -m paceline *argv` in `nproc` processes, which join those of other machines.
 
-    A SIGTERM, SIGINT or SIGUSR1 to this process is passed on to the workers once; they may then
-    take the time they need to save. Workers live in sessions of their own, so a Ctrl-C in the
-    terminal reaches them only in this way; a second one is passed on too, and ends them at once.
+    A SIGTERM, SIGINT or SIGUSR1 to this process is forwarded to the workers once; they may then
+    take as long as they need to save. Workers run in sessions of their own, so a Ctrl-C in the
+    terminal reaches them only in this way; a second one is forwarded too, and ends them at once.
 
     Args:
         nproc: the number of processes on this machine.
         argv: the arguments of the `paceline` command.
-        machines: how this launcher meets those of other machines.
-        max_restarts: how often all workers are started again after one has failed. They go on from
-            the newest checkpoint. A clean stop is no failure.
+        machines: how this launcher finds those of other machines.
+        max_restarts: how often to restart all workers after one has failed. They resume from the
+            newest checkpoint. A clean stop is not a failure.
 
     Returns:
-        0 if all ranks finished, 75 if all stopped at a signal, else the code of the first rank that
-        failed (1 if it was killed). Of this machine's ranks.
+        0 if all ranks of this machine finished, 75 if all stopped at a signal, else the code of the
+        first rank that failed (1 if it was killed).
 
     Raises:
-        PacelineError: the machines did not meet.
+        PacelineError: the launchers of the machines did not find each other.
     """
     with tempfile.TemporaryDirectory(prefix="paceline-") as logs, _environment(nproc), _quiet():
         parameters = machines.parameters()
@@ -71,7 +71,7 @@ def launch(
             local_world_size=nproc,
             rdzv_handler=handler,
             entrypoint=sys.executable,
-            # The agent fills in $-templates; an override's own ${...} must come through it.
+            # The agent expands $-templates; an override's own ${...} has to survive it.
             args=("-m", "paceline", *(word.replace("$", "$$") for word in argv)),
             max_restarts=max_restarts,
             monitor_interval=0.1,
@@ -83,8 +83,8 @@ def launch(
                 result: RunResult | None = agent.run()  # pyright: ignore[reportAssignmentType] - @prof hides it
                 if result is None:
                     raise PacelineError(
-                        f"more than {machines.nnodes} launchers came to {machines.endpoint}; this "
-                        "one has started nothing."
+                        f"more than {machines.nnodes} launchers joined at {machines.endpoint}; "
+                        "this one has started nothing."
                     )
                 if machines.nnodes > 1 and _all_stopped(result.failures):
                     agent._exit_barrier()  # others may still need the store that lives here
@@ -101,13 +101,13 @@ def _meeting(machines: Rendezvous) -> Iterator[None]:
     except RendezvousError as error:
         raise PacelineError(
             f"the launchers of {machines.nnodes} machines did not meet at {machines.endpoint} "
-            f"({error}): is it an address of one of them that the others reach, and was the same "
-            "command started on each?"
+            f"({error}): is it the address of one of them, can the others reach it, and was the "
+            "same command started on each?"
         ) from None
 
 
 class _Agent(LocalElasticAgent):
-    """torch's agent, which here passes signals on and lets a clean stop come to its end."""
+    """torch's agent, but it forwards signals and lets a clean stop finish."""
 
     _pids: tuple[int, ...] = ()
     _received: int | None = None
@@ -115,13 +115,13 @@ class _Agent(LocalElasticAgent):
     _meets = False
 
     def forwarding(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the first signal to this process goes to every worker."""
+        """A context in which the first signal to this process is forwarded to every worker."""
         return handling(dict.fromkeys(FORWARDED, self._on_signal))
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._meets:  # there is nobody to tell, and the other machines may never come
+        if self._meets:  # there are no workers yet, and the other machines may never join
             raise SystemExit(STOPPED)
-        # Job schedulers repeat themselves; a second Ctrl-C means: leave at once.
+        # Job schedulers repeat signals; a second Ctrl-C means: exit at once.
         if self._received is None or number == signal.SIGINT:
             self._received = number
             self._forward()
@@ -134,7 +134,7 @@ class _Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._meets = True
         try:
-            if self._received is not None:  # it came before this began to wait for anybody
+            if self._received is not None:  # it came before the rendezvous began
                 raise SystemExit(STOPPED)
             super()._rendezvous(worker_group)  # pyright: ignore
         finally:
@@ -144,7 +144,7 @@ class _Agent(LocalElasticAgent):
         self._first_left = None
         pids: dict[int, Any] = super()._start_workers(worker_group)  # pyright: ignore
         self._pids = tuple(pids.values())
-        if self._received is not None:  # it came before there was anybody to tell
+        if self._received is not None:  # it came before there were workers
             self._forward()
         return pids
 
@@ -160,18 +160,18 @@ class _Agent(LocalElasticAgent):
                 self._remaining_restarts = 0
             else:
                 _tell(result.failures)
-                print("paceline: all ranks of this machine start again", file=sys.stderr)
+                print("paceline: restarting all ranks of this machine", file=sys.stderr)
         return result
 
 
 def _exit_code(pid: int) -> int | None:
     """A child's exit code (minus the signal's number if one killed it), or None while it runs.
 
-    The child is left for the agent to wait for.
+    The child is not reaped: the agent waits for it.
     """
     try:
         status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # the agent has done so already
+    except ChildProcessError:  # the agent has already reaped it
         return 0
     if status is None:
         return None
@@ -183,38 +183,40 @@ def _all_stopped(failures: dict[int, ProcessFailure]) -> bool:
 
 
 def _tell(failures: dict[int, ProcessFailure]) -> None:
-    """A line on stderr for each rank that failed."""
+    """Prints a line to stderr for each rank that failed."""
     if _all_stopped(failures):
         return
     for rank, failure in sorted(failures.items()):
         code = failure.exitcode
         how = (
-            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with code {code}"
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exited with code {code}"
         )
         print(f"paceline: rank {rank} {how}", file=sys.stderr)
 
 
 def _answer(failures: dict[int, ProcessFailure]) -> int:
-    """The code of the whole."""
+    """The launcher's exit code."""
     if not failures:
         return 0
     if _all_stopped(failures):
         return STOPPED
-    # In the order in which the agent saw them; those that it ended itself come last.
+    # In the order in which the agent saw them; those that it terminated itself come last.
     failed = [one.exitcode for one in failures.values() if one.exitcode != STOPPED]
     return next((code for code in failed if code > 0), 1)
 
 
 @contextlib.contextmanager
 def _environment(nproc: int) -> Iterator[None]:
-    """What workers inherit: the launcher's id, and their share of the cores."""
+    """Sets the environment of workers: the launcher's id, and their share of the cores."""
     changes = {
         LAUNCHER: str(os.getpid()),
-        # Else the agent takes our signals for itself and kills the workers after 30 seconds.
+        # Else the agent handles our signals itself and kills the workers after 30 seconds.
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",
     }
     if "OMP_NUM_THREADS" not in os.environ:
-        # Every process would otherwise take all cores, which slows all of them down.
+        # Every process would otherwise use all cores, which slows all of them down.
         changes["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
     before = {name: os.environ.get(name) for name in changes}
     quit_handler = signal.getsignal(signal.SIGQUIT)
@@ -232,7 +234,7 @@ def _environment(nproc: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The agent's own log lines say again, in other words, what the ranks and `launch` say."""
+    """Silences the agent's own log lines, which repeat what the ranks and `launch` print."""
     noisy = (f"{_ELASTIC}.agent.server.api", f"{_ELASTIC}.multiprocessing.api")
     loggers = [logging.getLogger(name) for name in noisy]
     before = [logger.level for logger in loggers]

@@ -1,4 +1,4 @@
-"""How a run is spread over processes."""
+"""The layout of a run over processes: its settings."""
 
 from __future__ import annotations
 
@@ -13,45 +13,44 @@ _SIZES = ("dp_replicate", "dp_shard", "context", "tensor", "pipeline")
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """The layout of a run over its processes; the product of the sizes is the world size.
+    """The layout of a run over its processes.
 
-    Of the sizes `expert` alone adds no processes.
+    The product of the sizes is the world size, except that `expert` adds no processes.
 
     Args:
-        dp_replicate: copies of the model's state; `"auto"` takes all processes there are.
-        dp_shard: processes over which each copy is sharded (FSDP2). Every process sees samples of
-            its own.
-        tensor: processes over which modules are split, as `plan` says. They see the same samples.
-        context: processes over which sequences are split. The model calls
+        dp_replicate: replicas of the model's state; `"auto"` for as many as the processes allow.
+        dp_shard: processes over which each replica is sharded (FSDP2). Each has its own samples.
+        tensor: processes over which modules are split (tensor parallelism), according to `plan`.
+            They have the same samples.
+        context: processes over which sequences are split (context parallelism). The model calls
             `paceline.parallel.attention` and `paceline.parallel.positions`.
-        context_attention: how attention sees whole sequences: "all_to_all", each process computes
-            some of the heads; "ring", torch's ring, on CUDA alone: keys and values go round, heads
-            need not divide, and attention has to be causal.
-        pipeline: stages that a model is cut into, each on processes of its own, which pass a
-            window's micro-batches on to each other. The model is a `Sequential`, or says in
-            `pipeline_order` which of its modules compute it, one after the other. The processes
-            of a stage may be copies, shard it (`dp_shard`), split its modules (`tensor`), or have
-            parts of sequences (`context`).
-        expert: processes over which the experts of a mixture are shared out, as `plan` says. They
-            see samples, or parts of sequences, of their own, as part of the `dp_replicate` x
-            `dp_shard` x `context` processes, whose number it divides; the same experts are then
-            replicated or sharded over the others. Processes that split modules (`tensor`) have the
-            same ones.
-        activation_checkpointing: what the model's repeated blocks compute once more in the
-            backward pass, to keep less: "full", all; "selective", all but matrix products,
-            attention and rows of other processes; None, nothing. A number from 0 to 1 is the part
-            of its activations that a compiled model keeps.
+        context_attention: how attention sees whole sequences. "all_to_all": each process computes
+            some of the heads. "ring": torch's ring attention, on CUDA only; keys and values
+            circulate, the number of heads need not divide, and attention has to be causal.
+        pipeline: stages over which layers are split (pipeline parallelism), each on its own
+            processes. The model is a `Sequential`, or lists in `pipeline_order` the modules that
+            compute it, in order. The processes of a stage may replicate it, shard it (`dp_shard`),
+            split its modules (`tensor`), or have parts of sequences (`context`).
+        expert: processes over which the experts of a mixture are split (expert parallelism),
+            according to `plan`. They are some of the `dp_replicate` x `dp_shard` x `context`
+            processes, whose number it divides, and have their own samples or parts of sequences;
+            experts are replicated or sharded over the remaining ones. The processes of a
+            tensor-parallel group have the same experts.
+        activation_checkpointing: what the model's repeated blocks recompute in the backward pass.
+            "full": everything. "selective": everything but matrix products, attention and rows of
+            other processes. None: nothing. A number from 0 to 1: the fraction of its activations
+            that a compiled model keeps.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
             and step there.
-        plan: how modules split over the `tensor` processes: a module's name within its model, "*"
-            for any part of one, -> "colwise" (its output's features are split), "rowwise" (its
-            input's are), "colwise_rep" (as colwise, and its output is gathered), "colwise_loss" (as
-            colwise; for logits that only a cross-entropy sees, which takes them as they are split)
-            or a ParallelStyle of torch's. None asks the model: its `parallelize(mesh)` or
-            `tp_plan`. With `expert`: the name of a module of experts -> "experts"; None asks for
-            the model's `ep_plan`.
+        plan: how `tensor` splits modules: a module's name in its model, with "*" for any part of
+            it, -> "colwise" (its output features are split), "rowwise" (its input features are),
+            "colwise_rep" (like colwise, with the output gathered), "colwise_loss" (like colwise,
+            for logits that only a cross-entropy uses, which then takes them split) or a
+            ParallelStyle of torch. With None the model decides: its `parallelize(mesh)` or
+            `tp_plan`. With `expert`: the name of a module of experts -> "experts"; with None, the
+            model's `ep_plan`.
         timeout: seconds that a process waits for the others, at the start and in each collective,
-            before it is an error.
+            before it raises an error.
     """
 
     dp_replicate: int | Literal["auto"] = "auto"
@@ -72,7 +71,7 @@ class Parallel:
         if not budget and recomputed not in (None, "full", "selective"):
             raise ConfigError(
                 f"parallel.activation_checkpointing={recomputed!r}: expected 'full', 'selective', "
-                "a part such as 0.5, or None."
+                "a fraction such as 0.5, or None."
             )
         if self.context_attention not in ("all_to_all", "ring"):
             raise ConfigError(
@@ -87,30 +86,30 @@ class Parallel:
                 raise ConfigError(f"parallel.{name}={size!r}: expected 1 or more processes.")
         if self.cpu_offload and self.dp_shard == 1:
             raise ConfigError(
-                "parallel.cpu_offload=True: what is offloaded is sharded parameters; share them "
-                "over parallel.dp_shard=2 processes or more, or leave it out."
+                "parallel.cpu_offload=True: only sharded parameters are offloaded; shard them "
+                "with parallel.dp_shard=2 or more, or leave it out."
             )
 
     @property
     def rings(self) -> bool:
-        """Whether sequences are in parts, and attention is torch's ring."""
+        """Whether sequences are split, and attention is torch's ring."""
         return self.context > 1 and self.context_attention == "ring"
 
     @property
     def is_spread(self) -> bool:
-        """Whether a process holds no more than a part of the model's state."""
+        """Whether a process holds only a part of the model's state."""
         return self.dp_shard * self.tensor * self.expert * self.pipeline > 1
 
     @property
     def calls_together(self) -> bool:
-        """Whether processes that see other samples hold what a call of a model needs."""
+        """Whether a call of a model communicates with processes that have other samples."""
         return self.dp_shard * self.expert > 1
 
     def sizes(self, world_size: int) -> tuple[int, int]:
-        """Copies of the model's state, and processes with a share of the data that share one.
+        """The number of replicas, and the number of data-parallel processes of each.
 
         Args:
-            world_size: number of processes.
+            world_size: the number of processes.
 
         Raises:
             ConfigError: the sizes do not multiply to the world size.

@@ -1,4 +1,4 @@
-"""No process outlives the one it works for."""
+"""Makes a process exit with its parent."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def signal_when_parent_dies(number: int) -> None:
-    """Has the kernel signal this process when its parent dies, however that comes about.
+    """Makes the kernel signal this process when its parent dies, for whatever reason.
 
-    To be exact, when the thread of the parent dies that started this process. Linux only; elsewhere
-    it does nothing.
+    To be exact, when the parent's thread dies that started this process. Linux only; elsewhere it
+    does nothing.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)

@@ -1,4 +1,4 @@
-"""A world on paper: this process stands for rank 0 of many, and there is nobody to talk to."""
+"""A simulated world: this process acts as rank 0 of many that do not exist."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from paceline.world.world import World
 
 
 class WorldOnPaper(World):
-    """Rank 0 of a run on devices that are not there.
+    """Rank 0 of a run on devices that need not be there.
 
-    Data and placement see the layout. For everything else this is a world of one: nothing is
-    exchanged, nothing is waited for. Collectives of a model that is spread go to torch's "fake"
-    backend, which does nothing.
+    Data and placement see the layout. For everything else this is a world of one: it neither
+    communicates nor waits. Collectives of a sharded or split model use torch's "fake" backend,
+    which does nothing.
 
     Args:
         parallel: the layout.
-        ranks: how many.
+        ranks: the number of ranks.
 
     Attributes:
-        ranks: how many there would be.
+        ranks: the number of simulated ranks.
 
     Raises:
-        ConfigError: the layout does not fit that many ranks.
+        ConfigError: the layout does not match that many ranks.
     """
 
     def __init__(self, parallel: Parallel, ranks: int) -> None:
@@ -46,17 +46,17 @@ class WorldOnPaper(World):
         self._owns_group = False
 
     def open(self) -> WorldOnPaper:
-        """Makes the meshes, if models are spread or sequences are.
+        """Makes the meshes, if models are sharded or split, or sequences are split.
 
         Raises:
-            ConfigError: this process is in a process group already.
+            ConfigError: this process is already in a process group.
         """
         context = self.parallel.context
         if not (self.parallel.is_spread or context > 1) or self.mesh is not None:
             return self
         if dist.is_initialized():
-            raise ConfigError("this process is in a process group: look at a layout outside of it.")
-        # Both imports register what they are for: the backend, and shapes for its collectives.
+            raise ConfigError("this process is in a process group: simulate layouts outside of it.")
+        # Both imports register something: the backend, and shapes for its collectives.
         import torch.distributed._tools.fake_collectives  # noqa: F401
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -68,7 +68,7 @@ class WorldOnPaper(World):
 
     @contextmanager
     def as_one_of_many(self) -> Iterator[None]:
-        """While a model is spread its ranks count. DDP, which wants their values, is left out."""
+        """A context in which `size` is the simulated one, for sharding; DDP needs real ranks."""
         self.size = self.ranks if self.parallel.is_spread else 1
         try:
             yield

@@ -1,4 +1,4 @@
-"""The replica groups that take a step together, as torchft's lighthouse and managers find them."""
+"""The replica groups that take a step together, as found by torchft's lighthouse and managers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from paceline.errors import ConfigError, PeerError
 from paceline.world.environment import ReplicaGroup
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_POLL = 0.1  # seconds between a waiting group's looks whether it is to stop
+_POLL = 0.1  # seconds between a waiting group's checks for a stop
 _CONNECT = timedelta(seconds=10)
-_ATTEMPTS = 20  # to take one step, before a group gives up
+_ATTEMPTS = 20  # attempts at one step before a group gives up
 
 
 def missing() -> str | None:
-    """What is not installed and replica groups need; None if nothing is missing."""
+    """A message about a package that replica groups need, if it is not installed; else None."""
     if importlib.util.find_spec("torchft") is not None:
         return None
     return (
@@ -35,17 +35,17 @@ def missing() -> str | None:
 
 
 class Quorum:
-    """The groups that are there, from one attempt at a step to the next.
+    """The groups that are up, from one attempt at a step to the next.
 
-    An attempt is `meet`, some calls of `gather` and `add_up`, and `agree`. What fails on the way,
-    here or in another group, raises nothing: `agree` then says that the step does not count.
+    An attempt is `meet`, some calls of `gather` and `add_up`, and `agree`. A failure in between,
+    here or in another group, raises nothing: `agree` then returns that the step does not count.
 
     Args:
-        place: this group's.
+        place: this group's number and the lighthouse.
         timeout: seconds to wait for the other groups.
 
     Attributes:
-        rank, size: this group's place among those that take this step, and their number.
+        rank, size: this group's rank among those that take this step, and their number.
     """
 
     def __init__(self, place: ReplicaGroup, timeout: float) -> None:
@@ -122,25 +122,25 @@ class Quorum:
         self.stands_at(step)
 
     def stands_at(self, step: int) -> None:
-        """Says how many steps this group's state has behind it."""
+        """Sets the number of steps that this group's state has done."""
         self._manager.load_state_dict({"step": step, "batches_committed": 0})
 
     def meet(self, stops: Callable[[], bool]) -> bool:
-        """Finds out who takes the next step; a group that is behind gets another's state.
+        """Agrees on the groups that take the next step; a group that is behind gets their state.
 
         Args:
-            stops: whether there is something better to do than to wait.
+            stops: whether to stop waiting.
 
         Returns:
             Whether the step can be taken.
 
         Raises:
-            PeerError: the others have not come in time, or nothing succeeds any more.
+            PeerError: the others did not join in time, or too many attempts failed.
         """
         while not stops():
             asked = self._aside.submit(self._manager.start_quorum)
             while not asked.done():
-                # Whoever leaves now may have been counted in: the others find that it is gone.
+                # This group may already be counted in: the others will find that it is gone.
                 if stops():
                     return False
                 wait([asked], _POLL)
@@ -148,9 +148,10 @@ class Quorum:
                 asked.result()
             except (RuntimeError, TimeoutError) as error:
                 raise PeerError(
-                    f"replica group {self.place.number} has not met the others within "
+                    f"replica group {self.place.number} has not found the others within "
                     f"{self._timeout} ({error}): is the lighthouse at {self.place.lighthouse} "
-                    "still there, and does it ask for more groups than there are (--min_replicas)?"
+                    "still running, and does it require more groups than there are "
+                    "(--min_replicas)?"
                 ) from error
             self.rank = self._manager.participating_rank()
             self.size = self._manager.num_participants()
@@ -160,7 +161,7 @@ class Quorum:
         return False
 
     def gather(self, text: str) -> list[str]:
-        """Every group's text, by their ranks; nothing if that fails."""
+        """Every group's text, in rank order; empty if the exchange fails."""
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = len(data)
@@ -196,17 +197,17 @@ class Quorum:
         self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
 
     def give_up(self, why: str) -> None:
-        """Has this attempt fail."""
+        """Makes this attempt fail."""
         self._manager.report_error(RuntimeError(why))
 
     def agree(self) -> bool:
-        """Whether the step counts: nothing has failed in this group on the way.
+        """Whether the step counts: nothing has failed in this group.
 
-        A group in which something has failed may be alone with that. It then is behind the others,
-        and gets their state when they meet again.
+        If something failed in this group only, it is behind the others, and gets their state at
+        the next `meet`.
 
         Raises:
-            PeerError: nothing succeeds any more.
+            PeerError: too many attempts failed.
         """
         error = self._manager.errored()
         if self._manager.should_commit():
@@ -221,7 +222,7 @@ class Quorum:
         return False
 
     def close(self) -> None:
-        """Leaves the others, who go on."""
+        """Leaves the other groups, which continue."""
         if self._manager is not None:
             self._manager.shutdown(wait=False)
             self._group.shutdown()
@@ -231,10 +232,10 @@ class Quorum:
 
 
 class _Aside:
-    """Runs each piece of work in a thread that keeps nobody from leaving (an executor to torchft).
+    """An executor for torchft whose threads do not keep the process from exiting.
 
-    What waits in the main thread is deaf to signals, and the standard executors' threads are waited
-    for as the process ends.
+    Waiting in the main thread would block signal handlers, and a process waits for the threads of
+    the standard executors when it exits.
     """
 
     def submit(self, work: Callable[..., Any], **arguments: Any) -> Future[Any]:
@@ -244,7 +245,7 @@ class _Aside:
         def run() -> None:
             try:
                 outcome.set_result(work(**arguments))
-            except BaseException as error:  # noqa: BLE001  raised again where it is waited for
+            except BaseException as error:  # noqa: BLE001  raised again by `Future.result`
                 outcome.set_exception(error)
 
         threading.Thread(target=run, name="paceline-quorum", daemon=True).start()
@@ -255,7 +256,7 @@ class _Aside:
 
 
 def _host(lighthouse: str) -> str:
-    """The name by which other groups reach this machine."""
+    """The host name under which other groups can reach this machine."""
     if "MASTER_ADDR" in os.environ:
         return os.environ["MASTER_ADDR"]
     local = urlsplit(lighthouse).hostname in _LOCAL

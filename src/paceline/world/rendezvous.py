@@ -1,4 +1,4 @@
-"""Where the launchers of several machines meet."""
+"""Where the launchers of several machines find each other."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 
 from paceline.errors import ConfigError
 
-if TYPE_CHECKING:  # torch's launcher is imported by what launches
+if TYPE_CHECKING:  # torch's launcher is imported only to launch
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """How the launchers of several machines find each other. All are given the same.
+    """How the launchers of several machines find each other; the same on all of them.
 
     Args:
         nnodes: the number of machines.
         endpoint: "HOST:PORT" on one of them; None with one machine.
-        id: the run's name there, which keeps it apart from another at the same endpoint.
+        id: the run's name there, which separates it from others at the same endpoint.
 
     Raises:
-        ConfigError: there are several machines and no endpoint, or one that is none.
+        ConfigError: there are several machines and no endpoint, or a malformed one.
     """
 
     nnodes: int = 1
@@ -33,8 +33,8 @@ class Rendezvous:
     def __post_init__(self) -> None:
         if self.endpoint is None and self.nnodes > 1:
             raise ConfigError(
-                f"--nnodes {self.nnodes}: say with --rdzv-endpoint HOST:PORT where the machines "
-                "meet, a free port on one of them, the same on all."
+                f"--nnodes {self.nnodes}: give --rdzv-endpoint HOST:PORT, a free port on one of "
+                "the machines, the same on all of them."
             )
         if self.endpoint is not None and not re.fullmatch(r".+:\d{1,5}", self.endpoint):
             raise ConfigError(f"--rdzv-endpoint {self.endpoint}: it has to be HOST:PORT.")
@@ -53,7 +53,7 @@ class Rendezvous:
             run_id=name,
             min_nodes=self.nnodes,
             max_nodes=self.nnodes,
-            # Else workers are told this machine's name, which it may not know itself.
+            # Else workers get this machine's name, which it may not be able to resolve.
             local_addr=host if host in ("localhost", "127.0.0.1") else None,
         )
 

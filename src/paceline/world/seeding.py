@@ -1,8 +1,8 @@
 """Random streams that are derived, never stored.
 
-Whatever draws random numbers during a run gets a seed that is a function of the run's seed and of
-*what it is for* (this micro-batch of this step, this sample of this pass, ...). So a resumed run
-needs no saved generator state, and observing a run cannot disturb it.
+Every draw of random numbers during a run has a seed that is a function of the run's seed and of its
+*purpose* (this micro-batch of this step, this sample of this pass, ...). So a resumed run needs no
+saved generator state, and observing a run cannot disturb it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ _LABELS = {
 
 
 def mix(key: int, value: int) -> int:
-    """Folds `value` into a 64-bit key: one round of splitmix64 (Steele, Lea and Flood, 2014)."""
+    """Folds a value into a key: one round of splitmix64 (Steele, Lea and Flood, 2014).
+
+    Args:
+        key: 64 bits.
+        value: any integer; its lowest 64 bits count.
+
+    Returns:
+        The new key, 64 bits.
+    """
     key = (key + value + 0x9E3779B97F4A7C15) & _MASK
     key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -42,8 +50,8 @@ def stream(seed: int, label: str, *parts: int) -> int:
 
     Args:
         seed: the run's seed.
-        label: what the stream is for, one of a fixed list so that no two uses can collide.
-        *parts: what tells this stream from its siblings, e.g. step and micro-batch.
+        label: the stream's purpose, one of a fixed list, so that no two purposes can collide.
+        *parts: numbers that distinguish streams of one purpose, e.g. step and micro-batch.
     """
     key = mix(mix(0, seed), _LABELS[label])
     for part in parts:
@@ -54,8 +62,8 @@ def stream(seed: int, label: str, *parts: int) -> int:
 def seed_everything(seed: int) -> None:
     """Seeds the generators of torch (every device), numpy and `random`.
 
-    Cheap enough for the loop: the generators are seeded directly, without torch.manual_seed's
-    walk over back ends (114 us).
+    Cheap enough for the loop: the generators are seeded directly, without the loop over back ends
+    in torch.manual_seed (114 us).
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

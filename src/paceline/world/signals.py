@@ -1,4 +1,4 @@
-"""Signal handlers that stand for a while."""
+"""Temporary signal handlers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 @contextlib.contextmanager
 def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """While it lasts, each of these signals to this process calls its handler."""
+    """A context in which each of these signals to this process calls its handler."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

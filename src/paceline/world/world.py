@@ -1,4 +1,4 @@
-"""World: this process's place among the others, the same with one process and no group."""
+"""World: this process among the others of its run; the same interface with one process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from paceline.world.dtensors import forget_other_meshes
 from paceline.world.environment import adopt_slurm, is_srun_task
 from paceline.world.layout import Parallel
 
-# Where this process met the others, by address: kept while the process lives, so that one run after
-# another needs no second meeting at a port that the first has just left, and so that a rank that
-# fails can still be heard when its group is gone.
+# The stores through which this process joined others, by address. They are kept while the process
+# lives, so that a second run needs no new rendezvous at a port that the first one has just
+# released, and so that other ranks can still read the error of a rank whose group is gone.
 _meetings: dict[tuple[str, str], Any] = {}
 _joined = 0  # process groups joined in this process, equal on all ranks
 
@@ -31,26 +31,27 @@ _joined = 0  # process groups joined in this process, equal on all ranks
 class World:
     """The processes of a run and the device of this one.
 
-    A process group is made from the launcher's environment (torchrun, srun, `paceline train
-    --nproc`) unless one exists; `close` destroys only what this object made, and must run on every
-    way out, since leaving with a live group can abort the interpreter.
+    A process group is created from the launcher's environment (torchrun, srun, `paceline train
+    --nproc`) unless one exists. `close` destroys only what this object created, and has to run on
+    every exit path, since exiting with a live group can abort the interpreter.
 
     Args:
-        parallel: the layout, checked against the number of processes, and how long they wait.
+        parallel: the layout, checked against the number of processes, and the timeout.
 
     Attributes:
         device: where this process computes.
-        rank, size, local_rank: this process, all processes, this process on its machine.
-        dp_rank, dp_size: this process's share of the data and the number of shares.
-        stage: this process's stage of the model, with `Parallel(pipeline=...)`; else 0.
+        rank, size, local_rank: the rank of this process, the number of processes, and the rank on
+            this machine.
+        dp_rank, dp_size: this process's share of the data, and the number of shares.
+        stage: this process's pipeline stage, with `Parallel(pipeline=...)`; else 0.
         part, parts: this process's part of what the loss is computed on, and the number of parts:
             shares of the data, and of each sequence with `Parallel(context=...)`.
-        copies, shards: copies of each model's state, and shares of the data that share one.
+        copies, shards: replicas of each model's state, and shares of the data per replica.
         timeout: seconds that a collective may wait.
-        mesh: the DeviceMesh over which the models' state is spread, or None with one process.
+        mesh: the DeviceMesh over which models are distributed, or None with one process.
         context_mesh: the processes that share this one's sequences, or None.
-        expert_mesh: the same processes as `mesh` as experts lie on them, "expert" those over which
-            these are shared out, or None.
+        expert_mesh: the processes of `mesh`, arranged for experts, which are split along its
+            dimension "expert"; or None.
         control_group: a gloo group for small host-side messages, or None with one process.
     """
 
@@ -91,17 +92,17 @@ class World:
 
     @property
     def leads_part(self) -> bool:
-        """Whether this is the process that speaks for its part."""
+        """Whether this process is the first of its part."""
         return self.stage == 0 and self.rank % self.parallel.tensor == 0
 
     @property
     def dp_mesh(self) -> DeviceMesh | None:
-        """The mesh without the dimensions over which modules are split, and the model is cut."""
+        """The mesh without the dimensions of tensor and pipeline parallelism."""
         return _dp_dimensions(self.mesh)
 
     @property
     def expert_dp_mesh(self) -> DeviceMesh | None:
-        """The ranks that have the same experts, in copies and shards."""
+        """The ranks that have the same experts, as replicas and shards."""
         return _dp_dimensions(self.expert_mesh)
 
     @property
@@ -139,7 +140,7 @@ class World:
         meshes = [mesh for mesh in made if mesh is not None]
         forget_other_meshes(meshes)
         for group in (group for mesh in meshes for group in mesh.get_all_groups()):
-            # torch gives it a timeout of its own
+            # torch sets another timeout
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         return self
 
@@ -151,15 +152,15 @@ class World:
             "dp_shard": shards,
             "tensor": self.parallel.tensor,
         }
-        # Copies of what is spread are kept equal by FSDP2, which takes a mesh with shards.
+        # FSDP2 keeps replicas equal, and takes a mesh with a dimension of shards.
         spread = self.parallel.tensor * self.parallel.expert > 1
         return self._mesh_of(sizes, kept=("dp_shard",) if copies > 1 and spread else ())
 
     def _mesh_of(self, sizes: dict[str, int], kept: Sequence[str] = ()) -> DeviceMesh:
-        """A mesh without dimensions of one rank, but for those that are kept.
+        """A mesh without dimensions of one rank, except those in `kept`.
 
-        Each would cost groups, and torch's plans of operations grow with a mesh's dimensions as
-        powers do.
+        Each dimension costs process groups, and the number of torch's sharding plans grows
+        exponentially with them.
         """
         sizes = {name: size for name, size in sizes.items() if size > 1 or name in kept}
         return init_device_mesh(
@@ -167,9 +168,9 @@ class World:
         )
 
     def _copies_and_shards(self) -> tuple[int, int]:
-        """Copies of the models' state, and ranks that share one.
+        """The number of replicas of the models' state, and the number of ranks of each.
 
-        Ranks that share a sequence share the state as those do that share the data.
+        Ranks that share a sequence share the state like ranks that share the data.
         """
         context = self.parallel.context
         if self.shards > 1:
@@ -187,7 +188,7 @@ class World:
         return self._mesh_of(sizes)["context"]
 
     def _make_expert_mesh(self) -> DeviceMesh:
-        """Ranks with the same experts shard them among those that share a copy of the model."""
+        """Ranks with the same experts shard them within a replica of the model."""
         experts, (_, sharing) = self.parallel.expert, self._copies_and_shards()
         shards = sharing // experts if sharing % experts == 0 else 1
         sizes = {
@@ -199,9 +200,9 @@ class World:
         return self._mesh_of(sizes, kept=("dp_shard",))
 
     def group_of_stages(self, stages: Sequence[int]) -> Any:
-        """The ranks of some stages that have this rank's place in them, or None if it has none.
+        """The group of this rank's counterparts in some stages, or None if it is in none of them.
 
-        Every rank calls it, with the same stages.
+        Every rank has to call it, with the same stages.
         """
         size = self._stage_size
         group, _ = dist.new_subgroups_by_enumeration(
@@ -212,7 +213,7 @@ class World:
         return group
 
     def close(self) -> None:
-        """Leaves the process group, if this object joined it; else only the groups it made."""
+        """Destroys the process group if this object created it; else only its own subgroups."""
         if dist.is_initialized():
             if self._owns_group:
                 dist.destroy_process_group()
@@ -227,15 +228,15 @@ class World:
         self._owns_group = False
 
     def new_group(self) -> Any:
-        """A gloo group of all ranks for host-side work beside training, e.g. a background save."""
+        """A gloo group of all ranks for host-side work during training, e.g. a background save."""
         if self.size == 1:
             return None
         return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
 
     def store(self) -> Any:
-        """A connection of its own to the group's key-value store, for use in another thread.
+        """A separate connection to the group's key-value store, for use in another thread.
 
-        None in a world of one, and where there is no group (yet, or any more).
+        None in a world of one, and if there is no group (yet, or any more).
         """
         if self.size == 1 or not dist.is_initialized():
             return None
@@ -243,26 +244,31 @@ class World:
         return store.clone()
 
     def barrier(self) -> None:
-        """Waits until every rank is here."""
+        """Waits for every rank."""
         if self.control_group is not None:
             dist.barrier(self.control_group)
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """Reduces `tensor` over all ranks in place (`op`: sum, max, min) and returns it."""
+        """Reduces a tensor over all ranks, in place, and returns it.
+
+        Args:
+            tensor: of the same shape and dtype on every rank.
+            op: "sum", "max" or "min".
+        """
         if self.size > 1:
             group = self.control_group if tensor.device.type == "cpu" else None
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()), group=group)
         return tensor
 
     def sum_parts(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Adds up `tensor` over the parts, in place, and returns it."""
+        """Sums `tensor` over the parts, in place, and returns it."""
         if self._parts_group is None:
             return self.all_reduce(tensor)
         dist.all_reduce(tensor, group=self._parts_group)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether `flag` is true on any rank."""
         return bool(self.all_reduce(torch.tensor([flag], dtype=torch.int32), "max"))
 
     def broadcast_object(self, value: Any) -> Any:
@@ -297,9 +303,15 @@ def _dp_dimensions(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 @torch.no_grad()
 def send(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
-    """Gives every rank of a group, or all ranks, its first one's values."""
+    """Broadcasts tensors from the first rank of a group, in place.
+
+    Args:
+        tensors: of the same shapes and dtypes on every rank.
+        group: the process group; None for all ranks.
+    """
     for tensor in tensors:
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # gloo knows no other
+        # gloo does not support complex tensors
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         whole = real.contiguous()
         dist.broadcast(whole, group=group, group_src=0)
         if whole is not real:
@@ -307,17 +319,17 @@ def send(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
 
 
 def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
-    """Makes the process group, each under a prefix of its own in the store of the meeting.
+    """Creates the process group, each with its own prefix in the rendezvous store.
 
     Raises:
-        ConfigError: the launcher's environment says how many processes, but not where they meet.
+        ConfigError: the launcher's environment gives the number of processes, but no rendezvous.
     """
     global _joined
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
             f"WORLD_SIZE={size}, but {' and '.join(missing)} not set: start the processes with "
-            "torchrun, srun or `paceline train --nproc`, which say where they meet."
+            "torchrun, srun or `paceline train --nproc`, which set them."
         )
     where = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if where not in _meetings:
@@ -333,14 +345,14 @@ def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
 
 
 def _name_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that all ranks share, and that no earlier start of theirs had.
+    """A name that all ranks agree on, and that no earlier start of theirs had.
 
-    An agent keeps its store when it starts failed workers again, with all that the dead ones have
-    left there, and its count of restarts may differ from another machine's. So each rank leaves a
-    mark of its own and believes only an answer to that mark.
+    An agent keeps its store when it restarts failed workers, with all keys of the dead ones, and
+    its count of restarts may differ from another machine's. So each rank writes a random mark and
+    accepts only an answer to that mark.
 
     Raises:
-        PeerError: the others have not come in time.
+        PeerError: the others did not join in time.
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"mark/{rank}", mine)
@@ -355,19 +367,19 @@ def _name_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) 
                 return name
         time.sleep(0.02)
     if missing:
-        raise PeerError(f"rank {rank} has waited {timeout} for the others to come.")
+        raise PeerError(f"rank {rank} has waited {timeout} for the others to join.")
     return mine
 
 
 def _has_taken(store: Store, other: int, name: str) -> bool:
-    """Rank 0's answer to another rank's mark; whether that rank has read it."""
+    """Writes rank 0's answer to another rank's mark; returns whether that rank has read it."""
     if store.check([f"mark/{other}"]):
         store.set(f"answer/{other}", f"{store.get(f'mark/{other}').decode()} {name}")
     return store.check([f"taken/{name}/{other}"])
 
 
 def _await_all(store: Store, rank: int, size: int, timeout: timedelta) -> None:
-    """Waits for the other ranks here, where Python hears signals: torch's own waiting is deaf."""
+    """Waits for the other ranks in Python, where signals are handled: torch's wait blocks them."""
     store.set(f"here/{rank}", "")
     keys = [f"here/{other}" for other in range(size)]
     deadline = time.monotonic() + timeout.total_seconds()
@@ -382,12 +394,12 @@ def _device(local_rank: int) -> torch.device:
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
     count = torch.accelerator.device_count()
-    if count == 1 and _by_srun():  # which shows each task a device of its own (--gpus-per-task)
+    if count == 1 and _by_srun():  # each task sees only its own device (--gpus-per-task)
         return torch.device(kind.type, 0)
     if local_rank >= count:
         raise ConfigError(
             f"process {local_rank} of this machine has no device: there are {count}. "
-            "Start at most that many processes a machine (--nproc)."
+            "Start at most that many processes per machine (--nproc)."
         )
     return torch.device(kind.type, local_rank)
 

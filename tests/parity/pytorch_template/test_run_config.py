@@ -125,7 +125,7 @@ def test_PT_02_a_misspelt_name_is_found_before_anything_is_built() -> None:
         "did you mean 'lr'",
         "did you mean 'MSELoss'",
         "data: 'util' has no 'data'",
-        "'tpu' is no device",
+        "'tpu' is not a device",
     ):
         assert said in str(error.value)
 
