@@ -128,7 +128,7 @@ def _optimizers(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     return keys
 
 
-# What Paceline compares by itself. Each takes a trainer and its run, and gives values by dotted key.
+# What Paceline compares by itself: each gives values by dotted key.
 _PARTS: tuple[Callable[[TrainerBase, Run], dict[str, Any]], ...] = (
     _settings,
     _loss,

@@ -41,6 +41,10 @@ class Parallel:
             backward pass, to keep less: "full", all; "selective", all but matrix products,
             attention and rows of other processes; None, nothing. A number from 0 to 1 is the part
             of its activations that a compiled model keeps.
+        frozen: what becomes of a model of which nothing is trained, such as a teacher, where
+            `dp_shard` shards the others: "shard", it is sharded too, and has to be called equally
+            often on every process; "replicate", each process keeps all of it. Stages, and modules
+            that are split or experts, are of trained models alone.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
             and step there.
         plan: how modules split over the `tensor` processes: a module's name within its model, "*"
@@ -62,6 +66,7 @@ class Parallel:
     pipeline: int = 1
     expert: int = 1
     activation_checkpointing: Literal["full", "selective"] | float | None = None
+    frozen: Literal["shard", "replicate"] = "shard"
     cpu_offload: bool = False
     plan: dict[str, Any] | None = None
     timeout: float = 600.0
@@ -79,6 +84,8 @@ class Parallel:
                 f"parallel.context_attention={self.context_attention!r}: expected 'all_to_all' or "
                 "'ring'."
             )
+        if self.frozen not in ("shard", "replicate"):
+            raise ConfigError(f"parallel.frozen={self.frozen!r}: expected 'shard' or 'replicate'.")
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout!r}: expected seconds, more than 0.")
         for name in (*_SIZES, "expert"):
