@@ -194,8 +194,8 @@ def test_a_teacher_is_read_in_any_other_layout(ranks: Ranks, tmp_path: Path) -> 
     for name, value in fit(Perceives).weights.items():
         torch.testing.assert_close(found[-1].weights[name], value, rtol=1e-9, atol=1e-11)
     assert [each.sharded for each in found] == [True, False, False, False]
-    assert "shards the frozen teacher over 2 ranks, too [parallel.frozen]" in found[0].plan
-    assert "keeps the frozen teacher whole on each rank [parallel.frozen]" in found[2].plan
+    assert "shards the frozen teacher over 2 ranks, too  [parallel.frozen]" in found[0].plan
+    assert "keeps the frozen teacher whole on each rank  [parallel.frozen]" in found[2].plan
     assert not any("frozen" in line for line in found[3].plan)
 
 
