@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from paceline.checkpoint import CheckpointPolicy
     from paceline.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
     from paceline.trainer.callback import Callback
+    from paceline.trainer.identity import HasRunIdentity
     from paceline.trainer.monitor import MetricMonitor
     from paceline.trainer.result import Result
     from paceline.trainer.settings import Resume
@@ -26,6 +27,7 @@ _WHERE = {
     "Callback": "paceline.trainer.callback",
     "CheckpointPolicy": "paceline.checkpoint",
     "DeviceParameters": "paceline.world.device_parameters",
+    "HasRunIdentity": "paceline.trainer.identity",
     "MetricMonitor": "paceline.trainer.monitor",
     "Parallel": "paceline.world.layout",
     "Result": "paceline.trainer.result",
@@ -41,6 +43,7 @@ __all__ = [
     "Callback",
     "CheckpointPolicy",
     "DeviceParameters",
+    "HasRunIdentity",
     "MetricMonitor",
     "Parallel",
     "Result",

@@ -64,6 +64,21 @@ def test_a_batch_without_a_tensor_cannot_be_counted() -> None:
     assert "override count_items" in text
 
 
+@pytest.mark.parametrize(
+    ("batch", "shown"),
+    [
+        ({"x": torch.ones(4, 3), "y": torch.ones(4, 1)}, "a dict with 'x', 'y'"),
+        ({"labels": torch.ones(4), "targets": torch.ones(4)}, "a dict with 'labels', 'targets'"),
+        ([torch.ones(4, 3)] * 3, "a list of 3"),
+        (torch.ones(2, 3), "a Tensor"),
+    ],
+    ids=["no targets", "two targets", "three", "a tensor of two rows"],
+)
+def test_a_batch_of_which_inputs_and_targets_are_not_known(batch: Any, shown: str) -> None:
+    text = message(DataError, train_dataloader=[batch])
+    assert f"or a mapping with either 'labels' or 'targets'; this one is {shown}." in text
+
+
 def test_a_first_batch_that_the_model_cannot_take_is_described() -> None:
     with pytest.raises(DataError) as caught:
         fitted(train_dataloader=wide())

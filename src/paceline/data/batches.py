@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from paceline.errors import DataError
+
+_TARGETS = ("labels", "targets")
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """What a model takes of a batch, and what the loss compares its outputs with.
+
+    Args:
+        batch: a pair, or a mapping: its "labels" or "targets" are the targets, and what else is in
+            it the inputs, a dictionary.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        return batch[0], batch[1]
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        found = [key for key in _TARGETS if key in batch]
+        if len(found) == 1:
+            (name,) = found
+            return {key: value for key, value in batch.items() if key != name}, batch[name]
+        kind += f" with {', '.join(map(repr, batch)) or 'nothing in it'}"
+    elif isinstance(batch, (list, tuple)):
+        kind += f" of {len(batch)}"
+    raise DataError(
+        "a batch is a pair (inputs, targets), or a mapping with either 'labels' or 'targets'; this "
+        f"one is a {kind}. Have collate_fn make such a batch, or, without parallel.pipeline, override "
+        "loss(batch)."
+    )
 
 
 def each_leaf(batch: Any, change: Callable[[Any], Any]) -> Any:
@@ -72,7 +102,7 @@ def count_first_dimension(batch: Any) -> int:
 def _first_tensor(batch: Any) -> torch.Tensor | None:
     if isinstance(batch, torch.Tensor):
         return batch
-    values = batch.values() if isinstance(batch, dict) else batch
+    values = batch.values() if isinstance(batch, Mapping) else batch
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         return None
     return next((t for value in values if (t := _first_tensor(value)) is not None), None)

@@ -172,6 +172,76 @@ class Shards:
         self._probes += probes(outputs)
 
 
+class FrozenShards:
+    """A frozen model spread over ranks: gathered block by block for each call, and freed after it.
+
+    It has no gradients, and so is none of `Trainer.replicas`. A loss that reaches a trained model
+    through it gathers it once more in the backward pass, which all ranks have to do together.
+
+    Args:
+        module: the model, whole; it is spread in place, which makes its parameters new ones.
+        name: the model's name, for messages.
+        world: the ranks.
+        calls: takes the calls of a validation, together with other models'.
+        compute: the dtype in which parameters are gathered; None for their own.
+        materialize: gives a part of the model memory, if it has none yet.
+
+    Attributes:
+        renewed: what became of each parameter, by the `id` of what it was.
+
+    Raises:
+        ConfigError: the model cannot be spread.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        world: World,
+        calls: list[Call],
+        compute: torch.dtype | None,
+        materialize: Callable[[torch.nn.Module], None],
+    ) -> None:
+        self._module = module
+        self._calls = calls
+        self._probes: list[torch.Tensor] = []
+        before = dict(module.named_parameters())
+        check_unspread(before, name, world)
+        for unit in (*repeated_blocks(module), module):
+            materialize(unit)
+            _send_whole(unit)
+            # torch would leave what is no block's gathered, for a backward pass to come.
+            _shard(unit, world, compute, reshard_after_forward=True)
+        self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
+        module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
+        module.register_forward_hook(self._note_outputs)  # behind FSDP2's
+
+    @property
+    def called(self) -> bool:
+        """Whether a loss may reach a trained model through it, in this micro-batch."""
+        return bool(self._probes)
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        if self._probes:
+            self._probes = []
+            _forget_calls(self._module)
+
+    def zero_loss(self) -> torch.Tensor:
+        """A loss of zero whose backward pass gathers what that of any other loss would."""
+        return zero_of(self._probes)
+
+    def _note_call(self, module: Any, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._calls.append((module, args, kwargs))
+
+    def _note_outputs(self, module: Any, inputs: Any, outputs: Any) -> None:
+        found = probes(outputs) if torch.is_grad_enabled() else []
+        self._probes += found
+        if not found:
+            _forget_calls(module)
+
+
 class StageShards:
     """A stage spread over the ranks that have it; one of `Trainer.replicas`, as `Shards` are.
 
@@ -251,7 +321,7 @@ class StageShards:
         if not self._exchanges:
             return
         if not exchange:
-            self._forget_calls()
+            _forget_calls(self._stage)  # a stage whose parameters are frozen has no backward pass
         self._stage.set_is_last_backward(exchange)
         self._stage.set_reshard_after_backward(exchange)
         self._stage.set_requires_gradient_sync(exchange)
@@ -259,17 +329,21 @@ class StageShards:
     def check_exchanged(self) -> None:
         """Nothing to refuse: the schedule makes all calls."""
 
-    def _forget_calls(self) -> None:
-        """torch notes all calls until a backward pass ends, and a frozen stage never has one."""
-        context = self._stage._get_fsdp_state()._comm_ctx
-        noted = vars(context).get("post_forward_order", [])  # there from the first call on
-        for group in noted:
-            group._post_forward_indices.clear()
-        noted.clear()
-
     def _shard(self, unit: torch.nn.Module) -> None:
         if self._exchanges and id(unit) in self._parts:
             _shard(unit, self._world, self._compute, reshard_after_forward=False)
+
+
+def _forget_calls(module: Any) -> None:
+    """Drops the list of calls that torch keeps until a backward pass ends, and there may be none.
+
+    It is there to gather what the backward pass needs next a little earlier.
+    """
+    context = module._get_fsdp_state()._comm_ctx
+    noted = vars(context).get("post_forward_order", [])  # there from the first call on
+    for group in noted:
+        group._post_forward_indices.clear()
+    noted.clear()
 
 
 def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: World) -> None:
@@ -289,11 +363,12 @@ def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: 
             "it anew; parallel=Parallel(...) decides how it is spread."
         )
     scalars = [key for key, p in parameters.items() if p.dim() == 0]
+    frozen = not any(p.requires_grad for p in parameters.values())
     if scalars and world.parts > 1:
         raise ConfigError(
             f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
             f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
-            "shape [1]."
+            "shape [1]." + " Or leave frozen models whole, parallel.frozen='replicate'." * frozen
         )
 
 

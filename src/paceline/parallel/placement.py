@@ -23,6 +23,7 @@ from paceline.world.dtensors import total_norm
 from paceline.world.world import World, send
 
 if TYPE_CHECKING:
+    from paceline.parallel.fsdp import FrozenShards
     from paceline.parallel.pipeline_parallel import Pipeline
 
 _AUTOCAST = {
@@ -72,6 +73,7 @@ class Placement:
 
     Attributes:
         replicas: what synchronizes each trained model over ranks.
+        frozen: the frozen models that are sharded.
         pipeline: runs the stages of the model that is cut into some, else None.
         float8: the linear layers that multiply in float8, else None.
         compiled: the blocks that are compiled one by one.
@@ -91,6 +93,7 @@ class Placement:
         self._undo = ExitStack()
         self._compile: bool | Literal["blocks"] = False
         self.replicas: list[Synchronizer] = []
+        self.frozen: list[FrozenShards] = []
         self.pipeline: Pipeline | None = None
         self.float8: Float8Layers | None = None
         self.compiled: list[torch.nn.Module] = []
@@ -147,7 +150,8 @@ class Placement:
         self._undo.close()
         if self.float8 is not None and not self._parallel.is_spread:
             self.float8.take_back()
-        self.recomputed, self.compiled, self.replicas, self.pipeline = [], [], [], None
+        self.recomputed, self.compiled, self.replicas, self.frozen = [], [], [], []
+        self.pipeline = None
 
     def _enter_contexts(self) -> None:
         """What has to hold for backward passes too, and so for as long as models are placed."""
@@ -179,24 +183,25 @@ class Placement:
         materializer = Materializer(module, name, self._device, self._seed)
         trained = any(p.requires_grad for p in module.parameters())
         staged = trained and self._parallel.pipeline > 1
+        sharded = self._parallel.is_spread if trained else self._shards_frozen(module, name)
         if not materializer.needed and not staged:
             module.to(self._device)
         if self.float8 is not None and trained:
             self.float8.convert(module, name)
         if trained and self._parallel.expert > 1:
             # The exchange of rows breaks graphs, which nothing that is repeated within one may do.
-            self._compile_blocks(module, name, staged=staged)
+            self._compile_blocks(module, name, sharded=sharded, staged=staged)
             self._recompute_blocks(module, name)
         else:
             if trained:
                 self._recompute_blocks(module, name)
-            self._compile_blocks(module, name, staged=staged)
+            self._compile_blocks(module, name, sharded=sharded, staged=staged)
         for part in {*self.recomputed, *self.compiled}:
             self._undo.callback(vars(part).pop, "forward", None)
         if staged:
             return self._cut(module, name, materializer, optimizers)
-        if trained and self._parallel.is_spread:
-            return self._shard(module, name, materializer, optimizers)
+        if sharded:
+            return self._shard(module, name, materializer, optimizers, trained=trained)
         materializer.all()
         if self._world.size == 1:
             return module
@@ -214,9 +219,24 @@ class Placement:
 
             self.recomputed += recompute_blocks(module, name, which)
 
-    def _compile_blocks(self, module: torch.nn.Module, name: str, *, staged: bool) -> None:
-        trained = any(p.requires_grad for p in module.parameters())
-        if self._compile is True and not (trained and self._parallel.is_spread):
+    def _shards_frozen(self, module: torch.nn.Module, name: str) -> bool:
+        """Whether a frozen model is sharded as trained ones are; says so in the plan."""
+        parallel = self._parallel
+        if not parallel.is_spread or next(module.parameters(), None) is None:
+            return False
+        if parallel.dp_shard > 1 and parallel.pipeline == 1 and parallel.frozen == "shard":
+            line = f"shards the frozen {name} over {self._world.shards} ranks, too"
+            self._plan.add(line, "parallel.frozen")
+            return True
+        asked = parallel.dp_shard > 1 and parallel.frozen == "replicate"
+        why = "frozen" if asked else "pipeline" if parallel.pipeline > 1 else "dp_shard"
+        self._plan.add(f"keeps the frozen {name} whole on each rank", f"parallel.{why}")
+        return False
+
+    def _compile_blocks(
+        self, module: torch.nn.Module, name: str, *, sharded: bool, staged: bool
+    ) -> None:
+        if self._compile is True and not sharded:
             module.compile()
         elif self._compile:
             from paceline.parallel.compile_blocks import compile_blocks
@@ -229,13 +249,19 @@ class Placement:
         name: str,
         materialize: Materializer,
         optimizers: Iterable[torch.optim.Optimizer],
+        *,
+        trained: bool,
     ) -> torch.nn.Module:
-        from paceline.parallel.fsdp import Shards, follow
+        from paceline.parallel.fsdp import FrozenShards, Shards, follow
 
         compute = autocast_dtype(self._precision)
-        shards = Shards(module, name, self._world, self.calls, compute, materialize)
+        kind = Shards if trained else FrozenShards
+        shards = kind(module, name, self._world, self.calls, compute, materialize)
         follow(optimizers, shards.renewed)
-        self.replicas.append(shards)
+        if isinstance(shards, Shards):
+            self.replicas.append(shards)
+        else:
+            self.frozen.append(shards)
         return module
 
     def _cut(
@@ -288,9 +314,10 @@ class Placement:
             models: which get gradients of zeros if no rank waits for theirs.
         """
         called: list[Any] = [replica for replica in self.replicas if replica.called]
-        if called:
-            return torch.stack([replica.zero_loss() for replica in called]).sum()
-        return zero_loss(p for model in models.values() for p in model.parameters())
+        losses = [each.zero_loss() for each in (*called, *self.frozen) if each.called]
+        if not called:
+            losses.append(zero_loss(p for model in models.values() for p in model.parameters()))
+        return torch.stack(losses).sum()
 
     def share_buffers(self, models: Mapping[str, torch.nn.Module]) -> None:
         """Gives every rank rank 0's buffers, as DDP does before the next forward pass anyway.

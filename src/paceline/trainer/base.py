@@ -232,6 +232,14 @@ class TrainerBase(Hooks, AbstractTrainer):
         """Further objects with `state_dict` and `load_state_dict` to save, by name or as a list."""
         return {}
 
+    def run_identity(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged, of one's own; compared as `trainer.<key>`.
+
+        Numbers, strings, None or lists of them, the same on every rank. Datasets, samplers, losses
+        and other objects may have this method as well (`paceline.HasRunIdentity`).
+        """
+        return {}
+
     @property
     def is_over(self) -> bool:
         """Whether there is nothing more to do in this process."""

@@ -34,6 +34,13 @@ class Callback:
     def out_of_patience(self) -> bool:
         return False
 
+    def run_identity(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged; compared as `callbacks.NAME.<key>`.
+
+        Numbers, strings, None or lists of them, the same on every rank.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: tensors, arrays, numbers, strings and containers of them."""
         return {}

@@ -20,7 +20,7 @@ from paceline.trainer import blame, decisions, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components
 from paceline.trainer.events import Events
-from paceline.trainer.identity import identity_of
+from paceline.trainer.identity import add_own_identity, identity_of
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
@@ -101,6 +101,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
         trainer.replica_groups.attach(trainer.recorder, trainer.optimization.guard)
     for hook in run.events.on_setup:
         hook()
+    add_own_identity(trainer, run)
     _load(trainer, run)
     if trainer.replica_groups is not None:
         trainer.replica_groups.settle()

@@ -105,18 +105,18 @@ def check_identity(
     """
     then = stored["identity"]
     changed = {
-        key: (then.get(key), now.get(key))
+        key: (_shown(then, key), _shown(now, key))
         for key in {**then, **now}
         if then.get(key) != now.get(key)
     }
     for key, value in horizon.items():
         before = stored["horizon"][key]
         if value is not None and before is not None and value < before:
-            changed[key] = (before, value)
+            changed[key] = (repr(before), repr(value))
     accepted = [key for key in changed if _accepted(key, resume.accept)]
     refused = {key: values for key, values in changed.items() if key not in accepted}
     if refused:
-        lines = [f"{key}: {old!r} then, {new!r} now" for key, (old, new) in refused.items()]
+        lines = [f"{key}: {old} then, {new} now" for key, (old, new) in refused.items()]
         raise ResumeError(
             "this run cannot go on with other settings than it began with:\n  "
             + "\n  ".join(lines)
@@ -125,6 +125,10 @@ def check_identity(
             f"(Resume(accept=({next(iter(refused))!r},)), --accept {next(iter(refused))})."
         )
     return accepted
+
+
+def _shown(identity: dict[str, Any], key: str) -> str:
+    return repr(identity[key]) if key in identity else "nothing"
 
 
 def _accepted(key: str, accept: tuple[str, ...]) -> bool:

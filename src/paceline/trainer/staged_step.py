@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from paceline.errors import DataError
+from paceline.data.batches import inputs_and_targets
 from paceline.parallel.ddp import probes, zero_of
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
@@ -46,7 +46,7 @@ class StagedStep:
         self._loss_fn = loss_fn
         self._window = window
         self._key = mix(run.model_key, run.progress.global_step)
-        pairs = [_pair(batch) for batch in window.read()]
+        pairs = [inputs_and_targets(batch) for batch in window.read()]
         self.inputs: Sequence[Any] = [inputs for inputs, _ in pairs]
         self._targets = [targets for _, targets in pairs]
         self._weights: list[Any] = []
@@ -127,12 +127,3 @@ class StagedStep:
         run.progress.local_batches += 1
         for hook in run.events.on_train_batch_end:
             hook(batch, window.batch_idx, loss)
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise DataError(
-        "with parallel.pipeline batches are pairs (inputs, targets), for the first stage and the "
-        f"last one; this one is a {type(batch).__name__}."
-    )

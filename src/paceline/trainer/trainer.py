@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from paceline.checkpoint import CheckpointPolicy
+from paceline.data.batches import inputs_and_targets
 from paceline.data.source import Draw
 from paceline.errors import ConfigError
 from paceline.trainer import decisions, lifecycle, saving
@@ -36,7 +37,8 @@ _EACH_EPOCH = CheckpointPolicy()
 class Trainer(TrainerBase):
     """Trains models, exactly resumably, on one process or several.
 
-    Give `model`, `optimizer` and `loss_fn` and it is complete: batches are `(inputs, targets)`.
+    Give `model`, `optimizer` and `loss_fn` and it is complete: batches are `(inputs, targets)`, or
+    mappings with "labels" or "targets".
     Or subclass it: override `loss`, or `training_step` and `validation_step`, or a whole segment
     (`train`, `epoch`, `step`, `evaluate`, `checkpoint`), and any hook of the event table.
 
@@ -150,8 +152,14 @@ class Trainer(TrainerBase):
     # What a model's author writes
 
     def loss(self, batch: Any) -> torch.Tensor:
-        """The mean loss over a batch's items; by default of `(inputs, targets)` pairs."""
-        inputs, targets = batch
+        """The mean loss over a batch's items.
+
+        By default `loss_fn(model(inputs), targets)`, of pairs `(inputs, targets)` or of mappings:
+        their "labels" or "targets" are the targets, and what else is in them the inputs, a
+        dictionary.
+        """
+        pair = isinstance(batch, (list, tuple)) and len(batch) == 2  # which costs no call
+        inputs, targets = batch if pair else inputs_and_targets(batch)
         return self.loss_fn(self.model(inputs), targets)  # pyright: ignore[reportCallIssue,reportOptionalCall]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

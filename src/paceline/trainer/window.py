@@ -99,6 +99,8 @@ class Window:
             batch = self.present(j)
             for replica in run.placement.replicas:
                 replica.begin(exchange=j == count - 1)
+            for shards in run.placement.frozen:
+                shards.begin()
             seed_everything(mix(key, j))
             if self.stand_in:
                 with buffers_kept(run):

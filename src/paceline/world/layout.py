@@ -40,6 +40,9 @@ class Parallel:
             "full": everything. "selective": everything but matrix products, attention and rows of
             other processes. None: nothing. A number from 0 to 1: the fraction of its activations
             that a compiled model keeps.
+        frozen: how frozen models, such as a teacher, are placed where `dp_shard` shards the others.
+            "shard": sharded too; every process has to call them equally often. "replicate": each
+            process keeps the whole. Stages, split modules and experts are for trained models only.
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory,
             and step there.
         plan: how `tensor` splits modules: a module's name in its model, with "*" for any part of
@@ -61,6 +64,7 @@ class Parallel:
     pipeline: int = 1
     expert: int = 1
     activation_checkpointing: Literal["full", "selective"] | float | None = None
+    frozen: Literal["shard", "replicate"] = "shard"
     cpu_offload: bool = False
     plan: dict[str, Any] | None = None
     timeout: float = 600.0
@@ -78,6 +82,8 @@ class Parallel:
                 f"parallel.context_attention={self.context_attention!r}: expected 'all_to_all' or "
                 "'ring'."
             )
+        if self.frozen not in ("shard", "replicate"):
+            raise ConfigError(f"parallel.frozen={self.frozen!r}: expected 'shard' or 'replicate'.")
         if not self.timeout > 0:
             raise ConfigError(f"parallel.timeout={self.timeout!r}: expected seconds, more than 0.")
         for name in (*_SIZES, "expert"):
