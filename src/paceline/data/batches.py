@@ -35,8 +35,8 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
         kind += f" of {len(batch)}"
     raise DataError(
         "a batch is a pair (inputs, targets), or a mapping with either 'labels' or 'targets'; this "
-        f"one is a {kind}. Have collate_fn make such a batch, or, without parallel.pipeline, override "
-        "loss(batch)."
+        f"one is a {kind}. Have collate_fn make such a batch, or, without parallel.pipeline, "
+        "override loss(batch)."
     )
 
 
