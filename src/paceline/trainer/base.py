@@ -29,7 +29,7 @@ from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
 from paceline.trainer.settings import Resume
-from paceline.trainer.stop import StopAgreement
+from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 from paceline.world.world import World
@@ -456,6 +456,17 @@ class TrainerBase(Hooks, AbstractTrainer):
     def request_stop(self, reason: str) -> None:
         """Asks for a stop at the next boundary that all ranks agree on, with a checkpoint."""
         self.stop_agreement.request(reason)
+
+    def stopping(self) -> bool:
+        """Whether the run stops at this boundary, so that an `evaluate()` of your own may be left.
+
+        Each rank may ask as often as it likes. Ranks that exchange something in the evaluation
+        share one answer (`self.world.broadcast_object`), so that all leave it at the same place.
+        """
+        run = self._run
+        if run is None or not run.validating:
+            return False
+        return run.stop.agreed_on(behind_boundary(run.global_step))
 
     def request_rewind(self, step: int) -> None:
         """Asks to go back to the newest checkpoint and skip the window of `step` from then on.

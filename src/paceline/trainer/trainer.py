@@ -349,14 +349,14 @@ class Trainer(TrainerBase):
     def evaluate(self) -> dict[str, float] | None:
         """Validates: each sample of every validation loader once over all ranks.
 
-        One of your own is called when a validation is due, also without a `val_dataloader`. There
-        models are in eval mode and gradients off; random numbers depend on seed and step alone;
-        what it logs counts to the validation; modes and training's random numbers are as before
-        afterwards. Of what it returns, rank 0's counts.
+        One of your own is called on every rank when a validation is due, also without a
+        `val_dataloader`. There models are in eval mode and gradients off, random numbers depend on
+        seed, step and rank alone, and `log` gives means over all ranks. Modes and training's random
+        numbers are as before afterwards. `super().evaluate()` validates on the loaders.
 
         Returns:
-            The metrics over all ranks. None leaves the validation to the resumed run if this one
-            is to stop, as the Trainer's own does; if not, nothing was measured but what was logged.
+            The metrics; of an `evaluate()` of your own, rank 0's count on every rank. None if the
+            run is to stop (`stopping()`) and this was abandoned: the resumed run validates.
         """
         if self._run is None:
             raise ConfigError(
