@@ -325,11 +325,11 @@ def _wrong_loaders(trainer: TrainerBase) -> list[str]:
     if trainer.train_dataloader is None:
         wrong.append("train_dataloader: there is nothing to train on.")
     given = {name: getattr(trainer, name) for name in ("train_dataloader", "val_dataloader")}
-    if isinstance(given["val_dataloader"], Mapping):
-        named = given.pop("val_dataloader")
-        wrong += _wrong_names(named)
-        given |= {f"val_dataloader[{name!r}]": loader or () for name, loader in named.items()}
     loaders = {name: loader for name, loader in given.items() if loader is not None}
+    if isinstance(given["val_dataloader"], Mapping):
+        named = loaders.pop("val_dataloader")
+        wrong += _wrong_names(named)
+        loaders |= {f"val_dataloader[{name!r}]": loader for name, loader in named.items()}
     for name, loader in loaders.items():
         if _is_count(loader):
             wrong.append(f"{name}={loader}: a seed is given by name, train(seed={loader}).")
@@ -352,8 +352,8 @@ def _wrong_names(loaders: Mapping[Any, Any]) -> list[str]:
     return [
         f"val_dataloader[{name!r}]: a name is text without '/', since metrics are called "
         "'val/NAME/loss'."
-        for name, loader in loaders.items()
-        if not isinstance(name, str) or not name or "/" in name or loader is None
+        for name in loaders
+        if not isinstance(name, str) or not name or "/" in name
     ]
 
 
