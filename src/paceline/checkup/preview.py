@@ -93,12 +93,13 @@ def preview(recipe: Recipe) -> Preview:
         forward = _Forward(trainer)
         forward.run()
         training, validation = _training(trainer, forward.batch), _validation(trainer)
+        components = _components(trainer)
     shown = Preview(
         settings=settings,
         layers=layers_of(trainer.named_models(), forward.outputs),
         flops=forward.flops,
         problem=forward.problem,
-        components=_components(trainer),
+        components=components,
         training=training,
         validation=validation,
         plan=[

@@ -187,13 +187,13 @@ def validation(trainer: Trainer, seen: Seen) -> list[Check]:
     """What a validation gives and measures."""
     if not trainer.has_validation:
         return [Check("validation", "SKIP", "there is no val_dataloader")]
-    checks: list[Check] = []
+    data: list[str] = []
     for name, loader in loaders_by_name(trainer.val_dataloader).items():
         length = trainer.validation[name].length
         batches = "of unknown length" if length is None else f"{length:,} batches"
         which = "" if name is None else f"{name}: "
-        detail = f"{which}{_samples(loader)}, {batches}"
-        checks.append(Check("validation data", "PASS", detail))
+        data.append(f"{which}{_samples(loader)}, {batches}")
+    checks = [Check("validation data", "PASS", "; ".join(data))] if data else []
     if not seen.metrics:
         detail = "it measures nothing: call self.log in validation_step, or return metrics from "
         return [*checks, Check("validation", "WARN", detail + "get_val_metrics")]
