@@ -38,7 +38,7 @@ class FakeTrainer(Hooks):
         self.global_step = self.current_epoch = 0
         self.epochs, self.training_horizon = 2, 8
         self.log_every = log_every
-        self.validation: Any = SimpleNamespace(length=2)
+        self.validation: Any = {None: SimpleNamespace(length=2)}
         self.progress = SimpleNamespace(samples=0, items=0, rates={})
         self.row: dict[str, Any] = {}
         self.logged: list[tuple[int, str, Any]] = []

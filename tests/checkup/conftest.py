@@ -72,6 +72,11 @@ class Fit(Trainer):
         self.log("val/accuracy", (outputs.argmax(1) == y).float().mean())
 
 
+class Judged(Fit):
+    def evaluate(self):
+        return {"val/score": self.model(torch.ones(1, 6)).sum()}
+
+
 class Pair(Trainer):
     def __init__(self, **settings):
         super().__init__(**settings)

@@ -155,6 +155,16 @@ def test_a_checkpoint_that_does_not_come_back_as_it_was_fails(recipe):
     )
 
 
+NEAR_AND_FAR = {
+    name: {
+        "_target_": "torch.utils.data.DataLoader",
+        "batch_size": 8,
+        "dataset": {"_target_": "toy.Points", "n": n},
+    }
+    for name, n in (("near", 12), ("far", 20))
+}
+
+
 @pytest.mark.parametrize(
     ("overrides", "keys", "name", "said"),
     [
@@ -172,6 +182,9 @@ def test_a_checkpoint_that_does_not_come_back_as_it_was_fails(recipe):
         (["+trainer.precision=bf16"], {}, "components", "on cpu in bf16"),
         (["+trainer.precision=fp16"], {}, "optimizer step", "4 of 4 parameter tensors changed"),
         (["+trainer.on_nonfinite=rewind"], {}, "checkpoint", "equal bit by bit"),
+        ([], {"val_dataloader": NEAR_AND_FAR}, "validation data", "near: 12 samples, 2 batches"),
+        ([], {"val_dataloader": NEAR_AND_FAR}, "validation", "val/near/accuracy"),
+        (["~val_dataloader", "trainer._target_=toy.Judged"], {}, "validation", "val/score"),
     ],
 )  # fmt: skip
 def test_every_kind_of_run_is_rehearsed(recipe, overrides, keys, name, said):

@@ -69,6 +69,17 @@ def test_data_are_described(recipe):
     assert any("permutation" in decision for decision, _ in shown.plan)
 
 
+def test_several_validation_loaders_are_described_by_name(recipe):
+    loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": 8}
+    loaders = {
+        "near": {**loader, "dataset": {"_target_": "toy.Points", "n": 12}},
+        "far": {**loader, "dataset": {"_target_": "toy.Points", "n": 20}},
+    }
+    shown = preview(recipe(val_dataloader=loaders)).validation
+    assert (shown["near: samples"], shown["near: batches"]) == ("12", "2")
+    assert (shown["far: samples"], shown["validates every"]) == ("20", "epoch")
+
+
 def test_the_schedule_is_the_one_that_training_has(recipe):
     """Given a warm-up and a cosine, when the run is trained, then its rates are those shown."""
     checked = recipe()

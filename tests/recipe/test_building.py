@@ -54,6 +54,19 @@ def test_every_part_reaches_the_trainer(recipe: Write):
     assert trainer.run_dir == Path("elsewhere")
 
 
+def test_validation_loaders_may_be_several_by_name(recipe: Write):
+    several = {"near": {"_target_": "toy.Batches"}, "far": {"_target_": "toy.Batches"}}
+    trainer = build(
+        recipe(val_dataloader=several), "+trainer.metric_monitor={metric_name: val/far/loss}"
+    )
+    assert [*trainer.val_dataloader] == ["near", "far"]
+    with pytest.raises(RecipeError, match=r"trainer.metric_monitor: 'val/loss' is not measured"):
+        build(recipe(val_dataloader=several), "+trainer.metric_monitor={metric_name: val/loss}")
+    misspelt = recipe(val_dataloader={**several, "far": {"_target_": "toy.Batchs"}})
+    with pytest.raises(RecipeError, match=r"val_dataloader.far._target_: .*'Batchs'"):
+        build(misspelt)
+
+
 def test_null_switches_checkpoints_off(recipe: Write):
     assert build(recipe(), "checkpoint=null").checkpoint_policy is None
 

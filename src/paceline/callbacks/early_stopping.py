@@ -58,8 +58,11 @@ class EarlyStopping(Callback):
 
     def on_setup(self, trainer: Trainer) -> None:
         """Resets the count and the best value."""
-        if trainer.val_dataloader is None:
-            raise ConfigError("EarlyStopping: nothing is ever validated without a val_dataloader.")
+        if not trainer.has_validation:
+            raise ConfigError(
+                "EarlyStopping: nothing is ever validated without a val_dataloader or an "
+                "evaluate() of the trainer's own."
+            )
         self._monitor.reset()
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from paceline.data.source import batches_in
 from paceline.errors import ConfigError
 from paceline.trainer.callback import Callback
 
@@ -87,8 +88,8 @@ class Progress(Callback):
 
     def on_validation_start(self, trainer: Trainer) -> None:
         """Opens the validation's bar."""
-        data = trainer.validation  # this rank's share of the loader
-        self._validated, self._validation_length = 0, None if data is None else data.length
+        # This rank's share of the loaders; an evaluate() of the user's own has none.
+        self._validated, self._validation_length = 0, batches_in(trainer.validation) or None
         if self._rows_only:
             self._due = time.monotonic() + _SECONDS_IN_VALIDATION
         elif self._view is not None:

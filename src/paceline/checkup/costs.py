@@ -37,7 +37,7 @@ def length_of(trainer: Trainer, validate_every: str | int) -> Length:
     epochs = trainer.epochs
     if steps is not None and an_epoch is not None:
         epochs = steps // an_epoch
-    if trainer.val_dataloader is None:
+    if not trainer.has_validation:
         validations: int | None = 0
     elif isinstance(validate_every, int):
         validations = None if steps is None else -(-steps // validate_every)

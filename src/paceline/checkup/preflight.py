@@ -22,6 +22,7 @@ from paceline.checkup.costs import Length, length_of, most_checkpoints
 from paceline.checkup.rehearsal import LOOKED_INTO, STAGES, Rehearsal, Reload, Seen
 from paceline.checkup.report import Check, PreflightReport, readable_bytes, readable_seconds, some
 from paceline.checkup.semantics import wrong_lengths, wrong_settings
+from paceline.data.source import batches_in
 from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError, PacelineError
 from paceline.recipe.builder import build_trainer, origin
 from paceline.recipe.recipe import Recipe
@@ -228,8 +229,8 @@ class _Preflight:
         detail = f"about {readable_seconds(seconds)} per step{rate} ({how}; an estimate)"
         report.checks.append(Check("speed", "PASS", detail))
         validating = None
-        if trainer.validation is not None and seen.validation_seconds is not None:
-            batches = trainer.validation.length
+        if seen.validation_seconds is not None:
+            batches = batches_in(trainer.validation)
             if batches is not None and length.validations is not None:
                 validating = seen.validation_seconds * batches * length.validations
         if length.steps is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,6 +15,7 @@ from paceline.checkup.schedule import Schedule, schedules_of
 from paceline.checkup.settings import Setting, settings_of
 from paceline.checkup.verdicts import samples_in
 from paceline.data.batches import describe
+from paceline.data.loader import loaders_by_name
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
@@ -90,15 +92,20 @@ def preview(recipe: Recipe) -> Preview:
         forward = _Forward(trainer)
         forward.run()
         training, validation = _training(trainer, forward.batch), _validation(trainer)
+        components = _components(trainer)
     shown = Preview(
         settings=settings,
         layers=layers_of(trainer.named_models(), forward.outputs),
         flops=forward.flops,
         problem=forward.problem,
-        components=_components(trainer),
+        components=components,
         training=training,
         validation=validation,
-        plan=[*decided, *trainer.source.plan, *getattr(trainer.validation, "plan", ())],
+        plan=[
+            *decided,
+            *trainer.source.plan,
+            *chain(*(v.plan for v in trainer.validation.values())),
+        ],
         schedules=schedules,
     )
     del trainer, forward
@@ -177,17 +184,21 @@ def _training(trainer: Trainer, batch: dict[str, str]) -> dict[str, str]:
 
 
 def _validation(trainer: Trainer) -> dict[str, str]:
-    if trainer.validation is None:
+    if not trainer.has_validation:
         return {}
-    loader = trainer.val_dataloader
-    batch, _ = next(iter(trainer.validation.batches()), (None, 0))
-    return {
-        "samples": _number(samples_in(loader)),
-        "batch": "none" if batch is None else describe(batch),
-        "batches": _number(trainer.validation.length),
-        "validates every": str(trainer.validate_every),
-        "workers": str(getattr(loader, "num_workers", 0)),
-    }
+    shown: dict[str, str] = {}
+    for name, loader in loaders_by_name(trainer.val_dataloader).items():
+        data = trainer.validation[name]
+        batch, _ = next(iter(data.batches()), (None, 0))
+        facts = {
+            "samples": _number(samples_in(loader)),
+            "batch": "none" if batch is None else describe(batch),
+            "batches": _number(data.length),
+            "workers": str(getattr(loader, "num_workers", 0)),
+        }
+        prefix = "" if name is None else f"{name}: "
+        shown |= {f"{prefix}{what}": value for what, value in facts.items()}
+    return {**shown, "validates every": str(trainer.validate_every)}
 
 
 def _number(count: int | None) -> str:

@@ -129,8 +129,9 @@ class Rehearsal(Callback):
     def on_setup(self, trainer: Trainer) -> None:
         """Shortens the validation and wraps the loss function."""
         self.seen.computes_in = trainer.computes_in
-        if trainer.validation is not None:
-            trainer.validation = _FirstBatches(trainer.validation, VALIDATED)
+        trainer.validation = {
+            name: _FirstBatches(data, VALIDATED) for name, data in trainer.validation.items()
+        }
         self._unwatch = _watch_loss(trainer, self.seen)
         self._names = parameter_names(trainer.named_models())
 
@@ -200,7 +201,7 @@ class Rehearsal(Callback):
         if enough or step >= LOOKED_INTO + TIMED:
             self._try_schedules(trainer)
             trainer.request_stop("preflight")
-        validates = trainer.validation is not None and seen.metrics is None
+        validates = trainer.has_validation and seen.metrics is None
         seen.stage = "validation" if validates else "training data"
         self._stamp = time.perf_counter()
 
@@ -221,7 +222,7 @@ class Rehearsal(Callback):
         _wait_for(trainer.device)
         now = time.perf_counter()
         self.seen.validation_seconds = now - self._stamp
-        self.seen.validation_batches = batch_idx + 1
+        self.seen.validation_batches += 1
         self._stamp = now
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -317,7 +318,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _FirstBatches:
-    """The first batches of a validation."""
+    """The first batches of a validation loader."""
 
     def __init__(self, validation: Validation, most: int) -> None:
         self._validation, self._most = validation, most

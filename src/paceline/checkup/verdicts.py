@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.checkup.rehearsal import LOOKED_INTO, VALIDATED, LossCall, Parameter, Seen
 from paceline.checkup.report import Check, readable_seconds, some
+from paceline.data.loader import loaders_by_name
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -219,20 +220,26 @@ def validation(trainer: Trainer, seen: Seen) -> list[Check]:
         trainer: the trainer after the rehearsal.
         seen: the observations.
     """
-    if trainer.validation is None:
+    if not trainer.has_validation:
         return [Check("validation", "SKIP", "there is no val_dataloader")]
-    length = trainer.validation.length
-    batches = "of unknown length" if length is None else f"{length:,} batches"
-    data = f"{_samples(trainer.val_dataloader)}, {batches}"
-    checks = [Check("validation data", "PASS", data)]
+    data: list[str] = []
+    for name, loader in loaders_by_name(trainer.val_dataloader).items():
+        length = trainer.validation[name].length
+        batches = "of unknown length" if length is None else f"{length:,} batches"
+        which = "" if name is None else f"{name}: "
+        data.append(f"{which}{_samples(loader)}, {batches}")
+    checks = [Check("validation data", "PASS", "; ".join(data))] if data else []
     if not seen.metrics:
         detail = "it measures nothing: call self.log in validation_step, or return metrics from "
         return [*checks, Check("validation", "WARN", detail + "get_val_metrics")]
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in seen.metrics.items())
     bad = [name for name, value in seen.metrics.items() if not math.isfinite(value)]
-    tried = f"{seen.validation_batches} batches (at most {VALIDATED} were tried)"
     status = "WARN" if bad else "PASS"
-    return [*checks, Check("validation", status, f"{metrics} on {tried}")]
+    tried = ""
+    if trainer.validation:
+        each = "" if len(trainer.validation) == 1 else " of each loader"
+        tried = f" on {seen.validation_batches} batches (at most {VALIDATED}{each} were tried)"
+    return [*checks, Check("validation", status, f"{metrics}{tried}")]
 
 
 def duration(seconds_per_step: float, horizon: int | None, validations: float | None) -> str:

@@ -7,7 +7,7 @@ Every other loader keeps its own order and is iterated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -26,6 +26,7 @@ from paceline.data.order import Order, Sampled, Sequential, Shuffled
 from paceline.data.source import Source, Validation
 from paceline.data.streamed import StreamedSource, StreamedValidation
 from paceline.errors import ConfigError, DataError
+from paceline.world.seeding import seed_of
 from paceline.world.world import World
 
 
@@ -127,29 +128,46 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
     )
 
 
-def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validation:
-    """Opens the validation source for a user's loader.
+def loaders_by_name(loaders: Any) -> dict[str | None, Any]:
+    """A `val_dataloader` as loaders by name; the name of a single one is None.
 
     Args:
-        loader: a DataLoader, a loader with `state_dict`, or any iterable of batches.
+        loaders: a loader, a mapping of some, or None for none.
+    """
+    if isinstance(loaders, Mapping):
+        return dict(loaders)
+    return {} if loaders is None else {None: loaders}
+
+
+def open_validation(
+    loader: Iterable[Any], seed: int, world: World, name: str | None = None
+) -> Validation:
+    """The validation source for a user's loader.
+
+    Args:
+        loader: as that of `open_training`.
         seed: the run's seed.
         world: the ranks that share the data.
+        name: of one of several loaders. Its random streams depend on it and on no other loader.
 
     Raises:
-        DataError: the loader is empty, or has too few samples for the layout.
+        DataError: the loader is empty.
+        ConfigError: there are too few samples for the ranks.
     """
+    seed = seed_of(name, seed)
+    setting = "val_dataloader" if name is None else f"val_dataloader[{name!r}]"
+    label = "validation" if name is None else f"validation {name}"
     if not is_indexed(loader):
-        _check_no_stages("val_dataloader", world)
-        return StreamedValidation(loader, seed, world)
+        _check_no_stages(setting, world)
+        return StreamedValidation(loader, seed, world, setting, label)
     order, batched, plan = _order(loader, seed, world)
     batch_size = 1 if batched else (loader.batch_size or 1)
     layout = Layout(order, batch_size, world.dp_rank, world.dp_size, batched=batched)
     if world.parallel.calls_together and layout.units(0) < world.dp_size:
-        setting = "expert" if world.shards == 1 else "dp_shard"
+        kind = "expert" if world.shards == 1 else "dp_shard"
         raise ConfigError(
-            f"val_dataloader: with parallel.{setting} each of the {world.dp_size} ranks needs at "
-            f"least one sample, and there {'is' if layout.units(0) == 1 else 'are'} "
-            f"{layout.units(0)}."
+            f"{setting}: with parallel.{kind} each of the {world.dp_size} ranks needs at least "
+            f"one sample, and there {'is' if layout.units(0) == 1 else 'are'} {layout.units(0)}."
         )
     single = loader.batch_size is None and not batched
     fetcher = Fetcher(loader.dataset, loader.collate_fn, seed, "val-sample", single=single)
@@ -157,7 +175,7 @@ def open_validation(loader: Iterable[Any], seed: int, world: World) -> Validatio
         layout,
         Reader(fetcher, loader, layout),
         sizes_known=not single,
-        plan=[(f"validation: {said}", name) for said, name in plan if name == "drop_last"],
+        plan=[(f"{label}: {said}", name) for said, name in plan if name == "drop_last"],
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from paceline.errors import DataError
-from paceline.world.seeding import mix, seed_everything, stream
+from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
 
 ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would give another order
 _ROUNDS = 12  # fewer make the orders of very small sets visibly uneven
@@ -164,17 +163,12 @@ class Sampled(Order):
         if hasattr(self._sampler, "set_epoch"):
             self._sampler.set_epoch(pass_)
         inner = (self._sampler, getattr(self._sampler, "sampler", None))
-        held = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        try:
+        with random_state_kept():
             seed_everything(seed)
             for sampler in inner:
                 if isinstance(getattr(sampler, "generator", None), torch.Generator):
                     sampler.generator.manual_seed(seed)  # pyright: ignore
             units = list(self._sampler)
-        finally:
-            torch.set_rng_state(held[0])
-            np.random.set_state(held[1])
-            random.setstate(held[2])
         if not units:
             raise DataError(f"{type(self._sampler).__name__} yields nothing: the loader is empty.")
         return units

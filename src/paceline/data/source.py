@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 
@@ -92,3 +92,9 @@ class Validation(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def batches_in(validation: Mapping[str | None, Validation]) -> int | None:
+    """This rank's micro-batches in all of the validation data, or None if one does not say."""
+    lengths = [data.length for data in validation.values()]
+    return None if None in lengths else sum(length for length in lengths if length is not None)

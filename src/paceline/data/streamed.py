@@ -231,13 +231,23 @@ class StreamedValidation:
 
     If a model's forward pass communicates, a rank without further batches repeats its last one as a
     stand-in.
+
+    Args:
+        loader: yields batches.
+        seed: of whatever it draws.
+        world: the ranks.
+        setting: what errors call the loader.
+        label: what the plan calls the validation.
     """
 
-    def __init__(self, loader: Iterable[Any], seed: int, world: World) -> None:
+    def __init__(
+        self, loader: Iterable[Any], seed: int, world: World, setting: str, label: str
+    ) -> None:
         self.plan: list[tuple[str, str]] = []
         if world.dp_size > 1:
-            own = "validation: each rank iterates its own loader, which must know its share"
-            self.plan.append((own, "val_dataloader"))
+            own = f"{label}: each rank iterates its own loader, which must know its share"
+            self.plan.append((own, setting))
+        self._setting = setting
         self._loader = loader
         self._seed = seed
         self._world = world
@@ -272,7 +282,7 @@ class StreamedValidation:
         has = [there for there, _ in told]
         if first and any(has) and not all(has):
             raise DataError(
-                f"val_dataloader: rank {has.index(False)} yields no batch; with sharded or split "
+                f"{self._setting}: rank {has.index(False)} yields no batch; with sharded or split "
                 "models each rank needs at least one batch."
             )
         return any(has)

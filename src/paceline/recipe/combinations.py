@@ -23,6 +23,7 @@ from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.parts import Part, each, is_several
 from paceline.recipe.schema import Schema
 from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validation
+from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.trainer import Trainer
 
@@ -74,7 +75,12 @@ def _stand_in(cls: type[Trainer], schema: Schema, values: Mapping[str, Any]) -> 
     """A trainer with a recipe's settings, without components; no constructor runs."""
     stand_in = object.__new__(cls)
     held = {**signature_of(Trainer).defaults, **values}
-    held |= {name: getattr(schema, name) for name in ("val_dataloader", "loss_fn")}
+    held |= {"loss_fn": schema.loss_fn, "callbacks": schema.callbacks or ()}
+    if isinstance(monitor := held["metric_monitor"], Mapping):
+        held["metric_monitor"] = MetricMonitor(**monitor)
+    several = is_several("val_dataloader", schema.val_dataloader)
+    one = None if schema.val_dataloader is None else ()
+    held["val_dataloader"] = schema.val_dataloader if several else one
     held["model"] = {} if is_several("model", schema.model) else None
     held["_epochs"] = held.pop("epochs")
     held["show_progress"] = held.pop("progress")

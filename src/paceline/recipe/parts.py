@@ -28,7 +28,12 @@ PARTS = {
     "lr_scheduler": ("lr_scheduler", ("optimizer",)),
 }
 # Those of which there may be several by name, and what each of them needs one of by that name.
-_NAMED = {"model": None, "optimizer": "model", "lr_scheduler": "optimizer"}
+_NAMED = {
+    "model": None,
+    "val_dataloader": None,
+    "optimizer": "model",
+    "lr_scheduler": "optimizer",
+}
 _LISTS = {"callbacks": "callback", "loggers": "logger"}
 # The Trainer's arguments that are keys of their own in a recipe, or belong to the command.
 _NOT_UNDER_TRAINER = (*PARTS, *_LISTS, "parallel", "checkpoint", "run_dir", "resume")

@@ -29,7 +29,7 @@ from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
 from paceline.trainer.settings import Resume
-from paceline.trainer.stop import StopAgreement
+from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 from paceline.world.world import World
@@ -71,7 +71,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         progress: the counters of the run.
         plan: what was decided without being asked, line by line.
         autocast: the context in which losses are computed.
-        source, validation: the data of a run, opened at its start; no validation, None.
+        source: the training data of a run, opened at its start.
+        validation: the validation data of a run by their names; a single loader's is None.
         optimization, recorder: the parts of a run, made at its start.
         window: the window at hand.
         replica_groups: the replica groups of torchft, one of which this process is.
@@ -109,7 +110,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     resume: Resume
 
     source: Source
-    validation: Validation | None = None
+    validation: Mapping[str | None, Validation]
     optimization: Optimization
     recorder: Recorder
     window: Window
@@ -118,6 +119,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     def __init__(self) -> None:
         self.progress = Progress()
         self.plan = Plan()
+        self.validation = {}
         self.seed = 0
         self.autocast: AbstractContextManager[Any] = nullcontext()
         self.replica_groups: ReplicaGroups | None = None
@@ -185,6 +187,10 @@ class TrainerBase(Hooks, AbstractTrainer):
         """A validation's metrics beyond those logged."""
 
     @abstractmethod
+    def evaluate(self) -> dict[str, float] | None:
+        """Validates."""
+
+    @abstractmethod
     def is_overridden(self, name: str) -> bool:
         """Whether a method of the Trainer's is overridden, on the class or on the instance."""
 
@@ -212,15 +218,35 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     @property
     def train_batches(self) -> int | None:
-        """Micro-batches of this rank in an epoch, None if only the data's end will tell."""
-        return self.source.micro_batches
+        """Micro-batches of this rank in an epoch, None if only the data's end will tell.
+
+        Raises:
+            ConfigError: no run has opened the data yet.
+        """
+        return self._opened().micro_batches
 
     @property
     def training_horizon(self) -> int | None:
-        """Optimizer steps in the whole run, None if only the data's end will tell."""
-        per_epoch = self.source.windows_per_epoch
+        """Optimizer steps in the whole run, None if only the data's end will tell.
+
+        Known from `configure()` on. Reading it there opens the data: assign the loaders before.
+
+        Raises:
+            ConfigError: no run has opened the data yet.
+        """
+        per_epoch = self._opened().windows_per_epoch
         steps = None if per_epoch is None or self.epochs is None else per_epoch * self.epochs
         return min((n for n in (steps, self.max_steps) if n is not None), default=None)
+
+    def _opened(self) -> Source:
+        if self._run is not None:
+            self._run.open_data()
+        if not hasattr(self, "source"):
+            raise ConfigError(
+                "the length of the run is known once it has opened its data: read it in "
+                "configure(), or later."
+            )
+        return self.source
 
     @property
     def warmup_steps(self) -> int:
@@ -239,6 +265,19 @@ class TrainerBase(Hooks, AbstractTrainer):
         and other objects may have this method as well (`paceline.HasRunIdentity`).
         """
         return {}
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is something to validate with: a loader, or an overridden `evaluate`."""
+        return self.val_dataloader is not None or self.is_overridden("evaluate")
+
+    @property
+    def val_name(self) -> str | None:
+        """The name of the validation loader at hand; None if it is the only one, or there is none.
+
+        For a `validation_step` or a hook that treats the loaders differently.
+        """
+        return None if self._run is None else self._run.val_name
 
     @property
     def is_over(self) -> bool:
@@ -312,7 +351,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.plan = type(self.plan)()
         self.progress = Progress()
         self.result = Result(stopped_by="nothing yet", complete=False)
-        self.validation = None
+        self.validation = {}
         world, plan = self.world, self.plan
         stop_file = None if self.run_dir is None else self.run_dir / "STOP"
         self._run = Run(
@@ -440,6 +479,17 @@ class TrainerBase(Hooks, AbstractTrainer):
     def request_stop(self, reason: str) -> None:
         """Asks for a stop at the next boundary that all ranks agree on, with a checkpoint."""
         self.stop_agreement.request(reason)
+
+    def stopping(self) -> bool:
+        """Whether the run stops at this boundary, so that an `evaluate()` of your own may be left.
+
+        Each rank may ask as often as it likes. Ranks that exchange something in the evaluation
+        share one answer (`self.world.broadcast_object`), so that all leave it at the same place.
+        """
+        run = self._run
+        if run is None or not run.validating:
+            return False
+        return run.stop.agreed_on(behind_boundary(run.global_step))
 
     def request_rewind(self, step: int) -> None:
         """Asks to go back to the newest checkpoint and skip the window of `step` from then on.

@@ -30,7 +30,8 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
     """
     step = run.progress.global_step
     if run.validating:
-        return f"the validation after step {step}"
+        which = "" if run.val_name is None else f" {run.val_name!r}"
+        return f"the validation{which} after step {step}"
     if run.batch_items is None:  # none is at hand
         return f"after step {step}" if step else "before step 1"
     return f"step {step + 1}, batch {trainer.window.batch_idx} of epoch {trainer.current_epoch}"

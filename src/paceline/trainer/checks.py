@@ -73,6 +73,15 @@ def check_components(trainer: TrainerBase) -> None:
         _refuse(_wrong_components(trainer))
 
 
+def check_data(trainer: TrainerBase) -> None:
+    """Refuses what are no loaders.
+
+    Raises:
+        ConfigError: with one line a mistake.
+    """
+    _refuse(_wrong_loaders(trainer))
+
+
 def _refuse(wrong: list[str]) -> None:
     if wrong:
         raise ConfigError("this cannot work:\n  " + "\n  ".join(wrong))
@@ -265,7 +274,8 @@ def _missing_for_groups() -> str | None:
 
 
 def _wrong_components(trainer: TrainerBase) -> list[str]:
-    wrong = _wrong_kinds(trainer) + _wrong_data(trainer) + wrong_steps(trainer)
+    wrong = _wrong_kinds(trainer) + _wrong_loaders(trainer)
+    wrong += wrong_validation(trainer) + wrong_steps(trainer)
     try:
         models, optimizers = trainer.named_models(), trainer.named_optimizers()
         schedulers = trainer.named_schedulers() or {}
@@ -310,15 +320,20 @@ def _wrong_kinds(trainer: TrainerBase) -> list[str]:
     return wrong
 
 
-def _wrong_data(trainer: TrainerBase) -> list[str]:
+def _wrong_loaders(trainer: TrainerBase) -> list[str]:
     wrong: list[str] = []
     if trainer.train_dataloader is None:
         wrong.append("train_dataloader: there is nothing to train on.")
-    for name in ("train_dataloader", "val_dataloader"):
-        loader = getattr(trainer, name)
+    given = {name: getattr(trainer, name) for name in ("train_dataloader", "val_dataloader")}
+    loaders = {name: loader for name, loader in given.items() if loader is not None}
+    if isinstance(given["val_dataloader"], Mapping):
+        named = loaders.pop("val_dataloader")
+        wrong += _wrong_names(named)
+        loaders |= {f"val_dataloader[{name!r}]": loader for name, loader in named.items()}
+    for name, loader in loaders.items():
         if _is_count(loader):
             wrong.append(f"{name}={loader}: a seed is given by name, train(seed={loader}).")
-        elif loader is not None and not hasattr(loader, "__iter__"):
+        elif not hasattr(loader, "__iter__"):
             wrong.append(
                 f"{name}: {_say(loader)} cannot be iterated: give a DataLoader or an iterable of "
                 "batches."
@@ -328,7 +343,18 @@ def _wrong_data(trainer: TrainerBase) -> list[str]:
                 f"{name}: {_say(loader)} is an iterator, which can be read only once: give an "
                 "object whose __iter__ starts again, such as a DataLoader."
             )
-    return wrong + wrong_validation(trainer)
+    return wrong
+
+
+def _wrong_names(loaders: Mapping[Any, Any]) -> list[str]:
+    if not loaders:
+        return ["val_dataloader: it holds no loader: give some by name, or None."]
+    return [
+        f"val_dataloader[{name!r}]: a name is text without '/', since metrics are called "
+        "'val/NAME/loss'."
+        for name in loaders
+        if not isinstance(name, str) or not name or "/" in name
+    ]
 
 
 def wrong_validation(trainer: TrainerBase) -> list[str]:
@@ -339,14 +365,36 @@ def wrong_validation(trainer: TrainerBase) -> list[str]:
             "early_stop: it counts validations without a better metric, so it needs "
             "metric_monitor=MetricMonitor(...)."
         )
-    if trainer.val_dataloader is None:
+    counting = [
+        name
         for name, value in (
             ("metric_monitor", trainer.metric_monitor is not None),
             ("lr_scheduler_interval='metric'", trainer.lr_scheduler_interval == "metric"),
-        ):
-            if value:
-                wrong.append(f"{name}: nothing is ever validated without a val_dataloader.")
+        )
+        if value
+    ]
+    if not trainer.has_validation:
+        wrong += [
+            f"{name}: nothing is ever validated without a val_dataloader or an evaluate() of your "
+            "own."
+            for name in counting
+        ]
+    elif counting and isinstance(trainer.val_dataloader, Mapping) and _measures_losses(trainer):
+        metric = getattr(trainer.metric_monitor, "metric_name", "val/loss")
+        measured = [f"val/{name}/loss" for name in trainer.val_dataloader]
+        if metric not in measured:
+            wrong.append(
+                f"{counting[0]}: {metric!r} is not measured{nearest(metric, measured) or '.'} The "
+                f"validation loaders give: {', '.join(measured)}."
+            )
     return wrong
+
+
+def _measures_losses(trainer: TrainerBase) -> bool:
+    """Whether a validation measures each loader's "val/loss" and nothing else."""
+    adding = ("evaluate", "validation_step", "get_val_metrics", "on_metrics")
+    adding += ("on_validation_start", "on_validation_end")
+    return not (trainer.callbacks or any(map(trainer.is_overridden, adding)))
 
 
 def wrong_steps(trainer: TrainerBase) -> list[str]:

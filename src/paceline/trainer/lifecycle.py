@@ -13,12 +13,13 @@ import torch
 
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
-from paceline.data.loader import WindowSize, open_training, open_validation
+from paceline.data.loader import WindowSize, loaders_by_name, open_training, open_validation
+from paceline.data.source import Validation
 from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.provenance import RunRecord
 from paceline.trainer import blame, decisions, resume, saving
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.checks import check_components
+from paceline.trainer.checks import check_components, check_data
 from paceline.trainer.events import Events
 from paceline.trainer.identity import add_own_identity, identity_of
 from paceline.trainer.optimization import Optimization
@@ -27,7 +28,7 @@ from paceline.trainer.result import Result
 from paceline.trainer.run import Run
 from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.trainer.warm_start import load_weights
-from paceline.world.seeding import mix, seed_everything, stream
+from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
 
 
 @contextmanager
@@ -87,11 +88,9 @@ def start(trainer: TrainerBase, run: Run) -> None:
     if trainer.deterministic:
         _set_determinism(run)
     seed_everything(run.seed)
-    trainer.configure()
-    check_components(trainer)
+    configure(trainer, run)
     if trainer.metric_monitor is not None:
         trainer.metric_monitor.reset()
-    _open_data(trainer, run)
     trainer.setup()
     run.identity = identity_of(trainer, run)
     run.events = Events(trainer, [*trainer.callbacks, *_default_callbacks(trainer)])
@@ -130,6 +129,46 @@ def _set_determinism(run: Run) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+_READ_BY_OPENING = (
+    "train_dataloader",
+    "val_dataloader",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "epoch_length",
+)
+
+
+def configure(trainer: TrainerBase, run: Run) -> None:
+    """Makes the components and opens the data, of which `configure()` may ask how long a run is.
+
+    Args:
+        trainer: whose `configure` it is.
+        run: that starts.
+
+    Raises:
+        ConfigError: `configure()` changes the data after it has asked.
+    """
+    opened_with: dict[str, Any] = {}
+
+    def open_once() -> None:
+        if not opened_with:
+            check_data(trainer)
+            with random_state_kept():  # weights that are made next are the same, asked or not
+                _open_data(trainer, run)
+            opened_with.update({name: getattr(trainer, name) for name in _READ_BY_OPENING})
+
+    run.open_data = open_once
+    trainer.configure()
+    changed = [name for name, value in opened_with.items() if getattr(trainer, name) is not value]
+    if changed:
+        raise ConfigError(
+            f"configure() assigns {' and '.join(changed)} after it has read training_horizon or "
+            "train_batches, which opens the data: assign the data's settings first."
+        )
+    check_components(trainer)
+    run.open_data()
+
+
 def _open_data(trainer: TrainerBase, run: Run) -> None:
     seed, world, accumulation = run.seed, run.world, trainer.gradient_accumulation_steps
     global_batch_size = trainer.global_batch_size
@@ -144,15 +183,17 @@ def _open_data(trainer: TrainerBase, run: Run) -> None:
         groups = trainer.replica_groups
         opened_by = open_training if groups is None else groups.open_training
         trainer.source = opened_by(trainer.train_dataloader, size, seed, world)
-    if trainer.val_dataloader is not None:
-        with _speaking_of("val_dataloader"):
-            trainer.validation = open_validation(trainer.val_dataloader, seed, world)
+    validation: dict[str | None, Validation] = {}
+    for name, loader in loaders_by_name(trainer.val_dataloader).items():
+        with _speaking_of("val_dataloader" if name is None else f"val_dataloader[{name!r}]"):
+            validation[name] = open_validation(loader, seed, world, name)
+    trainer.validation = validation
     if trainer.is_overridden("count_items"):
         run.count_items = trainer.count_items
     run.model_key = mix(stream(seed, "model"), world.part)
-    validation = [] if trainer.validation is None else trainer.validation.plan
-    for decision, setting in trainer.source.plan + validation:
-        run.plan.add(decision, setting)
+    for data in (trainer.source, *validation.values()):
+        for decision, setting in data.plan:
+            run.plan.add(decision, setting)
 
 
 @contextmanager
@@ -296,7 +337,7 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
     end = "the data" if horizon is None else f"{horizon} optimizer steps"
     yield f"ends after {end}", "epochs, max_steps"
     yield f"seed {run.seed}", "train(seed=...)"
-    if trainer.val_dataloader is not None:
+    if trainer.has_validation:
         yield f"validates every {trainer.validate_every}", "validate_every"
     if trainer.checkpoint_policy is None:
         yield "saves no checkpoint: a run that is stopped starts anew", "checkpoint"
@@ -426,7 +467,7 @@ def teardown(trainer: TrainerBase, run: Run, failure: BaseException | None) -> N
         steps.append(run.saver.close)
     status = "failed" if failure is not None else _status(trainer.result)
     steps.append(partial(trainer.recorder.close, status))
-    opened = getattr(trainer, "source", None), trainer.validation
+    opened = [getattr(trainer, "source", None), *trainer.validation.values()]
     steps += [data.close for data in opened if data is not None]
     steps += [run.stop.close, run.folder_lock.release, run.cleanup.close, run.world.close]
     _call_each(steps, failure)

@@ -57,7 +57,10 @@ class Recorder:
             weight = 1.0 if run.batch_items is None else run.batch_items
         if name in _RESERVED:
             raise MetricError(f"log({name!r}, ...): every row has its own {name!r}; rename yours.")
-        (self.val if run.validating else self.train).add(name, value, weight)
+        if run.validating:
+            self.val.add(_of_loader(name, run.val_name), value, weight)
+        else:
+            self.train.add(name, value, weight)
 
     def log_loss(self, loss: torch.Tensor) -> None:
         """Adds a micro-batch's loss as "train/loss", if anybody looks at rows."""
@@ -169,3 +172,10 @@ class Recorder:
             "samples": progress.samples,
             "items": as_number(progress.items),
         }
+
+
+def _of_loader(metric: str, loader: str | None) -> str:
+    """What a validation metric is called where several loaders are validated on."""
+    if loader is None:
+        return metric
+    return f"val/{loader}/{metric.removeprefix('val/')}"

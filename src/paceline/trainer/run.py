@@ -98,6 +98,9 @@ class Run:
         batch_items: items of the batch at hand, the weight of what is logged; None between batches.
         muted: whether a stand-in is running, so that nothing is logged.
         validating: whether a validation is under way.
+        started_validation: whether a validation has started for its listeners, and not ended.
+        val_name: the validation loader at hand, if it has a name.
+        open_data: opens the data, unless that is done.
         trained: whether this process has something to train.
         settled: whether the loop is between two windows with nothing pending, so that state may be
             saved.
@@ -130,6 +133,9 @@ class Run:
     batch_items: int | float | torch.Tensor | None = None
     muted: bool = False
     validating: bool = False
+    started_validation: bool = False
+    val_name: str | None = None
+    open_data: Callable[[], None] = lambda: None
     trained: bool = False
     settled: bool = False
     stopped: bool = False

@@ -209,6 +209,18 @@ class StopAgreement:
                 return False
         return point >= self._wait()
 
+    def agreed_on(self, point: int) -> bool:
+        """Whether the run stops at `point`; nothing is waited for, and no point is passed.
+
+        Raises:
+            PeerError: another rank has failed.
+        """
+        if self._world.size == 1:
+            return self._request is not None
+        if self._peer_error is not None:
+            raise PeerError(self._peer_error)
+        return self._agreed.is_set() and self._stop_at == point
+
     def abandons(self, point: int, batch: int = 0) -> bool:
         """Whether to abandon a validation before a batch; to be called after `hold`.
 

@@ -27,7 +27,7 @@ from paceline.trainer.settings import Resume, unknown_keyword
 from paceline.trainer.staged_step import StagedStep
 from paceline.trainer.state_tree import gather_state, load_state
 from paceline.trainer.stop import behind_boundary, behind_window
-from paceline.trainer.validation import validate
+from paceline.trainer.validation import measure, validate
 from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 
@@ -48,7 +48,8 @@ class Trainer(TrainerBase):
         lr_scheduler: a scheduler, or schedulers by name; each follows its own optimizer.
         loss_fn: `loss_fn(outputs, targets)` -> mean loss over the batch's items.
         train_dataloader: a DataLoader or any iterable of batches.
-        val_dataloader: likewise, or None for no validation.
+        val_dataloader: likewise, or None for no validation. Several by name are validated on one
+            after the other: for "near", what is logged as "val/x" is "val/near/x".
         epochs: passes of `epoch_length` micro-batches; None for no bound.
         max_steps: optimizer steps; None for no bound.
         epoch_length: micro-batches a rank sees in an epoch; None for the loader's own length.
@@ -85,7 +86,7 @@ class Trainer(TrainerBase):
         lr_scheduler: Any = None,
         loss_fn: Any = None,
         train_dataloader: Iterable[Any] | None = None,
-        val_dataloader: Iterable[Any] | None = None,
+        val_dataloader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         epochs: int | None = None,
         max_steps: int | None = None,
         epoch_length: int | None = None,
@@ -192,7 +193,7 @@ class Trainer(TrainerBase):
     def train(
         self,
         train_dataloader: Iterable[Any] | None = None,
-        val_dataloader: Iterable[Any] | None = None,
+        val_dataloader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         epochs: int | None = None,
         *,
         seed: int | None = None,
@@ -350,11 +351,11 @@ class Trainer(TrainerBase):
         run.stop.hold(behind_boundary(step))
         improved = False
         validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
-        if validates and progress.validated_at != step and self.val_dataloader is not None:
-            metrics = self.evaluate()
-            if metrics is None and run.stop.reached(behind_boundary(step)):
+        if validates and progress.validated_at != step and self.has_validation:
+            metrics = measure(self, run)
+            if metrics is None:
                 return self._leave(pending=["validation"])
-            improved = decisions.judge(self, run, self.world.broadcast_object(metrics or {}))
+            improved = decisions.judge(self, run, metrics)
         if last:
             self._end_epoch()
         if ending or decisions.out_of_patience(self):
@@ -367,10 +368,16 @@ class Trainer(TrainerBase):
             self._leave(pending=[])
 
     def evaluate(self) -> dict[str, float] | None:
-        """Validates: each sample once over all ranks.
+        """Validates: each sample of every validation loader once over all ranks.
+
+        One of your own is called on every rank when a validation is due, also without a
+        `val_dataloader`. There models are in eval mode and gradients off, random numbers depend on
+        seed, step and rank alone, and `log` gives means over all ranks. Modes and training's random
+        numbers are as before afterwards. `super().evaluate()` validates on the loaders.
 
         Returns:
-            The metrics over all ranks, or None if the run is to stop and this was abandoned.
+            The metrics; of an `evaluate()` of your own, rank 0's count on every rank. None if the
+            run is to stop (`stopping()`) and this was abandoned: the resumed run validates.
         """
         if self._run is None:
             raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from paceline.data.source import Validation
 from paceline.errors import DataError, MetricError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.blame import in_validation
@@ -16,7 +17,44 @@ from paceline.trainer.run import Run
 from paceline.trainer.stop import behind_boundary
 from paceline.trainer.window import buffers_kept
 from paceline.world.dtensors import reshard
-from paceline.world.seeding import mix, seed_everything, stream
+from paceline.world.seeding import mix, seed_everything, seed_of, stream
+
+# Ranks agree on the batch before which a validation is abandoned. Numbered like this, the batches
+# of a loader have the same numbers on every rank, however many the loaders before it have there.
+_BATCHES_A_LOADER = 1 << 32
+
+
+def measure(trainer: TrainerBase, run: Run) -> dict[str, float] | None:
+    """Calls `trainer.evaluate()` where a validation is due.
+
+    One of the user's own runs as a validation step does: in eval mode, without gradients, under a
+    random stream of its own.
+
+    Args:
+        trainer: whose `evaluate` it is.
+        run: at a boundary.
+
+    Returns:
+        The metrics, equal on every rank: those that rank 0's `evaluate` returned, and means over
+        all ranks of what one of the user's own logged. None if it returned None and the run is to
+        stop here, with the validation still to be done.
+    """
+    step, logged = run.progress.global_step, {}
+    if trainer.is_overridden("evaluate"):
+        with _validating(trainer, run):
+            seed_everything(stream(run.seed, "val", step, run.world.part))
+            returned = trainer.evaluate()
+            returned = None if returned is None else _numbers("evaluate()", returned)
+            returned = run.world.broadcast_object(returned)
+            if returned is None and run.stop.reached(behind_boundary(step)):
+                return None
+            _end(run)
+            logged = trainer.recorder.validation_metrics({}, 0)
+    else:
+        returned = run.world.broadcast_object(trainer.evaluate())
+        if returned is None and run.stop.reached(behind_boundary(step)):
+            return None
+    return {**logged, **(returned or {})}
 
 
 def validate(trainer: TrainerBase, run: Run) -> dict[str, float] | None:
@@ -29,31 +67,56 @@ def validate(trainer: TrainerBase, run: Run) -> dict[str, float] | None:
     Returns:
         The metrics over all ranks: those logged, means over items; those of `get_val_metrics`,
         means over ranks weighted by their items. None if a stop was agreed on meanwhile.
+
+    Raises:
+        DataError: a loader yields no batch.
     """
-    with _evaluating(trainer, run), torch.no_grad():
-        for hook in run.events.on_validation_start:
-            hook()
-        samples = _run_batches(trainer, run)
-        everywhere = run.world.gather_parts(samples)
-        if samples is None or None in everywhere:
+    if not trainer.validation:
+        return {}
+    with _validating(trainer, run):
+        _start(run)
+        counts = _run_loaders(trainer, run)
+        everywhere = run.world.gather_parts(counts)
+        if counts is None or None in everywhere:
             return None
-        if sum(everywhere) == 0:
-            raise DataError("the validation loader yields no batch: give it data, or none at all.")
-        for hook in run.events.on_validation_end:
-            hook()
-        own = _own_metrics(trainer, samples)
-        metrics = trainer.recorder.validation_metrics(own, samples)
+        for name, each in zip(trainer.validation, zip(*everywhere, strict=True), strict=True):
+            if sum(each) == 0:
+                which = "the validation loader" if name is None else f"val_dataloader[{name!r}]"
+                raise DataError(f"{which} yields no batch: give it data, or none at all.")
+        _end(run)
+        samples = sum(counts)
+        metrics = trainer.recorder.validation_metrics(_own_metrics(trainer, samples), samples)
+        run.batch_items = None
     return metrics
 
 
-def _run_batches(trainer: TrainerBase, run: Run) -> float | None:
-    """This rank's samples, or None if it left early."""
-    assert trainer.validation is not None
+def _run_loaders(trainer: TrainerBase, run: Run) -> list[float] | None:
+    """This rank's samples from each loader, or None if it left early."""
+    counts: list[float] = []
+    for i, (name, data) in enumerate(trainer.validation.items()):
+        run.val_name = name
+        samples = _run_batches(trainer, run, data, i * _BATCHES_A_LOADER)
+        run.val_name = None
+        if samples is None:
+            return None
+        counts.append(samples)
+    return counts
+
+
+def _run_batches(trainer: TrainerBase, run: Run, data: Validation, first: int) -> float | None:
+    """This rank's samples from one loader, or None if it left early.
+
+    Args:
+        trainer: whose validation steps these are.
+        run: in a validation.
+        data: of the loader at hand.
+        first: the number of its first batch in the whole validation.
+    """
     step, placement = run.progress.global_step, run.placement
-    key = stream(run.seed, "val", step, run.world.part)
+    key = stream(seed_of(run.val_name, run.seed), "val", step, run.world.part)
     events, samples = run.events, 0
-    for batch_idx, (batch, size) in enumerate(trainer.validation.batches()):
-        if run.stop.abandons(behind_boundary(step), batch_idx):
+    for batch_idx, (batch, size) in enumerate(data.batches()):
+        if run.stop.abandons(behind_boundary(step), first + batch_idx):
             return None
         batch = placement.local_batch(batch)
         if size == 0:  # it only keeps this rank in step with the others
@@ -83,8 +146,14 @@ def _run_batches(trainer: TrainerBase, run: Run) -> float | None:
 
 
 @contextmanager
-def _evaluating(trainer: TrainerBase, run: Run) -> Iterator[None]:
-    """Models in eval mode, no replica's buffers exchanged, values logged to the validation."""
+def _validating(trainer: TrainerBase, run: Run) -> Iterator[None]:
+    """Models in eval mode, no gradients, no buffers exchanged, values logged to the validation.
+
+    Within a validation, nothing: an `evaluate` of the user's own may call the Trainer's.
+    """
+    if run.validating:
+        yield
+        return
     named = trainer.named_models()
     models = list(named.values())
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -94,14 +163,31 @@ def _evaluating(trainer: TrainerBase, run: Run) -> Iterator[None]:
     trainer.recorder.val.reset()
     run.validating = True
     try:
-        with run.placement.unsynchronized():
+        with run.placement.unsynchronized(), torch.no_grad():
+            _start(run)
             yield
     finally:
-        run.validating = False
-        run.batch_items = None
+        run.validating = run.started_validation = False
+        run.batch_items = run.val_name = None
         reshard(models)
         for module, mode in modes:
             module.training = mode
+
+
+def _start(run: Run) -> None:
+    """Calls who listens to a validation's start, unless it has started."""
+    if not run.started_validation:
+        run.started_validation = True
+        for hook in run.events.on_validation_start:
+            hook()
+
+
+def _end(run: Run) -> None:
+    """Calls who listens to a validation's end, unless it has ended."""
+    if run.started_validation:
+        run.started_validation = False
+        for hook in run.events.on_validation_end:
+            hook()
 
 
 def _own_metrics(trainer: TrainerBase, samples: float) -> dict[str, float]:
@@ -111,14 +197,27 @@ def _own_metrics(trainer: TrainerBase, samples: float) -> dict[str, float]:
         if samples:
             raise
         metrics = {}  # a rank without samples has no means to give
+    return _numbers("get_val_metrics()", metrics)
+
+
+def _numbers(source: str, metrics: Any) -> dict[str, float]:
+    """Metrics as plain numbers.
+
+    Args:
+        source: the call that returned them.
+        metrics: what it returned.
+
+    Raises:
+        MetricError: they are no dictionary of numbers.
+    """
     if not isinstance(metrics, dict):
-        raise MetricError(f"get_val_metrics returned {metrics!r:.80}; it returns a dictionary.")
+        raise MetricError(f"{source} returned {metrics!r:.80}; it returns a dictionary.")
     numbers: dict[str, float] = {}
     for name, value in metrics.items():
         try:
             numbers[name] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise MetricError(
-                f"get_val_metrics()[{name!r}] is {value!r:.80}, which is no number."
+                f"{source}[{name!r}] is {value!r:.80}, which is no number."
             ) from error
     return numbers

@@ -7,7 +7,10 @@ saved generator state, and observing a run cannot disturb it.
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ _LABELS = {
     "batch": 6,
     "loader": 7,
     "init": 8,
+    "name": 9,
 }
 
 
@@ -59,6 +63,19 @@ def stream(seed: int, label: str, *parts: int) -> int:
     return key
 
 
+def seed_of(name: str | None, seed: int) -> int:
+    """The seed of one of several things of a kind, which depends on no other's.
+
+    Args:
+        name: its own; None for the only one of its kind, whose seed is the run's.
+        seed: the run's.
+    """
+    if name is None:
+        return seed
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return stream(seed, "name", int.from_bytes(digest, "little"))
+
+
 def seed_everything(seed: int) -> None:
     """Seeds the generators of torch (every device), numpy and `random`.
 
@@ -71,3 +88,15 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed & 0xFFFFFFFF)  # the legacy generator takes 32 bits
     _seed_random(seed)
     _instance.gauss_next = None  # the second of a pair that `random.gauss` has drawn
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Afterwards the generators of the CPU stand where they stood before."""
+    held = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(held[0])
+        np.random.set_state(held[1])
+        random.setstate(held[2])
