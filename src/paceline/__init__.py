@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paceline.checkpoint import CheckpointPolicy
+    from paceline.data.source import Draw, Source, StopCollecting, WindowSize
     from paceline.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
     from paceline.trainer.callback import Callback
     from paceline.trainer.monitor import MetricMonitor
@@ -26,12 +27,16 @@ _WHERE = {
     "Callback": "paceline.trainer.callback",
     "CheckpointPolicy": "paceline.checkpoint",
     "DeviceParameters": "paceline.world.device_parameters",
+    "Draw": "paceline.data.source",
     "MetricMonitor": "paceline.trainer.monitor",
     "Parallel": "paceline.world.layout",
     "Result": "paceline.trainer.result",
     "Resume": "paceline.trainer.settings",
+    "Source": "paceline.data.source",
+    "StopCollecting": "paceline.data.source",
     "Trainer": "paceline.trainer.trainer",
     "Window": "paceline.trainer.window",
+    "WindowSize": "paceline.data.source",
     "World": "paceline.world.world",
 }
 
@@ -41,12 +46,16 @@ __all__ = [
     "Callback",
     "CheckpointPolicy",
     "DeviceParameters",
+    "Draw",
     "MetricMonitor",
     "Parallel",
     "Result",
     "Resume",
+    "Source",
+    "StopCollecting",
     "Trainer",
     "Window",
+    "WindowSize",
     "World",
 ]
 

@@ -22,6 +22,7 @@ _LABELS = {
     "batch": 6,
     "loader": 7,
     "init": 8,
+    "source": 9,
 }
 
 

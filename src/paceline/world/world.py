@@ -26,6 +26,7 @@ from paceline.world.layout import Parallel
 # fails can still be heard when its group is gone.
 _meetings: dict[tuple[str, str], Any] = {}
 _joined = 0  # process groups joined in this process, equal on all ranks
+_POLL = 0.001  # seconds between two looks of who waits for the others
 
 
 class World:
@@ -246,6 +247,15 @@ class World:
         """Waits until every rank is here."""
         if self.control_group is not None:
             dist.barrier(self.control_group)
+
+    def wait_for_all(self) -> None:
+        """Waits until every rank is here, as `barrier`; meanwhile this one's signals are heard."""
+        if self.control_group is None:
+            return
+        work: Any = dist.barrier(self.control_group, async_op=True)
+        while not work.is_completed():
+            time.sleep(_POLL)
+        work.wait()  # raises what has gone wrong
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduces `tensor` over all ranks in place (`op`: sum, max, min) and returns it."""
