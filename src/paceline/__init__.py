@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paceline.checkpoint import CheckpointPolicy
+    from paceline.data.source import Draw, Source, StopCollecting, WindowSize
     from paceline.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
     from paceline.trainer.callback import Callback
     from paceline.trainer.identity import HasRunIdentity
@@ -28,12 +29,16 @@ _WHERE = {
     "CheckpointPolicy": "paceline.checkpoint",
     "DeviceParameters": "paceline.world.device_parameters",
     "HasRunIdentity": "paceline.trainer.identity",
+    "Draw": "paceline.data.source",
     "MetricMonitor": "paceline.trainer.monitor",
     "Parallel": "paceline.world.layout",
     "Result": "paceline.trainer.result",
     "Resume": "paceline.trainer.settings",
+    "Source": "paceline.data.source",
+    "StopCollecting": "paceline.data.source",
     "Trainer": "paceline.trainer.trainer",
     "Window": "paceline.trainer.window",
+    "WindowSize": "paceline.data.source",
     "World": "paceline.world.world",
 }
 
@@ -43,13 +48,17 @@ __all__ = [
     "Callback",
     "CheckpointPolicy",
     "DeviceParameters",
+    "Draw",
     "HasRunIdentity",
     "MetricMonitor",
     "Parallel",
     "Result",
     "Resume",
+    "Source",
+    "StopCollecting",
     "Trainer",
     "Window",
+    "WindowSize",
     "World",
 ]
 

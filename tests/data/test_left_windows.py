@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline.data.loader import WindowSize, open_training
+from paceline.data.loader import open_training
+from paceline.data.source import WindowSize
 from paceline.world.world import World
 
 

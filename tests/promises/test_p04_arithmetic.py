@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from paceline.data.loader import WindowSize, open_training
-from paceline.data.source import Source
+from paceline.data.loader import open_training
+from paceline.data.source import Source, WindowSize
 from paceline.world.world import World
 
 

@@ -22,6 +22,7 @@ from paceline import MetricMonitor, Parallel
 from paceline.errors import PeerError
 from paceline.trainer import stop
 from paceline.trainer.callback import Callback
+from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.world.world import World, send
 from ranks import Ranks
 
@@ -74,22 +75,26 @@ def agree(in_validation: bool) -> list[bool]:
     world = World(Parallel(timeout=20)).open()
     agreement = stop.StopAgreement(world, None)
     agreement.watch(lambda: "here")
-    agreement.open(1)
-    said = [agreement.reached(1)]  # the first window begins
+    agreement.open(behind_boundary(0))
+    said = [agreement.reached(behind_boundary(0))]  # the first window begins
     if world.rank == 0:
-        said.append(agreement.reached(2))  # and is done: on to the second, or ...
+        said.append(agreement.reached(behind_window(1)))  # and is done: on to the second, or ...
         if in_validation:
-            agreement.hold(3)
+            agreement.hold(behind_boundary(1))
     world.barrier()
     if world.rank == 1:
         agreement.request("test")
     while not agreement._frozen:
         time.sleep(0.001)
     if world.rank == 1:
-        said.append(agreement.reached(2))
-        agreement.hold(3)
-    said.append(agreement.reached(3) if in_validation else agreement.reached(4))
-    said.append(agreement.abandons(3))
+        said.append(agreement.reached(behind_window(1)))
+        agreement.hold(behind_boundary(1))
+    said.append(
+        agreement.reached(behind_boundary(1))
+        if in_validation
+        else agreement.reached(behind_window(2))
+    )
+    said.append(agreement.abandons(behind_boundary(1)))
     world.barrier()
     agreement.close()
     world.close()
@@ -317,7 +322,7 @@ def hear_of_peer() -> str:
     while world.rank == 0 and not seen and time.monotonic() < give_up:
         time.sleep(0.01)
         try:
-            agreement.reached(2)
+            agreement.reached(behind_window(1))
         except PeerError as error:
             seen = str(error)
     agreement.close()

@@ -21,7 +21,8 @@ from paceline.checkpoint import CheckpointPolicy, Checkpoints
 from paceline.checkup.preflight import told
 from paceline.checkup.rehearsal import differing
 from paceline.checkup.report import Check, readable_seconds, some
-from paceline.data.loader import WindowSize, open_training
+from paceline.data.loader import open_training
+from paceline.data.source import WindowSize
 from paceline.trainer.callback import Callback
 from paceline.trainer.trainer import Trainer
 from paceline.world.world import World

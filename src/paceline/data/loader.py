@@ -2,13 +2,12 @@
 
 A plain DataLoader over a map-style dataset keeps its dataset, collate_fn, batch size, workers and
 drop_last; its order becomes a function of (seed, pass), so that any position is computed directly.
-Every other loader keeps its own order and is iterated.
+Every other iterable keeps its own order. A training source of the user's own is taken as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from torch.utils.data import (
@@ -20,53 +19,15 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from paceline.data.custom import is_custom, open_custom
 from paceline.data.fetch import Fetcher
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout, Reader
 from paceline.data.order import Order, Sampled, Sequential, Shuffled
-from paceline.data.source import Source, Validation
+from paceline.data.source import Source, Stopping, Validation, WindowSize
 from paceline.data.streamed import StreamedSource, StreamedValidation
 from paceline.errors import ConfigError, DataError
 from paceline.world.seeding import seed_of
 from paceline.world.world import World
-
-
-@dataclass(frozen=True)
-class WindowSize:
-    """How many samples an optimizer step sees.
-
-    Args:
-        gradient_accumulation_steps: micro-batches a rank accumulates for one step.
-        global_batch_size: samples of all ranks in one step; if given, it determines the
-            accumulation.
-        epoch_length: micro-batches a rank sees in an epoch; None for one pass over the loader.
-    """
-
-    gradient_accumulation_steps: int = 1
-    global_batch_size: int | None = None
-    epoch_length: int | None = None
-
-    def micro_batches(self, batch_size: int, dp_size: int) -> int:
-        """Micro-batches a rank accumulates for one step.
-
-        Args:
-            batch_size: samples in a micro-batch.
-            dp_size: data-parallel ranks.
-
-        Raises:
-            ConfigError: `global_batch_size` is not a multiple of `batch_size` times `dp_size`.
-        """
-        if self.global_batch_size is None:
-            return self.gradient_accumulation_steps
-        at_once = batch_size * dp_size
-        accumulation, rest = divmod(self.global_batch_size, at_once)
-        if rest or accumulation == 0:
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} cannot be made of micro-batches of "
-                f"{batch_size} samples on {dp_size} rank{'s' * (dp_size != 1)}: it must be a "
-                f"multiple of {batch_size} x {dp_size} = {at_once}. Change the loader's "
-                "batch_size, the number of ranks, or global_batch_size."
-            )
-        return accumulation
 
 
 def is_indexed(loader: Any) -> TypeGuard[DataLoader]:
@@ -79,14 +40,19 @@ def is_indexed(loader: Any) -> TypeGuard[DataLoader]:
     )
 
 
-def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: World) -> Source:
+def open_training(
+    loader: Any, size: WindowSize, seed: int, world: World, stopping: Stopping | None = None
+) -> Source:
     """Opens the training source for a user's loader.
 
     Args:
-        loader: a DataLoader, a loader with `state_dict`, or any iterable of batches.
+        loader: a DataLoader, a loader with `state_dict`, any iterable of batches, or a source of
+            the user's own.
         size: samples in a window and micro-batches in an epoch.
         seed: the run's seed.
         world: the ranks that share the data.
+        stopping: the run's agreement on stopping before a window, which a source of the user's own
+            takes part in.
 
     Raises:
         DataError: the loader is empty.
@@ -94,6 +60,10 @@ def open_training(loader: Iterable[Any], size: WindowSize, seed: int, world: Wor
     """
     if size.epoch_length is not None and size.epoch_length < 1:
         raise ConfigError(f"epoch_length={size.epoch_length}: an epoch needs at least one batch.")
+    if is_custom(loader):
+        assert stopping is not None
+        _check_no_stages("train_dataloader", world)
+        return open_custom(loader, size, seed, world, stopping)
     if not is_indexed(loader):
         return _open_streamed(loader, size, seed, world)
     order, batched, plan = _order(loader, seed, world)
@@ -180,7 +150,7 @@ def open_validation(
 
 
 def count_windows(
-    loader: Iterable[Any], size: WindowSize, epochs: int | None, max_steps: int | None, dp_size: int
+    loader: Any, size: WindowSize, epochs: int | None, max_steps: int | None, dp_size: int
 ) -> int | None:
     """Optimizer steps in a whole run, or None if unknown until the data ends.
 
@@ -190,9 +160,12 @@ def count_windows(
         epochs, max_steps: the end of the run, whichever comes first.
         dp_size: data-parallel ranks.
     """
-    world = World()
-    world.dp_rank, world.dp_size = 0, dp_size
-    per_epoch = open_training(loader, size, 0, world).windows_per_epoch
+    if is_custom(loader):  # one that is yet to be made may know it all the same
+        per_epoch = getattr(loader, "windows_per_epoch", None)
+    else:
+        world = World()
+        world.dp_rank, world.dp_size = 0, dp_size
+        per_epoch = open_training(loader, size, 0, world).windows_per_epoch
     steps = None if per_epoch is None or epochs is None else per_epoch * epochs
     return min((n for n in (steps, max_steps) if n is not None), default=None)
 

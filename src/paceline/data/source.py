@@ -1,20 +1,89 @@
-"""What the loop needs from its data: windows of micro-batches, and the position to resume from."""
+"""What the loop needs from its data: windows of micro-batches, and the position to resume from.
+
+A training source of one's own (rollouts, a simulator, a stream) is given as `train_dataloader`: an
+object that keeps the `Source` protocol, or one with `open_source`, which makes a source for each
+run (`SourceFactory`). What it has to do, beside the methods of `Source`:
+
+- `draw` gives this rank's micro-batches of the next optimizer step. Ranks may differ in how many
+  there are in a window, and in how many windows an epoch has: where a rank has fewer than another,
+  its last batch stands in with weight zero. The loss is the mean over the items of all ranks.
+- `state_dict` is asked before each draw, and gives a snapshot: copies of what is later written to
+  in place. It may hold numbers, strings, tensors, arrays, and lists, tuples and dictionaries of
+  them. With `per_rank` each rank's state is saved, and the run resumes on as many ranks; else the
+  states are equal, and rank 0's is saved.
+- What is drawn depends on that state, the models and random numbers alone. The global generators of
+  torch, numpy and `random` are seeded for each draw, by step and data-parallel rank, and are no
+  part of the state; a generator of the source's own is. Ranks with the same `world.dp_rank` share
+  samples (`parallel.tensor`, `parallel.context`): they draw the same.
+- A draw that takes long asks `stopping()` now and then, each rank as often as it likes, and raises
+  `StopCollecting` once that is true. It need not tidy up: the run saves the state from before the
+  draw, drops what other ranks have drawn, and draws that window anew when it is resumed.
+- So a draw must not wait for another rank's, which may have been given up. Ranks wait for each
+  other after it, for `parallel.timeout` seconds at most.
+- `identity` holds the settings that decide what is drawn, as plain values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+from paceline.errors import ConfigError
+from paceline.world.world import World
+
+
+class StopCollecting(Exception):
+    """Raised by a source's `draw` to give up the window it is collecting, since the run stops."""
+
+
+@dataclass(frozen=True)
+class WindowSize:
+    """How many samples an optimizer step sees.
+
+    Args:
+        gradient_accumulation_steps: micro-batches a rank accumulates for one step.
+        global_batch_size: samples of all ranks in one step; if given, the accumulation follows.
+        epoch_length: micro-batches a rank sees in an epoch; None for one pass over the loader.
+    """
+
+    gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    epoch_length: int | None = None
+
+    def micro_batches(self, batch_size: int, dp_size: int) -> int:
+        """Micro-batches a rank accumulates for one step.
+
+        Args:
+            batch_size: samples in a micro-batch.
+            dp_size: data-parallel ranks.
+
+        Raises:
+            ConfigError: `global_batch_size` is not a multiple of `batch_size` times `dp_size`.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        at_once = batch_size * dp_size
+        accumulation, rest = divmod(self.global_batch_size, at_once)
+        if rest or accumulation == 0:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} cannot be made of micro-batches of "
+                f"{batch_size} samples on {dp_size} rank{'s' * (dp_size != 1)}: it must be a "
+                f"multiple of {batch_size} x {dp_size} = {at_once}. Change the loader's "
+                "batch_size, the number of ranks, or global_batch_size."
+            )
+        return accumulation
 
 
 class Draw(NamedTuple):
     """The data of one window on this rank.
 
     Attributes:
-        sizes: this rank's samples in each micro-batch; 0 marks a stand-in that keeps ranks in step,
-            -1 a number that is unknown until the batch is counted.
-        samples: samples of all ranks, or -1 if unknown.
-        batch: returns the j-th micro-batch; call it in order.
-        ids: returns the sample indices of the j-th micro-batch, if the loader knows them.
+        sizes: this rank's samples in each micro-batch; 0 is a stand-in that keeps ranks in step,
+            -1 is unknown until the batch is counted.
+        samples: samples of all ranks, or -1 to have all batches counted.
+        batch: the j-th micro-batch; to be asked for in order, once.
+        ids: the sample indices of the j-th micro-batch, if the loader knows them.
     """
 
     sizes: list[int]
@@ -22,15 +91,24 @@ class Draw(NamedTuple):
     batch: Callable[[int], Any]
     ids: Callable[[int], list[Any]]
 
+    @classmethod
+    def of(cls, batches: Sequence[Any]) -> Draw:
+        """The draw of batches that are there, whose items are to be counted.
+
+        Args:
+            batches: this rank's micro-batches.
+        """
+        return cls([-1] * len(batches), -1, batches.__getitem__, lambda j: [])
+
 
 class Source(Protocol):
     """Training data as the loop sees it.
 
     Attributes:
         micro_batches: micro-batches of this rank in an epoch, None if unknown until the data ends.
-        windows_per_epoch: optimizer steps in an epoch, or None.
+        windows_per_epoch: optimizer steps in an epoch, or None if unknown until the data ends.
         per_rank: whether each rank has a state of its own.
-        plan: decisions about the data, as (decision, setting) pairs.
+        plan: decisions about the data, as (decision, setting that changes it) pairs.
         identity: settings that a resumed run must not change.
     """
 
@@ -41,18 +119,27 @@ class Source(Protocol):
     identity: dict[str, Any]
 
     def start_epoch(self, epoch: int) -> None:
-        """Moves to the first window of `epoch`, or to the position of a loaded state in it."""
+        """Goes to the first window of `epoch`; called within that epoch, after a resume, it stays.
+
+        Args:
+            epoch: epochs done before it.
+        """
         ...
 
     def draw(self) -> Draw | None:
-        """The next window, or None at the epoch's end."""
+        """The next window, or None at the epoch's end, as often as it is asked there.
+
+        Raises:
+            StopCollecting: the run stops before this window, as `stopping()` has said.
+        """
         ...
 
     def at_end(self, *, keep: bool) -> bool:
-        """Whether the epoch ends here.
+        """Whether the epoch ends here, asked behind each window.
 
         Args:
-            keep: whether `state_dict` may be called before the next draw.
+            keep: a state may be taken before the next draw, which one that reads ahead to answer
+                has to keep for that; always true for a source of one's own.
         """
         ...
 
@@ -69,7 +156,50 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends worker processes."""
+        """Ends worker processes and the like; may be called more than once."""
+        ...
+
+
+class SourceFactory(Protocol):
+    """What makes a training source for each run."""
+
+    def open_source(
+        self, size: WindowSize, seed: int, world: World, stopping: Callable[[], bool]
+    ) -> Source:
+        """Makes the source of a run that begins.
+
+        Args:
+            size: the Trainer's settings on the size of windows, for the source to follow.
+            seed: the run's seed.
+            world: the ranks; the models are not yet placed.
+            stopping: whether the run stops before the window that is being collected. To be asked
+                within `draw`, by each rank for itself.
+        """
+        ...
+
+
+class Stopping(Protocol):
+    """The ranks' agreement on stopping before a window, as `CustomSource` takes part in it."""
+
+    @property
+    def global_step(self) -> int:
+        """Windows done."""
+        ...
+
+    def asked(self) -> bool:
+        """Whether the run stops before the next window; each rank may ask for itself.
+
+        Raises:
+            PeerError: another rank has failed.
+        """
+        ...
+
+    def decided(self) -> bool:
+        """The same, equal on all ranks; to be asked once all of them have ended their draws.
+
+        Raises:
+            PeerError: another rank has failed.
+        """
         ...
 
 

@@ -11,15 +11,12 @@ rank.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
-import torch
-from torch.utils._pytree import tree_leaves
-
+from paceline.data.alike import borrowed, check_alike, fingerprint
 from paceline.data.source import Draw
 from paceline.data.workers import iterate, stop_workers
 from paceline.errors import DataError
@@ -107,13 +104,12 @@ class StreamedSource:
         # Not the very first batch, which draws the same random numbers on every rank.
         compares = not self._compared and self._in_epoch + drawn > 1
         self._last = batches[-1] if batches else self._last
-        read = _fingerprint(batches) if compares or alike > 1 else b""
+        read = fingerprint(batches) if compares or alike > 1 else b""
         told = world.all_gather_object((drawn, self._last is _END, compares, read))
-        _check_alike(told, world)
+        check_alike(told, world)
         longest = max(held for held, *_ in told)
         if longest and any(lacks for _, lacks, *_ in told):  # it has read nothing since it started
-            lender = next(rank for rank, (held, *_) in enumerate(told) if held)
-            lent = world.all_gather_object(batches[0] if world.rank == lender else None)[lender]
+            lent = borrowed(world, [held for held, *_ in told], batches)
             self._last = lent if self._last is _END else self._last
         batches += [self._last] * (longest - drawn)
         shares = [read for *_, compares, read in told[::alike] if compares and read]
@@ -276,9 +272,9 @@ class StreamedValidation:
         if not self._in_step:
             return batch is not _END
         alike = self._world.size > self._world.dp_size
-        read = _fingerprint([batch]) if alike else b""
+        read = fingerprint([batch]) if alike else b""
         told = self._world.all_gather_object((batch is not _END, read))
-        _check_alike(told, self._world)
+        check_alike(told, self._world)
         has = [there for there, _ in told]
         if first and any(has) and not all(has):
             raise DataError(
@@ -292,27 +288,6 @@ class StreamedValidation:
         self._reading = None
 
 
-def _check_alike(told: list[Any], world: World) -> None:
-    """Checks that ranks that work on the same samples have read the same samples.
-
-    Args:
-        told: what each rank has read.
-        world: the ranks; those that work on the same samples have consecutive numbers.
-
-    Raises:
-        DataError: they have not; raised on every rank.
-    """
-    alike = world.size // world.dp_size
-    for first in range(0, world.size, alike):
-        if len(set(told[first : first + alike])) > 1:
-            raise DataError(
-                f"ranks {first} to {first + alike - 1} work on the same samples (parallel.tensor, "
-                "parallel.context), but their loaders gave them different ones: a loader that "
-                "keeps its own order has to take the share dp_rank of dp_size (trainer.world), "
-                "not RANK of WORLD_SIZE."
-            )
-
-
 def _close(loader: Any, iterator: Any) -> None:
     """Closes an iterator and its workers; torch's loaders may keep both for the next pass."""
     stop_workers(iterator)
@@ -322,17 +297,6 @@ def _close(loader: Any, iterator: Any) -> None:
 
 def _batch_seed(seed: int, label: str, pass_: int, index: int, world: World) -> int:
     return stream(seed, label, pass_, index, world.dp_rank if index else 0)
-
-
-def _fingerprint(batches: list[Any]) -> bytes:
-    """A hash of the tensors in the last batch, to compare ranks; empty if there is none."""
-    held = [leaf for leaf in tree_leaves(batches[-1:]) if isinstance(leaf, torch.Tensor)]
-    digest = hashlib.sha256()
-    for tensor in held:
-        digest.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.digest() if held else b""
 
 
 def _length(loader: Any) -> int | None:

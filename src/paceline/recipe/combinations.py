@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from paceline.data.loader import WindowSize
+from paceline.data.source import WindowSize
 from paceline.errors import ConfigError
 from paceline.parallel.float8 import missing
 from paceline.recipe.components import Component, signature_of

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from paceline.data.loader import WindowSize, count_windows
+from paceline.data.loader import count_windows
+from paceline.data.source import WindowSize
 from paceline.errors import RecipeError
 from paceline.recipe.components import HORIZON, Component
 from paceline.recipe.mistakes import dotted

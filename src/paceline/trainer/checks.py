@@ -16,6 +16,7 @@ import torch
 
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy
+from paceline.data.custom import is_custom, makes_sources, why_no_source
 from paceline.errors import ConfigError, MissingExtraError, nearest
 from paceline.parallel import context_parallel
 from paceline.parallel.float8 import missing
@@ -324,6 +325,8 @@ def _wrong_loaders(trainer: TrainerBase) -> list[str]:
     wrong: list[str] = []
     if trainer.train_dataloader is None:
         wrong.append("train_dataloader: there is nothing to train on.")
+    if is_custom(trainer.train_dataloader):
+        wrong += _wrong_sizes(trainer)
     given = {name: getattr(trainer, name) for name in ("train_dataloader", "val_dataloader")}
     loaders = {name: loader for name, loader in given.items() if loader is not None}
     if isinstance(given["val_dataloader"], Mapping):
@@ -331,8 +334,12 @@ def _wrong_loaders(trainer: TrainerBase) -> list[str]:
         wrong += _wrong_names(named)
         loaders |= {f"val_dataloader[{name!r}]": loader for name, loader in named.items()}
     for name, loader in loaders.items():
+        if name == "train_dataloader" and is_custom(loader):
+            continue
         if _is_count(loader):
             wrong.append(f"{name}={loader}: a seed is given by name, train(seed={loader}).")
+        elif name == "train_dataloader" and (why := why_no_source(loader)):
+            wrong.append(f"{name}: {_say(loader)} {why}.")
         elif not hasattr(loader, "__iter__"):
             wrong.append(
                 f"{name}: {_say(loader)} cannot be iterated: give a DataLoader or an iterable of "
@@ -354,6 +361,23 @@ def _wrong_names(loaders: Mapping[Any, Any]) -> list[str]:
         "'val/NAME/loss'."
         for name in loaders
         if not isinstance(name, str) or not name or "/" in name
+    ]
+
+
+def _wrong_sizes(trainer: TrainerBase) -> list[str]:
+    """Settings on windows that a source, which makes its own, would never hear of."""
+    if makes_sources(trainer.train_dataloader):
+        return []
+    given = {
+        "gradient_accumulation_steps": trainer.gradient_accumulation_steps != 1,
+        "global_batch_size": trainer.global_batch_size is not None,
+        "epoch_length": trainer.epoch_length is not None,
+    }
+    return [
+        f"{name}: the source given as train_dataloader makes its own windows: leave this out, or "
+        "give an object with open_source(size, ...), which is told."
+        for name, is_given in given.items()
+        if is_given
     ]
 
 

@@ -13,8 +13,9 @@ import torch
 
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
-from paceline.data.loader import WindowSize, loaders_by_name, open_training, open_validation
-from paceline.data.source import Validation
+from paceline.data.custom import is_custom
+from paceline.data.loader import loaders_by_name, open_training, open_validation
+from paceline.data.source import Validation, WindowSize
 from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.provenance import RunRecord
 from paceline.trainer import blame, decisions, resume, saving
@@ -25,7 +26,7 @@ from paceline.trainer.identity import add_own_identity, identity_of
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
-from paceline.trainer.run import Run
+from paceline.trainer.run import Run, StopBeforeWindow
 from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.trainer.warm_start import load_weights
 from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
@@ -180,9 +181,12 @@ def _open_data(trainer: TrainerBase, run: Run) -> None:
         )
     size = WindowSize(accumulation, global_batch_size, trainer.epoch_length)
     with _speaking_of("train_dataloader"):
-        groups = trainer.replica_groups
-        opened_by = open_training if groups is None else groups.open_training
-        trainer.source = opened_by(trainer.train_dataloader, size, seed, world)
+        loader, groups = trainer.train_dataloader, trainer.replica_groups
+        run.stop.leaves_draws = is_custom(loader)
+        if groups is None:
+            trainer.source = open_training(loader, size, seed, world, StopBeforeWindow(run))
+        else:
+            trainer.source = groups.open_training(loader, size, seed, world)
     validation: dict[str | None, Validation] = {}
     for name, loader in loaders_by_name(trainer.val_dataloader).items():
         with _speaking_of("val_dataloader" if name is None else f"val_dataloader[{name!r}]"):

@@ -21,6 +21,7 @@ class Progress:
     Attributes:
         epoch: epochs done.
         global_step: windows (optimizer steps) done.
+        begun: whether `on_train_epoch_start` has been called for the present epoch.
         batch: micro-batches of this rank done in the present epoch.
         samples: samples of all ranks seen.
         items: items of all ranks seen (samples, label tokens, ... as `count_items` counts).
@@ -35,6 +36,7 @@ class Progress:
 
     epoch: int = 0
     global_step: int = 0
+    begun: bool = False
     batch: int = 0
     samples: Any = 0
     items: Any = 0
@@ -56,5 +58,6 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
+        state = {"begun": state["batch"] > 0, **state}  # older checkpoints do not say
         for name in {*self.__dataclass_fields__} - {"local_batches"}:
             setattr(self, name, state[name])

@@ -25,8 +25,8 @@ import torch
 from paceline.checkpoint import Checkpoint, load_tree, scan
 from paceline.checkpoint.handover import HandOver
 from paceline.data.indexed import IndexedSource
-from paceline.data.loader import WindowSize, is_indexed, open_training
-from paceline.data.source import Draw
+from paceline.data.loader import is_indexed, open_training
+from paceline.data.source import Draw, WindowSize
 from paceline.errors import CheckpointError, ConfigError
 from paceline.log.lock import FolderLock
 from paceline.log.provenance import RunRecord

@@ -22,7 +22,7 @@ from paceline.log.provenance import RunRecord
 from paceline.parallel.placement import Placement
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.progress import Progress
-from paceline.trainer.stop import StopAgreement
+from paceline.trainer.stop import StopAgreement, behind_draw
 from paceline.world.world import World
 
 
@@ -167,3 +167,26 @@ class Run:
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer of the models."""
         return [b for model in self.components.named_models().values() for b in model.buffers()]
+
+
+class StopBeforeWindow:
+    """A run's agreement on stopping before the next window (`data.source.Stopping`).
+
+    Args:
+        run: whose training source collects windows.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def global_step(self) -> int:
+        return self._run.global_step
+
+    def asked(self) -> bool:
+        run = self._run
+        return run.stop.agreed_on(behind_draw(run.global_step))
+
+    def decided(self) -> bool:
+        run = self._run
+        return run.stop.reached(behind_draw(run.global_step))

@@ -9,9 +9,10 @@ Nothing is saved, sent or agreed inside a signal handler: it sets a flag. A seco
 once (one that comes on the heels of the first is the same wish: launchers and schedulers pass a
 signal on that the process has got already).
 
-Why no rank is left behind. A run passes numbered points: `behind_window(s)`, which is 2s, says "s
-windows are done"; `behind_boundary(s)`, 2s + 1, "and all parts of the boundary behind them". A rank
-passes a point only in `reached`, and is always committed to a point ahead of it. Under one lock
+Why no rank is left behind. A run passes numbered points: `behind_window(s)`, which is 3s, says "s
+windows are done"; `behind_boundary(s)`, 3s + 1, "and all parts of the boundary behind them";
+`behind_draw(s)`, 3s + 2, "and the next window is drawn". A rank passes a point only in `reached`,
+and is always committed to a point ahead of it. Under one lock
 either the rank passes a point, which moves its commitment on, or the watcher freezes the commitment
 for good and publishes it. So
 1. before the agreement no rank gets beyond what it has published: once frozen, it waits at the next
@@ -20,12 +21,24 @@ for good and publishes it. So
    its way there. Windows and the parts of a boundary follow from the step and from values that all
    ranks share, so every rank's way leads there;
 3. every rank goes on to that point and no further.
-Passing 2s commits to 2s + 2, since most boundaries have no parts. When one has, `hold` lowers the
-commitment to 2s + 1, where the run can stop as well: nobody has seen the higher one, or it is
-frozen and stays. A validation under way is left when 2s + 1 is agreed on. That point has a number
-of its own because another rank may still stand at 2s, and has to come into the boundary first.
+Passing 3s commits to 3s + 3, since most boundaries have no parts. When one has, `hold` lowers the
+commitment to 3s + 1, where the run can stop as well: nobody has seen the higher one, or it is
+frozen and stays. A validation under way is left when 3s + 1 is agreed on. That point has a number
+of its own because another rank may still stand at 3s, and has to come into the boundary first.
 The batch before which it is left is agreed on in the same way, the commitment being to a point and
 a batch: models that are spread over ranks, and metrics, exchange something in each.
+
+A training source of the user's own may take minutes to collect a window, each rank for as long as
+it needs. Such a run can stop at 3s + 2 as well (`leaves_draws`): passing 3s or 3s + 1 commits to
+it. Each rank ends its draw, whether it has its window or gave it up, in one exchange with the
+others (`data/custom.py`), and only then comes to 3s + 2. Stopping there saves the boundary before, with
+the data's state from before the draw.
+4. A rank gives up its draw only once 3s + 2 is agreed on (`agreed_on`). By then no rank has passed
+   that point, nor will one (1, 2, 3): none is in the step, where it could not come back from a
+   collective. Each is on its way to the exchange or waits in it, so all complete it and stop.
+5. A rank that never asks, or has its window already, comes to the exchange by itself.
+6. If a rank passes 3s + 2 before its commitment is frozen, a later point is agreed on. Then no rank
+   has given up its draw, and all take the step.
 """
 
 from __future__ import annotations
@@ -62,12 +75,17 @@ _runs = 0  # agreements opened in this process's life, equal on all ranks
 
 def behind_window(step: int) -> int:
     """The point at which `step` windows are done."""
-    return 2 * step
+    return 3 * step
 
 
 def behind_boundary(step: int) -> int:
     """The point at which `step` windows are done, and all parts of the boundary behind them."""
-    return 2 * step + 1
+    return 3 * step + 1
+
+
+def behind_draw(step: int) -> int:
+    """The point at which, besides, the next window is drawn: for sources of the user's own."""
+    return 3 * step + 2
 
 
 class StopAgreement:
@@ -76,6 +94,10 @@ class StopAgreement:
     Args:
         world: the ranks that have to agree.
         stop_file: a path whose appearance asks for a stop, or None. Rank 0 looks for it.
+
+    Attributes:
+        reason: why the run stops, once that is agreed on.
+        leaves_draws: whether the run can stop while it draws a window; equal on all ranks.
     """
 
     def __init__(self, world: World, stop_file: Path | None) -> None:
@@ -100,6 +122,7 @@ class StopAgreement:
         self._store: Any = None  # the main thread's connection, while others may be gone
         self._handlers: dict[int, Any] = {}
         self.reason: str | None = None
+        self.leaves_draws = False
 
     @property
     def wish(self) -> str | None:
@@ -205,7 +228,10 @@ class StopAgreement:
             raise PeerError(self._peer_error)
         with self._lock:
             if not self._frozen and not self._everywhere:
-                self._committed, self._batch = behind_window(point // 2 + 1), 0
+                step = point // 3
+                drawn = behind_draw(step)
+                ahead = self.leaves_draws and point < drawn
+                self._committed, self._batch = drawn if ahead else behind_window(step + 1), 0
                 return False
         return point >= self._wait()
 

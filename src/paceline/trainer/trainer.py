@@ -12,7 +12,7 @@ import torch
 
 from paceline.checkpoint import CheckpointPolicy
 from paceline.data.batches import inputs_and_targets
-from paceline.data.source import Draw
+from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
 from paceline.errors import ConfigError
 from paceline.trainer import decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
@@ -47,9 +47,11 @@ class Trainer(TrainerBase):
         optimizer: an optimizer, or optimizers by name.
         lr_scheduler: a scheduler, or schedulers by name; each follows its own optimizer.
         loss_fn: `loss_fn(outputs, targets)` -> mean loss over the batch's items.
-        train_dataloader: a DataLoader or any iterable of batches.
-        val_dataloader: likewise, or None for no validation. Several by name are validated on one
-            after the other: for "near", what is logged as "val/x" is "val/near/x".
+        train_dataloader: a DataLoader, any iterable of batches, or a source of your own
+            (`paceline.Source`).
+        val_dataloader: a DataLoader, any iterable of batches, or None for no validation. Several by
+            name are validated on one after the other: for "near", what is logged as "val/x" is
+            "val/near/x".
         epochs: passes of `epoch_length` micro-batches; None for no bound.
         max_steps: optimizer steps; None for no bound.
         epoch_length: micro-batches a rank sees in an epoch; None for the loader's own length.
@@ -85,7 +87,7 @@ class Trainer(TrainerBase):
         optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None = None,
         lr_scheduler: Any = None,
         loss_fn: Any = None,
-        train_dataloader: Iterable[Any] | None = None,
+        train_dataloader: Iterable[Any] | Source | SourceFactory | None = None,
         val_dataloader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         epochs: int | None = None,
         max_steps: int | None = None,
@@ -192,7 +194,7 @@ class Trainer(TrainerBase):
 
     def train(
         self,
-        train_dataloader: Iterable[Any] | None = None,
+        train_dataloader: Iterable[Any] | Source | SourceFactory | None = None,
         val_dataloader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         epochs: int | None = None,
         *,
@@ -288,10 +290,17 @@ class Trainer(TrainerBase):
         run, progress, source = self._at_hand, self.progress, self.source
         epoch = progress.epoch
         source.start_epoch(epoch)
-        if progress.batch == 0:
+        if not progress.begun:
+            progress.begun = True
             for hook in run.events.on_train_epoch_start:
                 hook()
-        while not run.is_over and progress.epoch == epoch and (draw := source.draw()) is not None:
+        while not run.is_over and progress.epoch == epoch:
+            try:
+                draw = source.draw()
+            except StopCollecting:  # on every rank: the run stops before this window
+                return self._leave(pending=[])
+            if draw is None:
+                return
             window = self.open_window(draw)
             if progress.global_step not in progress.skips:
                 yield window
@@ -390,7 +399,7 @@ class Trainer(TrainerBase):
         for hook in self._at_hand.events.on_train_epoch_end:
             hook()
         self.progress.epoch += 1
-        self.progress.batch = 0
+        self.progress.begun, self.progress.batch = False, 0
 
     def checkpoint(self, reasons: Sequence[str] = ("asked for",), *, best: bool = False) -> None:
         """Saves all state at this boundary or, if called within a window, at the next one.

@@ -11,12 +11,13 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 # `random.seed` without its look at the argument's type, for every micro-batch has it done.
-_instance: random.Random = random.seed.__self__  # pyright: ignore[reportFunctionMemberAccess]
+_instance: Any = random.seed.__self__  # pyright: ignore[reportFunctionMemberAccess]
 _seed_random = super(random.Random, _instance).seed
 
 _MASK = (1 << 64) - 1
@@ -30,6 +31,7 @@ _LABELS = {
     "loader": 7,
     "init": 8,
     "name": 9,
+    "source": 10,
 }
 
 

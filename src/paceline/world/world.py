@@ -26,6 +26,7 @@ from paceline.world.layout import Parallel
 # released, and so that other ranks can still read the error of a rank whose group is gone.
 _meetings: dict[tuple[str, str], Any] = {}
 _joined = 0  # process groups joined in this process, equal on all ranks
+_POLL = 0.001  # seconds between two looks of who waits for the others
 
 
 class World:
@@ -247,6 +248,15 @@ class World:
         """Waits for every rank."""
         if self.control_group is not None:
             dist.barrier(self.control_group)
+
+    def wait_for_all(self) -> None:
+        """Waits until every rank is here, as `barrier`; meanwhile this one's signals are heard."""
+        if self.control_group is None:
+            return
+        work: Any = dist.barrier(self.control_group, async_op=True)
+        while not work.is_completed():
+            time.sleep(_POLL)
+        work.wait()  # raises what has gone wrong
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduces a tensor over all ranks, in place, and returns it.
