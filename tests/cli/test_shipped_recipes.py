@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from blocks import GPT, blocks
 from command import Paceline
 from endings import ending
-from ranks import Ranks
+from paceline.testing import Ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 pytestmark = pytest.mark.slow

@@ -18,14 +18,14 @@ import torch
 from faults import FaultyDisk, QuickDisk
 
 import storm
-from builders import Noisy, Recorder, Regression, loader, make_model
+from builders import Noisy, Regression, loader, make_model
 from endings import ending, saved_steps
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import manager
 from paceline.errors import CheckpointError
 from paceline.log import sinks
-from ranks import Ranks
+from paceline.testing import Ranks, Trace
 
 STEPS = 12
 
@@ -74,9 +74,9 @@ class Unbroken(NamedTuple):
 
 
 def train_unbroken(folder: Path) -> Unbroken:
-    recorder = Recorder()
-    run(folder, recorder, every_epochs=1, every_steps=1, keep_last=None)
-    return Unbroken(folder, ending(folder), recorder.trace)
+    trace = Trace()
+    run(folder, trace, every_epochs=1, every_steps=1, keep_last=None)
+    return Unbroken(folder, ending(folder), trace.events)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def test_after_any_save_the_run_goes_on_exactly(
 ) -> None:
     """Saves in mid-epoch, at a validation, at an epoch's end: the events, too, go on from there."""
     killed_after(unbroken.folder, tmp_path / "run", step)
-    recorder = Recorder()
-    run(tmp_path / "run", recorder, every_epochs=1, every_steps=1, keep_last=None)
+    trace = Trace()
+    run(tmp_path / "run", trace, every_epochs=1, every_steps=1, keep_last=None)
     assert ending(tmp_path / "run") == unbroken.ending
-    begun = [event for event, _ in recorder.trace].index("on_train_start") + 1
+    begun = [event for event, _ in trace.events].index("on_train_start") + 1
     saved = unbroken.trace.index(("on_save_checkpoint", step))
-    assert recorder.trace[begun:] == unbroken.trace[saved + 1 :]
+    assert trace.events[begun:] == unbroken.trace[saved + 1 :]
 
 
 def killed_after(unbroken: Path, folder: Path, step: int) -> None:
@@ -332,9 +332,9 @@ def check_damage(
     unbroken = unbroken or train_unbroken(folder / "unbroken")
     killed_after(unbroken.folder, folder / "run", 8)
     damage(folder / "run")
-    recorder = Recorder()
-    run(folder / "run", recorder, keep_last=None)
-    assert ("on_load_checkpoint", goes_on_from) in recorder.trace
+    trace = Trace()
+    run(folder / "run", trace, keep_last=None)
+    assert ("on_load_checkpoint", goes_on_from) in trace.events
     assert ending(folder / "run") == unbroken.ending
 
 

@@ -14,7 +14,7 @@ from signal_runs import STEPS, Run, Sent, train, trainer_of
 from endings import ending, saved_steps
 from paceline.checkpoint import load_tree, manager
 from paceline.errors import Preempted
-from ranks import Outcome, Ranks
+from paceline.testing import Outcome, Ranks
 
 pytestmark = pytest.mark.slow
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
-from ranks import Ranks
+from paceline.testing import Ranks, bits
 
 
 class Block(nn.Module):

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, bits
 from emulated_ring import emulate
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError, DataError
@@ -26,9 +25,9 @@ from paceline.parallel.context_parallel import (
     ring_attention,
     why_no_ring,
 )
+from paceline.testing import Ranks, StopAt, bits
 from paceline.world.dtensors import whole
 from paceline.world.world import World
-from ranks import Ranks
 
 WORDS, LENGTH = 7, 8
 RING = Parallel(context=2, context_attention="ring")

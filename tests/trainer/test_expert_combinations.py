@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import Count, StopAt, bits
+from builders import Count
 from emulated_ring import emulate
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.parallel import attention
+from paceline.testing import Ranks, StopAt, bits
 from paceline.world.dtensors import local_part, whole
-from ranks import Ranks
 
 
 class Block(nn.Module):

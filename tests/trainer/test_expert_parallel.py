@@ -19,10 +19,10 @@ from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError
 from paceline.parallel.expert_parallel import share_out
+from paceline.testing import Ranks
 from paceline.trainer.callback import Callback
 from paceline.world.dtensors import local_part, whole
 from paceline.world.world import World
-from ranks import Ranks
 
 
 class Deep(nn.Module):

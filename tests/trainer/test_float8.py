@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, bits
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.errors import MissingExtraError, ResumeError
 from paceline.parallel import attention, float8
+from paceline.testing import Ranks, StopAt, bits
 from paceline.trainer.settings import Resume
 from paceline.world.dtensors import whole
-from ranks import Ranks
 from small import fitted
 
 

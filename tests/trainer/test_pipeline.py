@@ -19,8 +19,8 @@ from paceline import Callback, CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientExplosion, GradientMonitor
 from paceline.errors import ConfigError
 from paceline.parallel.pipeline_stages import balanced, layers_of
+from paceline.testing import Ranks
 from paceline.world.dtensors import whole
-from ranks import Ranks
 
 WORDS = 7
 LAYOUT = ("dp_shard", "activation_checkpointing")

@@ -20,10 +20,10 @@ from torch import nn
 
 from paceline import MetricMonitor, Parallel
 from paceline.errors import PeerError
+from paceline.testing import Ranks
 from paceline.trainer import stop
 from paceline.trainer.callback import Callback
 from paceline.world.world import World, send
-from ranks import Ranks
 
 # Stopping
 

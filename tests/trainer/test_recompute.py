@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import Count, bits
+from builders import Count
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
-from ranks import Ranks
+from paceline.testing import Ranks, bits
 
 
 class Drifting(nn.Module):

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.utils.data import DataLoader
 
-from builders import StopAt, bits
 from paceline import CheckpointPolicy, Trainer, Window
 from paceline.errors import ConfigError, DataError, LossError
+from paceline.testing import StopAt, bits
 from small import batches, fitted, line, points, same, settings, weights
 
 

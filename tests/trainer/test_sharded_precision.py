@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import Ranks, bits
 from paceline.trainer.callback import Callback
-from ranks import Ranks
 
 
 class Block(nn.Module):

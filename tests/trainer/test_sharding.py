@@ -11,14 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.errors import ConfigError
 from paceline.parallel.blocks import repeated_blocks
+from paceline.testing import Ranks, bits
 from paceline.trainer.callback import Callback
 from paceline.world.dtensors import is_dtensor, whole
-from ranks import Ranks
 
 
 class Block(nn.Module):

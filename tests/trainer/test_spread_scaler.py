@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
 from paceline import Parallel, Trainer
+from paceline.testing import Ranks, bits
 from paceline.trainer.callback import Callback
 from paceline.world.dtensors import local_part, whole
-from ranks import Ranks
 
 LAYOUTS = [  # for four ranks, and the batch of each that makes eight samples
     (Parallel(dp_shard=2), 2),

@@ -15,13 +15,13 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, assert_each_says, assert_stages_equal, bits
+from builders import assert_each_says, assert_stages_equal
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.errors import ConfigError
 from paceline.parallel import attention, positions
+from paceline.testing import Ranks, StopAt, bits
 from paceline.world.dtensors import is_dtensor, whole
-from ranks import Ranks
 
 WORDS, LENGTH, SIZE = 8, 6, 8
 IGNORED = -100  # what a cross-entropy does not count

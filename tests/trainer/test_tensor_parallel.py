@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from builders import assert_each_says
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import Ranks
 from paceline.world.dtensors import is_dtensor, whole
-from ranks import Ranks
 
 pytestmark = pytest.mark.slow
 WORDS = 8
