@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,19 +95,3 @@ class Count(TorchDispatchMode):
         name = str(func.overloadpacket)
         self.calls[name] = self.calls.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
-
-
-def assert_stages_equal(found: list[Any], expected: Any) -> None:
-    """Ranks' weights by name, metrics and rows are those of one process.
-
-    The ranks together have each weight; metrics and rows are equal on all.
-    """
-    weights, metrics, rows, *_ = expected
-    assert set().union(*(mine for mine, *_ in found)) == set(weights)
-    for mine, measured, seen, *_ in found:
-        for name, tensor in mine.items():
-            torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-9)
-        assert measured == pytest.approx(metrics, rel=1e-9, nan_ok=True)
-        assert len(seen) == len(rows)
-        for row, like in zip(seen, rows, strict=True):
-            assert row == pytest.approx(like, rel=1e-9, nan_ok=True)
