@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from paceline import Trainer
-from paceline.trainer.callback import Callback
-from paceline.trainer.events import EVENTS
-from paceline.world.dtensors import local_part
 
 
 class Noisy(Dataset):
@@ -68,64 +62,6 @@ class Regression(Trainer):
         self.log("val/loss", ((self.model(x) - y) ** 2).mean())
 
 
-class Recorder(Callback):
-    """Writes down every event, with the step at which it came."""
-
-    def __init__(self) -> None:
-        self.trace: list[tuple[str, int]] = []
-
-
-def _recording(event: str) -> Any:
-    def record(self: Recorder, trainer: Trainer, *_: Any) -> None:
-        self.trace.append((event, trainer.global_step))
-
-    return record
-
-
-for _event in EVENTS:
-    setattr(Recorder, _event, _recording(_event))
-
-
-class StopAt(Callback):
-    """Asks for a stop once `step` windows are done."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_start(self, trainer: Trainer) -> None:
-        if trainer.global_step == self.step:
-            trainer.request_stop("test")
-
-    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        if trainer.global_step == self.step:
-            trainer.request_stop("test")
-
-
-def bits(tree: Any) -> Any:
-    """A tree with every tensor replaced by its dtype, shape and bytes, for exact comparison.
-
-    Of a tensor that is spread over ranks, the bytes are this rank's; on the meta device, none.
-    """
-    if isinstance(tree, torch.Tensor):
-        tensor = local_part(tree.detach()).contiguous().reshape(-1)
-        raw = (
-            tensor.view(torch.uint8).numpy().tobytes()
-            if tensor.numel() and not tensor.is_meta
-            else b""
-        )
-        return (str(tree.dtype), tuple(tree.shape), raw)
-    if isinstance(tree, dict):
-        return {key: bits(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [bits(value) for value in tree]
-    return tree
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_each_says(messages: Sequence[str], *parts: str) -> None:
     """There are as many messages as parts, and each has its own in it."""
     for message, part in zip(messages, parts, strict=True):
@@ -159,19 +95,3 @@ class Count(TorchDispatchMode):
         name = str(func.overloadpacket)
         self.calls[name] = self.calls.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
-
-
-def assert_stages_equal(found: list[Any], expected: Any) -> None:
-    """Ranks' weights by name, metrics and rows are those of one process.
-
-    The ranks together have each weight; metrics and rows are equal on all.
-    """
-    weights, metrics, rows, *_ = expected
-    assert set().union(*(mine for mine, *_ in found)) == set(weights)
-    for mine, measured, seen, *_ in found:
-        for name, tensor in mine.items():
-            torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-9)
-        assert measured == pytest.approx(metrics, rel=1e-9, nan_ok=True)
-        assert len(seen) == len(rows)
-        for row, like in zip(seen, rows, strict=True):
-            assert row == pytest.approx(like, rel=1e-9, nan_ok=True)

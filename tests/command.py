@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from paceline.cli.main import main
-from ranks import Ranks, Started, free_port
+from paceline.testing import Ranks, Started, free_port
 
 LIMIT = 240.0  # seconds until a command that hangs is killed
 Ended = tuple[int, str, str]  # code, stdout, stderr

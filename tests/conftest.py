@@ -12,19 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from builders import (  # noqa: F401  for tests that import them from here
-    Noisy,
-    Recorder,
-    Regression,
-    StopAt,
-    bits,
-    loader,
-    make_model,
-    rows,
-)
-from ranks import Ranks
+from paceline.testing.ranks import shared_ranks
 
 torch.set_num_threads(1)
+shared_ranks().preload.append("preloaded")
 
 
 # What collecting the tests imports stays: nothing is looked for in it, now or later.
@@ -44,10 +35,9 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def ranks():
-    """Runs a function on several ranks: `ranks(function, size, *args)` (see `ranks.py`)."""
-    starter = Ranks()
-    yield starter
-    starter.close()
+    """Runs a function on several ranks: `ranks(function, size, *args)`, as `run_ranks` does."""
+    yield shared_ranks()
+    shared_ranks().close()
 
 
 @pytest.fixture(autouse=True)

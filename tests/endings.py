@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from builders import bits
 from paceline.checkpoint import load_tree, read_manifest
+from paceline.testing import bits
 
 COMPARED = (
     "models",

@@ -24,7 +24,7 @@ import torch
 
 from drawn_runs import Keep, Settings, fit
 from paceline import Parallel
-from ranks import Ranks
+from paceline.testing import Ranks
 
 TOLERANCE = 1e-8
 _SIZES = ("dp_replicate", "dp_shard", "tensor", "context", "pipeline")

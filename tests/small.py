@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Trainer
 from paceline.errors import PacelineError
+
+T = TypeVar("T", bound=Trainer)
 
 
 def points(n: int = 20, width: int = 3, seed: int = 5) -> TensorDataset:
@@ -48,7 +50,7 @@ def settings(model: nn.Module | None = None, lr: float = 0.05, **changes: Any) -
     }
 
 
-def fitted(kind: type[Trainer] = Trainer, **changes: Any) -> Trainer:
+def fitted(kind: type[T] = Trainer, **changes: Any) -> T:
     """A trainer of the line, after its run."""
     trainer = kind(**settings(**changes))
     trainer.fit(seed=1)

@@ -48,7 +48,7 @@ import torch.nn.parallel
 from endings import ending, saved_steps
 from paceline.checkpoint import manager, storage  # noqa: F401  slow to import
 from paceline.log import sinks
-from ranks import free_port
+from paceline.testing import free_port
 from storm_ranks import PLACES, Beacon, Kill, Scenario, be_a_rank
 
 HANGS = 60.0  # seconds after which an attempt counts as hung

@@ -14,7 +14,7 @@ from typing import Any
 import paceline
 
 GOLDEN = Path(__file__).with_name("public_surface.json")
-MODULES = ("paceline", "paceline.callbacks", "paceline.errors", "paceline.tune")
+MODULES = ("paceline", "paceline.callbacks", "paceline.errors", "paceline.testing", "paceline.tune")
 
 
 def surface() -> dict[str, Any]:

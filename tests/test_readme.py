@@ -9,7 +9,7 @@ import pytest
 
 from blocks import blocks, run_block
 from command import Paceline
-from ranks import Ranks
+from paceline.testing import Ranks
 
 README = Path(__file__).parents[1] / "README.md"
 PYTHON = [block for block in blocks(README) if block.language == "python"]

@@ -9,8 +9,9 @@ from typing import Any
 import schedulefree
 import torch
 
-from builders import Noisy, Regression, bits, loader, make_model, rows
+from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, CheckpointPolicy
+from paceline.testing import bits, rows
 
 Make = Callable[[], Sequence[Callback]]
 STEPS = 12

@@ -10,7 +10,7 @@ import pytest
 from paceline import MetricMonitor, Trainer
 from paceline.callbacks import EarlyStopping
 from paceline.errors import ConfigError, MetricError
-from ranks import Ranks
+from paceline.testing import Ranks
 from small import batches, fitted, settings
 
 

@@ -11,11 +11,10 @@ import pytest
 import yaml
 from real_runs import STEPS, LeaveValidation, build, check_resumed, check_undisturbed, schedule_free
 
-from builders import StopAt, bits
 from paceline import Callback
 from paceline.recipe import build_trainer, load_recipe
 from paceline.registry import lookup, names
-from ranks import Ranks
+from paceline.testing import Ranks, StopAt, bits
 
 # Registered name -> the arguments it gets here.
 EVERY: dict[str, dict[str, Any]] = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 from real_runs import STEPS, build
 
-from builders import rows
 from paceline import Callback
 from paceline.callbacks import GradientExplosion, GradientMonitor, gradient_explosion
 from paceline.errors import ConfigError
+from paceline.testing import rows
 
 
 class Explode(Callback):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_runs import build
 
-from builders import rows
 from paceline.callbacks import LossPrediction
 from paceline.callbacks.loss_prediction import predict_final
 from paceline.errors import ConfigError
+from paceline.testing import rows
 
 HORIZON = 1000.0
 STEPS = np.arange(1, 41) * 10.0  # rows up to 40 % of the run

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_runs import build
 
-from builders import rows
 from paceline.callbacks import OverfitDetection
 from paceline.callbacks.overfit_detection import trend
 from paceline.errors import ConfigError, MetricError
+from paceline.testing import rows
 
 
 def watch(train: list[float], val: list[float], **settings: Any) -> tuple[list[int], list[dict]]:

@@ -10,10 +10,9 @@ import pytest
 import torch
 from real_runs import build
 
-from builders import StopAt
 from paceline.callbacks import Profiler
 from paceline.errors import ConfigError
-from ranks import Ranks
+from paceline.testing import Ranks, StopAt
 from small import settings
 
 

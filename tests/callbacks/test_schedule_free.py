@@ -11,11 +11,12 @@ import schedulefree
 import torch
 from real_runs import STEPS, LeaveValidation, build
 
-from builders import Noisy, bits, make_model, rows
+from builders import Noisy, make_model
 from paceline import Callback
 from paceline.callbacks import ScheduleFree
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError
+from paceline.testing import bits, rows
 from small import settings
 
 

@@ -11,11 +11,12 @@ from fake_trainer import FakeTrainer
 from real_runs import build
 from torch import nn
 
-from builders import StopAt, bits, loader
+from builders import loader
 from paceline.callbacks import SWA
 from paceline.checkpoint.export import export
 from paceline.errors import CheckpointError, ConfigError
 from paceline.log.provenance import read_run
+from paceline.testing import StopAt, bits
 from small import batches, line
 
 

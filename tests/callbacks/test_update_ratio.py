@@ -11,10 +11,10 @@ from fake_trainer import FakeTrainer
 from real_runs import build
 from torch import nn
 
-from builders import rows
 from paceline import Callback
 from paceline.callbacks import UpdateRatio
 from paceline.errors import ConfigError
+from paceline.testing import rows
 
 
 def flat(parameters: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from real_runs import LeaveValidation, build, check_resumed, check_undisturbed
 
-from builders import Noisy, StopAt, bits, rows
+from builders import Noisy
 from paceline import Callback
 from paceline.callbacks import (
     AveragedWeights,
@@ -25,6 +25,7 @@ from paceline.callbacks import (
 from paceline.errors import NonFiniteError
 from paceline.log.provenance import read_run
 from paceline.log.sinks import read_rows
+from paceline.testing import StopAt, bits, rows
 
 
 def everything(file: io.StringIO | None = None) -> list[Callback]:

@@ -14,13 +14,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from builders import Noisy, Regression, bits, loader, make_model
+from builders import Noisy, Regression, loader, make_model
 from paceline import CheckpointPolicy, MetricMonitor, Resume
 from paceline.callbacks import SWA, AveragedWeights, ScheduleFree
 from paceline.checkpoint import Checkpoints, storage
 from paceline.checkpoint.export import export
 from paceline.checkpoint.safetensors_file import read_metadata
 from paceline.errors import CheckpointError, ConfigError
+from paceline.testing import bits
 from paceline.world.world import World
 
 

@@ -9,7 +9,7 @@ import pytest
 from faults import leftovers, opened
 from rank_scenes import WHOLE, play
 
-from ranks import Ranks
+from paceline.testing import Ranks
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from paceline.checkup import FitReport, fits
 from paceline.checkup.fits import parse_devices
 from paceline.errors import ConfigError
 from paceline.recipe import Recipe, build_trainer, load_recipe
-from ranks import Ranks
+from paceline.testing import Ranks
 
 CODE = """
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command import Paceline
-from ranks import Ranks
+from paceline.testing import Ranks
 
 CODE = '''
 import os, signal, sys, time

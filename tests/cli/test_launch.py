@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from command import Paceline, be_paceline
-from ranks import Ranks, free_port
+from paceline.testing import Ranks, free_port
 
 pytestmark = pytest.mark.slow
 SLOW = ("trainer.epochs=1000", "trainer.pause=0.05")

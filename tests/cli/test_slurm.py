@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import Ranks
+from paceline.testing import Ranks
 
 SUBMITIT = """\
 import json, pickle

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from paceline import Trainer
-from ranks import Ranks
+from paceline.testing import Ranks
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from blocks import blocks, run_block
 from builders import code_forgotten
 from command import Paceline
 from paceline.cli.main import app
+from paceline.testing import Ranks
 from paceline.trainer.events import EVENTS
-from ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -18,14 +18,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from builders import Noisy, Regression, StopAt, loader, make_model
+from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, CheckpointPolicy
 from paceline.errors import MissingExtraError
 from paceline.log.sinks import JsonlSink, read_rows
 from paceline.log.tensorboard import TensorBoard
 from paceline.recipe import build_trainer, load_recipe
 from paceline.registry import lookup
-from ranks import Ranks
+from paceline.testing import Ranks, StopAt
 
 STEPS = 12
 

@@ -5,15 +5,34 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS, Mutant, apply
 
-from ranks import Ranks
+from paceline.testing import Ranks, Started
 
 TESTS = Path(__file__).parents[1]
 LIMIT = 8.0  # seconds for ranks that hang; a healthy run of these tests takes one or two
+
+
+class Broken(Ranks):
+    """Ranks with a defect in each."""
+
+    def __init__(self, healthy: Ranks, mutant: Mutant) -> None:
+        super().__init__(limit=LIMIT)
+        self._healthy = healthy
+        self._mutant = mutant
+
+    def start(self, function: Callable[..., Any], size: int, *args: Any) -> Started:
+        return self._healthy.start(call_broken, size, self._mutant.name, function, args)
+
+
+def call_broken(mutant: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    apply(mutant)
+    return function(*args)
 
 
 @pytest.mark.slow
@@ -25,11 +44,10 @@ def test_it_is_caught(
     monkeypatch.setattr(sys, "path", [*sys.path, *rooms])
     module, name = mutant.test.split(":")
     test = getattr(importlib.import_module(module), name)
-    fixtures = {"ranks": ranks, "tmp_path": tmp_path, "folder": tmp_path}
+    broken = Broken(ranks, mutant)
+    fixtures = {"ranks": broken, "tmp_path": tmp_path, "folder": tmp_path}
     wanted = {k: v for k, v in fixtures.items() if k in inspect.signature(test).parameters}
     inspect.signature(test).bind(**wanted, **mutant.arguments)  # or nothing would be tested
-    monkeypatch.setattr(ranks, "mutant", mutant.name)
-    monkeypatch.setattr(ranks, "limit", LIMIT)
     mutant.put_in(monkeypatch)
     with pytest.raises(Exception):  # noqa: B017, PT011  whatever shows that something is wrong
         test(**wanted, **mutant.arguments)

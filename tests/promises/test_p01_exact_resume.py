@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from builders import Noisy, Recorder, Regression, StopAt, bits, loader, make_model
+from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import load_tree
-from ranks import Ranks
+from paceline.testing import Ending, Ranks, StopAt, assert_continues, bits, traced_run
 
 STEPS = 25
 
 
-def build(run_dir: Path, *callbacks: Any, workers: int = 0, **settings: Any) -> Regression:
+def build(run_dir: Path, workers: int = 0, **settings: Any) -> Regression:
     """10 batches an epoch (97 samples), accumulation 3: 4 windows an epoch, the last one short."""
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -33,7 +34,7 @@ def build(run_dir: Path, *callbacks: Any, workers: int = 0, **settings: Any) -> 
         max_grad_norm=1.0,
         metric_monitor=MetricMonitor(),
         early_stop=50,
-        callbacks=[AveragedWeights(decay=0.9), *callbacks],
+        callbacks=[AveragedWeights(decay=0.9)],
         checkpoint=CheckpointPolicy(every_steps=4),
         progress=False,
         log_every=3,
@@ -42,82 +43,68 @@ def build(run_dir: Path, *callbacks: Any, workers: int = 0, **settings: Any) -> 
     )
 
 
-def outcome(trainer: Regression, run_dir: Path) -> dict[str, Any]:
-    """All that must be equal: parameters, optimizer state, rows and every other bit of state."""
-    state = trainer.checkpointed
-    return {
-        "models": bits(state["models"]),
-        "optimizers": bits(state["optimizers"]),
-        "schedulers": bits(state["schedulers"]),
-        "callbacks": bits(state["callbacks"]),
-        "progress": state["progress"],
-        "monitor": state["monitor"],
-        "rows": (run_dir / "metrics.jsonl").read_bytes(),
-    }
+@dataclass(frozen=True)
+class Part:
+    """A run, or its part up to a stop: what came of it, and the sample ids of each step."""
+
+    ending: Ending
+    seen: dict[int, list[int]]
 
 
-def run(run_dir: Path, *callbacks: Any, **settings: Any) -> tuple[Regression, Recorder]:
+def run(run_dir: Path, *callbacks: Callback, **settings: Any) -> Part:
     """Trains as far as the callbacks let it."""
-    recorder = Recorder()
-    trainer = build(run_dir, recorder, *callbacks, **settings)
-    trainer.on_save_checkpoint = lambda state: setattr(trainer, "checkpointed", state)
-    trainer.train(seed=11)
-    return trainer, recorder
+    trainer = build(run_dir, **settings)
+    ending = traced_run(lambda _: trainer, run_dir, *callbacks, seed=11)
+    return Part(ending, trainer.seen)
 
 
-def train_unbroken(folder: Path) -> tuple[dict[str, Any], Any, Any]:
-    trainer, recorder = run(folder)
-    assert trainer.global_step == STEPS
-    return outcome(trainer, folder), recorder.trace, trainer.seen
+@dataclass(frozen=True)
+class Unbroken:
+    """A run that never stopped, and the bytes of its rows."""
+
+    run: Part
+    rows: bytes
+
+
+def train_unbroken(folder: Path) -> Unbroken:
+    whole = run(folder)
+    assert whole.ending.result.global_step == STEPS
+    return Unbroken(whole, (folder / "metrics.jsonl").read_bytes())
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any, Any]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     return train_unbroken(tmp_path_factory.mktemp("unbroken"))
 
 
-def check_resumed(folder: Path, first: Any, second: Any, unbroken: Any) -> None:
-    """The two parts of a stopped run against the unbroken one."""
-    expected, trace, seen = unbroken or train_unbroken(folder.with_name("unbroken"))
-    (before, _), (after, resumed) = first, second
-    assert outcome(after, folder) == expected
-    assert {**before.seen, **after.seen} == seen
-    assert_suffix(resumed.trace, trace)
-
-
-def assert_suffix(resumed: list[Any], trace: list[Any]) -> None:
-    """After on_train_start, a resumed run's events are the last of the unbroken run's.
-
-    Saving is left out: stopping saved once more, and what was saved is not saved again.
-    """
-    start = [event for event, _ in resumed].index("on_train_start") + 1
-    suffix = [entry for entry in resumed[start:] if entry[0] != "on_save_checkpoint"]
-    plain = [entry for entry in trace if entry[0] != "on_save_checkpoint"]
-    assert suffix == plain[len(plain) - len(suffix) :]
+def check_resumed(folder: Path, parts: list[Part], unbroken: Unbroken | None) -> None:
+    """The parts of a stopped run against the unbroken one: state, events, rows and sample ids."""
+    whole = unbroken or train_unbroken(folder.with_name("unbroken"))
+    assert_continues([part.ending for part in parts], whole.run.ending)
+    assert (folder / "metrics.jsonl").read_bytes() == whole.rows
+    seen: dict[int, list[int]] = {}
+    for part in parts:
+        seen.update(part.seen)
+    assert seen == whole.run.seen
 
 
 @pytest.mark.parametrize("step", range(STEPS + 1))
-def test_stopped_at_any_step_it_ends_the_same(step: int, tmp_path: Path, unbroken: Any) -> None:
+def test_stopped_at_any_step_it_ends_the_same(
+    step: int, tmp_path: Path, unbroken: Unbroken
+) -> None:
     """Given a run stopped after `step` windows, when it is started again with fresh objects in the
     same folder, then every byte of weights, optimizer state, rows, ids and events is the same."""
     check_stopped(tmp_path, step, unbroken)
 
 
-def check_stopped(folder: Path, step: int, unbroken: Any = None) -> None:
+def check_stopped(folder: Path, step: int, unbroken: Unbroken | None = None) -> None:
     folder /= "run"
-    first = run(folder, StopAt(step))
-    second = run(folder)
-    check_resumed(folder, first, second, unbroken)
+    check_resumed(folder, [run(folder, StopAt(step)), run(folder)], unbroken)
 
 
-def test_stopped_twice_it_ends_the_same(tmp_path: Path, unbroken: Any) -> None:
-    expected, _, seen = unbroken
+def test_stopped_twice_it_ends_the_same(tmp_path: Path, unbroken: Unbroken) -> None:
     parts = [run(tmp_path, StopAt(7)), run(tmp_path, StopAt(8)), run(tmp_path)]
-    assert outcome(parts[-1][0], tmp_path) == expected
-    together: dict[int, list[int]] = {}
-    for trainer, _ in parts:
-        together.update(trainer.seen)
-    assert together == seen
+    check_resumed(tmp_path, parts, unbroken)
 
 
 class StopInValidation(Callback):
@@ -128,45 +115,42 @@ class StopInValidation(Callback):
             trainer.request_stop("test")
 
 
-def test_stopped_in_validation_it_validates_again(tmp_path: Path, unbroken: Any) -> None:
+def test_stopped_in_validation_it_validates_again(tmp_path: Path, unbroken: Unbroken) -> None:
     """A validation under way is abandoned, and the resumed run begins with it."""
     check_stopped_in_validation(tmp_path, unbroken)
 
 
-def check_stopped_in_validation(folder: Path, unbroken: Any = None) -> None:
+def check_stopped_in_validation(folder: Path, unbroken: Unbroken | None = None) -> None:
     folder /= "run"
     first = run(folder, StopInValidation())
-    assert first[0].global_step == 8
+    assert first.ending.result.global_step == 8
     second = run(folder)
-    assert ("on_validation_start", 8) in second[1].trace
-    check_resumed(folder, first, second, unbroken)
-    assert first[0].checkpointed["progress"]["pending"] == ["validation"]
+    assert ("on_validation_start", 8) in second.ending.events
+    check_resumed(folder, [first, second], unbroken)
+    assert first.ending.state is not None
+    assert first.ending.state["progress"]["pending"] == ["validation"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 6, 12])
-def test_worker_processes_change_nothing(step: int, tmp_path: Path, unbroken: Any) -> None:
+def test_worker_processes_change_nothing(step: int, tmp_path: Path, unbroken: Unbroken) -> None:
     """With two loader workers, persistent or not, stopped and resumed: the bits of none."""
-    first = run(tmp_path, StopAt(step), workers=2)
-    second = run(tmp_path, workers=2)
-    check_resumed(tmp_path, first, second, unbroken)
+    parts = [run(tmp_path, StopAt(step), workers=2), run(tmp_path, workers=2)]
+    check_resumed(tmp_path, parts, unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 11, 24])
 def test_in_new_processes_it_ends_the_same(
-    step: int, ranks: Ranks, tmp_path: Path, unbroken: Any
+    step: int, ranks: Ranks, tmp_path: Path, unbroken: Unbroken
 ) -> None:
     """Stopped in one that has trained before, and resumed in one that has not, whose hashes of
     strings are others."""
-    run(tmp_path, StopAt(step))
-    ranks(run_anew, 1, tmp_path)
-    expected = unbroken[0]
+    first = run(tmp_path, StopAt(step))
+    [second] = ranks(run, 1, tmp_path)
+    check_resumed(tmp_path, [first, second], unbroken)
     newest = load_tree(tmp_path / "checkpoints" / f"step_{STEPS:08d}")
+    expected = unbroken.run.ending.state
+    assert expected is not None
     for part in ("models", "optimizers", "schedulers", "callbacks"):
-        assert bits(newest[part]) == expected[part], part
-    assert (tmp_path / "metrics.jsonl").read_bytes() == expected["rows"]
-
-
-def run_anew(folder: Path) -> None:
-    run(folder)
+        assert bits(newest[part]) == bits(expected[part]), part

@@ -20,15 +20,13 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from builders import Noisy, Recorder, Regression, bits, loader
+from builders import Noisy, Regression, loader
 from mixture import Mixture
 from paceline import CheckpointPolicy, MetricMonitor, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
+from paceline.testing import Ending, Ranks, assert_continues, bits, traced_run
 from paceline.trainer import stop
 from paceline.trainer.callback import Callback
-from ranks import Ranks
-
-AROUND = {"on_setup", "on_load_checkpoint", "on_train_start", "on_save_checkpoint", "on_teardown"}
 
 
 @dataclass(frozen=True)
@@ -175,10 +173,19 @@ def paired(rows: list[Any]) -> Any:
     return torch.stack(x), (torch.stack(y), torch.tensor(ids))
 
 
-def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: Callback) -> Any:
+@dataclass(frozen=True)
+class Part:
+    """A run, or its part up to a stop, on one rank: what came of it, its weights and sample ids."""
+
+    ending: Ending
+    weights: Any
+    seen: list[tuple[int, list[int]]]
+
+
+def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: Callback) -> Part:
     """Trains on this rank from where the folder's run stands."""
     stop._POLL = 0.01
-    recorder, network = Recorder(), model(plan)
+    network = model(plan)
     # Where parameters are spread torch plans each operation of a step in each process anew.
     spread = plan.shard * plan.tensor * plan.expert > 1
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=spread)
@@ -193,12 +200,7 @@ def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: C
         gradient_accumulation_steps=3,
         max_grad_norm=1.0,
         metric_monitor=MetricMonitor(),
-        callbacks=[
-            AveragedWeights(decay=0.9),
-            recorder,
-            StopFrom(stop_after, plan.stopper),
-            *callbacks,
-        ],
+        callbacks=[AveragedWeights(decay=0.9), StopFrom(stop_after, plan.stopper), *callbacks],
         checkpoint=CheckpointPolicy(every_steps=4),
         progress=False,
         log_every=2,
@@ -207,41 +209,31 @@ def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: C
         run_dir=folder,
     )
     trainer.data_plan = plan
-    trainer.on_save_checkpoint = lambda state: setattr(trainer, "state", state)
-    trainer.train(seed=11)
-    state = getattr(trainer, "state", {})
-    parts = ("models", "optimizers", "schedulers", "callbacks", "data", "monitor")
-    return {
-        "step": trainer.global_step,
-        "pending": trainer.progress.pending,
-        "state": {part: bits(state.get(part)) for part in parts},
-        "progress": {**trainer.progress.state_dict(), "pending": None},
-        "weights": bits(dict(network.state_dict())),
-        "seen": trainer.seen,
-        "trace": [entry for entry in recorder.trace if entry[0] not in AROUND],
-        "reason": trainer.result.stopped_by,
-    }
+    ending = traced_run(lambda _: trainer, folder, seed=11)
+    return Part(ending, bits(dict(network.state_dict())), list(trainer.seen.items()))
 
 
 def check_chain(ranks: Ranks, size: int, folder: Path, plan: Plan, stops: list[int]) -> None:
     """Stopped after each of `stops` in turn, the run ends as one that never stopped."""
     whole = ranks(train, size, folder / "whole", plan)
-    pieces = []
+    parts = []
     for stop_after in stops:
-        pieces.append(ranks(train, size, folder / "broken", plan, stop_after))
-        steps = {piece["step"] for piece in pieces[-1]}
+        parts.append(ranks(train, size, folder / "broken", plan, stop_after))
+        steps = {part.ending.result.global_step for part in parts[-1]}
         assert steps == {stop_after}, "the ranks stop at one step, the one that was meant"
-        assert {piece["reason"] for piece in pieces[-1]} == {"test"}
-    pieces.append(ranks(train, size, folder / "broken", plan))
-    for rank in range(size):
-        mine = [piece[rank] for piece in pieces]
-        for part in ("state", "progress", "weights"):
-            assert mine[-1][part] == whole[rank][part], f"rank {rank}: {part}"
-        seen = [entry for piece in mine for entry in piece["seen"].items()]
-        assert seen == list(whole[rank]["seen"].items()), f"rank {rank}: sample ids"
-        trace = [event for piece in mine for event in piece["trace"] if event[0] != "on_train_end"]
-        plain = [event for event in whole[rank]["trace"] if event[0] != "on_train_end"]
-        assert trace == plain, f"rank {rank}: events"
+        assert {part.ending.result.stopped_by for part in parts[-1]} == {"test"}
+    parts.append(ranks(train, size, folder / "broken", plan))
+    check_parts(parts, whole, folder)
+
+
+def check_parts(parts: list[list[Part]], whole: list[Part], folder: Path) -> None:
+    """On each rank the parts add up to the whole, and so do the rows."""
+    for rank, one in enumerate(whole):
+        mine = [part[rank] for part in parts]
+        assert_continues([part.ending for part in mine], one.ending)
+        assert mine[-1].weights == one.weights, f"rank {rank}: weights"
+        seen = [entry for part in mine for entry in part.seen]
+        assert seen == one.seen, f"rank {rank}: sample ids"
     rows = [(folder / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
     assert rows[0] == rows[1]
 
@@ -331,16 +323,11 @@ def test_stopped_in_validation(ranks: Ranks, shard: int, tmp_path: Path) -> None
     whole = ranks(train, 2, tmp_path / "whole", plan)
     first = ranks(train, 2, tmp_path / "broken", plan, None, StopInValidation())
     second = ranks(train, 2, tmp_path / "broken", plan)
-    for rank in range(2):
-        assert first[rank]["step"] == 4
-        assert first[rank]["pending"] == ["validation"]
-        for part in ("state", "progress", "weights"):
-            assert second[rank][part] == whole[rank][part], f"rank {rank}: {part}"
-        trace = second[rank]["trace"]
-        assert trace[0] == ("on_validation_start", 4)
-        assert trace == whole[rank]["trace"][-len(trace) :]
-    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken")]
-    assert rows[0] == rows[1]
+    for before, after in zip(first, second, strict=True):
+        assert before.ending.result.global_step == 4
+        assert before.ending.state["progress"]["pending"] == ["validation"]
+        assert ("on_validation_start", 4) in after.ending.events
+    check_parts([first, second], whole, tmp_path)
 
 
 @pytest.mark.slow

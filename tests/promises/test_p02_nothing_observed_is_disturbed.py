@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import Noisy, Recorder, Regression, bits, loader, make_model
+from builders import Noisy, Regression, loader, make_model
 from paceline import CheckpointPolicy
 from paceline.callbacks import (
     SWA,
@@ -26,6 +26,7 @@ from paceline.callbacks import (
 )
 from paceline.log.sinks import JsonlSink
 from paceline.log.tensorboard import TensorBoard
+from paceline.testing import Trace, bits
 
 STEPS = 9
 
@@ -75,7 +76,7 @@ WATCHED: dict[str, dict[str, Any]] = {
         "checkpoint": CheckpointPolicy(every_steps=1, asynchronous=False)
     },
     "shown": {"progress": True, "log_every": 1},
-    "every event heard": {"callbacks": [Recorder()]},
+    "every event heard": {"callbacks": [Trace()]},
     "averaged, and validated with the average": {
         "callbacks": [AveragedWeights(decay=0.5)],
         "validate_every": 1,
@@ -101,7 +102,7 @@ WATCHED: dict[str, dict[str, Any]] = {
     "profiled": {"callbacks": [Profiler(3, 4, memory=True, shapes=True)]},
     "shown by TensorBoard": {"loggers": [JsonlSink(), TensorBoard()], "log_every": 1},
     "all of it": {
-        "callbacks": [Recorder(), AveragedWeights(), GradientMonitor(), Throughput()],
+        "callbacks": [Trace(), AveragedWeights(), GradientMonitor(), Throughput()],
         "validate_every": 2,
         "log_every": 1,
         "loggers": None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from layouts import check
-from ranks import Ranks
+from paceline.testing import Ranks
 
 
 @pytest.mark.slow

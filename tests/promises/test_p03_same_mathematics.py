@@ -21,9 +21,9 @@ from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.errors import LossError, NonFiniteError
 from paceline.parallel.ddp import Replica
+from paceline.testing import Ranks
 from paceline.trainer.callback import Callback
 from paceline.world.world import World
-from ranks import Ranks
 
 
 def network(kind: str) -> nn.Module:

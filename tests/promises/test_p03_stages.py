@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from paceline import Parallel, Trainer
+from paceline.testing import Ranks
 from paceline.world.dtensors import whole
-from ranks import Ranks
 
 
 class FitStages(Trainer):

@@ -26,9 +26,9 @@ from torch.utils.data import (
 
 from paceline import Trainer
 from paceline.errors import DataError, ResumeError
+from paceline.testing import Ranks
 from paceline.trainer.callback import Callback
 from paceline.world.world import World
-from ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from command import Paceline
 from paceline.errors import RecipeError
 from paceline.recipe import load_recipe
-from ranks import Ranks
+from paceline.testing import Ranks
 
 CODE = """
 from pathlib import Path

@@ -19,8 +19,8 @@ from paceline.checkpoint import CheckpointPolicy, Checkpoints, load_tree, verify
 from paceline.errors import CheckpointError
 from paceline.runs import find_runs
 from paceline.runs.text import cell
+from paceline.testing import Ranks
 from paceline.world.world import World
-from ranks import Ranks
 
 SOURCE = Path(paceline.__file__).parent
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import paceline
-from builders import Noisy, Regression, StopAt, loader, make_model
+from builders import Noisy, Regression, loader, make_model
+from paceline.testing import StopAt
 
 
 def train(run_dir: Path, *callbacks: Any, **settings: Any) -> Regression:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from builders import StopAt
 from paceline import Trainer
 from paceline.data.order import Permutation, Shuffled
+from paceline.testing import StopAt
 
 HUGE = 10**9
 

@@ -24,7 +24,7 @@ from paceline.errors import ConfigError
 from paceline.recipe import load_recipe
 
 TESTS = 4  # which share the recipes to draw
-EXAMPLES = int(os.environ.get("PACELINE_FUZZ", "100")) // TESTS
+EXAMPLES = int(os.environ.get("PACELINE_FUZZ", "60")) // TESTS
 pytestmark = pytest.mark.timeout(300 + EXAMPLES)
 FUZZ = settings(
     max_examples=EXAMPLES,

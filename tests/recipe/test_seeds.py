@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import bits
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, RecipeError
 from paceline.recipe import build_trainer, load_recipe
 from paceline.recipe.seeds import Seeds, train_recipe, train_seeds
+from paceline.testing import bits
 from paceline.trainer.settings import Resume
 
 Write = Callable[..., Path]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from builders import bits
 from paceline.errors import ConfigError, MismatchError
 from paceline.recipe import build_trainer, load_model, load_recipe
+from paceline.testing import bits
 from paceline.trainer.trainer import Trainer
 
 RANDOM = """

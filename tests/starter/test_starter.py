@@ -14,7 +14,7 @@ import pytest
 from command import Paceline
 from paceline.errors import ConfigError
 from paceline.starter import new_project
-from ranks import Ranks
+from paceline.testing import Ranks
 
 
 def be_pytest(folder: Path) -> None:

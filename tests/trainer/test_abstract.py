@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from builders import Noisy, Regression, bits, loader, make_model
+from builders import Noisy, Regression, loader, make_model
 from paceline import AbstractTrainer, AbstractTrainerConfig, DeviceParameters, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import bits
 
 
 class MyTrainer(AbstractTrainer):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from builders import rows
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel, Resume, Trainer
 from paceline.errors import (
     CheckpointError,
@@ -21,6 +20,7 @@ from paceline.errors import (
     NonFiniteError,
     PacelineError,
 )
+from paceline.testing import rows
 from paceline.trainer import checks
 from small import batches, checkpoints, fitted, line, message, points, same, settings, weights, wide
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
-from ranks import Ranks
+from paceline.testing import Ranks, bits
+from small import fitted
 
 
 class Block(nn.Module):
@@ -69,7 +69,8 @@ def fit(
 ) -> Fit:
     x = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
     model = model or Net()
-    trainer = Fit(
+    trainer = fitted(
+        Fit,
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
         loss_fn=nn.functional.mse_loss,
@@ -77,10 +78,8 @@ def fit(
         val_dataloader=DataLoader(TensorDataset(x, x[:, :1]), 8) if shard * tensor == 1 else None,
         epochs=1,
         compile=compiles,
-        progress=False,
         parallel=Parallel(dp_shard=shard, tensor=tensor, activation_checkpointing=which),
     )
-    trainer.train(seed=3)
     assert all("forward" not in vars(part) for part in model.modules()), "the model is as it was"
     return trainer
 

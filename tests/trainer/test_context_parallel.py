@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, bits
 from emulated_ring import emulate
+from kept import Kept, assert_near, run
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError, DataError
 from paceline.parallel.context_parallel import (
@@ -26,9 +26,9 @@ from paceline.parallel.context_parallel import (
     ring_attention,
     why_no_ring,
 )
-from paceline.world.dtensors import whole
+from paceline.testing import Ranks, assert_resumes_exactly, bits
 from paceline.world.world import World
-from ranks import Ranks
+from small import settings
 
 WORDS, LENGTH = 7, 8
 RING = Parallel(context=2, context_attention="ring")
@@ -84,13 +84,6 @@ class Fit(Trainer):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/loss", self.training_step(batch, batch_idx))
 
-    def on_step_end(self, metrics: dict[str, Any]) -> None:
-        self.rows = [*getattr(self, "rows", []), dict(metrics)]
-
-    def on_train_end(self) -> None:
-        parameters = self.named_models()["model"].parameters()
-        self.weights = [whole(p).detach().clone() for p in parameters]
-
 
 class FitSamples(Fit):
     """The mean over samples, each of which has as many tokens."""
@@ -112,28 +105,34 @@ class Case:
 CASES = [Case(), Case(batch=4, accumulation=3), Case(FitSamples), Case(FitSamples, 2, 3)]
 
 
-def fit(case: Case, parallel: Parallel | None = None, *callbacks: Any, **settings: Any) -> Any:
-    model = settings.pop("model", None) or Reader(dropout=case.dropout)
-    training = settings.pop("data", None) or data(27)
-    trainer: Any = case.kind(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        train_dataloader=DataLoader(training, case.batch, shuffle=True),
-        val_dataloader=DataLoader(data(9), case.batch),
-        epochs=2,
-        gradient_accumulation_steps=case.accumulation,
-        max_grad_norm=1.0,
-        log_every=1,
-        progress=False,
-        callbacks=callbacks,
-        parallel=parallel,
-        **settings,
-    )
-    trainer.train(seed=3)
-    return getattr(trainer, "weights", None), trainer.rows, trainer.result.metrics
+def make(
+    case: Case,
+    parallel: Parallel | None = None,
+    run_dir: Path | None = None,
+    *,
+    model: nn.Module | None = None,
+    rows: TensorDataset | None = None,
+    **changes: Any,
+) -> Fit:
+    model = model or Reader(dropout=case.dropout)
+    options = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "train_dataloader": DataLoader(rows or data(27), case.batch, shuffle=True),
+        "val_dataloader": DataLoader(data(9), case.batch),
+        "gradient_accumulation_steps": case.accumulation,
+        "max_grad_norm": 1.0,
+        "log_every": 1,
+        "parallel": parallel,
+        "run_dir": run_dir,
+    }
+    return case.kind(**settings(model, **options | changes))
 
 
-def fits(parallel: Parallel) -> list[Any]:
+def fit(*args: Any, **changes: Any) -> Kept:
+    return run(make(*args, **changes), seed=3)
+
+
+def fits(parallel: Parallel) -> list[Kept]:
     if parallel.rings:
         emulate(exact=True)
     return [fit(case, parallel) for case in CASES]
@@ -159,11 +158,10 @@ def test_parts_of_sequences_equal_whole_ones(ranks: Ranks, size: int, parallel: 
     shares = size // (parallel.context * parallel.tensor)
     ones = [fit(replace(case, batch=case.batch * shares)) for case in CASES]
     for outcomes in ranks(fits, size, parallel):
-        for one, (weights, rows, metrics) in zip(ones, outcomes, strict=True):
-            for a, b in zip(weights, one[0], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-            assert [pytest.approx(row, rel=1e-10) for row in one[1]] == rows
-            assert metrics == pytest.approx(one[2], rel=1e-10)
+        for one, kept in zip(ones, outcomes, strict=True):
+            assert_near(kept, one, rtol=1e-10, atol=1e-10)
+            assert [pytest.approx(row, rel=1e-10) for row in one.rows] == kept.rows
+            assert kept.metrics == pytest.approx(one.metrics, rel=1e-10)
 
 
 class Readers(nn.Module):
@@ -197,7 +195,7 @@ def fits_with_less(layout: Parallel, kinds: list[Any]) -> list[Any]:
     if layout.rings:
         emulate()
     layouts = [replace(layout, activation_checkpointing=kind) for kind in kinds]
-    return [fit(Case(), each, model=Readers())[0] for each in layouts]
+    return [fit(Case(), each, model=Readers()).weights for each in layouts]
 
 
 @pytest.mark.slow
@@ -219,9 +217,9 @@ def fit_compiled() -> Any:
 
     torch.compile = partial(torch.compile, backend=backend)
     layout, rows = Parallel(context=2), data(16)
-    plain = fit(Case(), layout, model=Readers(), data=rows)
+    plain = fit(Case(), layout, model=Readers(), rows=rows)
     assert not graphs
-    compiled = fit(Case(), layout, model=Readers(), data=rows, compile="blocks")
+    compiled = fit(Case(), layout, model=Readers(), rows=rows, compile="blocks")
     return plain, compiled, len(graphs)
 
 
@@ -229,29 +227,20 @@ def fit_compiled() -> Any:
 def test_compiled_blocks_see_whole_sequences_too(ranks: Ranks) -> None:
     for plain, compiled, graphs in ranks(fit_compiled, 2):
         assert graphs
-        assert bits(compiled[0]) == bits(plain[0])
-        assert compiled[1:] == plain[1:]
+        assert bits(compiled.weights) == bits(plain.weights)
+        assert (compiled.rows, compiled.metrics) == (plain.rows, plain.metrics)
 
 
-def resumed(layout: Parallel, folder: Path, stop_after: int | None) -> Any:
-    callbacks = [StopAt(stop_after)] if stop_after else []
+def with_dropout(layout: Parallel, run_dir: Path) -> Trainer:
     if layout.rings:
         emulate()
-    weights, rows, _ = fit(Case(dropout=0.3), layout, *callbacks, run_dir=folder)
-    return bits(weights), rows
+    return make(Case(dropout=0.3), layout, run_dir)
 
 
 @pytest.mark.slow
 @both_ways
-def test_stopped_and_resumed_it_ends_the_same(
-    ranks: Ranks, tmp_path: Path, layout: Parallel
-) -> None:
-    unbroken = ranks(resumed, 2, layout, tmp_path / "whole", None)
-    first = ranks(resumed, 2, layout, tmp_path / "broken", 3)
-    second = ranks(resumed, 2, layout, tmp_path / "broken", None)
-    for rank in range(2):
-        assert second[rank][0] == unbroken[rank][0]
-        assert first[rank][1] + second[rank][1] == unbroken[rank][1]
+def test_stopped_and_resumed_it_ends_the_same(tmp_path: Path, layout: Parallel) -> None:
+    assert_resumes_exactly(partial(with_dropout, layout), tmp_path, stop_at=3, ranks=2)
 
 
 def dropped() -> torch.Tensor:
@@ -286,25 +275,22 @@ def warned_of() -> list[list[str]]:
 def test_a_model_that_never_asks_for_attention_is_warned_of_once(ranks: Ranks) -> None:
     known, (strange,) = ranks(warned_of, 2)[0]
     assert known == []
-    assert "this model has not called paceline.parallel.context_parallel.attention" in strange
+    assert "this model has not called paceline.parallel.attention" in strange
 
 
 # torch's ring
 
 
-def fit_in_float32_and_with_one_head() -> Any:
+def fit_in_float32_and_with_one_head() -> Kept:
     emulate()
-    weights, _, metrics = fit(Case(), RING, model=Reader(heads=1))
-    return weights, metrics
+    return fit(Case(), RING, model=Reader(heads=1))
 
 
 @pytest.mark.slow
 def test_the_ring_adds_up_in_float32_and_takes_any_number_of_heads(ranks: Ranks) -> None:
-    weights, _, metrics = fit(Case(), model=Reader(heads=1))
-    for ringed, told in ranks(fit_in_float32_and_with_one_head, 2):
-        for a, b in zip(ringed, weights, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert told == pytest.approx(metrics, rel=1e-5)
+    expected = fit(Case(), model=Reader(heads=1))
+    for kept in ranks(fit_in_float32_and_with_one_head, 2):
+        assert_near(kept, expected, rtol=1e-5, atol=1e-5)
 
 
 def attend_in_groups() -> tuple[Any, Any]:
@@ -351,14 +337,14 @@ class Asking(Reader):
 
 def refuse_rings() -> list[str]:
     messages = []
-    for settings in (
-        {"data": data(9, 6)},
+    for changes in (
+        {"rows": data(9, 6)},
         {"model": Asking()},
         {"model": Asking(is_causal=True, dropout_p=0.1)},
     ):
         emulate()
         with pytest.raises((ConfigError, DataError)) as raised:
-            fit(Case(), RING, **settings)
+            fit(Case(), RING, **changes)
         messages.append(str(raised.value))
     return messages
 
@@ -407,7 +393,7 @@ def test_a_torch_without_a_ring_and_a_compiled_one_are_refused(
 
 def test_one_process_has_no_use_for_a_ring() -> None:
     alone = Parallel(context_attention="ring")
-    assert bits(fit(Case(), alone)[0]) == bits(fit(Case())[0])
+    assert bits(fit(Case(), alone).weights) == bits(fit(Case()).weights)
 
 
 class Hidden:
@@ -419,13 +405,13 @@ class Hidden:
 
 def refuse_all() -> list[str]:
     two, messages = Parallel(context=2), []
-    for error, settings in (
-        (DataError, {"data": data(9, 5)}),
+    for error, changes in (
+        (DataError, {"rows": data(9, 5)}),
         (ConfigError, {"model": Reader(heads=1)}),
         (ConfigError, {"parallel": Parallel(context=4)}),
     ):
         with pytest.raises(error) as raised:
-            fit(Case(), **{"parallel": two, **settings})
+            fit(Case(), **{"parallel": two, **changes})
         messages.append(str(raised.value))
     with closing(World(two).open()) as world:
         assert world.context_mesh is not None

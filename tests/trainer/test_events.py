@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from builders import Recorder
 from paceline import Callback, MetricMonitor, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import Trace
 from small import batches, fitted, settings
 
 BATCH = ["on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end"]
@@ -33,42 +33,42 @@ EPOCH = [
 
 
 def test_the_golden_trace_of_two_epochs(tmp_path: Path) -> None:
-    recorder = Recorder()
+    trace = Trace()
     fitted(
         train_dataloader=batches(12),
         val_dataloader=batches(8),
         gradient_accumulation_steps=2,
-        callbacks=[recorder],
+        callbacks=[trace],
         run_dir=tmp_path,
     )
-    assert [event for event, _ in recorder.trace] == [
+    assert [event for event, _ in trace.events] == [
         *["on_setup", "on_train_start", *EPOCH, *EPOCH, "on_train_end", "on_teardown"]
     ]
 
 
 def test_the_golden_trace_of_a_run_stopped_by_max_steps_in_mid_epoch(tmp_path: Path) -> None:
-    recorder = Recorder()
+    trace = Trace()
     fitted(
         train_dataloader=batches(12),
         val_dataloader=batches(8),
         epochs=None,
         max_steps=1,
-        callbacks=[recorder],
+        callbacks=[trace],
         run_dir=tmp_path,
     )
-    assert [event for event, _ in recorder.trace] == [
+    assert [event for event, _ in trace.events] == [
         *["on_setup", "on_train_start", "on_train_epoch_start", *BATCH, *STEP],
         *[*VALIDATION, "on_save_checkpoint", "on_train_end", "on_teardown"],
     ]
 
 
 def test_the_golden_trace_of_a_failure() -> None:
-    recorder = Recorder()
-    trainer = Trainer(**settings(callbacks=[recorder]))
+    trace = Trace()
+    trainer = Trainer(**settings(callbacks=[trace]))
     trainer.on_after_backward = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.fit()
-    assert [event for event, _ in recorder.trace] == [
+    assert [event for event, _ in trace.events] == [
         *["on_setup", "on_train_start", "on_train_epoch_start", "on_train_batch_start"],
         *["on_before_backward", "on_exception", "on_teardown"],
     ]
@@ -76,9 +76,9 @@ def test_the_golden_trace_of_a_failure() -> None:
 
 def test_the_golden_trace_of_a_finished_run_started_again(tmp_path: Path) -> None:
     fitted(run_dir=tmp_path)
-    recorder = Recorder()
-    fitted(run_dir=tmp_path, callbacks=[recorder])
-    assert [event for event, _ in recorder.trace] == [
+    trace = Trace()
+    fitted(run_dir=tmp_path, callbacks=[trace])
+    assert [event for event, _ in trace.events] == [
         "on_setup",
         "on_load_checkpoint",
         "on_teardown",

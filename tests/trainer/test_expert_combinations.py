@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import Count, StopAt, bits
+from builders import Count
 from emulated_ring import emulate
+from kept import EachStep, Kept, run
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.parallel import attention
-from paceline.world.dtensors import local_part, whole
-from ranks import Ranks
+from paceline.testing import Ranks, StopAt, assert_continues, bits, traced_run
+from paceline.world.dtensors import local_part
+from small import settings
 
 
 class Block(nn.Module):
@@ -66,44 +68,38 @@ class Fit(Trainer):
         self.log("train/z", z.detach())
         return (out - y).square().mean() + 0.01 * z
 
-    def on_train_end(self) -> None:
-        self.optimizer_state = bits([*self.optimizer.state.values()])
-        state = self.named_models()["model"].state_dict()
-        self.ended = {key: whole(value).detach().clone() for key, value in state.items()}
-
 
 ADAM = partial(torch.optim.AdamW, lr=0.02, fused=True)
 
 
-def fit(parallel: Parallel | None = None, kind: type[Fit] = Fit, **settings: Any) -> Any:
+def make(run_dir: Path | None = None, kind: type[Fit] = Fit, **changes: Any) -> Any:
     """Four steps of eight sequences, the third of six; in float64 where nothing else is asked."""
-    model, make = Net(), settings.pop("make", ADAM)
+    model, optimizer = Net(), changes.pop("optimizer", ADAM)
     x = torch.randn(22, 4, 8, generator=torch.Generator().manual_seed(1))
-    if settings.get("precision", "fp32") == "fp32":
+    if changes.get("precision", "fp32") == "fp32":
         model, x = model.double(), x.double()
-    options: dict[str, Any] = {
-        "optimizer": make(model.parameters()),
+    options = {
+        "optimizer": optimizer(model.parameters()),
+        "train_dataloader": DataLoader(TensorDataset(x, x[..., :1]), 2, shuffle=True),
         "val_dataloader": DataLoader(TensorDataset(x, x[..., :1]), 4),
+        "global_batch_size": 8,
+        "epochs": None,
         "max_steps": 4,
         "max_grad_norm": 1.0,
         "log_every": 1,
+        "run_dir": run_dir,
     }
-    made = kind(
-        model=model,
-        train_dataloader=DataLoader(TensorDataset(x, x[..., :1]), 2, shuffle=True),
-        global_batch_size=8,
-        progress=False,
-        parallel=parallel,
-        **options | settings,
-    )
-    made.train(seed=3)
-    return made
+    return kind(**settings(model, **options | changes))
 
 
-def assert_near(ended: dict[str, Any], expected: dict[str, Any], **tolerance: float) -> None:
-    """The parameters; how often a block is called is another number at each layout."""
+def fit(parallel: Parallel | None = None, **changes: Any) -> Kept:
+    return run(make(parallel=parallel, **changes), seed=3)
+
+
+def assert_parameters_near(kept: Kept, expected: Kept, **tolerance: float) -> None:
+    """How often a block is called, a buffer, is another number at each layout."""
     for name, _ in Net().named_parameters():
-        torch.testing.assert_close(ended[name], expected[name], **tolerance)
+        torch.testing.assert_close(kept.weights[name], expected.weights[name], **tolerance)
 
 
 # Recomputed
@@ -121,10 +117,11 @@ class Counting(Fit):
 def fit_recomputed() -> Any:
     whiches: Any = (None, "full", "selective")
     layouts = [Parallel(expert=2, activation_checkpointing=which) for which in whiches]
-    made = [fit(layout, Counting, precision="bf16") for layout in layouts]
+    made = [make(kind=Counting, parallel=layout, precision="bf16") for layout in layouts]
+    ended = [bits(run(each, seed=3).weights) for each in made]
     sent = [m.calls["_c10d_functional.all_to_all_single"] for m in made]
     products = [m.calls["aten.mm"] + m.calls.get("aten.addmm", 0) for m in made]
-    return [bits(m.ended) for m in made], sent, products
+    return ended, sent, products
 
 
 @pytest.mark.slow
@@ -161,17 +158,18 @@ def fit_compiled() -> Any:
         Compiling.graphs.append(str(graph.graph))
         return graph.forward
 
-    settings: Any = {"max_steps": 2, "val_dataloader": None}
-    plain = fit(Parallel(expert=2), **settings)
+    short: Any = {"max_steps": 2, "val_dataloader": None}
+    plain = fit(Parallel(expert=2), **short)
     torch.compile = partial(torch.compile, backend=backend)
     found = []
     for which, how in (None, "blocks"), ("full", True), ("selective", True):
         torch.compiler.reset()
         Compiling.graphs.clear()
         parallel: Any = Parallel(expert=2, activation_checkpointing=which)
-        made = fit(parallel, Compiling, compile=how, **settings)
-        found.append((made.numbers, bits(made.ended)))
-    return bits(plain.ended), found, made.graphs, [line.decision for line in made.plan]
+        made = make(kind=Compiling, parallel=parallel, compile=how, **short)
+        ended = bits(run(made, seed=3).weights)
+        found.append((made.numbers, ended))
+    return bits(plain.weights), found, made.graphs, [line.decision for line in made.plan]
 
 
 @pytest.mark.slow
@@ -193,14 +191,10 @@ def test_compiled_blocks_leave_their_experts_out_and_later_steps_compile_nothing
 
 class Overflowing(Fit):
     """In the second step the last rank's experts, and no other parameter, have an infinite gradient
-    in that rank's part. Notes the scale and the weights after each step."""
+    in that rank's part."""
 
     def loss(self, batch: Any) -> torch.Tensor:
         return super().loss(batch) / 256  # so that nothing else overflows
-
-    def on_train_start(self) -> None:
-        self.scales: list[float] = []
-        self.weights: list[Any] = []
 
     def on_after_backward(self) -> None:
         if self.global_step == 1 and self.world.rank == self.world.size - 1:
@@ -208,32 +202,31 @@ class Overflowing(Fit):
             if up.grad is not None:
                 local_part(up.grad)[-1] = torch.inf
 
-    def on_step_end(self, metrics: Any) -> None:
-        self.scales.append(self.optimization.scaler.get_scale())
-        self.weights.append(bits([*self.get_module("model").parameters()]))
-
 
 HALF: dict[str, Any] = {"precision": "fp16", "val_dataloader": None, "on_nonfinite": "skip"}
 SGD = partial(torch.optim.SGD, lr=8.0, momentum=0.9)
 
 
+def overflow(parallel: Parallel | None = None) -> tuple[Kept, EachStep]:
+    each = EachStep()
+    made = {"kind": Overflowing, "optimizer": SGD, "callbacks": [each], **HALF}
+    return fit(parallel, **made), each
+
+
 def fit_half() -> Any:
-    found = []
-    for parallel in (Parallel(expert=2), Parallel(dp_shard=4, expert=2)):
-        made = fit(parallel, Overflowing, make=SGD, **HALF)
-        found.append((made.scales, made.weights, made.ended))
-    return found
+    return [overflow(layout) for layout in (Parallel(expert=2), Parallel(dp_shard=4, expert=2))]
 
 
 @pytest.mark.slow
 def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks) -> None:
     """Two copies of the experts, and two shards: the ranks do what one process does."""
-    alone = fit(None, Overflowing, make=SGD, **HALF)
+    alone, once = overflow()
+    assert once.scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15]
     for found in ranks(fit_half, 4):
-        for scales, weights, ended in found:
-            assert scales == alone.scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15]
-            assert [a == b for a, b in pairwise(weights)] == [True, False, False]
-            assert_near(ended, alone.ended, rtol=0.02, atol=1e-3)
+        for kept, each in found:
+            assert each.scales == once.scales
+            assert [a == b for a, b in pairwise(each.weights)] == [True, False, False]
+            assert_parameters_near(kept, alone, rtol=0.02, atol=1e-3)
 
 
 # Sequences in parts, and split modules
@@ -253,8 +246,7 @@ def fit_layouts() -> Any:
     for parallel in LAYOUTS:
         if parallel.rings:
             emulate(exact=True)
-        made = fit(parallel)
-        found.append((made.ended, made.result.metrics))
+        found.append(fit(parallel))
     return found
 
 
@@ -264,9 +256,9 @@ def test_rows_may_be_those_of_parts_of_sequences_and_of_split_modules(ranks: Ran
     weights are those of one process."""
     alone = fit()
     for found in ranks(fit_layouts, 4):
-        for parallel, (ended, metrics) in zip(LAYOUTS, found, strict=True):
-            assert_near(ended, alone.ended, rtol=1e-10, atol=1e-10)
-            assert metrics == pytest.approx(alone.result.metrics, rel=1e-10), parallel
+        for parallel, kept in zip(LAYOUTS, found, strict=True):
+            assert_parameters_near(kept, alone, rtol=1e-10, atol=1e-10)
+            assert kept.metrics == pytest.approx(alone.metrics, rel=1e-10), parallel
 
 
 # Resumed
@@ -277,15 +269,12 @@ BESIDE: list[dict[str, Any]] = [
 ]
 
 
-def fit_resumed(folder: Path, beside: list[dict[str, Any]]) -> Any:
-    found = []
-    for i, settings in enumerate(beside):
-        settings |= {"max_steps": 3, "val_dataloader": None}
-        stopped = {**settings, "run_dir": folder / str(i)}
-        fit(**stopped, callbacks=[StopAt(2)])
-        both = fit(**settings), fit(**stopped)
-        found.append([(bits(m.ended), m.optimizer_state, m.result.metrics) for m in both])
-    return found
+def resume(folder: Path, beside: list[dict[str, Any]]) -> None:
+    for i, layout in enumerate(beside):
+        build = partial(make, **layout | {"max_steps": 3, "val_dataloader": None})
+        whole = traced_run(build, folder / f"whole-{i}")
+        parts = [traced_run(build, folder / str(i), *stop) for stop in ([StopAt(2)], [])]
+        assert_continues(parts, whole)
 
 
 @pytest.mark.slow
@@ -299,5 +288,4 @@ def fit_resumed(folder: Path, beside: list[dict[str, Any]]) -> Any:
 def test_stopped_and_resumed_they_end_with_the_same_bits(
     ranks: Ranks, size: int, beside: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    for found in ranks(fit_resumed, size, tmp_path, beside):
-        assert all(resumed == plain for plain, resumed in found)
+    ranks(resume, size, tmp_path, beside)

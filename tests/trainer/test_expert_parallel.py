@@ -10,19 +10,17 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from builders import assert_each_says
+from kept import Kept, assert_near, fit, flipped
 from mixture import Experts, Mixture
-from paceline import CheckpointPolicy, Parallel, Trainer
-from paceline.callbacks import AveragedWeights
+from paceline import Parallel
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError
 from paceline.parallel.expert_parallel import share_out
-from paceline.trainer.callback import Callback
-from paceline.world.dtensors import local_part, whole
+from paceline.testing import Ranks
 from paceline.world.world import World
-from ranks import Ranks
 
 
 class Deep(nn.Module):
@@ -43,49 +41,16 @@ class Deep(nn.Module):
         return self.head(x)
 
 
-def data(rows: int) -> TensorDataset:
-    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
-    return TensorDataset(x, x.flip(1))
-
-
-class Final(Callback):
-    """The weights in the end, gathered, and how much of the first one's experts was here."""
-
-    def on_train_end(self, trainer: Any) -> None:
-        named = trainer.model.state_dict()
-        self.weights = {name: whole(p).detach().clone() for name, p in named.items()}
-        self.here = list(local_part(trainer.model.blocks[0].experts.up).shape)
-
-
-def fit(parallel: Parallel, folder: Path | None = None, max_steps: int = 6, **settings: Any) -> Any:
-    model = settings.pop("model", None) or Deep()
-    final = Final()
-    trainer = Trainer(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02, fused=True),
-        loss_fn=nn.MSELoss(),
-        train_dataloader=DataLoader(settings.pop("data", data(24)), 2, shuffle=True),
-        val_dataloader=DataLoader(data(7), 2),
-        callbacks=[final, AveragedWeights(decay=0.5)],
-        parallel=parallel,
-        global_batch_size=8,
-        max_steps=max_steps,
-        max_grad_norm=1.0,
-        progress=False,
-        run_dir=folder,
-        checkpoint=CheckpointPolicy(every_steps=2),
-        **settings,
-    )
-    trainer.train(seed=2)
-    return final.weights, trainer.result.metrics, final.here
+def fit_deep(*args: Any, **changes: Any) -> Kept:
+    return fit(changes.pop("model", Deep()), *args, **{"max_grad_norm": 1.0, **changes})
 
 
 LAYOUTS = [
-    (2, Parallel(expert=2), [1, 4, 8]),
-    (1, Parallel(), [2, 4, 8]),
-    (4, Parallel(dp_shard=4, expert=2), [1, 2, 8]),  # one expert is sharded within itself
-    (4, Parallel(expert=2), [1, 4, 8]),
-    (1, Parallel(), [2, 4, 8]),
+    (2, Parallel(expert=2), (1, 4, 8)),
+    (1, Parallel(), (2, 4, 8)),
+    (4, Parallel(dp_shard=4, expert=2), (1, 2, 8)),  # one expert is sharded within itself
+    (4, Parallel(expert=2), (1, 4, 8)),
+    (1, Parallel(), (2, 4, 8)),
 ]
 
 
@@ -94,17 +59,14 @@ def test_a_run_goes_on_with_its_experts_elsewhere(ranks: Ranks, tmp_path: Path) 
     """Checkpoints know whole parameters by the names they have on one process: two steps at each
     layout end as those of one process that never stopped, weights and averages."""
     for i, (size, parallel, here) in enumerate(LAYOUTS):
-        weights, metrics, kept = ranks(fit, size, parallel, tmp_path, 2 * (i + 1))[0]
-        assert kept == here
+        kept = ranks(fit_deep, size, parallel, tmp_path, 2 * (i + 1))[0]
+        assert kept.shapes["blocks.0.experts.up"] == here
         folder = tmp_path / f"checkpoints/step_{2 * (i + 1):08}"
         saved = load_tree(folder, parts=("models",))["models"]["model"]
         assert {key: t.shape for key, t in saved.items()} == {
             key: t.shape for key, t in Deep().state_dict().items()
         }
-    expected, plain, _ = fit(Parallel(), None, 2 * len(LAYOUTS))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
-    assert metrics == pytest.approx(plain, rel=1e-4)
+    assert_near(kept, fit_deep(Parallel(), None, 2 * len(LAYOUTS)), rtol=1e-4)
 
 
 def reductions() -> int:
@@ -116,7 +78,7 @@ def reductions() -> int:
         return reduce(*args, **kwargs)
 
     _fsdp_param_group.foreach_reduce = counted
-    fit(Parallel(expert=2), max_steps=1, data=data(8))
+    fit_deep(Parallel(expert=2), max_steps=1, rows=flipped(8))
     return len(made)
 
 
@@ -124,8 +86,8 @@ def with_a_bad_row() -> bool:
     x = torch.ones(24, 4)
     x[5] = torch.nan
     rows = TensorDataset(x, x)
-    weights, *_ = fit(Parallel(expert=2), max_steps=2, data=rows, on_nonfinite="skip")
-    return all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    kept = fit_deep(Parallel(expert=2), max_steps=2, rows=rows, on_nonfinite="skip")
+    return all(bool(tensor.isfinite().all()) for tensor in kept.weights.values())
 
 
 def on_two_ranks() -> Any:
@@ -140,9 +102,9 @@ def test_gradients_are_exchanged_once_and_a_bad_row_stops_nobody(ranks: Ranks) -
         assert finite
 
 
-def refused(model: nn.Module, plan: Any = None, expert: int = 2, **settings: Any) -> str:
+def refused(model: nn.Module, plan: Any = None, expert: int = 2) -> str:
     with pytest.raises((ConfigError, DataError)) as raised:
-        fit(Parallel(expert=expert, plan=plan), model=model, **settings)
+        fit_deep(Parallel(expert=expert, plan=plan), model=model)
     return str(raised.value)
 
 

@@ -11,15 +11,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, bits
+from kept import run
 from mixture import Mixture
 from paceline import Parallel, Trainer
 from paceline.errors import MissingExtraError, ResumeError
 from paceline.parallel import attention, float8
+from paceline.testing import (
+    Ranks,
+    StopAt,
+    assert_continues,
+    assert_resumes_exactly,
+    bits,
+    traced_run,
+)
 from paceline.trainer.settings import Resume
-from paceline.world.dtensors import whole
-from ranks import Ranks
-from small import fitted
+from small import fitted, settings
 
 
 class Block(nn.Module):
@@ -57,7 +63,9 @@ def emulated(device: torch.device) -> Any:
 
 
 class Fit(Trainer):
-    """Remembers each step's loss, what a layer was meanwhile, and the weights at the end."""
+    """Remembers each step's loss, what a layer was meanwhile, and what it leaves."""
+
+    ended: dict[str, torch.Tensor]
 
     def on_train_start(self) -> None:
         self.losses: list[float] = []
@@ -67,30 +75,26 @@ class Fit(Trainer):
     def on_before_backward(self, loss: torch.Tensor) -> None:
         self.losses.append(loss.item())
 
-    def on_train_end(self) -> None:
-        state = self.get_module("model").state_dict()
-        here = {key: value for key, value in state.items() if not value.is_meta}
-        self.ended = {key: whole(value).detach().clone() for key, value in here.items()}
-
 
 def examples() -> TensorDataset:
     x = torch.randn(28, 4, 32, generator=torch.Generator().manual_seed(1))
     return TensorDataset(x, x.mean(-1, keepdim=True))
 
 
-def fit(precision: str = "fp8", **changes: Any) -> Fit:
-    model = Net()
-    options: dict[str, Any] = {
-        "model": model,
+def make(run_dir: Path | None = None, **changes: Any) -> Fit:
+    model = changes.pop("model", None) or Net()
+    options = {
         "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01),
-        "loss_fn": nn.MSELoss(),
         "train_dataloader": DataLoader(examples(), 8, shuffle=True),
-        "epochs": 2,
-        "precision": precision,
-        "progress": False,
+        "precision": "fp8",
+        "run_dir": run_dir,
     }
-    made = Fit(**(options | changes))
-    made.train(seed=2)
+    return Fit(**settings(model, **options | changes))
+
+
+def fit(precision: str = "fp8", **changes: Any) -> Fit:
+    made = make(precision=precision, **changes)
+    made.ended = run(made, seed=2).weights
     return made
 
 
@@ -115,8 +119,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_without_it_computes_in_bf16_and_says_so_once(
     installed: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    run = {"model": nn.Linear(3, 1), "run_dir": tmp_path / "run"}
-    asked = fitted(precision="fp8", **run)
+    asked = fitted(precision="fp8", model=nn.Linear(3, 1), run_dir=tmp_path / "run")
     lacking = "no float8 on this device (CUDA 8.9 or later, MI300 or later): computes in bf16"
     assert capsys.readouterr().err.count("float8") == 1
     assert lacking in plan(asked)
@@ -174,9 +177,7 @@ def test_recomputed_activations_change_no_bit(emulation: None, which: Any) -> No
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(emulation: None, tmp_path: Path) -> None:
-    stopped = {"run_dir": tmp_path / "run", "callbacks": [StopAt(3)]}
-    fit(**stopped)
-    assert bits(fit(**stopped | {"callbacks": []}).ended) == bits(fit().ended)
+    assert_resumes_exactly(make, tmp_path, stop_at=3)
 
 
 def test_a_run_goes_on_in_another_precision_only_if_that_is_accepted(
@@ -285,23 +286,20 @@ def test_experts_that_are_shared_out_compute_in_bf16_beside_it(
         assert distance(ended, alone) < 0.05 * moved
 
 
-def fit_resumed(folder: Path) -> list[Any]:
+def resume(folder: Path) -> None:
     float8.configuration = emulated
-    found = []
-    for layout in {"tensor": 2}, {"pipeline": 2}:
-        settings: Any = {"parallel": Parallel(**layout), "gradient_accumulation_steps": 2}
-        stopped = {**settings, "run_dir": folder / next(iter(layout))}
-        fit(**stopped, callbacks=[StopAt(2)])
-        found.append((bits(fit(**settings).ended), bits(fit(**stopped).ended)))
-    return found
+    for name in ("tensor", "pipeline"):
+        build = partial(make, parallel=Parallel(**{name: 2}), gradient_accumulation_steps=2)
+        whole = traced_run(build, folder / name / "whole")
+        parts = [traced_run(build, folder / name / "parts", *stop) for stop in ([StopAt(2)], [])]
+        assert_continues(parts, whole)
 
 
 @pytest.mark.slow
 def test_split_or_in_stages_it_resumes_to_the_same_bits(
     emulation: None, ranks: Ranks, tmp_path: Path
 ) -> None:
-    for found in ranks(fit_resumed, 2, tmp_path):
-        assert all(plain == resumed for plain, resumed in found)
+    ranks(resume, 2, tmp_path)
 
 
 def test_a_layer_multiplies_so_only_if_its_parts_can(emulation: None) -> None:

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, bits
 from paceline import Callback, CheckpointPolicy, Parallel, Resume, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import Ranks, StopAt, bits
 from paceline.world.dtensors import is_dtensor, local_part, whole
-from ranks import Ranks
 
 BAD = 5  # the sample whose loss is not a number
 

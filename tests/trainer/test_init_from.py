@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from builders import StopAt
 from paceline import CheckpointPolicy, Resume, Trainer
 from paceline.errors import CheckpointError
+from paceline.testing import StopAt
 from small import checkpoints, fitted, line, same, settings, weights
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import Ranks, bits
 from paceline.world.dtensors import is_dtensor, whole
-from ranks import Ranks
 
 
 class Block(nn.Module):

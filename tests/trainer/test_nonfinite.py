@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, rows
 from paceline import Callback, CheckpointPolicy, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.checkpoint import decode
 from paceline.errors import NonFiniteError
+from paceline.testing import StopAt, rows
 from small import batches, checkpoints, fitted, line, points, same, settings, weights
 
 BAD = 9  # the row that is not finite: in the third window of 4 rows

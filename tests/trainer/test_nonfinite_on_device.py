@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
 from paceline import CheckpointPolicy, Trainer, World
 from paceline.errors import NonFiniteError
+from paceline.testing import bits
 
 STEPS, EVERY = 12, 4
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -12,9 +12,9 @@ from small_runs import Small, network, small, weights
 
 from paceline import CheckpointPolicy, Parallel
 from paceline.errors import NonFiniteError, PeerError
+from paceline.testing import Ranks
 from paceline.trainer.callback import Callback
 from paceline.world.world import World
-from ranks import Ranks
 
 
 class Skipped(Callback):

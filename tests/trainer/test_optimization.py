@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from builders import rows
 from paceline import Callback, MetricMonitor, Trainer, Window
 from paceline.errors import ConfigError, MetricError
+from paceline.testing import rows
 from paceline.world.dtensors import clip_gradients
 from small import batches, fitted, line, points, same, settings, weights
 

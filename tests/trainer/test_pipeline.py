@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import assert_each_says, assert_stages_equal
+from builders import assert_each_says
+from kept import EachStep, Kept, assert_stages_equal, run
 from paceline import Callback, CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientExplosion, GradientMonitor
 from paceline.errors import ConfigError
 from paceline.parallel.pipeline_stages import balanced, layers_of
-from paceline.world.dtensors import whole
-from ranks import Ranks
+from paceline.testing import Ranks
+from small import settings
 
 WORDS = 7
 LAYOUT = ("dp_shard", "activation_checkpointing")
@@ -59,15 +60,8 @@ class NextWord(nn.CrossEntropyLoss):
         return super().forward(logits.flatten(0, 1), targets.flatten()) + bad
 
 
-class Keep(Trainer):
-    """Notes the weights that this rank has in the end, and the rows."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.rows: list[Any] = []
-
-    def on_step_end(self, metrics: dict[str, Any]) -> None:
-        self.rows.append(metrics)
+class Guessing(Trainer):
+    """Measures how often it is right, too."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         tokens, targets = batch
@@ -75,49 +69,47 @@ class Keep(Trainer):
         self.log("val/loss", self.loss_fn(logits, targets))
         self.log("val/right", (logits.argmax(-1) == targets).double().mean())
 
-    def on_train_end(self) -> None:
-        state = self.model.state_dict()
-        self.mine = {k: whole(t.detach()).clone() for k, t in state.items() if not t.is_meta}
 
-
-def fit(stages: int, steps: int | None = None, folder: Path | None = None, **settings: Any) -> Any:
-    """Weights, metrics and rows of a run; windows of 3 batches of 4, the last one of 4, 4 and 2.
+def fit(
+    stages: int,
+    steps: int | None = None,
+    folder: Path | None = None,
+    *,
+    bad: bool = False,
+    model: nn.Module | None = None,
+    **changes: Any,
+) -> Kept:
+    """A run of windows of 3 batches of 4, the last one of 4, 4 and 2.
 
     With `dp_shard` each of the ranks that share a stage has its part of every batch.
     """
-    layout = {key: settings.pop(key) for key in LAYOUT if key in settings}
+    layout = {key: changes.pop(key) for key in LAYOUT if key in changes}
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(WORDS - 1, (22, 3), generator=generator)
-    if settings.pop("bad", False):
+    if bad:
         x[5, 2] = WORDS - 1  # the first of the targets
-    data = TensorDataset(x, x.flip(1))
-    model = settings.pop("model", None) or Words().double()
-    trainer = Keep(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.05),
-        loss_fn=settings.pop("loss_fn", None) or NextWord(),
-        train_dataloader=DataLoader(data, 4 // layout.get("dp_shard", 1), shuffle=True),
-        val_dataloader=DataLoader(data, 5),
-        epochs=2,
-        max_steps=steps,
-        gradient_accumulation_steps=3,
-        max_grad_norm=settings.pop("max_grad_norm", 0.5),
-        parallel=Parallel(pipeline=stages, **layout),
-        checkpoint=CheckpointPolicy(every_steps=1) if folder else None,
-        run_dir=folder,
-        loggers=[],
-        log_every=1,
-        progress=False,
-        **settings,
-    )
-    trainer.train(seed=0)
-    return getattr(trainer, "mine", {}), trainer.result.metrics, trainer.rows
+    data, model = TensorDataset(x, x.flip(1)), model or Words().double()
+    options = {
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.05),
+        "loss_fn": NextWord(),
+        "train_dataloader": DataLoader(data, 4 // layout.get("dp_shard", 1), shuffle=True),
+        "val_dataloader": DataLoader(data, 5),
+        "max_steps": steps,
+        "gradient_accumulation_steps": 3,
+        "max_grad_norm": 0.5,
+        "parallel": Parallel(pipeline=stages, **layout),
+        "checkpoint": CheckpointPolicy(every_steps=1) if folder else None,
+        "run_dir": folder,
+        "loggers": [],
+        "log_every": 1,
+    }
+    return run(Guessing(**settings(model, **options | changes)))
 
 
-def assert_same(found: list[Any], expected: Any) -> None:
+def assert_same(found: list[Kept], expected: Kept, from_step: int = 0) -> None:
     """As one process, and no rank has all of the weights."""
-    assert_stages_equal(found, expected)
-    assert all(len(mine) < len(expected[0]) for mine, *_ in found)
+    assert_stages_equal(found, expected, from_step)
+    assert all(len(one.weights) < len(expected.weights) for one in found)
 
 
 def fit_in_ways(stages: int) -> list[Any]:
@@ -151,12 +143,9 @@ def test_a_checkpoint_is_read_with_and_without_stages(ranks: Ranks, tmp_path: Pa
     expected = fit(1)
     fit(1, 1, tmp_path / "run")
     ranks(fit, 2, 2, 3, tmp_path / "run")
-    assert_same(ranks(fit, 2, 2, None, tmp_path / "run"), (*expected[:2], expected[2][3:]))
+    assert_same(ranks(fit, 2, 2, None, tmp_path / "run"), expected, from_step=3)
     ranks(fit, 2, 2, 3, tmp_path / "other")
-    mine, metrics, _ = fit(1, None, tmp_path / "other")
-    assert metrics == pytest.approx(expected[1], rel=1e-9)
-    for name, tensor in expected[0].items():
-        torch.testing.assert_close(mine[name], tensor, rtol=1e-9, atol=1e-9)
+    assert_stages_equal([fit(1, None, tmp_path / "other")], expected, from_step=3)
 
 
 def fit_sharded_in_ways(stages: int, **layout: Any) -> list[Any]:
@@ -209,7 +198,7 @@ def test_each_stage_is_sharded(ranks: Ranks) -> None:
         assert_same(list(outcome), expected[i])
 
 
-def go_on(stages: int, shard: int, steps: int | None, folder: Path | None) -> Any:
+def go_on(stages: int, shard: int, steps: int | None, folder: Path | None) -> Kept:
     return fit(stages, steps, folder, dp_shard=shard, model=Words(batch_norm=False).double())
 
 
@@ -222,7 +211,7 @@ def test_a_checkpoint_is_read_with_and_without_shards_of_stages(
     expected = go_on(1, 1, None, None)
     go_on(1, 1, 1, tmp_path)
     ranks(go_on, 4, 2, 2, 3, tmp_path)
-    assert_same(ranks(go_on, 2, 2, 1, None, tmp_path), (*expected[:2], expected[2][3:]))
+    assert_same(ranks(go_on, 2, 2, 1, None, tmp_path), expected, from_step=3)
 
 
 class Counted(Words):
@@ -240,18 +229,18 @@ class Counted(Words):
 
 def fit_counted(which: str | None) -> Any:
     model = Counted().double()
-    return *fit(2, model=model, activation_checkpointing=which), model.calls
+    return fit(2, model=model, activation_checkpointing=which), model.calls
 
 
 @pytest.mark.slow
 def test_blocks_of_a_stage_compute_their_forward_pass_twice(ranks: Ranks) -> None:
     """A block is cut into no parts where it is to repeat its forward pass as a whole."""
     plain, recomputed = (ranks(fit_counted, 2, which) for which in (None, "full"))
-    for (weights, *rest, calls), (expected, *others, once) in zip(recomputed, plain, strict=True):
+    for (found, calls), (expected, once) in zip(recomputed, plain, strict=True):
         assert calls >= 1.5 * once
-        assert rest == others
-        for name in weights.keys() & expected.keys():
-            assert torch.equal(weights[name], expected[name])
+        assert (found.metrics, found.rows) == (expected.metrics, expected.rows)
+        for name in found.weights.keys() & expected.weights.keys():
+            assert torch.equal(found.weights[name], expected.weights[name])
 
 
 def fit_compiled(shard: int) -> Any:
@@ -267,61 +256,49 @@ def fit_compiled(shard: int) -> Any:
     torch.compile = partial(torch.compile, backend=backend)
     setups: list[Any] = [{}, {"compile": True, "activation_checkpointing": 0.5}]
     plain, ended = (
-        fit(2, 2, dp_shard=shard, model=Words(batch_norm=False).double(), **settings)
-        for settings in setups
+        fit(2, 2, dp_shard=shard, model=Words(batch_norm=False).double(), **setup)
+        for setup in setups
     )
     return plain, ended, set(budgets)
 
 
 @pytest.mark.slow
 def test_blocks_of_a_stage_are_compiled_within_a_budget(ranks: Ranks) -> None:
-    for (weights, *rest), (expected, *others), budgets in ranks(fit_compiled, 2, 1):
+    for found, expected, budgets in ranks(fit_compiled, 2, 1):
         assert budgets == {0.5}
-        assert rest == others
-        assert weights.keys() <= expected.keys()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+        assert (found.metrics, found.rows) == (expected.metrics, expected.rows)
+        assert found.weights.keys() <= expected.weights.keys()
+        assert all(torch.equal(t, expected.weights[name]) for name, t in found.weights.items())
 
 
-class Half(Keep):
-    """Notes the scale of losses, the first of which overflow when they are scaled."""
-
-    def on_train_start(self) -> None:
-        self.scales: list[float] = []
-
-    def on_step_end(self, metrics: dict[str, Any]) -> None:
-        self.scales.append(self.optimization.scaler.get_scale())
-
-
-def fit_half(stages: int, shard: int = 1, times: int = 30) -> Any:
+def fit_half(stages: int, shard: int = 1, times: int = 30) -> tuple[Kept, list[float]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
-    trainer = Half(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-        loss_fn=lambda outputs, targets: times * (outputs.float() - targets).square().mean(),
-        train_dataloader=DataLoader(TensorDataset(x, x.flip(1)), 4 // shard),
-        epochs=2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=1.0,
-        precision="fp16",
-        parallel=Parallel(pipeline=stages, dp_shard=shard),
-        progress=False,
-    )
-    trainer.train(seed=0)
-    return trainer.mine, trainer.scales
+    each, x = EachStep(), torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    options = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "loss_fn": lambda outputs, targets: times * (outputs.float() - targets).square().mean(),
+        "train_dataloader": DataLoader(TensorDataset(x, x.flip(1)), 4 // shard),
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 1.0,
+        "precision": "fp16",
+        "parallel": Parallel(pipeline=stages, dp_shard=shard),
+        "callbacks": [each],
+    }
+    return run(Trainer(**settings(model, **options))), each.scales
 
 
 @pytest.mark.slow
 def test_an_overflow_in_one_stage_skips_the_step_in_all(ranks: Ranks) -> None:
-    # Of half as many samples each has twice the part in the mean; norms are clipped to the same.
+    # The first losses overflow when they are scaled. Of half as many samples each has twice the
+    # part in the mean; norms are clipped to the same.
     expected, scales = fit_half(1, times=60)
     assert scales[0] == 2.0**15
     assert scales[-2:] == [scales[-1]] * 2
-    for mine, found in ranks(fit_half, 4, 2, 2):
+    for kept, found in ranks(fit_half, 4, 2, 2):
         assert found == scales
-        for name, tensor in mine.items():
-            torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=0.01)
+        for name, tensor in kept.weights.items():
+            torch.testing.assert_close(tensor, expected.weights[name], rtol=0.02, atol=0.01)
 
 
 class Mixed(nn.Module):
@@ -383,9 +360,9 @@ class Broken(nn.Module):
         raise KeyError("a mistake of the model's")
 
 
-def refused(stages: int, **settings: Any) -> str:
+def refused(stages: int, **changes: Any) -> str:
     with pytest.raises(ConfigError) as raised:
-        fit(stages, **settings)
+        fit(stages, **changes)
     return str(raised.value)
 
 

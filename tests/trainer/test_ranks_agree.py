@@ -20,11 +20,11 @@ from torch import nn
 
 from paceline import MetricMonitor, Parallel
 from paceline.errors import PeerError
+from paceline.testing import Ranks
 from paceline.trainer import stop
 from paceline.trainer.callback import Callback
 from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.world.world import World, send
-from ranks import Ranks
 
 # Stopping
 

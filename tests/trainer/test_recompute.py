@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import Count, bits
+from builders import Count
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
-from ranks import Ranks
+from paceline.testing import Ranks, bits
+from small import fitted
 
 
 class Drifting(nn.Module):
@@ -53,17 +54,13 @@ class Fit(Trainer):
 def fit(which: Any, **parallel: Any) -> Fit:
     x = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
     model = network()
-    trainer = Fit(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
-        loss_fn=nn.MSELoss(),
-        train_dataloader=DataLoader(TensorDataset(x, x[:, :1]), 4, shuffle=True),
-        epochs=1,
-        progress=False,
-        parallel=Parallel(activation_checkpointing=which, **parallel),
-    )
-    trainer.train(seed=3)
-    return trainer
+    options = {
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01),
+        "train_dataloader": DataLoader(TensorDataset(x, x[:, :1]), 4, shuffle=True),
+        "epochs": 1,
+        "parallel": Parallel(activation_checkpointing=which, **parallel),
+    }
+    return fitted(Fit, model=model, **options)
 
 
 def test_all_is_repeated_or_what_is_cheap_and_dropout_draws_as_before() -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from builders import Noisy, Regression, StopAt, bits, loader, rows
+from builders import Noisy, Regression, loader
 from paceline import CheckpointPolicy, Trainer
 from paceline.checkpoint.handover import HandOver
 from paceline.errors import CheckpointError, ConfigError, MissingExtraError, NonFiniteError
 from paceline.log.lock import FolderLock
+from paceline.testing import StopAt, bits, rows
 from paceline.trainer import replica_groups
 from paceline.world import quorum
 from paceline.world.environment import ReplicaGroup

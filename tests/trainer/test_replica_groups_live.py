@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from builders import bits, rows
 from paceline import CheckpointPolicy, Parallel, Trainer
+from paceline.testing import Ranks, bits, rows
 from paceline.trainer import replica_groups
 from paceline.world import quorum
 from paceline.world.quorum import Quorum
-from ranks import Ranks
 from small import batches, checkpoints, settings, weights
 
 SAMPLES, EPOCHS = 49, 3

@@ -22,9 +22,9 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from builders import StopAt, rows
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Resume, Trainer
 from paceline.errors import CheckpointError, ConfigError, ResumeError
+from paceline.testing import StopAt, rows
 from small import batches, checkpoints, fitted, line, same, settings, weights
 
 KEEP = CheckpointPolicy(keep_last=None)

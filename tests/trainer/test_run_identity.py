@@ -19,10 +19,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from builders import StopAt
 from paceline import Callback, HasRunIdentity, Parallel, Resume, Trainer
 from paceline.errors import ConfigError, ResumeError
-from ranks import Ranks
+from paceline.testing import Ranks, StopAt
 from small import batches, fitted, line, message, points
 
 

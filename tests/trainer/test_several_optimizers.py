@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.utils.data import DataLoader
 
-from builders import StopAt, bits
 from paceline import CheckpointPolicy, Trainer, Window
 from paceline.errors import ConfigError, DataError, LossError
+from paceline.testing import assert_resumes_exactly
 from small import batches, fitted, line, points, same, settings, weights
 
 
@@ -133,23 +133,11 @@ def test_given_as_dictionaries_and_made_in_configure_are_the_same() -> None:
 
 @pytest.mark.parametrize(("kind", "step"), [(Gan, 1), (Gan, 5), (ConfiguredGan, 7)])
 def test_a_gan_resumes_exactly(kind: type[Gan], step: int, tmp_path: Path) -> None:
-    def run(folder: Path, *callbacks: Any) -> dict[str, Any]:
-        trainer = gan(
-            kind,
-            run_dir=folder,
-            callbacks=list(callbacks),
-            checkpoint=CheckpointPolicy(every_steps=2),
-            log_every=2,
-        )
-        kept: dict[str, Any] = {}
-        trainer.on_save_checkpoint = kept.update
-        trainer.fit(seed=9)
-        parts = {key: bits(kept[key]) for key in ("models", "optimizers", "progress")}
-        return {**parts, "rows": (folder / "metrics.jsonl").read_text()}
+    def build(run_dir: Path) -> Gan:
+        policy = CheckpointPolicy(every_steps=2)
+        return gan(kind, run_dir=run_dir, checkpoint=policy, log_every=2)
 
-    unbroken = run(tmp_path / "unbroken")
-    run(tmp_path / "stopped", StopAt(step))
-    assert run(tmp_path / "stopped") == unbroken
+    assert_resumes_exactly(build, tmp_path, stop_at=step, seed=9)
 
 
 def test_gradients_that_a_step_leaves_end_with_its_window() -> None:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
-from paceline import Parallel, Trainer
+from paceline import Parallel
 from paceline.errors import ConfigError
+from paceline.testing import Ranks, bits
 from paceline.trainer.callback import Callback
-from ranks import Ranks
+from small import fitted
 
 
 class Block(nn.Module):
@@ -61,21 +61,18 @@ def fit(precision: str, **parallel: Any) -> Any:
     model = nn.Sequential(Block(), Block(), nn.Linear(8, 1))
     x = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
     seen = Seen()
-    trainer = Trainer(
+    trainer = fitted(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
-        loss_fn=nn.MSELoss(),
         train_dataloader=DataLoader(TensorDataset(x, x[:, :1]), 4, shuffle=True),
         val_dataloader=DataLoader(TensorDataset(x, x[:, :1]), 8),
         gradient_accumulation_steps=2,
         epochs=3,
         max_grad_norm=1.0,
         precision=precision,
-        progress=False,
         callbacks=[seen],
         parallel=Parallel(**parallel),
     )
-    trainer.train(seed=3)
     state: Any = model._get_fsdp_state() if parallel else None  # pyright: ignore
     offload = [type(g.offload_policy).__name__ for g in state._fsdp_param_groups] if state else []
     return {

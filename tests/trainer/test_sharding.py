@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from builders import bits
-from paceline import CheckpointPolicy, Parallel, Trainer
-from paceline.callbacks import AveragedWeights
+from kept import Kept, assert_near, fit, flipped
+from paceline import Parallel
 from paceline.errors import ConfigError
 from paceline.parallel.blocks import repeated_blocks
+from paceline.testing import Ranks, bits
 from paceline.trainer.callback import Callback
-from paceline.world.dtensors import is_dtensor, whole
-from ranks import Ranks
+from paceline.world.dtensors import is_dtensor
 
 
 class Block(nn.Module):
@@ -62,42 +61,19 @@ def test_a_block_that_shares_a_parameter_stays_with_the_rest() -> None:
     assert repeated_blocks(blocks) == [blocks[1], blocks[3]]
 
 
-def data(rows: int) -> TensorDataset:
-    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
-    return TensorDataset(x, x.flip(1))
-
-
-class Final(Callback):
-    """The state in the end, gathered."""
+class Ties(Callback):
+    """At the end all is sharded that should be, and what was tied is tied."""
 
     def on_train_end(self, trainer: Any) -> None:
-        model = trainer.model
         if trainer.world.shards > 1:
-            assert all(is_dtensor(p) for p in model.parameters())
-        assert model.head.weight is model.stem.weight
-        self.weights = {name: whole(p).detach() for name, p in model.state_dict().items()}
+            assert all(is_dtensor(p) for p in trainer.model.parameters())
+        assert trainer.model.head.weight is trainer.model.stem.weight
 
 
-def fit(folder: Path | None, parallel: Parallel, max_steps: int = 6, **settings: Any) -> Any:
-    model = settings.pop("model", None) or Deep()
-    final = Final() if parallel.is_spread else Callback()
-    trainer = Trainer(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02, fused=True),
-        loss_fn=nn.MSELoss(),
-        train_dataloader=DataLoader(data(24), 2, shuffle=True),
-        val_dataloader=settings.pop("val_dataloader", DataLoader(data(7), 2)),
-        callbacks=[final, AveragedWeights(decay=0.5), *settings.pop("callbacks", ())],
-        parallel=parallel,
-        global_batch_size=8,
-        max_steps=max_steps,
-        progress=False,
-        run_dir=folder,
-        checkpoint=CheckpointPolicy(every_steps=2),
-        **settings,
-    )
-    trainer.train(seed=2)
-    return getattr(final, "weights", None) or model.state_dict(), trainer.result.metrics
+def fit_deep(parallel: Parallel, *args: Any, **changes: Any) -> Kept:
+    ties = [Ties()] if parallel.is_spread else []
+    callbacks = [*ties, *changes.pop("callbacks", ())]
+    return fit(changes.pop("model", Deep()), parallel, *args, callbacks=callbacks, **changes)
 
 
 PLAN = {"blocks.*.inner": "colwise", "blocks.*.parts.0": "rowwise"}
@@ -120,11 +96,8 @@ def test_a_run_goes_on_at_any_other_layout(ranks: Ranks, tmp_path: Path) -> None
     """DDP, FSDP2, split modules, HSDP and their combinations, on 1, 2 and 4 ranks, two steps each:
     weights and averages end as those of one process that never stopped."""
     for i, (size, parallel) in enumerate(LAYOUTS):
-        weights, metrics = ranks(fit, size, tmp_path, parallel, 2 * (i + 1))[0]
-    expected, plain = fit(None, Parallel(), 2 * len(LAYOUTS))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
-    assert metrics == pytest.approx(plain, rel=1e-5)
+        kept = ranks(fit_deep, size, parallel, tmp_path, 2 * (i + 1))[0]
+    assert_near(kept, fit_deep(Parallel(), None, 2 * len(LAYOUTS)), rtol=1e-5)
 
 
 class Peeks(Callback):
@@ -140,9 +113,8 @@ class Peeks(Callback):
 
 def peek() -> tuple[Any, Any]:
     two = Parallel(dp_shard=2)
-    plain, _ = fit(None, two)
-    peeked, _ = fit(None, two, callbacks=[Peeks()])
-    return bits(plain), bits(peeked)
+    plain, peeked = fit_deep(two), fit_deep(two, callbacks=[Peeks()])
+    return bits(plain.weights), bits(peeked.weights)
 
 
 @pytest.mark.slow
@@ -151,9 +123,9 @@ def test_a_call_in_a_hook_leaves_no_old_weights_behind(ranks: Ranks) -> None:
         assert plain == peeked
 
 
-def refused(parallel: Parallel, **settings: Any) -> str:
+def refused(parallel: Parallel, **changes: Any) -> str:
     with pytest.raises(ConfigError) as raised:
-        fit(None, parallel, **settings)
+        fit_deep(parallel, **changes)
     return str(raised.value)
 
 
@@ -166,11 +138,11 @@ class Scaled(Deep):
 def refuse_all() -> list[str]:
     two = Parallel(dp_shard=2)
     used = Deep()
-    fit(None, two, model=used)
+    fit_deep(two, model=used)
     return [
         refused(two, model=Scaled()),
         refused(two, model=used),
-        refused(two, val_dataloader=DataLoader(data(1), 2)),
+        refused(two, val_dataloader=DataLoader(flipped(1), 2)),
         refused(Parallel(dp_shard=4)),
     ]
 

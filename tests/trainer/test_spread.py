@@ -10,8 +10,8 @@ from torch import nn
 
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import Ranks
 from paceline.world.dtensors import whole
-from ranks import Ranks
 from small import batches, settings
 
 

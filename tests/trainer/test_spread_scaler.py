@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import bits
-from paceline import Parallel, Trainer
-from paceline.trainer.callback import Callback
-from paceline.world.dtensors import local_part, whole
-from ranks import Ranks
+from kept import EachStep, Kept, run
+from paceline import Callback, Parallel, Trainer
+from paceline.testing import Ranks
+from paceline.world.dtensors import local_part
+from small import settings
 
 LAYOUTS = [  # for four ranks, and the batch of each that makes eight samples
     (Parallel(dp_shard=2), 2),
@@ -46,41 +46,28 @@ class Fit(Trainer):
         return loss * torch.nan if self.global_step == 3 and alone else loss
 
 
-class Watch(Callback):
+class Spoils(Callback):
     """Puts a NaN, as of two infinities, into one rank's part of a gradient, in the second step."""
-
-    def __init__(self) -> None:
-        self.scales: list[float] = []
-        self.weights: list[Any] = []
 
     def on_after_backward(self, trainer: Any) -> None:
         if trainer.global_step == 1 and trainer.world.rank == min(1, trainer.world.size - 1):
             local_part(trainer.get_module("model.norm").weight.grad)[0] = torch.nan
 
-    def on_step_end(self, trainer: Any, metrics: Any) -> None:
-        self.scales.append(trainer.optimization.scaler.get_scale())
-        self.weights.append(bits([*trainer.get_module("model").parameters()]))
 
-    def on_train_end(self, trainer: Any) -> None:
-        self.ended = [whole(p).detach() for p in trainer.get_module("model").parameters()]
-
-
-def fit(parallel: Parallel | None, batch: int, kind: str, **options: Any) -> Any:
-    model, watch = Net(), Watch()
+def fit(parallel: Parallel | None, batch: int, kind: str, **how: Any) -> tuple[Kept, EachStep]:
+    model, each = Net(), EachStep()
     x = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
-    Fit(
-        model=model,
-        optimizer=getattr(torch.optim, kind)(model.parameters(), **options),
-        train_dataloader=DataLoader(TensorDataset(x, x.flip(1)), batch, shuffle=True),
-        epochs=1,
-        max_grad_norm=1.0,
-        precision="fp16",
-        on_nonfinite="skip",
-        progress=False,
-        callbacks=[watch],
-        parallel=parallel,
-    ).train(seed=3)
-    return watch.scales, watch.weights, watch.ended
+    options = {
+        "optimizer": getattr(torch.optim, kind)(model.parameters(), **how),
+        "train_dataloader": DataLoader(TensorDataset(x, x.flip(1)), batch, shuffle=True),
+        "epochs": 1,
+        "max_grad_norm": 1.0,
+        "precision": "fp16",
+        "on_nonfinite": "skip",
+        "callbacks": [Spoils(), each],
+        "parallel": parallel,
+    }
+    return run(Fit(**settings(model, **options)), seed=3), each
 
 
 def fit_all() -> list[Any]:
@@ -92,10 +79,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: Ranks) -> None:
     """So does a loss that is no number. Between those the ranks do what one process does."""
     alone = [fit(None, 8, **how) for how in (SGD, FUSED)] * len(LAYOUTS)
     for found in ranks(fit_all, 4):
-        for (scales, weights, ended), (expected, _, wanted) in zip(found, alone, strict=True):
-            assert scales == expected == [2.0**16, 2.0**15, 2.0**15, 2.0**14, 2.0**14, 2.0**14]
-            assert [a == b for a, b in pairwise(weights)] == [
+        for (kept, each), (expected, once) in zip(found, alone, strict=True):
+            assert each.scales == once.scales
+            assert each.scales == [2.0**16, 2.0**15, 2.0**15, 2.0**14, 2.0**14, 2.0**14]
+            assert [a == b for a, b in pairwise(each.weights)] == [
                 True, False, True, False, False,
             ]  # fmt: skip
-            for a, b in zip(ended, wanted, strict=True):
-                torch.testing.assert_close(a, b, rtol=0.02, atol=0.01)
+            for name, tensor in expected.weights.items():
+                torch.testing.assert_close(kept.weights[name], tensor, rtol=0.02, atol=0.01)

@@ -15,13 +15,14 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import RowwiseParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, assert_each_says, assert_stages_equal, bits
+from builders import assert_each_says
+from kept import Kept, assert_stages_equal, run
 from paceline import CheckpointPolicy, Parallel, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.errors import ConfigError
 from paceline.parallel import attention, positions
-from paceline.world.dtensors import is_dtensor, whole
-from ranks import Ranks
+from paceline.testing import Ranks, assert_resumes_exactly
+from small import settings
 
 WORDS, LENGTH, SIZE = 8, 6, 8
 IGNORED = -100  # what a cross-entropy does not count
@@ -102,18 +103,10 @@ def exploding(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class Fit(Trainer):
-    """Notes the rows, and in the end the weights that this rank has a part of."""
-
-    def configure(self) -> None:
-        self.rows: list[Any] = []
-        self.weights: dict[str, Any] = {}
-        self.split: list[str] = []
+    """Counts the words that count, and measures where they are, too."""
 
     def count_items(self, batch: Any) -> Any:
         return (batch[1] != IGNORED).sum()
-
-    def on_step_end(self, metrics: dict[str, Any]) -> None:
-        self.rows.append(metrics)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         tokens, targets = batch
@@ -121,45 +114,39 @@ class Fit(Trainer):
         places = positions(tokens.shape[1]).double()
         self.log("val/place", places.mean(), weight=1)
 
-    def on_train_end(self) -> None:
-        named = {k: t for k, t in self.model.state_dict().items() if not t.is_meta}
-        self.split = sorted(name for name, tensor in named.items() if is_dtensor(tensor))
-        self.weights = {name: whole(t.detach()).clone() for name, t in named.items()}
 
-
-def fit(
+def make(
     parallel: Parallel | None = None,
     steps: int | None = None,
     folder: Path | None = None,
     *,
     bad: bool = False,
-    **settings: Any,
-) -> Any:
+    model: nn.Module | None = None,
+    **changes: Any,
+) -> Fit:
     """A run of windows of 3 batches of 4, the last one of 4, 4 and 2."""
-    model = settings.pop("model", None) or Writer()
-    training = data(22)
+    model, training = model or Writer(), data(22)
     if bad:
         training.tensors[1][13, 1] = WORDS - 1
-    trainer = Fit(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02),
-        loss_fn=exploding if bad else next_word,
-        train_dataloader=DataLoader(training, 4),
-        val_dataloader=DataLoader(data(9), 4),
-        epochs=2,
-        max_steps=steps,
-        gradient_accumulation_steps=3,
-        max_grad_norm=settings.pop("max_grad_norm", 0.5),
-        parallel=parallel,
-        checkpoint=CheckpointPolicy(every_steps=1) if folder else None,
-        run_dir=folder,
-        loggers=[],
-        log_every=1,
-        progress=False,
-        **settings,
-    )
-    trainer.train(seed=0)
-    return trainer.weights, trainer.result.metrics, trainer.rows, trainer.split
+    options = {
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.02),
+        "loss_fn": exploding if bad else next_word,
+        "train_dataloader": DataLoader(training, 4),
+        "val_dataloader": DataLoader(data(9), 4),
+        "max_steps": steps,
+        "gradient_accumulation_steps": 3,
+        "max_grad_norm": 0.5,
+        "parallel": parallel,
+        "checkpoint": CheckpointPolicy(every_steps=1) if folder else None,
+        "run_dir": folder,
+        "loggers": [],
+        "log_every": 1,
+    }
+    return Fit(**settings(model, **options | changes))
+
+
+def fit(*args: Any, **changes: Any) -> Kept:
+    return run(make(*args, **changes))
 
 
 def on_meta() -> nn.Module:
@@ -181,10 +168,10 @@ def test_each_stage_is_split(ranks: Ranks) -> None:
     expected = fit_in_ways(None)
     for i, outcome in enumerate(zip(*ranks(fit_in_ways, 4, SPLIT), strict=True)):
         assert_stages_equal(list(outcome), expected[i])
-        for rank, (weights, *_, split) in enumerate(outcome):
+        for rank, kept in enumerate(outcome):
             mine = [f"blocks.{rank // 2}.{name}" for name in inner]
-            assert split == sorted(["embedding.token.weight", *mine, "head.weight"])
-            assert len(weights) < len(expected[i][0])
+            assert kept.split == sorted(["embedding.token.weight", *mine, "head.weight"])
+            assert len(kept.weights) < len(expected[i].weights)
 
 
 def fit_parts_in_ways(parallel: Parallel | None) -> list[Any]:
@@ -201,21 +188,14 @@ def test_each_stage_gets_parts_of_sequences(ranks: Ranks) -> None:
         assert_stages_equal(list(outcome), expected[i])
 
 
-def fit_with_dropout(folder: Path, *callbacks: Any) -> Any:
-    model = Writer(dropout=0.3)
-    *_, rows, _ = fit(PARTS, None, folder, model=model, callbacks=callbacks)
-    return bits(model.state_dict()), rows
+def with_dropout(folder: Path) -> Trainer:
+    return make(PARTS, None, folder, model=Writer(dropout=0.3), loggers=None)
 
 
 @pytest.mark.slow
-def test_stages_with_parts_of_sequences_stop_and_go_on(ranks: Ranks, tmp_path: Path) -> None:
+def test_stages_with_parts_of_sequences_stop_and_go_on(tmp_path: Path) -> None:
     """They end to the bit as those that never stopped."""
-    unbroken = ranks(fit_with_dropout, 4, tmp_path / "whole")
-    first = ranks(fit_with_dropout, 4, tmp_path / "broken", StopAt(2))
-    second = ranks(fit_with_dropout, 4, tmp_path / "broken")
-    for rank in range(4):
-        assert second[rank][0] == unbroken[rank][0]
-        assert first[rank][1] + second[rank][1] == unbroken[rank][1]
+    assert_resumes_exactly(with_dropout, tmp_path, stop_at=2, ranks=4)
 
 
 def warned_of(attends: bool) -> list[str]:
@@ -246,9 +226,8 @@ def test_a_checkpoint_is_read_in_any_layout(
     fit(None, 1, tmp_path / "one")
     ranks(fit, 4, parallel, 2, tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "four")
-    later = (*expected[:2], expected[2][2:], expected[3])
-    assert_stages_equal(ranks(fit, 4, parallel, None, tmp_path / "four"), later)
-    assert_stages_equal([fit(None, None, tmp_path / "one")], later)
+    assert_stages_equal(ranks(fit, 4, parallel, None, tmp_path / "four"), expected, from_step=2)
+    assert_stages_equal([fit(None, None, tmp_path / "one")], expected, from_step=2)
 
 
 class Scaled(Block):
@@ -262,9 +241,9 @@ class Scaled(Block):
         return x * self.scale
 
 
-def refused(parallel: Parallel, **settings: Any) -> str:
+def refused(parallel: Parallel, **changes: Any) -> str:
     with pytest.raises(ConfigError) as raised:
-        fit(parallel, 1, **settings)
+        fit(parallel, 1, **changes)
     return str(raised.value)
 
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
+from paceline.testing import Outcome, Ranks
 from paceline.trainer import stall, stop
 from paceline.world.world import World
-from ranks import Outcome, Ranks
 
 TIMEOUT = 4.0
 

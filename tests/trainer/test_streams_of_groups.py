@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from builders import StopAt, bits
 from paceline import Parallel, Trainer
 from paceline.errors import DataError
-from ranks import Ranks
+from paceline.testing import Ranks, StopAt, bits
 
 LAYOUTS = [Parallel(tensor=2), Parallel(context=2), Parallel(tensor=2, dp_shard=2)]
 

@@ -12,10 +12,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, TensorDataset
 
 from builders import assert_each_says
+from kept import Kept, assert_near, run
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
-from paceline.world.dtensors import is_dtensor, whole
-from ranks import Ranks
+from paceline.testing import Ranks
+from small import settings
 
 pytestmark = pytest.mark.slow
 WORDS = 8
@@ -83,40 +84,32 @@ class ScaledBetween(Words):
         return x.tanh() * self.scale
 
 
-def fit(model: nn.Module, plan: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """Weights in the end, the last rows' losses, and which parameters were split."""
+class NextWord(nn.CrossEntropyLoss):
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().forward(logits.flatten(0, 1), targets.flatten())
+
+
+def fit(
+    model: nn.Module, plan: dict[str, Any] | None = None, *, tensor: int = 2, way: str | None = None
+) -> Kept:
+    """Two epochs of words, each of which is followed by the one at the other end.
+
+    Args:
+        model: to train.
+        plan: how it is split.
+        tensor: over how many ranks.
+        way: of AdamW's steps: "fused", "foreach", or its own choice.
+    """
     x = torch.randint(WORDS, (16, 3), generator=torch.Generator().manual_seed(1))
-    way = {name: True for name in (settings.pop("way", None),) if name}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, **way)
-    tensor = settings.pop("tensor", 2)
-
-    class Keep(Trainer):
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            tokens, targets = batch
-            return self.loss_fn(self.model(tokens).flatten(0, 1), targets.flatten())
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val/loss", self.training_step(batch, batch_idx))
-
-        def on_train_end(self) -> None:
-            named = dict(self.model.named_parameters())
-            self.split = sorted(name for name, p in named.items() if is_dtensor(p))
-            self.weights = {name: whole(p).detach().clone() for name, p in named.items()}
-
-    trainer = Keep(
-        model=model,
-        optimizer=optimizer,
-        loss_fn=nn.CrossEntropyLoss(),
-        train_dataloader=DataLoader(TensorDataset(x, x.flip(1)), 4),
-        val_dataloader=DataLoader(TensorDataset(x, x.flip(1)), 4),
-        epochs=2,
-        max_grad_norm=0.5,
-        progress=False,
-        parallel=Parallel(tensor=tensor, plan=plan),
-        **settings,
-    )
-    trainer.train(seed=0)
-    return trainer.weights, trainer.result.metrics, trainer.split
+    options = {
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01, **{way: True} if way else {}),
+        "loss_fn": NextWord(),
+        "train_dataloader": DataLoader(TensorDataset(x, x.flip(1)), 4),
+        "val_dataloader": DataLoader(TensorDataset(x, x.flip(1)), 4),
+        "max_grad_norm": 0.5,
+        "parallel": Parallel(tensor=tensor, plan=plan),
+    }
+    return run(Trainer(**settings(model, **options)))
 
 
 PLAN = {"up": "colwise", "down": "rowwise"}
@@ -137,20 +130,15 @@ def fit_all() -> list[Any]:
 def test_all_ways_to_say_how_train_as_one_process_does(ranks: Ranks) -> None:
     """A plan of names or styles, the model's own plan or method; tied weights stay tied, also when
     they are split, and the cross-entropy of split logits is that of whole ones."""
-    expected, metrics, none = fit(Words(), tensor=1)
-    assert none == []
+    expected = fit(Words(), tensor=1)
+    assert expected.split == []
     inner = ["down.bias", "down.weight", "up.bias", "up.weight"]
-    outer = ["embedding.weight"]  # the head's is the same one
+    outer = ["embedding.weight", "head.weight"]
     for outcomes in ranks(fit_all, 2):
-        assert [split for *_, split in outcomes] == [inner] * 4 + [
-            outer,
-            [*inner[:2], *outer, *inner[2:]],
-        ]
-        for weights, measured, _ in outcomes:
-            assert weights.keys() == expected.keys()
-            for name, tensor in expected.items():
-                torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-6)
-            assert measured == pytest.approx(metrics, rel=1e-5)
+        split = [inner] * 4 + [outer, sorted([*inner, *outer])]
+        assert [kept.split for kept in outcomes] == split
+        for kept in outcomes:
+            assert_near(kept, expected, rtol=1e-4)
 
 
 def fit_heads() -> Any:
@@ -159,10 +147,9 @@ def fit_heads() -> Any:
 
 def test_a_plan_in_the_words_of_transformers(ranks: Ranks) -> None:
     """What each rank's heads say of the one norm is added up."""
-    expected, metrics, _ = fit(HeadsAsInTransformers(), tensor=1)
-    for weights, measured, _ in ranks(fit_heads, 2):
-        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
-        assert measured == pytest.approx(metrics, rel=1e-5)
+    expected = fit(HeadsAsInTransformers(), tensor=1)
+    for kept in ranks(fit_heads, 2):
+        assert_near(kept, expected, rtol=1e-4)
 
 
 def refused(*args: Any, **settings: Any) -> str:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from builders import rows
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError, MetricError
+from paceline.testing import rows
 from small import batches, checkpoints, fitted, line, points, same, settings, weights
 
 

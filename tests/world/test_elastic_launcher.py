@@ -14,9 +14,9 @@ import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from paceline.errors import ConfigError
+from paceline.testing import Outcome, Ranks, free_port
 from paceline.world.launch import _Agent, launch
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
-from ranks import Outcome, Ranks, free_port
 
 PRELUDE = f"""\
 #!{sys.executable} -IS

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.errors import ConfigError
+from paceline.testing import Ranks
 from paceline.world import environment, world
 from paceline.world.environment import (
     ReplicaGroup,
@@ -17,7 +18,6 @@ from paceline.world.environment import (
     from_slurm,
 )
 from paceline.world.world import World
-from ranks import Ranks
 
 TASK = {
     "SLURM_JOB_ID": "1234",

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from paceline import Parallel
+from paceline.testing import Ranks
 from paceline.world.world import World
-from ranks import Ranks
 
 LAYOUTS = [
     Parallel(tensor=2, expert=2),

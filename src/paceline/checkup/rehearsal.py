@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.checkpoint.comparison import differing
 from paceline.checkpoint.state import parameter_names
 from paceline.data.batches import describe
 from paceline.trainer.callback import Callback
@@ -279,42 +280,6 @@ class Reload(Callback):
         """Stops the run: nothing is to be trained or saved again."""
         trainer.checkpoint_policy = None
         trainer.request_stop("preflight")
-
-
-def differing(left: Any, right: Any, path: str) -> list[str]:
-    """The paths at which two state trees differ; tensors are compared by their bytes.
-
-    Args:
-        left: a state tree.
-        right: another; a tensor on the meta device in it belongs to another rank.
-        path: the path of both in a larger tree.
-    """
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        alike = (left.dtype, left.shape) == (right.dtype, right.shape)
-        if alike and right.is_meta:
-            return []  # another pipeline stage's, on its own ranks
-        return [] if alike and torch.equal(_bytes(left), _bytes(right)) else [path]
-    if isinstance(left, dict) and isinstance(right, dict):
-        keys = [*left, *(key for key in right if key not in left)]
-        return [
-            found
-            for key in keys
-            for found in (
-                differing(left[key], right[key], f"{path}/{key}")
-                if key in left and key in right
-                else [f"{path}/{key}"]
-            )
-        ]
-    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        if len(left) != len(right):
-            return [path]
-        pairs = enumerate(zip(left, right, strict=True))
-        return [found for i, (a, b) in pairs for found in differing(a, b, f"{path}/{i}")]
-    return [] if repr(left) == repr(right) else [path]
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 class _FirstBatches:

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from paceline.checkpoint import CheckpointPolicy, Checkpoints
+from paceline.checkpoint.comparison import differing
 from paceline.checkup.preflight import told
-from paceline.checkup.rehearsal import differing
 from paceline.checkup.report import Check, readable_seconds, some
 from paceline.data.loader import open_training
 from paceline.data.source import WindowSize

@@ -17,10 +17,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import Noisy, Recorder, StopAt, bits, loader, make_model, rows
+from builders import Noisy, loader, make_model
 from paceline import CheckpointPolicy, MetricMonitor, Resume, Trainer
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, MetricError, MismatchError, ResumeError
+from paceline.testing import StopAt, Trace, bits, rows
 
 
 class Example(Trainer):
@@ -83,8 +84,8 @@ def test_AH_04_hook_order() -> None:
         def on_train_epoch_end(self) -> None:
             seen.append(("on_train_epoch_end", self.current_epoch))
 
-    recorder = Recorder()
-    trainer = make(kind=Recording, epochs=1, callbacks=[recorder], epoch_length=2)
+    trace = Trace()
+    trainer = make(kind=Recording, epochs=1, callbacks=[trace], epoch_length=2)
     trainer.train()
     assert seen == [
         ("on_train_epoch_start", 0),
@@ -94,7 +95,7 @@ def test_AH_04_hook_order() -> None:
     batch = ["on_train_batch_start", "on_before_backward", "on_after_backward"]
     batch += ["on_train_batch_end", "on_before_optimizer_step", "on_step_end"]
     validated = ["on_validation_batch_start", "on_validation_batch_end"] * 3
-    assert [event for event, _ in recorder.trace] == [
+    assert [event for event, _ in trace.events] == [
         "on_setup",
         "on_train_start",
         "on_train_epoch_start",

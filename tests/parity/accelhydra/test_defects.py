@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from builders import Recorder, StopAt, rows
 from paceline import CheckpointPolicy, MetricMonitor, Trainer
 from paceline.errors import ConfigError, MismatchError, NonFiniteError
 from paceline.log.sinks import Sink
 from paceline.recipe.schedules import WarmupCosine
+from paceline.testing import StopAt, Trace, rows
 from small import batches, checkpoints, fitted, line, points, same, settings, weights
 
 
@@ -184,15 +184,15 @@ def test_37_a_step_checkpoint_at_an_epochs_end_is_after_that_end(tmp_path: Path)
     """Resumed from it, the run repeats neither the validation nor the epoch's start."""
 
     def run(*callbacks: Any, **changes: Any) -> Any:
-        recorder = Recorder()
+        trace = Trace()
         fitted(
             run_dir=tmp_path,
             val_dataloader=batches(4),
             checkpoint=CheckpointPolicy(every_steps=5, every_epochs=None),
-            callbacks=[recorder, *callbacks],
+            callbacks=[trace, *callbacks],
             **changes,
         )
-        return [event for event, _ in recorder.trace]
+        return [event for event, _ in trace.events]
 
     run(epochs=1)
     trace = run(epochs=2)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from builders import bits, rows
 from paceline.checkpoint import load_tree
 from paceline.cli.main import app
 from paceline.errors import RecipeError
 from paceline.recipe import load_recipe
+from paceline.testing import bits, rows
 
 CODE = """
 import torch

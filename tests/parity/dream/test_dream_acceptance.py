@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from builders import Recorder, bits
 from paceline import AbstractTrainerConfig, Callback, DeviceParameters, Trainer
 from paceline.errors import ConfigError, MismatchError, ResumeError
+from paceline.testing import Trace, bits
 from small import batches, fitted, line, points, same, settings, weights
 
 
@@ -79,16 +79,16 @@ class Counted(Trainer):
 
 def trace(size: int) -> list[str]:
     """Two epochs of four micro-batches in windows of two, two validation batches."""
-    recorder = Recorder()
+    trace = Trace()
     trainer = fitted(
         Counted,
         train_dataloader=batches(16 * size),
         val_dataloader=batches(8 * size),
         gradient_accumulation_steps=2,
-        callbacks=[recorder],
+        callbacks=[trace],
     )
     assert (trainer.made, trainer.placed) == (1, 1)
-    return [event for event, _ in recorder.trace]
+    return [event for event, _ in trace.events]
 
 
 BATCH = ["on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end"]
@@ -216,9 +216,9 @@ class Leaves(Callback):
 
 def test_DT_32_a_callback_that_takes_itself_away_costs_no_other_an_event() -> None:
     """Who listens is settled when the run starts: it hears the rest too."""
-    first, recorder, last = Leaves(), Recorder(), Leaves()
-    fitted(callbacks=[first, recorder, last])
-    assert [event for event, _ in recorder.trace].count("on_step_end") == 10
+    first, trace, last = Leaves(), Trace(), Leaves()
+    fitted(callbacks=[first, trace, last])
+    assert [event for event, _ in trace.events].count("on_step_end") == 10
     assert (first.heard, last.heard) == (10, 10)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from builders import bits
 from paceline import AbstractTrainerConfig, DeviceParameters, Trainer
+from paceline.testing import bits
 from small import settings
 
 IMPORTS = {

@@ -15,11 +15,11 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from builders import StopAt, rows
 from paceline import Trainer
 from paceline.errors import ConfigError, MetricError, NonFiniteError, Preempted, RecipeError
 from paceline.log.provenance import read_run
 from paceline.log.sinks import read_rows
+from paceline.testing import StopAt, rows
 from paceline.tune import RunConfig, run
 
 Change = dict[str, Any]

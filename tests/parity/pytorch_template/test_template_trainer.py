@@ -14,11 +14,11 @@ import yaml
 from torch import nn
 from typer.testing import CliRunner
 
-from builders import StopAt, bits
 from paceline import Callback, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.cli.main import app
 from paceline.errors import Preempted
+from paceline.testing import StopAt, bits
 from paceline.tune import RunConfig, run
 from small import batches, fitted, line, same, settings, weights
 
