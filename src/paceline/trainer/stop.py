@@ -31,8 +31,8 @@ a batch: models that are spread over ranks, and metrics, exchange something in e
 A training source of the user's own may take minutes to collect a window, each rank for as long as
 it needs. Such a run can stop at 3s + 2 as well (`leaves_draws`): passing 3s or 3s + 1 commits to
 it. Each rank ends its draw, whether it has its window or gave it up, in one exchange with the
-others (`data/custom.py`), and only then comes to 3s + 2. Stopping there saves the boundary before, with
-the data's state from before the draw.
+others (`data/custom.py`), and only then comes to 3s + 2. Stopping there saves the boundary before,
+with the data's state from before the draw.
 4. A rank gives up its draw only once 3s + 2 is agreed on (`agreed_on`). By then no rank has passed
    that point, nor will one (1, 2, 3): none is in the step, where it could not come back from a
    collective. Each is on its way to the exchange or waits in it, so all complete it and stop.
