@@ -48,7 +48,12 @@ def rows(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def first_difference(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> str | None:
-    """The first row in which two runs' metrics differ, in words; None if all are equal."""
+    """The first row in which two runs' metrics differ, in words; None if all are equal.
+
+    Args:
+        left: the rows of one run, in order.
+        right: those of the other.
+    """
     for one, other in zip(left, right, strict=False):
         if repr(one) != repr(other):  # NaN is equal to NaN here
             names = [key for key in {**one, **other} if repr(one.get(key)) != repr(other.get(key))]
