@@ -15,13 +15,9 @@ from typing import Any
 import torch
 
 from paceline import registry
-from paceline.checkpoint import (
-    NATIVE,
-    CheckpointPolicy,
-    engine_class,
-    engine_of,
-    recorded_engine,
-)
+from paceline.checkpoint import CheckpointPolicy, engine_class
+from paceline.checkpoint.engine import engine_of, recorded_engine
+from paceline.checkpoint.policy import NATIVE
 from paceline.errors import ConfigError, MissingExtraError, nearest
 from paceline.parallel import context_parallel
 from paceline.parallel.float8 import missing

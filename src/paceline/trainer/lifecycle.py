@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from paceline import registry
-from paceline.checkpoint import NATIVE, CheckpointPolicy, engine_class, recorded_engine
+from paceline.checkpoint import CheckpointPolicy, engine_class
+from paceline.checkpoint.engine import recorded_engine
+from paceline.checkpoint.policy import NATIVE
 from paceline.data.loader import WindowSize, loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation
 from paceline.errors import ConfigError, DataError, Preempted

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paceline.checkpoint import Checkpoint, CheckpointEngine, engine_of
+from paceline.checkpoint import Checkpoint, CheckpointEngine
+from paceline.checkpoint.engine import engine_of
 from paceline.data.source import Source
 from paceline.errors import ConfigError, ResumeError
 from paceline.log.provenance import read_run

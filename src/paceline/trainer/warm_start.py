@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from paceline.checkpoint import NATIVE, CheckpointEngine, engine_class, engine_of
+from paceline.checkpoint import CheckpointEngine, engine_class
+from paceline.checkpoint.engine import engine_of
+from paceline.checkpoint.policy import NATIVE
 from paceline.checkpoint.safetensors_file import read_metadata
 from paceline.checkpoint.state import load_tensors
 from paceline.errors import CheckpointError
