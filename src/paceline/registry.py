@@ -36,6 +36,9 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "time_limit": "paceline.callbacks.time_limit:TimeLimit",
         "update_ratio": "paceline.callbacks.update_ratio:UpdateRatio",
     },
+    "checkpoint_engine": {
+        "native": "paceline.checkpoint.manager:Checkpoints",
+    },
     "lr_scheduler": {
         "warmup_cosine": "paceline.recipe.schedules:WarmupCosine",
     },

@@ -16,7 +16,7 @@ from faults import FaultyDisk, QuickDisk, fails_at
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from paceline.checkpoint import CheckpointPolicy, Checkpoints
+from paceline.checkpoint import CheckpointPolicy, Checkpoints, read_manifest
 from paceline.errors import CheckpointError, MismatchError, StateError
 from paceline.world.layout import Parallel
 from paceline.world.world import World
@@ -66,14 +66,17 @@ def save(folder: Path, world: World) -> None:
         world.all_reduce(total)
     checkpoints.save(state(world, 2.0), 2, synchronous=True)
     assert [c.step for c in checkpoints.list()] == [1, 2]
+    saved = [(n.kind, n.step, n.path) for n in checkpoints.poll()]  # every rank knows
+    assert saved == [("saved", n, folder / f"step_{n:08d}") for n in (1, 2)]
     check(checkpoints.load(folder / "step_00000001"), 1.0, world.size)
     newest = checkpoints.newest()
     assert newest is not None
-    assert newest.manifest.ranks == world.size
+    manifest = read_manifest(newest.path)
+    assert manifest.ranks == world.size
     check(checkpoints.load(newest.path), 2.0, world.size)
-    names = [len(file.name) for file in newest.manifest.files if "shard" in file.name]
+    names = [len(file.name) for file in manifest.files if "shard" in file.name]
     assert len(names) == world.size  # every rank wrote a part
-    stored = sum(f.bytes for f in newest.manifest.files if "shard" in f.name)
+    stored = sum(f.bytes for f in manifest.files if "shard" in f.name)
     assert stored < world.size * 2000  # what is replicated was written once
     checkpoints.close()
 

@@ -13,7 +13,13 @@ import torch.distributed.checkpoint as dcp
 from faults import FaultyDisk, QuickDisk, fails_at, leftovers, opened, state, value_of
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from paceline.checkpoint import CheckpointPolicy, check_fits, reasons_due, to_keep
+from paceline.checkpoint import (
+    CheckpointPolicy,
+    check_fits,
+    read_manifest,
+    reasons_due,
+    to_keep,
+)
 from paceline.checkpoint.codec import DTYPES
 from paceline.checkpoint.safetensors_file import raw_bytes
 from paceline.errors import CheckpointError, ConfigError, MismatchError, StateError
@@ -32,8 +38,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path, asynchronous: bool) -> None:
         newest = checkpoints.newest()
         assert value_of(checkpoints.load(newest.path)) == 7
         assert (newest.step, newest.best, newest.info["why"]) == (3, True, ["epoch"])
-        assert newest.manifest.torch == torch.__version__
-        assert [event.kind for event in checkpoints.poll()] == ["saved"]
+        assert read_manifest(newest.path).torch == torch.__version__
+        assert [(n.kind, n.path, n.best) for n in checkpoints.poll()] == [
+            ("saved", newest.path, True)
+        ]
 
 
 def test_a_state_without_ranks_comes_back_without_ranks(tmp_path: Path) -> None:
@@ -147,10 +155,10 @@ def test_a_background_failure_is_told_once_and_the_training_goes_on(tmp_path: Pa
     with opened(tmp_path, fails_at(3)) as checkpoints:
         checkpoints.save(state(1), 1)
         assert "No space left" in str(checkpoints.wait())
-        (event,) = checkpoints.poll()
-        assert event.kind == "failed"
-        assert "step 1" in event.message
-        assert "No space left" in event.message
+        (notice,) = checkpoints.poll()
+        assert notice.kind == "failed"
+        assert "step 1" in notice.message
+        assert "No space left" in notice.message
         assert checkpoints.retry_due
         assert checkpoints.poll() == []
         assert leftovers(tmp_path) == []

@@ -66,7 +66,7 @@ def test_a_save_that_only_lacked_its_rename_is_adopted(tmp_path: Path, step: int
 
     with opened(tmp_path) as checkpoints:
         checkpoints.recover()
-        assert [event.kind for event in checkpoints.poll()] == ["recovered"]
+        assert [notice.kind for notice in checkpoints.poll()] == ["recovered"]
         assert value_of(checkpoints.load(checkpoints.newest().path)) == 2
         assert (tmp_path / "latest").read_text() == f"step_{step:08d}\n"
 
@@ -127,7 +127,7 @@ def test_a_failure_of_any_one_operation_is_reported_and_the_next_save_succeeds(
             checkpoints.save(state(2), step)
             failed = checkpoints.wait() is not None
             done = checkpoints._disk.count < n  # type: ignore[attr-defined]
-            kinds = {event.kind for event in checkpoints.poll()}
+            kinds = {notice.kind for notice in checkpoints.poll()}
             assert failed == checkpoints.retry_due == ("failed" in kinds)
             checkpoints._disk = whole
 

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from paceline import Trainer
 from paceline.errors import CheckpointError, MetricError
-from paceline.log.sinks import JsonlSink, RowFile, Sink, last_row, read_rows, write_csv
+from paceline.log.sinks import JsonlSink, RowFile, RunInfo, Sink, last_row, read_rows, write_csv
 from small import settings
 
 
 def opened(run_dir: Path, *, fresh: bool = False, **settings: bool) -> JsonlSink:
     sink = JsonlSink(**settings)
-    sink.open(run_dir, {}, fresh=fresh)
+    sink.open(RunInfo(run_dir, "id", resumed=not fresh))
     return sink
 
 
@@ -280,7 +280,7 @@ def test_last_row(tmp_path: Path) -> None:
 
 def test_without_a_run_folder_nothing_is_written() -> None:
     sink = JsonlSink()
-    sink.open(None, {})
+    sink.open(RunInfo(None, "id"))
     sink.write({"step": 1})
     sink.sync()
     assert sink.state_dict() == {}
@@ -290,9 +290,9 @@ def test_without_a_run_folder_nothing_is_written() -> None:
 def test_the_same_sink_can_be_opened_again(tmp_path: Path) -> None:
     sink = opened(tmp_path)
     with pytest.raises(RuntimeError, match="already open"):
-        sink.open(tmp_path, {})
+        sink.open(RunInfo(tmp_path, "id", resumed=True))
     sink.close("complete")
-    sink.open(tmp_path, {})
+    sink.open(RunInfo(tmp_path, "id", resumed=True))
     sink.write({"step": 1})
     sink.close("complete")
     assert steps(tmp_path) == [1]

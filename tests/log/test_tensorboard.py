@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, CheckpointPolicy
 from paceline.errors import MissingExtraError
-from paceline.log.sinks import JsonlSink, read_rows
+from paceline.log.sinks import JsonlSink, RunInfo, read_rows
 from paceline.log.tensorboard import TensorBoard
 from paceline.recipe import build_trainer, load_recipe
 from paceline.registry import lookup
@@ -171,7 +171,7 @@ def test_a_run_that_gets_it_later_has_what_is_written_from_then_on(tmp_path: Pat
 
 def test_values_that_are_not_finite_or_no_numbers(tmp_path: Path) -> None:
     sink = TensorBoard()
-    sink.open(tmp_path, {})
+    sink.open(RunInfo(tmp_path, "id", resumed=True))
     sink.write({"step": 1, "a": math.inf, "b": math.nan, "c": "text", "d": 3, "epoch": 0})
     sink.close("complete")
     found = {tag: value for tag, _, value in written(tmp_path)}
@@ -183,7 +183,7 @@ def test_values_that_are_not_finite_or_no_numbers(tmp_path: Path) -> None:
 def test_without_a_run_folder_nothing_is_written(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     sink = TensorBoard()
-    sink.open(None, {})
+    sink.open(RunInfo(None, "id"))
     sink.write({"step": 1, "a": 1.0})
     sink.sync()
     sink.load_state_dict(sink.state_dict())
@@ -195,7 +195,7 @@ def test_a_failing_disk_costs_rows_of_the_copy_but_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sink = TensorBoard()
-    sink.open(tmp_path, {})
+    sink.open(RunInfo(tmp_path, "id", resumed=True))
     sink.write({"step": 1, "a": 1.0})
 
     class Full:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from custom_runs import EPOCHS, Sent, train, trainer_of
+from ranks import Ranks
 
-from builders import rows
 from endings import ending, saved_steps
 from paceline import CheckpointPolicy, Draw, StopCollecting
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError, ResumeError
-from ranks import Ranks
+from paceline.testing import rows
 from small import message
 
 SIZES = [1, 2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paceline import Callback, MetricMonitor, Trainer
+from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
 from paceline.errors import ConfigError
 from paceline.testing import Trace
 from small import batches, fitted, settings
@@ -29,16 +29,26 @@ EPOCH = [
     *VALIDATION,
     "on_train_epoch_end",
     "on_save_checkpoint",
+    "on_checkpoint",
 ]
+AT_ONCE = CheckpointPolicy(asynchronous=False)
+
+
+class Everything(Trace):
+    """Writes down `on_checkpoint`, too: of saves that are waited for it has its place."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Path, step: int, best: bool) -> None:
+        self.events.append(("on_checkpoint", trainer.global_step))
 
 
 def test_the_golden_trace_of_two_epochs(tmp_path: Path) -> None:
-    trace = Trace()
+    trace = Everything()
     fitted(
         train_dataloader=batches(12),
         val_dataloader=batches(8),
         gradient_accumulation_steps=2,
         callbacks=[trace],
+        checkpoint=AT_ONCE,
         run_dir=tmp_path,
     )
     assert [event for event, _ in trace.events] == [
@@ -47,7 +57,7 @@ def test_the_golden_trace_of_two_epochs(tmp_path: Path) -> None:
 
 
 def test_the_golden_trace_of_a_run_stopped_by_max_steps_in_mid_epoch(tmp_path: Path) -> None:
-    trace = Trace()
+    trace = Everything()
     fitted(
         train_dataloader=batches(12),
         val_dataloader=batches(8),
@@ -58,7 +68,7 @@ def test_the_golden_trace_of_a_run_stopped_by_max_steps_in_mid_epoch(tmp_path: P
     )
     assert [event for event, _ in trace.events] == [
         *["on_setup", "on_train_start", "on_train_epoch_start", *BATCH, *STEP],
-        *[*VALIDATION, "on_save_checkpoint", "on_train_end", "on_teardown"],
+        *[*VALIDATION, "on_save_checkpoint", "on_checkpoint", "on_train_end", "on_teardown"],
     ]
 
 

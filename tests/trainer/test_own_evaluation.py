@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 from torch import nn
 
-from builders import Noisy, Recorder, Regression, bits, loader, rows
+from builders import Noisy, Regression, loader
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
 from paceline.callbacks import AveragedWeights, EarlyStopping
 from paceline.errors import ConfigError, MetricError
-from ranks import Ranks
+from paceline.testing import Trace, bits, rows
 from small import checkpoints, fitted, same, settings, weights
 
 
@@ -196,7 +197,7 @@ def test_a_schedule_follows_what_it_measures() -> None:
 
 def test_validation_hooks_come_around_it_once() -> None:
     """So that averaged weights are the ones it judges."""
-    recorder = Recorder()
+    recorder = Trace()
     averaged = AveragedWeights()
     judged: list[torch.Tensor] = []
 
@@ -207,7 +208,7 @@ def test_validation_hooks_come_around_it_once() -> None:
 
     trainer = Looks(**settings(epochs=1, callbacks=[recorder, averaged]))
     trainer.fit()
-    around = [event for event, _ in recorder.trace if "validation" in event or "metric" in event]
+    around = [event for event, _ in recorder.events if "validation" in event or "metric" in event]
     assert around == ["on_validation_start", "on_validation_end", "on_metrics"]
     assert not torch.equal(judged[0], trainer.model.weight)
 

@@ -1,20 +1,23 @@
 """Checkpoints: all state of a run, safe from a kill at any instant."""
 
 from paceline.checkpoint.codec import decode, encode
+from paceline.checkpoint.engine import Checkpoint, CheckpointEngine, Notice, engine_class
 from paceline.checkpoint.fits import check_fits
-from paceline.checkpoint.manager import Checkpoints, Event, load_tree
+from paceline.checkpoint.manager import Checkpoints, load_tree
 from paceline.checkpoint.policy import CheckpointPolicy, reasons_due, to_keep
-from paceline.checkpoint.publication import Checkpoint, Manifest, read_manifest, scan, verify
+from paceline.checkpoint.publication import Manifest, read_manifest, scan, verify
 
 __all__ = [
     "Checkpoint",
+    "CheckpointEngine",
     "CheckpointPolicy",
     "Checkpoints",
-    "Event",
     "Manifest",
+    "Notice",
     "check_fits",
     "decode",
     "encode",
+    "engine_class",
     "load_tree",
     "read_manifest",
     "reasons_due",

@@ -19,9 +19,10 @@ import torch
 
 from paceline.checkpoint import publication
 from paceline.checkpoint.codec import DTYPES
+from paceline.checkpoint.engine import Checkpoint, recorded_engine
 from paceline.checkpoint.files import Disk
 from paceline.checkpoint.manager import load_tree
-from paceline.checkpoint.publication import Checkpoint
+from paceline.checkpoint.policy import NATIVE
 from paceline.checkpoint.ranks import describe
 from paceline.checkpoint.safetensors_file import Part, header_of, read_header, write_stream
 from paceline.errors import CheckpointError, ConfigError, nearest
@@ -79,7 +80,7 @@ def export(
         The files written.
 
     Raises:
-        ConfigError: an argument is invalid.
+        ConfigError: an argument is invalid, or the run's checkpoint engine is not the native one.
         CheckpointError: there is no such checkpoint, it is damaged (the message names the intact
             ones) or has no averaged weights, a value is out of the range of `dtype`, or a file
             cannot be written.
@@ -110,10 +111,18 @@ def find_checkpoint(source: Path | str, which: str = "latest") -> Checkpoint:
         which: in a run folder, "latest", "best" or a checkpoint's name.
 
     Raises:
-        ConfigError: there is no such checkpoint.
+        ConfigError: there is no such checkpoint, or it is not one of the native engine.
         CheckpointError: it is damaged; the message names the intact ones.
     """
     path = Path(source)
+    for run in (path, path.parent.parent):
+        if (engine := recorded_engine(run)) not in (None, NATIVE):
+            raise ConfigError(
+                f"{run}: its checkpoints were written by the checkpoint engine {engine!r}. Only "
+                f"{NATIVE!r} ones can be read here, without importing an engine's code: in a "
+                f"program that has registered it, engine_class({engine!r}).load_tree(path) reads "
+                "them."
+            )
     if (path / publication.MANIFEST).is_file():
         if which not in ("latest", path.name):
             raise ConfigError(f"{path} is one checkpoint; to choose {which!r}, name the run.")
@@ -179,7 +188,7 @@ def read_weights(
 
 def _intact(path: Path, folder: Path) -> Checkpoint:
     try:
-        return Checkpoint(path, publication.verify(path))
+        return publication.checkpoint_of(path, publication.verify(path))
     except CheckpointError as error:
         intact = [c.path.name for c in publication.scan(folder)[0] if _is_intact(c.path)]
         there = f"intact: {', '.join(intact)}" if intact else "no intact one is left"
@@ -340,5 +349,5 @@ def _told(found: Checkpoint) -> dict[str, str]:
         "checkpoint": found.path.name,
         "step": str(found.step),
         "metrics": json.dumps(found.info.get("metrics", {}), default=str),
-        "paceline": found.manifest.paceline,
+        "paceline": publication.read_manifest(found.path).paceline,
     }

@@ -1,4 +1,4 @@
-"""Checkpoints: the checkpoints of one run, saved, found, verified and pruned."""
+"""The native checkpoint engine: saves, finds, verifies and prunes the checkpoints of one run."""
 
 from __future__ import annotations
 
@@ -15,31 +15,17 @@ import torch
 
 from paceline.checkpoint import agreement, publication
 from paceline.checkpoint.codec import decode, encode, names_in
+from paceline.checkpoint.engine import Checkpoint, CheckpointEngine, Notice
 from paceline.checkpoint.files import Disk
+from paceline.checkpoint.json_file import read_json
 from paceline.checkpoint.policy import CheckpointPolicy, to_keep
-from paceline.checkpoint.publication import Checkpoint, Manifest
+from paceline.checkpoint.publication import Manifest
 from paceline.checkpoint.ranks import Ranks, describe
 from paceline.checkpoint.safetensors_file import FileRecord
 from paceline.checkpoint.staging import Staging
 from paceline.errors import CheckpointError, StateError
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to a checkpoint, to be shown to the user.
-
-    Attributes:
-        kind: `saved`, `failed`, `damaged` (set aside), `abandoned` (set aside), `recovered`, or
-            `warning`.
-        message: one line.
-        step: the checkpoint's step, if known.
-    """
-
-    kind: Literal["saved", "failed", "damaged", "abandoned", "recovered", "warning"]
-    message: str
-    step: int | None = None
 
 
 @dataclass
@@ -58,8 +44,8 @@ class _Job:
     error: CheckpointError | None = None
 
 
-class Checkpoints:
-    """The checkpoints in one folder. Every method is called on every rank, in the same order.
+class Checkpoints(CheckpointEngine):
+    """The checkpoints in one folder, each a folder of safetensors and JSON files.
 
     Args:
         folder: created at the first save.
@@ -68,8 +54,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | str, policy: CheckpointPolicy, world: World) -> None:
-        self.folder = Path(folder).absolute()
-        self.policy = policy
+        super().__init__(Path(folder).absolute(), policy, world)
         self._ranks = Ranks(world)
         self._in_stages = world.parallel.pipeline > 1  # then no rank holds all tensors
         self._disk = Disk()
@@ -78,7 +63,7 @@ class Checkpoints:
         self._planned_for: dict[str, str] | None = None
         self._thread: threading.Thread | None = None
         self._job: _Job | None = None
-        self._events: deque[Event] = deque()
+        self._notices: deque[Notice] = deque()
         self._last_id: int | None = None
         self._verified: set[tuple[Path, int]] = set()
 
@@ -94,21 +79,7 @@ class Checkpoints:
         info: dict[str, Any] | None = None,
         before: Callable[[], None] | None = None,
     ) -> None:
-        """Saves the state, after finishing the save in flight if there is one.
-
-        With an asynchronous policy this returns once the state is copied, otherwise once it is on
-        the disk. A failed write leaves the previous checkpoints alone, is reported by `poll`, and
-        makes `retry_due` true.
-
-        Args:
-            tree: the state, the same on every rank except `tree["rank"]`, where each rank gives
-                `{"<its rank>": {...}}` and the checkpoint gets all of them.
-            step: optimizer steps done; a checkpoint of the same step is replaced.
-            best: whether it has the best value of the monitored metric so far.
-            synchronous: return only when it is on the disk, or raise. For a run's last save.
-            info: stored in the manifest: why it was saved, metrics, best value.
-            before: called on rank 0 before anything is written, in the background if the save is;
-                if it raises, the save fails. For files that the checkpoint refers to.
+        """See `CheckpointEngine.save`. A write that fails makes `retry_due` true.
 
         Raises:
             StateError: something in the tree cannot be stored, or the ranks' trees differ.
@@ -130,18 +101,18 @@ class Checkpoints:
             ) from job.error
 
     def wait(self) -> CheckpointError | None:
-        """Finishes the save in flight; returns why the latest save failed, or None."""
+        """See `CheckpointEngine.wait`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         return None if self._job is None else self._job.error
 
-    def poll(self) -> builtins.list[Event]:
-        """The events since the last call. Never waits; complete on rank 0 only."""
-        events = []
-        while self._events:
-            events.append(self._events.popleft())
-        return events
+    def poll(self) -> builtins.list[Notice]:
+        """See `CheckpointEngine.poll`."""
+        notices = []
+        while self._notices:
+            notices.append(self._notices.popleft())
+        return notices
 
     @property
     def retry_due(self) -> bool:
@@ -164,7 +135,7 @@ class Checkpoints:
     # Finding and loading
 
     def recover(self) -> None:
-        """Finishes or removes what a killed process left. Called once, before anything else."""
+        """See `CheckpointEngine.recover`."""
         # Importing torch's own checkpointing takes a second, which belongs to a run's start, not
         # to its first save, nor to `import paceline`.
         from paceline.checkpoint import storage as _  # noqa: F401
@@ -229,7 +200,7 @@ class Checkpoints:
         return self._ranks.together(lambda: load_tree(path, into))
 
     def abandon_after(self, save_id: int) -> None:
-        """Moves checkpoints with a larger `save_id` to `.abandoned`: a run resumes from it."""
+        """See `CheckpointEngine.abandon_after`; they are moved to `.abandoned`."""
         self.wait()
 
         def work() -> list[str]:
@@ -245,6 +216,25 @@ class Checkpoints:
 
         self._tell("abandoned", self._ranks.main(work))
 
+    # Reading a folder
+
+    @staticmethod
+    def scan(
+        folder: Path,
+    ) -> tuple[builtins.list[Checkpoint], builtins.list[tuple[Path, CheckpointError]]]:
+        """See `CheckpointEngine.scan`."""
+        return publication.scan(folder)
+
+    @staticmethod
+    def verify(path: Path) -> Checkpoint:
+        """See `CheckpointEngine.verify`."""
+        return publication.checkpoint_of(path, publication.verify(path))
+
+    @staticmethod
+    def load_tree(path: Path, parts: Collection[str] | None = None) -> dict[str, Any]:
+        """See `CheckpointEngine.load_tree`."""
+        return load_tree(path, parts=parts)
+
     # Space
 
     def required_bytes(self, tree: dict[str, Any]) -> int:
@@ -254,7 +244,7 @@ class Checkpoints:
         return self._ranks.main(lambda: needed)
 
     def check_space(self, tree: dict[str, Any]) -> None:
-        """Checks, before the first step, that there is space for one checkpoint.
+        """See `CheckpointEngine.check_space`.
 
         With an asynchronous policy this also allocates the host buffers, so that the first save
         takes no longer than the next. Buffers of tensors that do not exist yet (most optimizers'
@@ -328,11 +318,13 @@ class Checkpoints:
         try:
             self._ranks.main(lambda: self._begin(hidden, job))
             records = write_planned(self._plan, job.tensors, hidden, self._ranks, self._disk)
-            self._ranks.main(lambda: self._publish(hidden, records, job))
+            best = self._ranks.main(lambda: self._publish(hidden, records, job))
         except Exception as error:  # noqa: BLE001 - a failed write must not end the training
             job.error = error if isinstance(error, CheckpointError) else _as_ours(error)
-            if self._ranks.is_main:
-                self._clean_up(hidden, job)
+            self._notices.append(Notice("failed", self._clean_up(hidden, job), job.step))
+        else:
+            path = self.folder / publication.folder_name(job.step)
+            self._notices.append(Notice("saved", f"{path.name}: saved", job.step, path, best))
         job.tensors = {}
 
     def _begin(self, hidden: Path, job: _Job) -> None:
@@ -343,8 +335,12 @@ class Checkpoints:
         self._check_free(job.needed)
         self._disk.mkdir(hidden)
 
-    def _publish(self, hidden: Path, records: builtins.list[FileRecord], job: _Job) -> None:
-        """Rank 0: completes a checkpoint once all tensors are written; the manifest comes last."""
+    def _publish(self, hidden: Path, records: builtins.list[FileRecord], job: _Job) -> bool:
+        """Rank 0: completes a checkpoint once all tensors are written; the manifest comes last.
+
+        Returns:
+            Whether the checkpoint is marked best.
+        """
         for record in records:
             path = hidden / record.name
             if not path.is_file() or path.stat().st_size != record.bytes:
@@ -370,8 +366,8 @@ class Checkpoints:
         self._disk.write_file(hidden / publication.MANIFEST, text.encode())
         self._disk.fsync_folder(hidden)
         publication.publish(self.folder, final.name, self._disk)
-        self._events.append(Event("saved", f"{final.name}: saved", job.step))
         self._after_publication(manifest.save_id)
+        return manifest.best
 
     def _after_publication(self, save_id: int) -> None:
         """Hints and pruning: the checkpoint is published, so a failure here is only a warning."""
@@ -385,17 +381,18 @@ class Checkpoints:
             publication.prune_set_aside(self.folder, self.policy.keep_last, self._disk)
         except OSError as error:
             message = f"old checkpoints could not be removed: {describe(error)}"
-            self._events.append(Event("warning", message))
+            self._notices.append(Notice("warning", message))
 
-    def _clean_up(self, hidden: Path, job: _Job) -> None:
-        """Rank 0: removes the partial checkpoint that a failed write left, and reports it."""
+    def _clean_up(self, hidden: Path, job: _Job) -> str:
+        """Removes, on rank 0, what a failed write left; returns a message that says what failed."""
         kept = "the previous checkpoints are untouched; the next boundary tries again"
         message = f"step {job.step}: the checkpoint could not be written: {job.error}; {kept}"
-        try:
-            self._disk.remove(hidden)
-        except OSError as error:
-            message += f"; its remains could not be removed: {describe(error)}"
-        self._events.append(Event("failed", message, job.step))
+        if self._ranks.is_main:
+            try:
+                self._disk.remove(hidden)
+            except OSError as error:
+                message += f"; its remains could not be removed: {describe(error)}"
+        return message
 
     def _next_id(self) -> int:
         if self._last_id is None:
@@ -451,7 +448,7 @@ class Checkpoints:
         messages: builtins.list[str],
     ) -> None:
         if self._ranks.is_main:
-            self._events.extend(Event(kind, message) for message in messages)
+            self._notices.extend(Notice(kind, message) for message in messages)
 
 
 def load_tree(
@@ -473,7 +470,7 @@ def load_tree(
     from paceline.checkpoint.storage import read_tensors
 
     path = Path(path)
-    state = publication.read_json(path / publication.STATE)
+    state = read_json(path / publication.STATE)
     if not isinstance(state, dict) or set(state) != {"tree", "rank"}:
         raise CheckpointError(f"{path / publication.STATE}: not the state of a run")
     targets = encode(into)[0] if into else {}

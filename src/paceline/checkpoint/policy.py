@@ -8,6 +8,9 @@ from typing import Protocol
 
 from paceline.errors import ConfigError
 
+NATIVE = "native"
+"""The name of the checkpoint engine that ships with Paceline."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy:
@@ -24,9 +27,11 @@ class CheckpointPolicy:
         save_best: save when the monitored metric improves, and keep the best checkpoint.
         asynchronous: write in the background while training continues. Takes host memory for one
             copy of the state.
+        engine: what stores the checkpoints: "native", or a `CheckpointEngine` of your own by the
+            name under which it is registered. `paceline export` reads native ones alone.
 
     Raises:
-        ConfigError: a number is not a whole number of at least 1.
+        ConfigError: a value has the wrong type, or a number is not at least 1.
     """
 
     every_epochs: int | None = 1
@@ -35,6 +40,7 @@ class CheckpointPolicy:
     keep_every_steps: int | None = None
     save_best: bool = True
     asynchronous: bool = True
+    engine: str = NATIVE
 
     def __post_init__(self) -> None:
         mistakes = []
@@ -47,6 +53,8 @@ class CheckpointPolicy:
         for name in ("save_best", "asynchronous"):
             if type(getattr(self, name)) is not bool:
                 mistakes.append(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if type(self.engine) is not str:
+            mistakes.append(f"engine must be the name of a checkpoint engine, not {self.engine!r}")
         if mistakes:
             raise ConfigError("checkpoint: " + "; ".join(mistakes))
 

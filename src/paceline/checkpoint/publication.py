@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from paceline.checkpoint.codec import decode, encode
+from paceline.checkpoint.engine import Checkpoint
 from paceline.checkpoint.files import Disk
+from paceline.checkpoint.json_file import read_json
 from paceline.checkpoint.ranks import describe
 from paceline.checkpoint.safetensors_file import CHECKSUM, FileRecord, checksum_of, read_header
 from paceline.errors import CheckpointError
@@ -37,7 +39,6 @@ ABANDONED = ".abandoned"
 _STEP = re.compile(r"step_(\d{8,18})")
 _SET_ASIDE = re.compile(r"step_\d{8,18}(\.\d+)?")
 _HIDDEN = re.compile(r"\.(step_\d{8,18})\.(new|old|gone)")
-_MAX_JSON = 1 << 30
 
 
 class UnknownFormatError(CheckpointError):
@@ -74,28 +75,9 @@ class Manifest:
         return sum(file.bytes for file in self.files)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder that holds a checkpoint, and its manifest."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def save_id(self) -> int:
-        return self.manifest.save_id
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def best(self) -> bool:
-        return self.manifest.best
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return self.manifest.info
+def checkpoint_of(path: Path, manifest: Manifest) -> Checkpoint:
+    """The checkpoint in a folder, as its manifest describes it."""
+    return Checkpoint(path, manifest.step, manifest.save_id, manifest.best, manifest.info)
 
 
 def folder_name(step: int) -> str:
@@ -201,24 +183,6 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     )
 
 
-def read_json(path: Path) -> Any:
-    """Parses a JSON file of bounded size.
-
-    Raises:
-        CheckpointError: it is not a regular file that holds JSON.
-    """
-    try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON:
-                raise CheckpointError(f"{path.name}: not a JSON file of a sensible size")
-            return json.loads(file.read())
-    except OSError as error:
-        raise CheckpointError(describe(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: broken JSON ({error})") from None
-
-
 def verify(path: Path) -> Manifest:
     """Reads all of a checkpoint and compares every size and checksum with its manifest.
 
@@ -260,7 +224,7 @@ def scan(folder: Path) -> tuple[list[Checkpoint], list[tuple[Path, CheckpointErr
         if not _STEP.fullmatch(path.name):
             continue
         try:
-            found.append(Checkpoint(path, read_manifest(path)))
+            found.append(checkpoint_of(path, read_manifest(path)))
         except CheckpointError as error:
             broken.append((path, error))
     return sorted(found, key=lambda checkpoint: checkpoint.save_id), broken

@@ -177,7 +177,8 @@ class _Preflight:
         seen.stage = "checkpoint"
         policy = self.recipe.settings.get("checkpoint") or type(trainer.checkpoint_policy)()
         monitored = trainer.metric_monitor is not None
-        size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+        files = [saved, *saved.rglob("*")]  # a folder, or a file of an engine that writes one
+        size = sum(file.stat().st_size for file in files if file.is_file())
         reload = Reload()
         trainer.callbacks[trainer.callbacks.index(self.rehearsal)] = reload
         trainer.resume = Resume("must")

@@ -10,16 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paceline.log.sinks import JsonlSink, Sink, read_rows
+    from paceline.log.sinks import JsonlSink, RunInfo, Sink, read_rows
     from paceline.log.tensorboard import TensorBoard
 
 _WHERE = {
     "JsonlSink": "paceline.log.sinks",
+    "RunInfo": "paceline.log.sinks",
     "Sink": "paceline.log.sinks",
     "TensorBoard": "paceline.log.tensorboard",
     "read_rows": "paceline.log.sinks",
 }
-__all__ = ["JsonlSink", "Sink", "TensorBoard", "read_rows"]
+__all__ = ["JsonlSink", "RunInfo", "Sink", "TensorBoard", "read_rows"]
 
 
 def __getattr__(name: str) -> Any:

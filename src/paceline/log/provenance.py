@@ -59,6 +59,7 @@ _SECRET_NAME = (
     r"[\w./@-]*(?:token|key|passwords?|passwd|passphrase|pwd|secrets?|credentials?|auth"
     r"|authorization|bearer)"
 )
+_SECRET_KEY = re.compile(_SECRET_NAME, re.IGNORECASE)
 _SECRET_FLAG = re.compile(rf"-+{_SECRET_NAME}", re.IGNORECASE)
 _SECRET_ASSIGNMENT = re.compile(rf"([-+~]*{_SECRET_NAME}\s*=).+", re.IGNORECASE | re.DOTALL)
 _VALUE = r"(?:\"[^\"]*\"|'[^']*'|[^\s,;&}\]\"']+)"
@@ -101,6 +102,24 @@ def mask_command(argv: Sequence[str]) -> list[str]:
             masked.append(mask_text(word))
         secret_follows = _SECRET_FLAG.fullmatch(word) is not None
     return masked
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """Plain data with what looks like a credential masked.
+
+    Args:
+        value: mappings and lists of any depth. Strings pass through `mask_text`.
+        name: the key at which `value` stands: a string at one that sounds secret is masked whole,
+            unless it is an interpolation (`${oc.env:TOKEN}`).
+    """
+    if isinstance(value, str):
+        secret = _SECRET_KEY.fullmatch(name) is not None and not value.startswith("${")
+        return MASK if secret else mask_text(value)
+    if isinstance(value, Mapping):
+        return {str(key): masked(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item, name) for item in value]
+    return value
 
 
 @contextlib.contextmanager
@@ -160,6 +179,7 @@ class RunRecord:
         world_size: int = 1,
         argv: Sequence[str] | None = None,
         fresh: bool = False,
+        **fields: Any,
     ) -> None:
         """Writes the record of a run that starts or resumes, with status "running".
 
@@ -169,6 +189,7 @@ class RunRecord:
             world_size: processes in the run.
             argv: the command; by default this process's own, interpreter and `-m` included.
             fresh: discard the starts of an earlier run in the same folder.
+            **fields: more top-level fields, as in `update`.
 
         Raises:
             OSError: the file cannot be written.
@@ -179,6 +200,7 @@ class RunRecord:
         command = list(sys.orig_argv if argv is None else argv)
         self.record = {
             "format": FORMAT,
+            **masked(fields),
             "status": "running",
             "stopped_by": None,
             "started": _now(),
@@ -193,7 +215,7 @@ class RunRecord:
             "git": git_state(),
             "hardware": hardware(),
             "environment": {k: os.environ[k] for k in RECORDED_ENVIRONMENT if k in os.environ},
-            "plan": _masked(list(plan)),
+            "plan": masked(list(plan)),
             "starts": starts,
         }
         self._write()
@@ -206,7 +228,7 @@ class RunRecord:
         """
         if self.path is None:
             return
-        self.record.update(_masked(fields))
+        self.record.update(masked(fields))
         self._write()
 
     def finish(self, status: str, stopped_by: str | None = None, **fields: Any) -> None:
@@ -398,17 +420,6 @@ def _memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _masked(value: Any) -> Any:
-    """`value` with every string in it passed through `mask_text`."""
-    if isinstance(value, str):
-        return mask_text(value)
-    if isinstance(value, Mapping):
-        return {str(key): _masked(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(item) for item in value]
-    return value
 
 
 def _now() -> str:

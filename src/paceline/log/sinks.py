@@ -14,7 +14,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,45 @@ CSV_FILE = "metrics.csv"
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """What a sink learns of the run whose rows it gets.
+
+    Attributes:
+        folder: the run folder, or None for a run that writes nothing.
+        id: made when the run starts and kept by every resume, so that a tracker continues the same
+            run; a run that starts anew gets another. It is `id` in run.json.
+        identity: the settings that a resumed run must find unchanged, as plain data by dotted key.
+        recipe: the content of recipe.yaml as plain data: interpolations and environment look-ups
+            as they are written, credentials masked. None for a run built in Python.
+        resumed: whether the run resumes from a checkpoint, whose state `load_state_dict` brings.
+            If not, discard rows that an earlier run left there.
+    """
+
+    folder: Path | None
+    id: str
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] | None = None
+    resumed: bool = False
+
+
 class Sink:
     """The base of every sink; its methods do nothing until they are overridden.
 
     A row is a flat dictionary of host values (numbers, strings); its key order is kept.
+
+    Attributes:
+        name: a checkpoint keeps the sink's state under it; the class's name unless set. A second
+            sink of a name gets `_2`.
     """
 
-    def open(self, run_dir: Path | None, config: Mapping[str, Any], *, fresh: bool = False) -> None:
+    name: str = ""
+
+    def open(self, run: RunInfo) -> None:
         """Called once before the first row, and before `load_state_dict`.
 
         Args:
-            run_dir: the run folder, or None for a run that writes nothing.
-            config: the run's settings as plain data, for sinks that show them.
-            fresh: discard rows that an earlier run left there.
+            run: whose rows will come.
         """
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -229,21 +256,20 @@ class JsonlSink(Sink):
 
     def __init__(self, *, accept_lost_rows: bool = False) -> None:
         self.accept_lost_rows = accept_lost_rows
-        self._run_dir: Path | None = None
+        self._folder: Path | None = None
         self._files: dict[str, RowFile] = {}
 
-    def open(self, run_dir: Path | None, config: Mapping[str, Any], *, fresh: bool = False) -> None:
-        """See `Sink.open`. Without `fresh`, existing rows stay and new ones follow them; a last row
-        torn by a crash is truncated."""
-        del config  # run.json and recipe.yaml hold it
+    def open(self, run: RunInfo) -> None:
+        """See `Sink.open`. In a resumed run, existing rows stay and new ones follow them; a last
+        row torn by a crash is truncated."""
         if self._files:
             raise RuntimeError("the sink is already open")
-        self._run_dir = None if run_dir is None else Path(run_dir)
-        if self._run_dir is None:
+        self._folder = run.folder
+        if self._folder is None:
             return
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, TIMING_FILE):
-            self._files[name] = RowFile(self._run_dir / name, fresh=fresh)
+            self._files[name] = RowFile(self._folder / name, fresh=not run.resumed)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """See `Sink.write`.
@@ -297,12 +323,27 @@ class JsonlSink(Sink):
         del status
         for file in self._files.values():
             file.close()
-        if self._files and self._run_dir is not None:
+        if self._files and self._folder is not None:
             try:
-                write_csv(self._run_dir)
+                write_csv(self._folder)
             except (OSError, MetricError) as error:  # it can be derived again
-                _log.warning("%s could not be written: %s", self._run_dir / CSV_FILE, error)
+                _log.warning("%s could not be written: %s", self._folder / CSV_FILE, error)
         self._files = {}
+
+
+def with_local_rows(loggers: Sequence[Sink] | None, run_dir: Path | None) -> list[Sink]:
+    """The sinks of a run: those given, and the run folder's own rows.
+
+    Args:
+        loggers: the Trainer's argument. An empty list turns all rows off; a `JsonlSink` in it takes
+            the place of the one that is added.
+        run_dir: the run folder; without one there are no local rows.
+    """
+    given = list(loggers or ())
+    no_rows = loggers is not None and not given
+    if run_dir is None or no_rows or any(isinstance(sink, JsonlSink) for sink in given):
+        return given
+    return [JsonlSink(), *given]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

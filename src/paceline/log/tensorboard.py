@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import MissingExtraError
-from paceline.log.sinks import Sink
+from paceline.log.sinks import RunInfo, Sink
 
 FOLDER = "tensorboard"
 _COUNTERS = ("step", "epoch", "samples", "items")  # a validation's row repeats them
@@ -31,8 +31,7 @@ class TensorBoard(Sink):
 
     Counters (epoch, samples, items) and timing rows are only in the run folder's own files. Those
     are the authoritative record and this is a copy: if it cannot be written, a warning is logged
-    and the run continues. Give both, `loggers=[JsonlSink(), TensorBoard()]`, or there is only the
-    copy.
+    and the run continues.
 
     Raises:
         MissingExtraError: the package `tensorboard` is not installed.
@@ -50,15 +49,14 @@ class TensorBoard(Sink):
         self._resumed_at: int | None = None
         self._warned = False
 
-    def open(self, run_dir: Path | None, config: Mapping[str, Any], *, fresh: bool = False) -> None:
+    def open(self, run: RunInfo) -> None:
         """See `Sink.open`."""
-        del config
-        self._folder = None if run_dir is None else Path(run_dir) / FOLDER
+        self._folder = None if run.folder is None else run.folder / FOLDER
         self._file, self._step, self._resumed_at, self._warned = None, -1, None, False
         if self._folder is None:
             return
         self._folder.mkdir(exist_ok=True)
-        if fresh:
+        if not run.resumed:
             for path in _event_files(self._folder):
                 path.unlink()
 

@@ -114,7 +114,10 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     for slot, components in recipe.lists.items():
         arguments[slot] = [builder.build(component) for component in components]
     arguments["callbacks"] = [*arguments.get("callbacks", []), *_records(recipe)]
-    return builder.build(recipe.trainer, **arguments, run_dir=str(recipe.run_dir), resume=resume)
+    run_dir = str(recipe.run_dir)
+    trainer = builder.build(recipe.trainer, **arguments, run_dir=run_dir, resume=resume)
+    trainer.resolved_recipe = recipe.tree
+    return trainer
 
 
 def _optimizers(builder: Builder, recipe: Recipe, model: Any) -> Any:

@@ -79,6 +79,11 @@ class Composed:
         """The recipe as YAML, with interpolations unresolved, so that no secret is written."""
         return OmegaConf.to_yaml(self.config, resolve=False)
 
+    def tree(self) -> dict[str, Any]:
+        """The recipe as plain data, interpolations unresolved, as in `text`."""
+        tree: Any = OmegaConf.to_container(self.config, resolve=False)
+        return tree
+
     def changed(self, changes: Mapping[str, Any], without: str = "") -> Composed:
         """The same recipe with some values changed and a key removed.
 
@@ -113,8 +118,7 @@ class Composed:
     def own_keys(self) -> set[str]:
         """Top-level keys that other keys refer to, by `${key}` or by a YAML anchor."""
         own = shared_keys(read_node(self.path))
-        raw: Any = OmegaConf.to_container(self.config, resolve=False)
-        for name, value in raw.items():
+        for name, value in self.tree().items():
             own |= set(_REFERENCE.findall(str(value))) - {name}
         return own
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from paceline.checkpoint.policy import CheckpointPolicy
+from paceline.checkpoint import CheckpointPolicy, engine_class
 from paceline.errors import ConfigError
 from paceline.recipe.components import HORIZON, Checker, Component, is_component
 from paceline.recipe.groups import Group, check_groups
@@ -169,6 +169,8 @@ def check_lists(schema: Schema, checker: Checker) -> dict[str, list[Component]]:
             continue
         if isinstance(node, Mapping) and not is_component(node):
             items = [(name, item) for name, item in node.items() if item is not None]
+            if not items:
+                continue  # only an empty list turns rows off
         elif isinstance(node, list):
             items = [(str(i), item) for i, item in enumerate(node)]
         else:
@@ -198,9 +200,13 @@ def check_settings(schema: Schema, checker: Checker) -> dict[str, Any]:
         text = f"expected a mapping, or null for no checkpoints, got {schema.checkpoint!r}"
         checker.mistakes.add(("checkpoint",), text)
     elif schema.checkpoint:
-        found["checkpoint"] = settings(
-            CheckpointPolicy, schema.checkpoint, ("checkpoint",), checker
-        )
+        policy = settings(CheckpointPolicy, schema.checkpoint, ("checkpoint",), checker)
+        found["checkpoint"] = policy
+        if policy is not None:
+            try:
+                engine_class(policy.engine)
+            except ConfigError as error:
+                checker.mistakes.add(("checkpoint", "engine"), str(error))
     return found
 
 

@@ -62,10 +62,19 @@ class Recipe:
     @property
     def text(self) -> str:
         """The recipe as it is stored in the run folder, from which it can be run again."""
+        return self._kept.text()
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return self._kept.tree()
+
+    @property
+    def _kept(self) -> Composed:
         changes: dict[str, Any] = {"run.project": self.project, "run.name": self.name}
         if self.code is not None:
             changes["code"] = f"{CODE_FOLDER}/{self.code.name}"
-        return self.composed.changed(changes).text()
+        return self.composed.changed(changes)
 
     def of_seed(self, seed: int) -> Recipe:
         """The recipe of one of several runs: `seed` instead of `seeds`, and its own folder.

@@ -48,6 +48,8 @@ class StopAt(Callback):
 class Trace(Callback):
     """Writes down what a run does on this rank; it comes after every other callback.
 
+    All but `on_checkpoint`: when a save in the background ends is not for the run to decide.
+
     Attributes:
         events: each event with the optimizer steps done when it came.
         samples: by step, the indices of the samples it was computed from, in order. Empty lists
@@ -79,7 +81,7 @@ def _writing(event: str) -> Callable[..., None]:
 
 
 for _event in EVENTS:
-    if _event not in vars(Trace):
+    if _event not in vars(Trace) and _event != "on_checkpoint":
         setattr(Trace, _event, _writing(_event))
 
 

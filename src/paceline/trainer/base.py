@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from paceline.checkpoint import Checkpoints
+from paceline.checkpoint import CheckpointEngine
 from paceline.data.batches import count_first_dimension
 from paceline.data.source import Source, Validation
 from paceline.errors import ConfigError
@@ -22,6 +22,7 @@ from paceline.parallel.placement import Placement
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.names import class_name, unique_names
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.progress import Progress
 from paceline.trainer.recorder import Recorder
@@ -77,11 +78,13 @@ class TrainerBase(Hooks, AbstractTrainer):
         window: the window at hand.
         replica_groups: the replica groups of torchft, one of which this process is.
         result: what the last run came to.
+        resolved_recipe: what recipe.yaml holds, as plain data; None for a trainer built in Python.
     """
 
     train_dataloader: Any = None
     val_dataloader: Any = None
     check_gradients: bool = False  # take each step's gradient norm, to refuse one not finite
+    resolved_recipe: Mapping[str, Any] | None = None
 
     model: Any
     optimizer: Any
@@ -316,15 +319,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         objects = self.checkpoint_objects
         if isinstance(objects, Mapping):
             return dict(objects)
-        named: dict[str, Any] = {}
-        for thing in objects:
-            base = name = type(thing).__name__
-            count = 1
-            while name in named:
-                count += 1
-                name = f"{base}_{count}"
-            named[name] = thing
-        return named
+        return unique_names(objects, class_name)
 
     def get_module(self, fqn: str) -> torch.nn.Module:
         """The module at a dotted path that begins with a model's name.
@@ -394,7 +389,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         return self._at_hand.stop
 
     @property
-    def saver(self) -> Checkpoints | None:
+    def saver(self) -> CheckpointEngine | None:
         """What writes the open run's checkpoints; None if nothing is written."""
         return None if self._run is None else self._run.saver
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ class Callback:
 
     Attributes:
         priority: lower runs earlier.
-        name: unique among a trainer's callbacks; the class's name unless set.
+        name: the class's name unless set; a second callback of a name gets `_2`.
         out_of_patience: while true, training is over at the next boundary with a validation, an
             epoch's end or a checkpoint. It has to follow from values that are equal on every rank,
             and from the callback's state alone: a run that is started again asks it once more.
@@ -69,19 +69,7 @@ class Callback:
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None: ...
     def on_train_epoch_end(self, trainer: Trainer) -> None: ...
     def on_save_checkpoint(self, trainer: Trainer, state: dict[str, Any]) -> None: ...
+    def on_checkpoint(self, trainer: Trainer, path: Path, step: int, best: bool) -> None: ...
     def on_train_end(self, trainer: Trainer) -> None: ...
     def on_exception(self, trainer: Trainer, error: BaseException) -> None: ...
     def on_teardown(self, trainer: Trainer) -> None: ...
-
-
-def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
-    """Callbacks by the name under which their state is stored; a second of a class gets `_2`."""
-    named: dict[str, Callback] = {}
-    for callback in callbacks:
-        base = name = callback.name or type(callback).__name__
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{base}_{count}"
-        named[name] = callback
-    return named

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from paceline import registry
-from paceline.checkpoint import CheckpointPolicy
+from paceline.checkpoint import CheckpointPolicy, engine_class
+from paceline.checkpoint.engine import engine_of, recorded_engine
+from paceline.checkpoint.policy import NATIVE
 from paceline.data.custom import is_custom, makes_sources, why_no_source
 from paceline.errors import ConfigError, MissingExtraError, nearest
 from paceline.parallel import context_parallel
@@ -56,6 +58,7 @@ def check_settings(trainer: TrainerBase) -> None:
     """
     wrong = wrong_settings(trainer)
     wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer) + _wrong_with_groups(trainer)
+    wrong += _wrong_engine(trainer)
     if not trainer.is_overridden("configure"):
         wrong += _wrong_components(trainer)
     _refuse(wrong)
@@ -217,6 +220,27 @@ def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
     return wrong
 
 
+def _wrong_engine(trainer: TrainerBase) -> list[str]:
+    """A checkpoint engine that there is not, or that did not write what the run resumes from."""
+    policy = trainer.checkpoint_policy
+    run_dir = None if trainer.resume.mode == "fresh" else trainer.run_dir
+    try:
+        if isinstance(policy, CheckpointPolicy):
+            engine_class(policy.engine)
+        elif run_dir is not None:
+            engine_of(run_dir)
+    except ConfigError as error:
+        return [f"checkpoint: {error}"]
+    written_by = None if run_dir is None else recorded_engine(run_dir)
+    if written_by is None or getattr(policy, "engine", written_by) == written_by:
+        return []
+    return [
+        f"checkpoint.engine={policy.engine!r}: the checkpoints in {run_dir} were written by the "
+        f"engine {written_by!r}. Resume with that one, start beside the old run (another run_dir), "
+        "or move it aside (resume='fresh', --fresh)."
+    ]
+
+
 def _say(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
 
@@ -258,6 +282,8 @@ def _wrong_with_groups(trainer: TrainerBase) -> list[str]:
         "a step() of your own": trainer.is_overridden("step"),
         "run_dir=None, through which the groups hand over their state,": trainer.run_dir is None,
         f"resume={trainer.resume.mode!r}": trainer.resume.mode != "auto",
+        "a checkpoint engine of your own": getattr(trainer.checkpoint_policy, "engine", NATIVE)
+        != NATIVE,
     }
     return [
         f"TORCHFT_LIGHTHOUSE is set: {what} does not exist yet with replica groups."

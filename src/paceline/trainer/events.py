@@ -19,8 +19,13 @@ trainer first). In the order of a run:
                             on_validation_end, on_metrics(metrics)
         at an epoch's end:  on_train_epoch_end; current_epoch += 1
         one checkpoint, if due: on_save_checkpoint
+    on_checkpoint(path, step, best)                     between two windows, once it is published
     on_train_end                                        when training is over, not at a signal
     on_exception(error), if any; on_teardown, always
+
+A resumed run has the events of one that never stopped, except those of saving, which are
+`on_save_checkpoint` and `on_checkpoint`: stopping saves once more, and how long a save in the
+background takes differs from run to run.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +96,14 @@ class Hooks:
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         """The state tree about to be saved; what you add under your own name is stored too."""
+
+    def on_checkpoint(self, path: Path, step: int, best: bool) -> None:
+        """The checkpoint of `step` is published at `path`; `best` says if it is marked best.
+
+        It comes between two windows, on each rank once this rank knows: after a save in the
+        background that may be another step on each of them, so it is no place for collectives.
+        The next save may prune the checkpoint.
+        """
 
     def on_train_end(self) -> None:
         """Training is over (not at a signal or an error)."""

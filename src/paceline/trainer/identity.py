@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, Subset
 from paceline.errors import ConfigError
 from paceline.parallel.ddp import unwrap
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.callback import named_callbacks
+from paceline.trainer.names import unique_names
 from paceline.trainer.run import Run
 from paceline.world.world import World
 
@@ -154,7 +154,7 @@ def _speakers(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
             yield f"models.{name}", model
     yield from trainer.named_optimizers().items()
     yield from (trainer.named_schedulers() or {}).items()
-    for name, callback in named_callbacks(trainer.callbacks).items():
+    for name, callback in unique_names(trainer.callbacks).items():
         yield f"callbacks.{name}", callback
     for name, thing in trainer.named_objects().items():
         yield f"objects.{name}", thing

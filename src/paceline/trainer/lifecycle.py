@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 
 from paceline import registry
-from paceline.checkpoint import CheckpointPolicy, Checkpoints
+from paceline.checkpoint import CheckpointPolicy, engine_class
+from paceline.checkpoint.engine import recorded_engine
+from paceline.checkpoint.policy import NATIVE
 from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize
 from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.provenance import RunRecord
+from paceline.log.sinks import with_local_rows
 from paceline.trainer import blame, decisions, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data
@@ -105,7 +109,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     _load(trainer, run)
     if trainer.replica_groups is not None:
         trainer.replica_groups.settle()
-    _on_disk(trainer, partial(_open_sinks, trainer, run))
+    _on_disk(trainer, partial(trainer.recorder.open, run.sinks_state))
     _describe(trainer, run)
     run.stop.open(first_point(run))
     run.trained = not run.is_over
@@ -216,10 +220,7 @@ def _default_callbacks(trainer: TrainerBase) -> list[Any]:
 
 
 def _open_records(trainer: TrainerBase, run: Run) -> None:
-    sinks = trainer.loggers
-    if sinks is None:
-        sinks = [registry.lookup("logger", "jsonl")()] if trainer.run_dir is not None else []
-    trainer.recorder = Recorder(run, list(sinks))
+    trainer.recorder = Recorder(run, with_local_rows(trainer.loggers, trainer.run_dir))
     # A row takes every rank, though only one may have a callback that looks at it.
     wanted = run.world.all_gather_object(trainer.recorder.wanted)
     trainer.recorder.wanted = any(wanted)
@@ -227,9 +228,12 @@ def _open_records(trainer: TrainerBase, run: Run) -> None:
         run.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
         return
     _on_disk(trainer, partial(_make_folder, trainer, run, trainer.run_dir))
-    # A run that saves nothing may still go on from a checkpoint that is there.
-    policy = trainer.checkpoint_policy or CheckpointPolicy(keep_last=None)
-    run.saver = Checkpoints(trainer.run_dir / "checkpoints", policy, run.world)
+    policy = trainer.checkpoint_policy
+    if policy is None:  # a run that saves nothing may still resume from a checkpoint that is there
+        written_by = recorded_engine(trainer.run_dir)
+        policy = CheckpointPolicy(keep_last=None, engine=written_by or NATIVE)
+    folder = trainer.run_dir / "checkpoints"
+    run.saver = engine_class(policy.engine)(folder, policy, run.world)
 
 
 def _on_disk(trainer: TrainerBase, work: Callable[[], None]) -> None:
@@ -279,6 +283,8 @@ def _load(trainer: TrainerBase, run: Run) -> None:
     else:
         found = resume.find(run.saver, trainer.resume, trainer.run_dir)
     saving.report(run)
+    kept = None if found is None else found.info.get("run_id")
+    run.id = run.world.broadcast_object(kept or secrets.token_hex(8))
     if found is None:
         if trainer.resume.init_from is not None:
             path = Path(trainer.resume.init_from)
@@ -310,13 +316,6 @@ def _extend(trainer: TrainerBase, run: Run) -> None:
         progress.ended_by = reached
 
 
-def _open_sinks(trainer: TrainerBase, run: Run) -> None:
-    for sink in trainer.recorder.sinks:
-        sink.open(trainer.run_dir, run.identity, fresh=run.sinks_state is None)
-    if run.sinks_state is not None:
-        trainer.recorder.load_sinks(run.sinks_state)
-
-
 def _describe(trainer: TrainerBase, run: Run) -> None:
     """The plan: what was decided, printed and kept in run.json."""
     plan = run.plan
@@ -328,7 +327,7 @@ def _describe(trainer: TrainerBase, run: Run) -> None:
         plan.add(decision, setting)
     if run.saver is not None and trainer.checkpoint_policy is not None and not run.is_over:
         run.saver.check_space(trainer.state_dict())
-    _on_disk(trainer, partial(_start_record, run))
+    _on_disk(trainer, run.start_record)
     if run.is_over:
         trainer.say(f"the run in {trainer.run_dir} is complete ({run.progress.ended_by}).")
     elif trainer.show_progress and run.world.is_main:
@@ -353,10 +352,6 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
         yield "an unfused optimizer waits for the device each step", "optimizer(fused=True)"
 
 
-def _start_record(run: Run) -> None:
-    run.record.start(seed=run.seed, plan=run.plan.as_list(), world_size=run.world.size)
-
-
 def write_open_row(trainer: TrainerBase, run: Run) -> None:
     """Writes the row of the steps since the last one, when training is over.
 
@@ -378,14 +373,11 @@ def finish(trainer: TrainerBase, run: Run) -> None:
         run: at its end.
     """
     trainer.source.close()
+    if (failed := saving.settle(run)) is not None:
+        raise failed
     if run.progress.ended_by is not None and not run.stopped and run.trained:
         for hook in run.events.on_train_end:
             hook()
-    if run.saver is not None:
-        failed = run.saver.wait()
-        saving.report(run)
-        if failed is not None:
-            raise failed
     trainer.result = _result(trainer, run)
     run.record.finish(
         _status(trainer.result),
@@ -466,7 +458,8 @@ def teardown(trainer: TrainerBase, run: Run, failure: BaseException | None) -> N
         run: that is over.
         failure: the error that ended it, if one did.
     """
-    steps: list[Callable[[], Any]] = [*run.events.on_teardown]
+    settle = partial(saving.settle, run)  # what was being saved as the run failed
+    steps: list[Callable[[], Any]] = [settle, *run.events.on_teardown]
     if run.saver is not None:
         steps.append(run.saver.close)
     status = "failed" if failure is not None else _status(trainer.result)

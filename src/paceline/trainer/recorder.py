@@ -9,6 +9,9 @@ import torch
 
 from paceline.errors import MetricError
 from paceline.log.accumulator import Accumulator, merge
+from paceline.log.provenance import masked
+from paceline.log.sinks import RunInfo
+from paceline.trainer.names import load_by_name, unique_names
 from paceline.trainer.progress import as_number
 from paceline.trainer.run import Run
 
@@ -125,7 +128,9 @@ class Recorder:
             state["sums"] = self.train.state_dict()
         if self._main:
             state["sinks"] = {
-                f"{type(sink).__name__}_{i}": sink.state_dict() for i, sink in enumerate(self.sinks)
+                name: kept
+                for name, sink in unique_names(self.sinks).items()
+                if (kept := sink.state_dict())
             }
         return state
 
@@ -143,13 +148,33 @@ class Recorder:
                     pair[0], pair[1] = pair[0] + total, pair[1] + weight
             self.train.load_state_dict(totals)
 
+    def open(self, ranks: dict[str, dict[str, Any]] | None) -> None:
+        """Opens the sinks, and sends them back to where they stood.
+
+        Args:
+            ranks: the part `rank` of the state that the run resumes from; None if it starts.
+        """
+        if not self._main:
+            return
+        run, settings = self._run, self._run.settings
+        recipe = settings.resolved_recipe
+        info = RunInfo(
+            folder=settings.run_dir,
+            id=run.id,
+            identity=run.identity,
+            recipe=None if recipe is None else masked(recipe),
+            resumed=ranks is not None,
+        )
+        for sink in self.sinks:
+            sink.open(info)
+        if ranks is not None:
+            self.load_sinks(ranks)
+
     def load_sinks(self, ranks: dict[str, dict[str, Any]]) -> None:
         """Sends the sinks back to where they stood; to be called when they are open."""
         if self._main:
-            for i, sink in enumerate(self.sinks):
-                state = ranks["0"]["sinks"].get(f"{type(sink).__name__}_{i}")
-                if state is not None:
-                    sink.load_state_dict(state)
+            sinks = unique_names(self.sinks)
+            load_by_name("logger", sinks, ranks["0"]["sinks"], self._world.say)
 
     def close(self, status: str) -> None:
         """Ends the sinks."""

@@ -29,7 +29,7 @@ from paceline.data.loader import is_indexed, open_training
 from paceline.data.source import Draw, WindowSize
 from paceline.errors import CheckpointError, ConfigError
 from paceline.log.lock import FolderLock
-from paceline.log.provenance import RunRecord
+from paceline.log.provenance import RunRecord, read_run
 from paceline.log.sinks import Sink
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.recorder import Recorder
@@ -376,7 +376,8 @@ class ReplicaGroups:
     def _state(self) -> dict[str, Any]:
         """This group's state, for one that is behind."""
         tree = self._host.state_dict()
-        return tree | {"replica_groups": self._rows.state_dict() | {"kept": self._rows.kept}}
+        rows = {"rows": self._rows.count, "kept": self._rows.kept}
+        return tree | {"replica_groups": rows}
 
     def _load(self, tree: dict[str, Any]) -> None:
         """Takes another group's state."""
@@ -395,7 +396,7 @@ class ReplicaGroups:
 
     def state_dict(self) -> dict[str, Any]:
         """How many rows the run has."""
-        return {"rows": self._rows.state_dict()["rows"]}
+        return {"rows": self._rows.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave, and rows behind the newest checkpoint if any came."""
@@ -418,8 +419,7 @@ class ReplicaGroups:
             goes_on = True
         self._of_run.sinks = [*self._sinks, self._rows]
         self._write_on(found)
-        plan = run.plan.as_list()
-        run.record.start(seed=run.seed, plan=plan, world_size=run.world.size)
+        run.start_record()
         run.world.say(f"writes from step {run.global_step} on, in place of another group.")
         if goes_on and run.progress.pending:
             self._boundary()
@@ -438,10 +438,9 @@ class ReplicaGroups:
         tree = None
         if found is not None:
             tree = load_tree(found.path, parts=("rank", "replica_groups"))
-        for sink in self._sinks:
-            sink.open(self._folder, self._run.identity, fresh=tree is None)
-        if tree is not None:
-            self._of_run.load_sinks(tree["rank"])
+        with contextlib.suppress(OSError, ValueError):  # another group has begun the run
+            self._run.id = read_run(self._folder).get("id") or self._run.id
+        self._of_run.open(None if tree is None else tree["rank"])
         for row, timing in self._rows.behind(_rows_of(tree)):
             for sink in self._sinks:
                 sink.write(row)
@@ -472,9 +471,10 @@ class KeptRows(Sink):
         """See `Sink.write_timing`."""
         self.kept[-1][1] = dict(row)
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def count(self) -> int:
         """How many rows there have been."""
-        return {"rows": self._dropped + len(self.kept)}
+        return self._dropped + len(self.kept)
 
     def restore(self, rows: int, kept: list[list[Any]]) -> None:
         """Restores the rows of another group.

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from paceline.checkpoint import Checkpoint, Checkpoints, scan
+from paceline.checkpoint import Checkpoint, CheckpointEngine
+from paceline.checkpoint.engine import engine_of
 from paceline.data.source import Source
 from paceline.errors import ConfigError, ResumeError
 from paceline.log.provenance import read_run
@@ -54,10 +55,14 @@ def kept_global_batch_size(
 
     Returns:
         What the run's newest checkpoint says; None if the settings are to decide.
+
+    Raises:
+        ConfigError: nothing here has registered the engine that wrote the run's checkpoints.
     """
     if run_dir is None or resume.mode == "fresh" or _accepted(_GLOBAL_BATCH, resume.accept):
         return None
-    found, _ = scan(run_dir / "checkpoints")
+    engine = engine_of(run_dir)
+    found = engine.scan(run_dir / "checkpoints")[0] if engine is not None else []
     window = found[-1].info.get("window") if found else None
     if not isinstance(window, dict) or window.get("as set") != _as_set(loader, accumulation):
         return None
@@ -135,7 +140,7 @@ def _accepted(key: str, accept: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in accept)
 
 
-def find(saver: Checkpoints | None, resume: Resume, run_dir: Path | None) -> Checkpoint | None:
+def find(saver: CheckpointEngine | None, resume: Resume, run_dir: Path | None) -> Checkpoint | None:
     """The checkpoint to resume from, or None to start.
 
     Args:

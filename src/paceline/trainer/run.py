@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from paceline.checkpoint import Checkpoints
+from paceline.checkpoint import CheckpointEngine
 from paceline.log.lock import FolderLock
 from paceline.log.plan import Plan
 from paceline.log.provenance import RunRecord
@@ -35,6 +35,7 @@ class Settings(Protocol):
     lr_scheduler_interval: str
     on_nonfinite: str
     run_dir: Path | None
+    resolved_recipe: Mapping[str, Any] | None
 
 
 class Components(Protocol):
@@ -84,10 +85,11 @@ class Run:
         stop: the ranks' agreement on where to stop.
 
     Attributes:
+        id: the same over all resumes of the run.
         device: where this rank computes.
         on_cpu: whether that is a CPU.
         events: which methods listen to which event.
-        saver: writes checkpoints and finds them; None if nothing is written.
+        saver: the engine that writes checkpoints and finds them; None if nothing is written.
         record: run.json.
         folder_lock: keeps other processes from the run's folder.
         identity: what a resumed run must find unchanged, by dotted key.
@@ -108,6 +110,7 @@ class Run:
         rewinding: whether to go back to a checkpoint behind this window, to skip `rewind_step`.
         asked_saves: reasons of checkpoints that were asked for within a window.
         saved_at: step and pending parts of the last checkpoint.
+        saves_in_flight: how many saves have not been reported as saved or failed.
         sinks_state: where the sinks stood in the checkpoint that the run resumed from, by rank.
         cleanup: what is undone at the end.
     """
@@ -121,8 +124,9 @@ class Run:
     placement: Placement
     stop: StopAgreement
 
+    id: str = ""
     events: Events = field(default_factory=lambda: Events(Hooks(), ()))
-    saver: Checkpoints | None = None
+    saver: CheckpointEngine | None = None
     record: RunRecord = field(default_factory=lambda: RunRecord(None))
     folder_lock: FolderLock = field(default_factory=lambda: FolderLock())
     identity: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +147,7 @@ class Run:
     rewind_step: int = -1
     asked_saves: list[str] = field(default_factory=list)
     saved_at: tuple[int, list[str]] | None = None
+    saves_in_flight: int = 0
     sinks_state: dict[str, dict[str, Any]] | None = None
     cleanup: ExitStack = field(default_factory=ExitStack)
 
@@ -167,6 +172,16 @@ class Run:
     def buffers(self) -> list[torch.Tensor]:
         """Every buffer of the models."""
         return [b for model in self.components.named_models().values() for b in model.buffers()]
+
+    def start_record(self) -> None:
+        """Writes run.json for this start of the run."""
+        self.record.start(
+            seed=self.seed,
+            plan=self.plan.as_list(),
+            world_size=self.world.size,
+            id=self.id,
+            checkpoint_engine=None if self.saver is None else self.saver.policy.engine,
+        )
 
 
 class StopBeforeWindow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from paceline.errors import ConfigError
+from paceline.errors import CheckpointError, ConfigError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.resume import window_info
 from paceline.trainer.run import Run
@@ -25,10 +25,9 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     if run.rewinding:
         return  # a bad step has come to light: back to a checkpoint from before it
     last = bool({"stop", "end"} & set(reasons))
-    if reasons == ["stop"] and run.saved_at == (progress.global_step, progress.pending):
-        failed = saver.wait()
-        if failed is None:
-            return
+    here = (progress.global_step, progress.pending)
+    if reasons == ["stop"] and run.saved_at == here and settle(run) is None:
+        return
     run.placement.share_buffers(trainer.named_models())
     tree = trainer.state_dict()
     for hook in run.events.on_save_checkpoint:
@@ -36,20 +35,37 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     window = window_info(
         trainer.source, trainer.train_dataloader, trainer.gradient_accumulation_steps
     )
-    info = {"reasons": reasons, "metrics": dict(progress.metrics), "window": window}
+    metrics = dict(progress.metrics)
+    info = {"reasons": reasons, "metrics": metrics, "window": window, "run_id": run.id}
     # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
     rows, step = trainer.recorder.sync, progress.global_step
+    settle(run)  # while the checkpoint before is still there
+    run.saves_in_flight += 1
     saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)
     run.saved_at = (step, list(progress.pending))
     report(run)
 
 
 def report(run: Run) -> None:
-    """Prints what the saver has to report, except that all is well."""
-    if run.saver is not None:
-        for event in run.saver.poll():
-            if event.kind != "saved":
-                run.world.say(event.message)
+    """Fires `on_checkpoint` for what is published, and prints what else the saver reports."""
+    if run.saver is None:
+        return
+    for notice in run.saver.poll():
+        run.saves_in_flight -= notice.kind in ("saved", "failed")
+        if notice.kind != "saved":
+            run.world.say(notice.message)
+            continue
+        for hook in run.events.on_checkpoint:
+            hook(notice.path, notice.step, notice.best)
+
+
+def settle(run: Run) -> CheckpointError | None:
+    """Finishes the save in flight and reports it; returns why the latest failed, or None."""
+    if run.saver is None:
+        return None
+    failed = run.saver.wait()
+    report(run)
+    return failed
 
 
 def rewind(trainer: TrainerBase, run: Run, boundary: Callable[[], None]) -> None:
@@ -67,7 +83,7 @@ def rewind(trainer: TrainerBase, run: Run, boundary: Callable[[], None]) -> None
         raise ConfigError("going back to a checkpoint does not exist yet with replica groups.")
     saver, step = run.saver, run.rewind_step
     assert saver is not None
-    saver.wait()
+    settle(run)
     found = saver.newest()
     if found is None:
         raise ConfigError(

@@ -22,7 +22,7 @@ from paceline.checkpoint.state import (
 )
 from paceline.errors import ResumeError
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.callback import named_callbacks
+from paceline.trainer.names import load_by_name, unique_names
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.resume import check_identity, horizon
 from paceline.trainer.run import Run
@@ -75,7 +75,7 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "monitor": None if monitor is None else monitor.state_dict(),
         "callbacks": {
             name: state
-            for name, callback in named_callbacks(trainer.callbacks).items()
+            for name, callback in unique_names(trainer.callbacks).items()
             if (state := callback.state_dict())
         },
         "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
@@ -114,8 +114,9 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     _load_data(trainer, run, tree)
     if trainer.metric_monitor is not None and tree["monitor"] is not None:
         trainer.metric_monitor.load_state_dict(tree["monitor"])
-    _load_named(trainer, "callback", named_callbacks(trainer.callbacks), tree["callbacks"])
-    _load_named(trainer, "checkpoint object", trainer.named_objects(), tree["objects"])
+    callbacks, objects = unique_names(trainer.callbacks), trainer.named_objects()
+    load_by_name("callback", callbacks, tree["callbacks"], trainer.say)
+    load_by_name("checkpoint object", objects, tree["objects"], trainer.say)
     trainer.recorder.load_state_dict(tree["rank"])
     if trainer.replica_groups is not None:
         trainer.replica_groups.load_state_dict(tree.get("replica_groups", {}))
@@ -181,19 +182,6 @@ def _load_data(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
             f"ranks cannot go on with {world.size}. A map-style dataset can."
         )
     source.load_state_dict(tree["rank"][str(world.rank)]["data"])
-
-
-def _load_named(
-    trainer: TrainerBase, kind: str, here: dict[str, Any], stored: dict[str, Any]
-) -> None:
-    for name, thing in here.items():
-        if name in stored:
-            thing.load_state_dict(stored[name])
-        elif thing.state_dict():
-            trainer.say(f"the {kind} {name!r} is new in this run: it starts fresh.")
-    for name in stored:
-        if name not in here:
-            trainer.say(f"the {kind} {name!r} of the checkpoint is no longer there.")
 
 
 def _check_names(kind: str, here: Any, stored: Any) -> None:

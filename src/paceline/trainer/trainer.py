@@ -71,7 +71,7 @@ class Trainer(TrainerBase):
         checkpoint: when to save and what to keep; None for no checkpoints.
         parallel: the layout over processes.
         callbacks: behaviour to plug in.
-        loggers: sinks for rows; None for metrics.jsonl and timing.jsonl in the run folder.
+        loggers: sinks for rows beside metrics.jsonl and timing.jsonl; only [] turns all rows off.
         progress: print the plan and show progress.
         log_every: optimizer steps between two rows.
         run_dir: the run's folder; None to write nothing.
@@ -337,6 +337,7 @@ class Trainer(TrainerBase):
             hook(row)
         if row:
             self.recorder.write(row)
+        if run.saves_in_flight:
             saving.report(run)
         if run.rewinding:
             return

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from paceline.checkpoint import load_tree, scan, verify
+from paceline.checkpoint import CheckpointEngine, engine_class
+from paceline.checkpoint.engine import engine_of
+from paceline.checkpoint.policy import NATIVE
 from paceline.checkpoint.safetensors_file import read_metadata
 from paceline.checkpoint.state import load_tensors
 from paceline.errors import CheckpointError
@@ -22,11 +24,12 @@ def load_weights(
 
     Args:
         models: by name, which get them.
-        path: a checkpoint, a run's folder, or an exported safetensors file.
+        path: a native checkpoint, a run's folder, or an exported safetensors file.
         say: prints a line.
 
     Raises:
         CheckpointError: nothing there, damaged, or no name fits.
+        ConfigError: nothing here has registered the engine that wrote the run's checkpoints.
     """
     source, stored = _weights_at(models, path, say)
     loaded, missing, unexpected = 0, [], []
@@ -54,21 +57,22 @@ def _weights_at(
         named = read_metadata(path).get("model")
         name = named if named is not None and named in models else next(iter(models))
         return path, {name: load_file(path)}
-    folder = _checkpoint_in(path, say)
-    return folder, load_tree(folder, parts=("models",))["models"]
+    engine = engine_of(path) or engine_class(NATIVE)
+    checkpoint = _checkpoint_in(path, engine, say)
+    return checkpoint, engine.load_tree(checkpoint, ("models",))["models"]
 
 
-def _checkpoint_in(path: Path, say: Callable[[str], None]) -> Path:
-    """A checkpoint's folder, or the newest intact one of a run's folder; nothing is moved there."""
+def _checkpoint_in(path: Path, engine: type[CheckpointEngine], say: Callable[[str], None]) -> Path:
+    """A native checkpoint, or the newest intact one of a run's folder; nothing is moved there."""
     if (path / "manifest.json").exists():
-        verify(path)
+        engine.verify(path)
         return path
-    found, broken = scan(path / "checkpoints")
+    found, broken = engine.scan(path / "checkpoints")
     for _, error in broken:
         say(f"init_from: {error}; another checkpoint is looked for.")
     for checkpoint in reversed(found):
         try:
-            verify(checkpoint.path)
+            engine.verify(checkpoint.path)
         except CheckpointError as error:
             say(f"init_from: {error}; an older checkpoint is looked for.")
         else:

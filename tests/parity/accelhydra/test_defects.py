@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from paceline import CheckpointPolicy, MetricMonitor, Trainer
 from paceline.errors import ConfigError, MismatchError, NonFiniteError
-from paceline.log.sinks import Sink
+from paceline.log.sinks import RunInfo, Sink
 from paceline.recipe.schedules import WarmupCosine
 from paceline.testing import StopAt, Trace, rows
 from small import batches, checkpoints, fitted, line, points, same, settings, weights
@@ -49,10 +49,10 @@ def test_AH_28_a_tracker_gets_the_settings_and_goes_on_where_it_stood(tmp_path: 
         def __init__(self) -> None:
             self.steps: list[int] = []
             self.config: dict[str, Any] = {}
-            self.fresh: bool | None = None
+            self.resumed: bool | None = None
 
-        def open(self, run_dir: Path | None, config: Any, *, fresh: bool = False) -> None:
-            self.config, self.fresh = dict(config), fresh
+        def open(self, run: RunInfo) -> None:
+            self.config, self.resumed = dict(run.identity), run.resumed
 
         def write(self, row: Any) -> None:
             self.steps.append(row["step"])
@@ -65,9 +65,9 @@ def test_AH_28_a_tracker_gets_the_settings_and_goes_on_where_it_stood(tmp_path: 
 
     first, second = Tracker(), Tracker()
     fitted(run_dir=tmp_path, loggers=[first], log_every=1, callbacks=[StopAt(4)])
-    assert (first.fresh, first.config["optimizer.lr"], first.config["seed"]) == (True, 0.05, 1)
+    assert (first.resumed, first.config["optimizer.lr"], first.config["seed"]) == (False, 0.05, 1)
     fitted(run_dir=tmp_path, loggers=[second], log_every=1)
-    assert (second.fresh, second.steps) == (False, list(range(1, 11)))
+    assert (second.resumed, second.steps) == (True, list(range(1, 11)))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
