@@ -4,11 +4,13 @@
 # make storm   kills runs at random and compares what becomes of them with undisturbed ones
 # make layouts trains runs drawn at random in layouts drawn at random, and compares them
 # make bench   speed beside a hand-written loop and other trainers
+# make gpu     tests and benchmarks that need an accelerator, in at most 8 minutes;
+#              make gpu PYTHON=python3 installs nothing and uses that Python's packages
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs storm layouts bench
+.PHONY: demo test docs storm layouts bench gpu
 .DELETE_ON_ERROR:
 
 demo: .venv/.recipes
@@ -32,6 +34,14 @@ layouts: .venv/.dev
 
 bench: benchmarks/.venv/.ready
 	benchmarks/.venv/bin/python -m benchmarks
+
+ifeq ($(origin PYTHON), file)
+gpu: .venv/.dev
+	$(BIN)/python benchmarks/gpu.py
+else
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+endif
 
 # Other trainers bring much along, so they live in an environment of their own.
 benchmarks/.venv/.ready: benchmarks/requirements.txt pyproject.toml

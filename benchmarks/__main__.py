@@ -1,12 +1,10 @@
-"""All benchmarks, one after the other: `python -m benchmarks`."""
+"""All benchmarks that need no accelerator, one after the other: `python -m benchmarks`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-
-import torch
 
 NAMES = (
     "overhead",
@@ -17,7 +15,6 @@ NAMES = (
     "memory_on_paper",
     "checkpoints",
     "scaling",
-    *(["gpu"] if torch.cuda.is_available() else []),
 )
 
 if __name__ == "__main__":

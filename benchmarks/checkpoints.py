@@ -1,4 +1,4 @@
-"""How long a checkpoint holds up the training: 50M parameters and AdamW, 604 MB.
+"""How long a checkpoint holds up the training: 50M parameters and AdamW, 604 MB, on any device.
 
 Three ways, in turn: plain `torch.save` of the state, a synchronous save of Paceline's, and an
 asynchronous one, of which only what the loop waits for counts. All keep the newest and remove the
@@ -6,7 +6,7 @@ one before it once the new one is there. Paceline verifies, sums and syncs what 
 `torch.save` stands here with and without a file-system sync. An asynchronous write is waited for
 before anything else runs, so that it slows down nothing but itself.
 
-    python benchmarks/checkpoints.py [--rounds 7] [--folder PATH]
+    python benchmarks/checkpoints.py [--rounds 7] [--folder PATH] [--device cuda]
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SYNC, ASYNC = "Paceline, synchronous", "Paceline, asynchronous: the loop waits"
 WHOLE = "Paceline, asynchronous: until it is durable"
 
 
-def build() -> tuple[Any, Any]:
-    """A model of 50M parameters and its optimizer, which has taken a step."""
+def build(width: int, device: str) -> tuple[Any, Any]:
+    """A model, of 50M parameters at full width, and its optimizer, which has taken a step."""
     import torch
     from torch import nn
 
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS))).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    model(torch.randn(1, WIDTH)).sum().backward()
+    model(torch.randn(1, width, device=device)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     return model, optimizer
@@ -58,12 +58,14 @@ class Plain:
         (self._folder / f"{self._sync}_{self._count - 1}.pt").unlink(missing_ok=True)
 
 
-def run(folder: Path, rounds: int) -> dict[str, list[float]]:
+def run(folder: Path, rounds: int, width: int, device: str) -> dict[str, list[float]]:
     """Seconds of each way, one value a round."""
+    import torch
+
     from paceline import CheckpointPolicy, World
     from paceline.checkpoint import Checkpoints
 
-    model, optimizer = build()
+    model, optimizer = build(width, device)
     savers = [Checkpoints(folder / name, CheckpointPolicy(), World()) for name in ("sync", "async")]
     plain = [Plain(folder, sync=sync) for sync in (False, True)]
     state: dict[str, Any] = {}
@@ -79,6 +81,8 @@ def run(folder: Path, rounds: int) -> dict[str, list[float]]:
         state["optimizers"] = {"optimizer": optimizer.state_dict()}
         names = list(ways)
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            if device != "cpu":
+                torch.accelerator.synchronize()
             start = time.perf_counter()
             ways[name](i)
             seen = {name: time.perf_counter() - start}
@@ -96,18 +100,24 @@ def run(folder: Path, rounds: int) -> dict[str, list[float]]:
 def main() -> None:
     parser = common.arguments(__doc__, rounds=7)
     parser.add_argument("--folder", type=Path, default=None, help="a place on the disk to measure")
+    parser.add_argument("--device", default="cpu", help="where the state is")
+    parser.add_argument("--width", type=int, default=WIDTH, help="a smaller one is a trial")
     options = parser.parse_args()
     at = common.machine()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        times = run(Path(folder), options.rounds)
+        times = run(Path(folder), options.rounds, options.width, options.device)
     ratios = {n: [m / p for m, p in zip(v, times[PLAIN], strict=True)] for n, v in times.items()}
     rows = [
         [name, common.spread(values, 2), f"{statistics.median(ratios[name]):.2f}"]
         for name, values in times.items()
     ]
-    text = "## A checkpoint of 604 MB\n\n50M parameters and AdamW.\n\n"
+    megabytes = 12e-6 * LAYERS * options.width * (options.width + 1)  # 3 x fp32 a parameter
+    where = "" if options.device == "cpu" else f", on {options.device.upper()}"
+    text = f"## A checkpoint of {megabytes:.3g} MB\n\n"
+    text += f"{megabytes / 12:.3g}M parameters and AdamW{where}.\n\n"
     text += common.table(["", "seconds", "ratio to torch.save"], rows)
-    common.save("checkpoints", text, {"seconds": times}, at)
+    name = "checkpoints" if options.device == "cpu" else "checkpoints_on_gpu"
+    common.save(name, text, {"seconds": times}, at, trial=options.width != WIDTH)
 
 
 if __name__ == "__main__":

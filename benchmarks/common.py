@@ -1,4 +1,4 @@
-"""What the benchmarks share: contestants in processes of their own, statistics, results on disk."""
+"""What the benchmarks share: processes of their own, statistics, results on disk."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Self
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -103,6 +109,89 @@ def serve(answer: Callable[..., Any]) -> None:
         replies.flush()
 
 
+_TOLD = "BENCHMARK_TELLS"  # the variable with the file that `tell` writes to
+_POLL = 0.1
+_GRACE = 5.0  # seconds from being asked to end until being killed
+
+
+class Program:
+    """A Python program in its own process group, with a time limit; it reports results by `tell`.
+
+    Args:
+        arguments: of the Python command line.
+        cwd: its working folder; this process's unless given.
+        environment: more variables than those of this process.
+
+    Attributes:
+        code: its exit code, or minus the number of the signal that ended it; None while it runs
+            and after a timeout.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str | Path], *, cwd: Path | None = None, **environment: str
+    ) -> None:
+        self.code: int | None = None
+        self._output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._told = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env={**os.environ, **environment, _TOLD: self._told.name},
+            start_new_session=True,
+        )
+
+    def results(self, seconds: Callable[[], float]) -> Iterator[dict[str, Any]]:
+        """Yields the results as the program reports them, until it ends.
+
+        Args:
+            seconds: asked for the time limit from now on, at the start and after each result. A
+                program that exceeds it is ended, with its whole group.
+        """
+        pending, until = "", time.monotonic() + seconds()
+        try:
+            while time.monotonic() < until:
+                ended = self._process.poll() is not None
+                *lines, pending = (pending + self._told.read()).split("\n")
+                for line in lines:
+                    yield json.loads(line)
+                    until = time.monotonic() + seconds()
+                if ended:
+                    self.code = self._process.returncode
+                    return
+                time.sleep(_POLL)
+        finally:
+            self._end()
+
+    def output(self, lines: int) -> str:
+        """The last lines that the program printed."""
+        self._output.seek(0)
+        return "\n".join(self._output.read().splitlines()[-lines:])
+
+    def _end(self) -> None:
+        """Ends the process group: SIGTERM, then SIGKILL."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE)
+
+
+def tell(**result: Any) -> bool:
+    """Reports a result to the script that runs this one as a `Program`.
+
+    Returns:
+        Whether there is such a script.
+    """
+    if _TOLD not in os.environ:
+        return False
+    with open(os.environ[_TOLD], "a") as file:
+        file.write(json.dumps(result) + "\n")
+    return True
+
+
 def versions() -> dict[str, str]:
     """The versions of what is installed, by short name; a missing peer has no entry."""
     found = {}
@@ -155,15 +244,59 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, text: str, data: dict[str, Any], at: dict[str, Any]) -> None:
-    """Writes `results/<name>.json` and `.md`, and prints the latter."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": at, **data}, indent=1) + "\n")
+def accelerator(asked: str | None = None) -> Any:
+    """The device to measure on; exits if there is no accelerator.
+
+    Args:
+        asked: "cpu" for a trial without one.
+    """
+    import torch
+
+    if asked is not None:
+        return torch.device(asked)
+    if not torch.accelerator.is_available():
+        sys.exit("no accelerator here; --device cpu tries it without")
+    return torch.accelerator.current_accelerator()
+
+
+def device_name(device: Any) -> str:
+    """What a device calls itself."""
+    import torch
+
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper()
+
+
+def save(
+    name: str, text: str, data: dict[str, Any], at: dict[str, Any], *, trial: bool = False
+) -> None:
+    """Writes `results/<name>.json` and `.md`, and prints the latter.
+
+    Under another script (`Program`) the results go to that script; a trial is only printed.
+    """
+    if tell(text=text, data=data):
+        return
+    if trial:
+        print(f"\n{text}")
+        return
+    write(RESULTS / f"{name}.json", as_json({"machine": at, **data}))
     found = ", ".join(f"{key} {value}" for key, value in at["versions"].items())
     load = "" if at["load before"] is None else f", load {at['load before']:.1f} at the start"
     foot = f"{at['processor']}, {at['cores']} cores{load}; Python {at['python']}, {found}."
-    (RESULTS / f"{name}.md").write_text(f"{text}\n\n{foot}\n")
+    write(RESULTS / f"{name}.md", f"{text}\n\n{foot}\n")
     print(f"\n{text}\n\n{foot}")
+
+
+def as_json(data: Any) -> str:
+    """JSON as the result files have it."""
+    return json.dumps(data, indent=1, default=str) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import time
 from contextlib import closing, nullcontext
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -69,7 +70,11 @@ def compare(world: World, mesh: DeviceMesh, tokens: int, heads: int) -> None:
     for a, b in zip(found, wanted, strict=True):
         worst = max(worst, float((a - b[:, :, here]).abs().max() / b.abs().max()))
     text = f"rank {world.rank} of {mesh.size()}: {worst:.1e} apart, "
-    print(text + f"{ringed * 1e3:.2f} ms; in one piece {alone * 1e3:.2f} ms", flush=True)
+    text += f"{ringed * 1e3:.2f} ms; in one piece {alone * 1e3:.2f} ms"
+    print(text, flush=True)
+    if world.is_main:
+        data = {"ranks": mesh.size(), "apart": worst, "ring": ringed, "in one piece": alone}
+        common.tell(text=f"## Ring attention\n\n{tokens} tokens, {heads} heads; {text}.", data=data)
     if not worst < APART:
         sys.exit(f"rank {world.rank}: the ring computes something else")
 

@@ -66,12 +66,14 @@ class Rows(Dataset):
 class GPT(nn.Module):
     """A small causal transformer over bytes: 4 layers of width 128, 128 tokens."""
 
-    def __init__(self, layers: int = 4, width: int = 128, tokens: int = 128) -> None:
+    def __init__(
+        self, layers: int = 4, width: int = 128, tokens: int = 128, heads: int = 4
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
         layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, 256)

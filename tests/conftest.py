@@ -16,6 +16,8 @@ from paceline.testing.ranks import shared_ranks
 
 torch.set_num_threads(1)
 shared_ranks().preload.append("preloaded")
+_TORCHS_THREADS = ("QueueFeeder", "ThreadPool", "pt_", "InductorSubproc")
+_OTHERS_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_", "CUDA_MODULE_LOADING")
 
 
 # What collecting the tests imports stays: nothing is looked for in it, now or later.
@@ -49,7 +51,7 @@ def _leaves_nothing_behind():
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     left = [t.name for t in threading.enumerate() if t not in threads and t.is_alive()]
-    left = [name for name in left if not name.startswith(("QueueFeeder", "ThreadPool", "pt_"))]
+    left = [name for name in left if not name.startswith(_TORCHS_THREADS)]
     assert not left, f"threads left behind: {left}"
     assert not multiprocessing.active_children(), "processes left behind"
     for number, handler in handlers.items():
@@ -57,8 +59,7 @@ def _leaves_nothing_behind():
     changed = {
         key
         for key in {*environment, *os.environ}
-        if environment.get(key) != os.environ.get(key)
-        and not key.startswith(("PYTEST_", "TORCHINDUCTOR_"))  # pytest's and torch's own
+        if environment.get(key) != os.environ.get(key) and not key.startswith(_OTHERS_VARIABLES)
     }
     assert not changed, f"environment variables changed: {changed}"
     assert torch.are_deterministic_algorithms_enabled() == deterministic

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from paceline.data.fetch import Fetcher, Request, plain
 from paceline.data.order import ORDER_VERSION, Order
@@ -208,8 +209,10 @@ class Reader:
 
     def _read_here(self, requests: _Requests) -> Iterator[Any]:
         fetch = self._fetcher
+        # As a DataLoader without workers does: from other memory a copy to the device may wait.
+        pins = self._loader.pin_memory and torch.accelerator.is_available()
         for request in requests:
-            yield fetch(request)
+            yield pin_memory(fetch(request)) if pins else fetch(request)
 
 
 class IndexedSource:

@@ -13,7 +13,7 @@ SEARCH = Later("search, pruners and studies come with `paceline tune`")
 DEFECTS: dict[str, str | Later] = {
     "1": "test_1_a_resumed_schedule_is_not_a_step_behind",
     "2": "test_PT_09_no_epoch_is_lost_or_doubled_at_a_resume",
-    "3": "test_PT_10_a_run_on_cuda_goes_on_exactly",
+    "3": "test_PT_10_on_the_device_resumed_in_a_new_process_it_ends_the_same",
     "4": "test_PT_13_other_settings_are_another_run",
     "5": "test_PT_12_only_new_seeds_are_trained_and_only_those_asked_for_count",
     "6": "test_6_the_oldest_checkpoints_go_first",

@@ -95,23 +95,6 @@ def test_PT_07_a_callback_can_change_the_gradients_before_the_step() -> None:
     assert not same(weights(free), weights(clipped))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_PT_10_a_run_on_cuda_goes_on_exactly(tmp_path: Path) -> None:
-    """With dropout, whose masks come from the device's generator."""
-
-    def once(folder: Path, *callbacks: Any) -> Any:
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-        adam = torch.optim.AdamW(model.parameters(), fused=True)
-        given = {"model": model, "optimizer": adam, "callbacks": list(callbacks)}
-        return fitted(**given, run_dir=folder, deterministic=True)
-
-    whole = once(tmp_path / "whole")
-    once(tmp_path / "broken", StopAt(7))
-    resumed = once(tmp_path / "broken")
-    assert bits(weights(resumed)) == bits(weights(whole))
-
-
 def test_PT_15_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
