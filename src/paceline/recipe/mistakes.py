@@ -117,6 +117,7 @@ class Mistakes:
         for mistake in self.found:
             name = dotted(mistake.path)
             place = mistake.place or self.locate(mistake.path)
-            lines.append(f"  {place}: {name}{': ' * bool(name)}{mistake.text}")
+            text = f"{name}: {mistake.text}" if name else mistake.text
+            lines.append(f"  {place}: {text}")
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise RecipeError(f"{count} in {recipe}:\n" + "\n".join(lines))
