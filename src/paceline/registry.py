@@ -1,7 +1,8 @@
 """Names -> classes, for recipes (`type: name`) and for the parts the Trainer adds by itself.
 
-The table below gives the import path of everything that ships with Paceline, so that a class is
-imported only when it is used. `register` adds a user's own classes.
+The tables below give import paths, so that a class is imported only when it is used and this module
+depends on nothing: `KINDS` lists what there are names for, `_SHIPPED` the names that ship with
+Paceline. `register` adds a user's own classes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,22 @@ from paceline.errors import ConfigError, nearest
 __all__ = ["lookup", "names", "register"]
 
 T = TypeVar("T")
+
+# Kind -> "module:Class", the base class of what is registered; "" for functions. To add a kind, add
+# a line.
+KINDS: dict[str, str] = {
+    "trainer": "paceline.trainer.trainer:Trainer",
+    "model": "torch.nn:Module",
+    "optimizer": "torch.optim:Optimizer",
+    "lr_scheduler": "torch.optim.lr_scheduler:LRScheduler",
+    "loss_fn": "torch.nn:Module",
+    "dataloader": "torch.utils.data:DataLoader",
+    "dataset": "torch.utils.data:Dataset",
+    "sampler": "torch.utils.data:Sampler",
+    "collate_fn": "",
+    "callback": "paceline.trainer.callback:Callback",
+    "logger": "paceline.log.sinks:Sink",
+}
 
 _SHIPPED: dict[str, dict[str, str]] = {
     "trainer": {
@@ -56,15 +73,16 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     Registering the same class again (a reloaded module, a notebook cell run twice) replaces it.
 
     Args:
-        kind: the kind of slot, such as "callback".
+        kind: one of `KINDS`, such as "callback".
         name: as recipes write it.
 
     Returns:
         A decorator that returns what it is given.
 
     Raises:
-        ConfigError: the name is taken by another class.
+        ConfigError: there is no such kind, or the name is taken by another class.
     """
+    _check_kind(kind)
 
     def add(target: T) -> T:
         held = _registered.get(kind, {}).get(name)
@@ -79,7 +97,12 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 
 def names(kind: str) -> list[str]:
-    """Every name that `lookup` knows for `kind`, sorted."""
+    """Every name that `lookup` knows for `kind`, sorted.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    _check_kind(kind)
     return sorted({*_SHIPPED.get(kind, {}), *_registered.get(kind, {})})
 
 
@@ -87,19 +110,27 @@ def lookup(kind: str, name: str) -> Any:
     """The class or function registered as `name`.
 
     Args:
-        kind: the kind of slot, such as "callback".
+        kind: one of `KINDS`, such as "callback".
         name: as recipes write it.
 
     Raises:
-        ConfigError: no such name; the nearest known one is suggested.
+        ConfigError: no such kind or name; the nearest known one is suggested.
     """
+    known = names(kind)
+    if name not in known:
+        there_is = f" Known: {', '.join(known)}" if known else ""
+        raise ConfigError(
+            f"no {kind} is registered as {name!r}{nearest(name, known) or '.'}{there_is}"
+        )
     if name in _registered.get(kind, {}):
         return _registered[kind][name]
-    if name not in _SHIPPED.get(kind, {}):
-        known = names(kind)
-        raise ConfigError(
-            f"no {kind} is registered as {name!r}{nearest(name, known) or '.'} "
-            f"Known: {', '.join(known)}"
-        )
     module, _, attribute = _SHIPPED[kind][name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"nothing can be registered as {kind!r}{nearest(kind, KINDS) or '.'} "
+            f"Kinds: {', '.join(KINDS)}"
+        )

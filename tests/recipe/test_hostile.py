@@ -187,5 +187,5 @@ def test_code_comes_from_the_recipes_own_folder(recipe: Write, tmp_path: Path, p
 
 def test_a_factory_that_makes_something_else_is_refused(recipe: Write):
     loaded = load_recipe(recipe(model={"_target_": "toy.make_nothing"}))
-    with pytest.raises(RecipeError, match="returned a int, which is not a model"):
+    with pytest.raises(RecipeError, match="returned an int, which is not a model"):
         build_trainer(loaded)

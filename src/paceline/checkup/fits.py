@@ -193,8 +193,11 @@ def _check(parallel: Parallel, precision: str | None) -> None:
 def _layout(parallel: Parallel, ranks: int) -> str:
     copies, shards = parallel.sizes(ranks)
     text = f"{ranks} ranks: {copies} copies of the state, each over {shards}"
-    text += f", split over {parallel.tensor}" * (parallel.tensor > 1)
-    return text + f", sequences in {parallel.context} parts" * (parallel.context > 1)
+    if parallel.tensor > 1:
+        text += f", split over {parallel.tensor}"
+    if parallel.context > 1:
+        text += f", sequences in {parallel.context} parts"
+    return text
 
 
 def _parts(peak: Peak) -> list[Part]:

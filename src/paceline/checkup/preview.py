@@ -17,8 +17,11 @@ from paceline.checkup.verdicts import samples_in
 from paceline.data.batches import describe
 from paceline.data.loader import loaders_by_name
 from paceline.recipe.builder import build_trainer
+from paceline.recipe.mistakes import dotted
+from paceline.recipe.parts import each
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
+from paceline.trainer.slots import own_slots
 from paceline.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -98,7 +101,7 @@ def preview(recipe: Recipe) -> Preview:
         layers=layers_of(trainer.named_models(), forward.outputs),
         flops=forward.flops,
         problem=forward.problem,
-        components=components,
+        components=components | _of_own_slots(trainer, recipe),
         training=training,
         validation=validation,
         plan=[
@@ -169,6 +172,13 @@ def _components(trainer: Trainer) -> dict[str, str]:
         found["loss_fn"] = getattr(function, "__name__", None) or repr(function)
     found["device"] = f"{trainer.device}, {trainer.computes_in}"
     return found
+
+
+def _of_own_slots(trainer: Trainer, recipe: Recipe) -> dict[str, str]:
+    """The classes of the components in the trainer class's own slots."""
+    parts = [recipe.parts.get(name) for name in own_slots(type(trainer))]
+    made = [component for part in parts for _, component in each(part)]
+    return {dotted(one.path): f"{one.target.__module__}.{one.target.__qualname__}" for one in made}
 
 
 def _training(trainer: Trainer, batch: dict[str, str]) -> dict[str, str]:

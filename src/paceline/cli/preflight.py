@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.options import Overrides, RecipeFile, Trust
 from paceline.cli.reports import own_output_apart, show_report
 from paceline.errors import ConfigError, Preempted
 from paceline.exit_codes import FAILED
@@ -18,13 +18,8 @@ if TYPE_CHECKING:
 
 
 def preflight(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     on: Annotated[
         str | None,
         typer.Option(
@@ -33,10 +28,7 @@ def preflight(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PACKAGE", help="Let the recipe name things from PACKAGE too."),
-    ] = None,
+    trust: Trust = None,
 ) -> None:
     """Checks a recipe, then builds everything and takes a few real steps of its run.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paceline.cli.options import Overrides, RecipeFile, Trust
 from paceline.cli.reports import own_output_apart
 
 if TYPE_CHECKING:
@@ -18,20 +18,12 @@ if TYPE_CHECKING:
 
 
 def preview(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     depth: Annotated[
         int, typer.Option(min=0, help="How many levels of the model's modules to show.")
     ] = 3,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PACKAGE", help="Let the recipe name things from PACKAGE too."),
-    ] = None,
+    trust: Trust = None,
 ) -> None:
     """Shows the resolved recipe, its model, its data and its learning rates; trains nothing."""
     from paceline.checkup.preview import preview

@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.options import Overrides, RecipeFile, Trust
 from paceline.errors import ConfigError
 from paceline.exit_codes import STOPPED
 from paceline.world.signals import handling
@@ -24,13 +24,8 @@ if TYPE_CHECKING:  # torch is imported only once it is needed, so that --help is
 
 
 def train(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Processes to start on this machine.")
     ] = None,
@@ -63,10 +58,7 @@ def train(
     init_from: Annotated[
         str | None, typer.Option(metavar="PATH", help="Initial weights from a run or an export.")
     ] = None,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PACKAGE", help="Let the recipe name things from PACKAGE too."),
-    ] = None,
+    trust: Trust = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print the recipe; build nothing.")
     ] = False,

@@ -14,11 +14,11 @@ import torch
 
 import paceline.errors
 from paceline.errors import PacelineError, RecipeError
-from paceline.recipe.components import Component
+from paceline.recipe.components import Component, signature_of
 from paceline.recipe.groups import grouped
 from paceline.recipe.horizon import Horizon
 from paceline.recipe.mistakes import Path as Place
-from paceline.recipe.mistakes import dotted
+from paceline.recipe.mistakes import dotted, with_article
 from paceline.recipe.parts import Part, each
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
@@ -64,10 +64,11 @@ class Builder:
                 f"{self._where(component)}: {component.target.__qualname__} could not be built: "
                 f"{type(error).__name__}: {error}{origin(error)}"
             ) from error
-        if not component.kind.accepts(made):
+        if not component.kind.accepts(type(made)):
             raise RecipeError(
-                f"{self._where(component)}: {component.target.__qualname__} returned a "
-                f"{type(made).__name__}, which is not a {component.kind.name}."
+                f"{self._where(component)}: {component.target.__qualname__} returned "
+                f"{with_article(type(made).__name__)}, which is not "
+                f"{with_article(component.kind.name)}."
             )
         return made
 
@@ -98,24 +99,24 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     """
     recipe = replace(recipe, plan=[*recipe.plan])  # a copy, to add this trainer's decisions
     builder = Builder(recipe.composed.mistakes().locate)
-    parts = recipe.parts
     arguments: dict[str, Any] = dict(recipe.settings)
     # Before any random number is drawn: the weights are a function of the seed.
     seed_everything(recipe.seed)
-    for slot in ("model", "train_dataloader", "val_dataloader", "loss_fn"):
-        if (part := parts.get(slot)) is not None:
-            arguments[slot] = _alike(part, {name: builder.build(c) for name, c in each(part)})
-    if parts.get("optimizer") is not None:
-        arguments["optimizer"] = _optimizers(builder, recipe, arguments["model"])
     resume = resume if isinstance(resume, Resume) else Resume(str(resume))
-    if parts.get("lr_scheduler") is not None:
-        length = Horizon(recipe, arguments.get("train_dataloader"), resume)
-        arguments["lr_scheduler"] = _schedulers(builder, length, arguments["optimizer"])
-    for slot, components in recipe.lists.items():
-        arguments[slot] = [builder.build(component) for component in components]
+    for slot, part in recipe.parts.items():
+        if slot == "optimizer":
+            arguments[slot] = _optimizers(builder, recipe, arguments["model"])
+        elif slot == "lr_scheduler":
+            length = Horizon(recipe, arguments.get("train_dataloader"), resume)
+            arguments[slot] = _schedulers(builder, length, arguments["optimizer"])
+        else:
+            arguments[slot] = _alike(part, {name: builder.build(c) for name, c in each(part)})
     arguments["callbacks"] = [*arguments.get("callbacks", []), *_records(recipe)]
-    run_dir = str(recipe.run_dir)
-    trainer = builder.build(recipe.trainer, **arguments, run_dir=run_dir, resume=resume)
+    arguments |= {"run_dir": str(recipe.run_dir), "resume": resume}
+    component = recipe.trainer
+    if signature_of(component.target).takes_any:  # a function that passes its **settings on
+        component = replace(component, parameters=frozenset(arguments))
+    trainer = builder.build(component, **arguments)
     trainer.resolved_recipe = recipe.tree
     return trainer
 
@@ -157,8 +158,10 @@ def _scheduler(builder: Builder, component: Component, optimizer: Any) -> Any:
 
 
 def _alike(part: Part, made: dict[str, Any]) -> Any:
-    """The objects built for a part: one, or several by name as in the recipe."""
-    return made[""] if isinstance(part, Component) else made
+    """The objects built for a part: one, a list, or several by name as in the recipe."""
+    if isinstance(part, Component):
+        return made[""]
+    return [*made.values()] if isinstance(part, list) else made
 
 
 def _records(recipe: Recipe) -> list[RecordRecipe]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -18,42 +18,62 @@ from torch.utils.data import DataLoader
 from paceline.data.source import WindowSize
 from paceline.errors import ConfigError
 from paceline.parallel.float8 import missing
-from paceline.recipe.components import Component, signature_of
+from paceline.recipe.components import Component, Signature, signature_of
 from paceline.recipe.mistakes import Mistakes
-from paceline.recipe.parts import Part, each, is_several
+from paceline.recipe.parts import Part, each, is_several, trainer_class
 from paceline.recipe.schema import Schema
 from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validation
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
+from paceline.trainer.slots import slots_of
 from paceline.trainer.trainer import Trainer
 
+_NEEDED = {
+    "model": "there is nothing to train",
+    "optimizer": "nothing would be trained",
+    "train_dataloader": "there is nothing to train on",
+}
 # A line of the Trainer's message: `name=value: why`, or `name: why`.
 _LINE = re.compile(r"(\w+)(?:=(.+?))?(?: and \w+)?: (.*)", re.DOTALL)
 
 
 def check_combinations(
-    schema: Schema, trainer: Component | None, parts: dict[str, Part], mistakes: Mistakes
+    schema: Schema,
+    sections: Mapping[str, Any],
+    target: Callable[..., Any] | None,
+    parts: dict[str, Part],
+    mistakes: Mistakes,
 ) -> None:
     """Adds a mistake for each invalid combination of settings that are valid alone.
 
     Args:
-        schema: the recipe's top level.
-        trainer: the Trainer class and its settings; None if they have mistakes.
-        parts: the components by the Trainer's argument.
+        schema: the keys that hold no component.
+        sections: the recipe's value of each slot that it fills.
+        target: the class or function that makes the trainer; None if it is not known.
+        parts: the components of the sections, as far as they have no mistakes.
         mistakes: collects the mistakes.
     """
     values = _given(schema, mistakes)
-    cls = Trainer if trainer is None else cast(type[Trainer], trainer.target)
+    cls = Trainer if target is None else trainer_class(target)
+    known = {*Schema.model_fields, *slots_of(cls)}
     # A class with its own constructor may fill in settings that the recipe leaves out.
-    fills = not inspect.isclass(cls) or cls.__init__ is not Trainer.__init__
-    stand_in = _stand_in(Trainer if fills else cls, schema, values)
+    fills = target is not None and (target is not cls or cls.__init__ is not Trainer.__init__)
+    stand_in = _stand_in(Trainer if fills else cls, schema, sections, values)
     lines = wrong_settings(stand_in)
     whole = not fills and not _overrides_configure(cls) and not mistakes.concern(("trainer",))
+    needed = _NEEDED if whole else {}
     if whole:
         lines += wrong_validation(stand_in) + wrong_steps(stand_in)
-        _check_present(schema, mistakes)
+    if target is not None:
+        signature = signature_of(target)
+        _check_taken(signature, sections, mistakes)
+        # The builder always gives a callback, the one that records the recipe.
+        fillable = set(slots_of(cls)) - {"callbacks"}
+        required = [name for name in signature.required if name in fillable]
+        needed = dict.fromkeys(required, f"{signature.name} has no default for it") | needed
+    _check_present(needed, sections, known, mistakes)
     for line in lines:
-        _note(line, values, mistakes, only_given=not whole)
+        _note(line, values, known, mistakes, only_given=not whole)
     values = {**signature_of(Trainer).defaults, **values}
     if lacking := missing(values["precision"]):
         mistakes.add(("trainer", "precision"), lacking)
@@ -71,17 +91,19 @@ def _given(schema: Schema, mistakes: Mistakes) -> dict[str, Any]:
     }
 
 
-def _stand_in(cls: type[Trainer], schema: Schema, values: Mapping[str, Any]) -> Any:
+def _stand_in(
+    cls: type[Trainer], schema: Schema, sections: Mapping[str, Any], values: Mapping[str, Any]
+) -> Any:
     """A trainer with a recipe's settings, without components; no constructor runs."""
     stand_in = object.__new__(cls)
     held = {**signature_of(Trainer).defaults, **values}
-    held |= {"loss_fn": schema.loss_fn, "callbacks": schema.callbacks or ()}
+    held |= {"loss_fn": sections.get("loss_fn"), "callbacks": sections.get("callbacks", ())}
     if isinstance(monitor := held["metric_monitor"], Mapping):
         held["metric_monitor"] = MetricMonitor(**monitor)
-    several = is_several("val_dataloader", schema.val_dataloader)
-    one = None if schema.val_dataloader is None else ()
-    held["val_dataloader"] = schema.val_dataloader if several else one
-    held["model"] = {} if is_several("model", schema.model) else None
+    loader = sections.get("val_dataloader")
+    one = None if loader is None else ()
+    held["val_dataloader"] = loader if is_several("val_dataloader", loader) else one
+    held["model"] = {} if is_several("model", sections.get("model")) else None
     held["_epochs"] = held.pop("epochs")
     held["show_progress"] = held.pop("progress")
     held["checkpoint_policy"] = schema.checkpoint or None if schema.checkpoint != {} else {}
@@ -94,7 +116,14 @@ def _overrides_configure(cls: type[Trainer]) -> bool:
     return cls.configure is not Trainer.configure
 
 
-def _note(line: str, values: Mapping[str, Any], mistakes: Mistakes, *, only_given: bool) -> None:
+def _note(
+    line: str,
+    values: Mapping[str, Any],
+    known: Collection[str],
+    mistakes: Mistakes,
+    *,
+    only_given: bool,
+) -> None:
     found = _LINE.fullmatch(line)
     if found is None:
         mistakes.add(("trainer",), line)
@@ -104,20 +133,30 @@ def _note(line: str, values: Mapping[str, Any], mistakes: Mistakes, *, only_give
         return
     if value is not None:
         text = f"{text.removesuffix('.')}, got {value}" if text.startswith("expected") else text
-    path = (name,) if name in Schema.model_fields else ("trainer", name)
+    path = (name,) if name in known else ("trainer", name)
     mistakes.add(path, text)
 
 
-def _check_present(schema: Schema, mistakes: Mistakes) -> None:
-    unknown = any(len(m.path) == 1 and m.path[0] not in Schema.model_fields for m in mistakes.found)
-    for name, what in (
-        ("model", "there is nothing to train"),
-        ("optimizer", "nothing would be trained"),
-        ("train_dataloader", "there is nothing to train on"),
-    ):
-        # If there is a misspelt key, it is probably the missing one.
-        if getattr(schema, name) is None and not unknown and not mistakes.concern((name,)):
-            mistakes.add((name,), f"{what}: a recipe needs `{name}:`.")
+def _check_taken(signature: Signature, sections: Mapping[str, Any], mistakes: Mistakes) -> None:
+    """Adds a mistake for each section that the trainer's constructor does not take."""
+    for name in sections:
+        if name not in signature.named and not signature.takes_any:
+            mistakes.add((name,), f"{signature.name} has no argument {name!r} to receive it.")
+
+
+def _check_present(
+    needed: Mapping[str, str],
+    sections: Mapping[str, Any],
+    known: Collection[str],
+    mistakes: Mistakes,
+) -> None:
+    """Adds a mistake for each missing section, with the reason why it is needed."""
+    # If there is a misspelt key, it is probably the missing one.
+    if any(len(mistake.path) == 1 and mistake.path[0] not in known for mistake in mistakes.found):
+        return
+    for name, why in needed.items():
+        if name not in sections and not mistakes.concern((name,)):
+            mistakes.add((name,), f"{why}: a recipe needs `{name}:`.")
 
 
 def _check_schedulers(

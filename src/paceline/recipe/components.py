@@ -10,19 +10,21 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import PurePath
-from types import SimpleNamespace
+from types import SimpleNamespace, UnionType
 from typing import Any, Optional
 
 import pydantic
 import torch
 
 from paceline import registry
-from paceline.errors import ConfigError, nearest
+from paceline.errors import ConfigError, RecipeError, nearest
 from paceline.recipe.mistakes import Mistakes, Path, suggestion
-from paceline.recipe.targets import KINDS, Kind, Roots, check_kind, find_target
+from paceline.recipe.targets import KINDS, Kind, Roots, check_kind, find_target, kind_of
+from paceline.trainer.slots import is_base_class
 
 # Arguments that are components of a kind of their own, wherever they occur.
 _SLOTS = {
@@ -35,8 +37,9 @@ _SLOTS = {
 }
 # Arguments of such components that mean "optimizer steps in the whole run": they can be counted.
 HORIZON = ("num_training_steps", "total_steps", "T_max")
-_NESTED = {"lr_scheduler": {"given": ("optimizer",), "filled": HORIZON}}
+_NESTED = {"schedulers": {"given": ("optimizer",), "filled": HORIZON}}
 _TAKES_FUNCTIONS = ("LambdaLR", "MultiplicativeLR")
+_MISTAKEN = object()  # in the place of a component that has mistakes
 _FORBIDDEN = "Hydra only composes recipes, so its options for instantiation do not exist here"
 
 
@@ -64,6 +67,12 @@ class Component:
 def is_component(node: Any) -> bool:
     """Whether a node of a recipe says that it is one object to build."""
     return isinstance(node, Mapping) and ("_target_" in node or "type" in node)
+
+
+def arguments_of(node: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A component's arguments, by name and by position."""
+    named = {k: v for k, v in node.items() if k not in ("_target_", "type", "_args_")}
+    return named, node.get("_args_", [])
 
 
 @dataclass(frozen=True)
@@ -103,23 +112,17 @@ class Checker:
             The component, or None if it has mistakes.
         """
         if not is_component(node):
-            known = registry.names(kind.name)
+            known = registry.names(kind.registry) if kind.registry else []
             named = f" or `type:` ({', '.join(known)})" if known else ""
             self.mistakes.add(path, f"expected a mapping with `_target_:`{named}, got {node!r}")
             return None
-        target = self._target(node, kind, path)
-        arguments = {k: v for k, v in node.items() if k not in ("_target_", "type", "_args_")}
-        if target is None:
-            for name, value in arguments.items():  # the components in it may be wrong by themselves
-                self._argument(name, value, None, (*path, name))
-            return None
-        return self.call(
-            target, arguments, path, kind, given=given, filled=filled, args=node.get("_args_", [])
-        )
+        target = self.target(node, kind, path)
+        arguments, args = arguments_of(node)
+        return self.call(target, arguments, path, kind, given=given, filled=filled, args=args)
 
     def call(
         self,
-        target: Callable[..., Any],
+        target: Callable[..., Any] | None,
         arguments: Mapping[str, Any],
         path: Path,
         kind: Kind,
@@ -131,7 +134,8 @@ class Checker:
         """Checks a call of `target`; see `component`.
 
         Args:
-            target: the class or function.
+            target: the class or function. If it is not known (None), only the components in the
+                arguments are checked.
             arguments: keyword arguments from the recipe.
             path: the place of the call in the recipe.
             kind: what the slot takes.
@@ -142,6 +146,10 @@ class Checker:
         Returns:
             The component, or None if it has mistakes.
         """
+        if target is None:
+            for name, value in arguments.items():
+                self._argument(name, value, None, (*path, name))
+            return None
         before = self.mistakes.count
         if not isinstance(args, list | tuple):
             self.mistakes.add((*path, "_args_"), f"expected a list, got {args!r}")
@@ -152,16 +160,27 @@ class Checker:
         kwargs = {}
         for name, value in arguments.items():
             kwargs[name] = self._argument(name, value, signature.hints.get(name), (*path, name))
+        hints = [signature.hints.get(name) for name in signature.positional]
         positional = [
-            self._argument("", value, None, (*path, "_args_", str(i)))
-            for i, value in enumerate(args)
+            self._within("", value, hint, (*path, "_args_", str(i)))
+            for i, (value, hint) in enumerate(zip_longest(args, hints[: len(args)]))
         ]
         if self.mistakes.count > before:
             return None
         known = frozenset(signature.named)
         return Component(path, kind, target, positional, kwargs, known)
 
-    def _target(self, node: Mapping[str, Any], kind: Kind, path: Path) -> Any:
+    def target(self, node: Mapping[str, Any], kind: Kind, path: Path) -> Callable[..., Any] | None:
+        """Finds the class or function that a component names.
+
+        Args:
+            node: the component.
+            kind: what the slot takes.
+            path: the place of the component in the recipe.
+
+        Returns:
+            The class or function; None, and a mistake, if it does not exist or may not be named.
+        """
         key = "_target_" if "_target_" in node else "type"
         where, text = (*path, key), node[key]
         if not isinstance(text, str):
@@ -178,7 +197,9 @@ class Checker:
         try:
             if key == "_target_":
                 return find_target(text, kind, self.roots)
-            target = registry.lookup(kind.name, text)
+            if not kind.registry:
+                raise RecipeError(f"no {kind.name} has a registered name; give its `_target_:`.")
+            target = registry.lookup(kind.registry, text)
             check_kind(text, target, kind, own=True)
             return target
         except (ConfigError, ImportError) as error:
@@ -226,19 +247,9 @@ class Checker:
     def _argument(self, name: str, value: Any, hint: Any, path: Path) -> Any:
         """An argument's value with the components in it; its type is checked if it has none."""
         before = self.mistakes.count
-        is_slot = name in _SLOTS
         if name == "milestones":
             hint = list[int | float]  # shares of the run are as good; see horizon.py
-        if isinstance(value, Mapping) and ("_target_" in value or (is_slot and "type" in value)):
-            kind = _SLOTS.get(name, "part")
-            return self.component(value, KINDS[kind], path, **_NESTED.get(kind, {}))
-        if isinstance(value, Mapping):
-            inner = {k: self._argument("", v, None, (*path, str(k))) for k, v in value.items()}
-        elif isinstance(value, list):
-            slot = name if is_slot else ""
-            inner = [self._argument(slot, v, None, (*path, str(i))) for i, v in enumerate(value)]
-        else:
-            inner = value
+        inner = self._within(name, value, hint, path)
         if hint is None or _holds_component(inner) or self.mistakes.count > before:
             return inner
         try:
@@ -246,6 +257,25 @@ class Checker:
         except ValueError as error:
             self.mistakes.add(path, str(error))
             return None
+
+    def _within(self, name: str, value: Any, hint: Any, path: Path) -> Any:
+        """An argument's value with its components, whose kind its name or annotation determines.
+
+        `type:` names a component only if that kind has registered names; otherwise it is a key like
+        any other.
+        """
+        kind = _kind_of_argument(name, hint)
+        if isinstance(value, Mapping):
+            if "_target_" in value or (kind.registry and "type" in value):
+                made = self.component(value, kind, path, **_NESTED.get(name, {}))
+                return _MISTAKEN if made is None else made
+            item = _item_hint(hint, Mapping)
+            return {k: self._within("", v, item, (*path, str(k))) for k, v in value.items()}
+        if isinstance(value, list):
+            slot = name if name in _SLOTS else ""
+            item = _item_hint(hint, Iterable)
+            return [self._within(slot, v, item, (*path, str(i))) for i, v in enumerate(value)]
+        return value
 
 
 @dataclass(frozen=True)
@@ -349,7 +379,7 @@ def _hint(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
     if hint is None or isinstance(hint, typing.TypeVar):
         return None
     origin = typing.get_origin(hint)
-    if isinstance(origin, type) and origin.__module__.split(".")[0] not in sys.stdlib_module_names:
+    if isinstance(origin, type) and not _is_standard(origin):
         hint = origin  # Dataset[T]: the class is all that can be checked
     return Optional[hint] if parameter.default is None else hint  # noqa: UP045 - a value
 
@@ -399,9 +429,60 @@ def _expected(error: pydantic.ValidationError, value: Any, hint: Any) -> str:
     return " or ".join(texts)
 
 
+def _kind_of_argument(name: str, hint: Any) -> Kind:
+    """The kind of component that an argument takes, by its name or else its annotation."""
+    if name in _SLOTS:
+        return KINDS[_SLOTS[name]]
+    cls = _class_in(hint)
+    return KINDS["part"] if cls is None else kind_of(name, cls)
+
+
+def _class_in(hint: Any) -> type | None:
+    """The one class of components that an annotation allows, besides None and containers.
+
+    Classes of the standard library and protocols do not count: objects that fit them need not
+    derive from them.
+    """
+    asked = [one for one in _members(hint) if one is not None and not _is_container(one)]
+    if len(asked) != 1:
+        return None
+    cls = typing.get_origin(asked[0]) or asked[0]
+    is_asked = is_base_class(cls) and not _is_standard(cls) and not _is_protocol(cls)
+    return cls if is_asked else None
+
+
+def _item_hint(hint: Any, container: type) -> Any:
+    """The annotation of a list's items, or of a mapping's values; None if there is none."""
+    for one in _members(hint):
+        if _is_container(one) and issubclass(typing.get_origin(one), container):
+            inner = typing.get_args(one)
+            return inner[-1] if container is Mapping else inner[0]
+    return None
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, with None for NoneType; any other annotation by itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, UnionType)
+    members = typing.get_args(hint) if is_union else (hint,)
+    return tuple(None if one is type(None) else one for one in members)
+
+
+def _is_container(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    return isinstance(origin, type) and _is_standard(origin) and issubclass(origin, Iterable)
+
+
+def _is_protocol(cls: type) -> bool:
+    return getattr(cls, "_is_protocol", False)
+
+
+def _is_standard(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in sys.stdlib_module_names
+
+
 def _holds_component(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_component(v) for v in value.values())
     if isinstance(value, list):
         return any(_holds_component(v) for v in value)
-    return isinstance(value, Component)
+    return isinstance(value, Component) or value is _MISTAKEN

@@ -35,6 +35,22 @@ def dotted(path: Path) -> str:
     return ".".join(path)
 
 
+def near(name: str, known: Iterable[str]) -> str | None:
+    """Finds the known name that a misspelt one, or another library's name, stands for.
+
+    Args:
+        name: as the user wrote it.
+        known: the names to choose from.
+
+    Returns:
+        The nearest known name; None if none is close.
+    """
+    known = list(known)
+    others = {other: ours for other, ours in _ALSO_CALLED.items() if ours in known}
+    found = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
+    return others.get(found[0], found[0]) if found else None
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all known ones.
 
@@ -43,13 +59,17 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         known: the names to choose from.
     """
     known = list(known)
-    others = {other: ours for other, ours in _ALSO_CALLED.items() if ours in known}
-    near = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {others.get(near[0], near[0])!r}?"
+    meant = near(name, known)
+    if meant is not None:
+        return f"; did you mean {meant!r}?"
     if 0 < len(known) <= _MOST:
         return f"; there is: {', '.join(known)}."
     return "."
+
+
+def with_article(noun: str) -> str:
+    """A noun with its indefinite article, for messages: `an optimizer`."""
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,7 @@ class Mistakes:
         for mistake in self.found:
             name = dotted(mistake.path)
             place = mistake.place or self.locate(mistake.path)
-            lines.append(f"  {place}: {name}{': ' * bool(name)}{mistake.text}")
+            text = f"{name}: {mistake.text}" if name else mistake.text
+            lines.append(f"  {place}: {text}")
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise RecipeError(f"{count} in {recipe}:\n" + "\n".join(lines))

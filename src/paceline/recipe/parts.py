@@ -1,53 +1,52 @@
-"""A recipe's sections -> Components and settings: the trainer, its parts, its lists."""
+"""A recipe's sections -> Components and settings: the trainer, and what fills its slots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from paceline.checkpoint import CheckpointPolicy, engine_class
 from paceline.errors import ConfigError
-from paceline.recipe.components import HORIZON, Checker, Component, is_component
+from paceline.recipe.components import Checker, Component, arguments_of, is_component
 from paceline.recipe.groups import Group, check_groups
 from paceline.recipe.mistakes import Path, suggestion
 from paceline.recipe.schema import Schema
-from paceline.recipe.targets import KINDS
+from paceline.recipe.targets import KINDS, Kind, kind_of, returned_class
 from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.slots import Slot, slots_of
+from paceline.trainer.trainer import Trainer
 from paceline.world.layout import Parallel
 
-Part = Component | dict[str, Component] | None
-"""A component, or components by name; None where the recipe says null."""
+Part = Component | dict[str, Component] | list[Component]
+"""What fills a slot: one component, several by name, or a list."""
 
-# Slot -> its kind, and the arguments that the builder gives.
-PARTS = {
-    "model": ("model", ()),
-    "train_dataloader": ("dataloader", ()),
-    "val_dataloader": ("dataloader", ()),
-    "loss_fn": ("loss_fn", ()),
-    "optimizer": ("optimizer", ("params", "model")),
-    "lr_scheduler": ("lr_scheduler", ("optimizer",)),
-}
-# Those of which there may be several by name, and what each of them needs one of by that name.
+# The arguments that the builder gives to the components of a slot.
+_GIVEN = {"optimizer": ("params", "model"), "lr_scheduler": ("optimizer",)}
+# Slots that may hold several by name, and the slot in which each name must exist as well.
 _NAMED = {
     "model": None,
     "val_dataloader": None,
     "optimizer": "model",
     "lr_scheduler": "optimizer",
 }
-_LISTS = {"callbacks": "callback", "loggers": "logger"}
-# The Trainer's arguments that are keys of their own in a recipe, or belong to the command.
-_NOT_UNDER_TRAINER = (*PARTS, *_LISTS, "parallel", "checkpoint", "run_dir", "resume")
+# The Trainer's other arguments that are keys of their own in a recipe, or belong to the command.
+_NOT_UNDER_TRAINER = ("parallel", "checkpoint", "run_dir", "resume")
 
 
-def each(part: Part) -> Iterator[tuple[str, Component]]:
+def each(part: Part | None) -> Iterator[tuple[str, Component]]:
     """The components of a part with their names; that of a single one is empty."""
     if isinstance(part, Component):
         yield "", part
+    elif isinstance(part, list):
+        yield from ((str(i), component) for i, component in enumerate(part))
     elif part is not None:
         yield from part.items()
 
 
-def check_trainer(node: Mapping[str, Any], checker: Checker) -> Component | None:
+def check_trainer(
+    node: Mapping[str, Any], checker: Checker
+) -> tuple[Callable[..., Any] | None, Component | None]:
     """Checks `trainer:`, the Trainer class and its settings.
 
     Args:
@@ -55,11 +54,15 @@ def check_trainer(node: Mapping[str, Any], checker: Checker) -> Component | None
         checker: checks components, and collects the mistakes.
 
     Returns:
-        The component, or None if it has mistakes.
+        The class, or the function that makes the trainer, None if it is not known; and the
+        component, None if it has mistakes.
     """
-    node = dict(node)
-    path = ("trainer",)
-    for name in [n for n in _NOT_UNDER_TRAINER if n in node]:
+    node = dict(node) if is_component(node) else {"type": "trainer", **node}
+    path, kind = ("trainer",), KINDS["trainer"]
+    target = checker.target(node, kind, path)
+    cls = Trainer if target is None else trainer_class(target)
+    elsewhere = (*slots_of(cls), *_NOT_UNDER_TRAINER)
+    for name in [n for n in elsewhere if n in node]:
         place = f"is a key of the recipe's top level: `{name}:`"
         place = {"run_dir": "is `run.dir`", "resume": "is `--resume`"}.get(name, place)
         checker.mistakes.add((*path, name), f"{place}; it does not belong under `trainer:`.")
@@ -67,16 +70,28 @@ def check_trainer(node: Mapping[str, Any], checker: Checker) -> Component | None
     if isinstance(node.get("metric_monitor"), Mapping):
         where = (*path, "metric_monitor")
         node["metric_monitor"] = settings(MetricMonitor, node["metric_monitor"], where, checker)
-    if "_target_" not in node and "type" not in node:
-        node["type"] = "trainer"
-    return checker.component(node, KINDS["trainer"], path, filled=_NOT_UNDER_TRAINER)
+    arguments, args = arguments_of(node)
+    return target, checker.call(target, arguments, path, kind, filled=elsewhere, args=args)
 
 
-def check_parts(schema: Schema, checker: Checker) -> tuple[dict[str, Part], dict[str, list[Group]]]:
+def trainer_class(target: Callable[..., Any]) -> type[Trainer]:
+    """The class of the trainer that a target makes; a function's is its return annotation."""
+    cls = target if inspect.isclass(target) else returned_class(target)
+    return cls if cls is not None and issubclass(cls, Trainer) else Trainer
+
+
+def check_parts(
+    sections: Mapping[str, Any],
+    slots: Mapping[str, Slot],
+    counted: Collection[str],
+    checker: Checker,
+) -> tuple[dict[str, Part], dict[str, list[Group]]]:
     """Checks the Trainer's components.
 
     Args:
-        schema: the recipe's top level.
+        sections: the recipe's value of each slot that it fills.
+        slots: the slots of the trainer's class.
+        counted: arguments of a schedule that the builder gives if the recipe does not.
         checker: checks components, and collects the mistakes.
 
     Returns:
@@ -84,29 +99,58 @@ def check_parts(schema: Schema, checker: Checker) -> tuple[dict[str, Part], dict
     """
     parts: dict[str, Part] = {}
     groups: dict[str, list[Group]] = {}
-    counted = HORIZON if schema.trainer.get("lr_scheduler_interval") != "metric" else ()
-    for slot, (kind, given) in PARTS.items():
-        node = getattr(schema, slot)
-        if node is None:
-            continue
-        filled = counted if slot == "lr_scheduler" else ()
-        found: dict[str, Component] = {}
-        for name, one, path in _nodes(slot, node):
-            listed = None
-            if slot == "optimizer" and isinstance(one, Mapping):
-                listed = one.get("groups")
-                one = {key: value for key, value in one.items() if key != "groups"}
-            part = checker.component(one, KINDS[kind], path, given=given, filled=filled)
-            if listed is not None:
-                where = (*path, "groups")
-                groups[name] = check_groups(listed, where, part, checker.mistakes)
-            if part is not None:
-                found[name] = part
-        parts[slot] = found if is_several(slot, node) else found.get("")
+    for name, node in sections.items():
+        kind = kind_of(name, slots[name].base)
+        if slots[name].is_list:
+            part = _check_list(name, node, kind, checker)
+        else:
+            part = _check_single(name, node, kind, counted, groups, checker)
+        if part is not None:
+            parts[name] = part
     for slot, needs in _NAMED.items():
-        if needs is not None and getattr(schema, slot) is not None:
-            _check_names(schema, slot, needs, checker)
+        if needs is not None and slot in sections:
+            _check_names(sections, slot, needs, checker)
     return parts, groups
+
+
+def _check_single(
+    slot: str,
+    node: Any,
+    kind: Kind,
+    counted: Collection[str],
+    groups: dict[str, list[Group]],
+    checker: Checker,
+) -> Part | None:
+    """One component, or several by name; an optimizer's groups join `groups`."""
+    given, filled = _GIVEN.get(slot, ()), counted if slot == "lr_scheduler" else ()
+    found: dict[str, Component] = {}
+    for name, one, path in _nodes(slot, node):
+        listed = None
+        if slot == "optimizer" and isinstance(one, Mapping):
+            listed = one.get("groups")
+            one = {key: value for key, value in one.items() if key != "groups"}
+        component = checker.component(one, kind, path, given=given, filled=filled)
+        if listed is not None:
+            where = (*path, "groups")
+            groups[name] = check_groups(listed, where, component, checker.mistakes)
+        if component is not None:
+            found[name] = component
+    return found if is_several(slot, node) else found.get("")
+
+
+def _check_list(slot: str, node: Any, kind: Kind, checker: Checker) -> list[Component] | None:
+    """Components from a list or from a mapping of names (null takes one out)."""
+    if isinstance(node, Mapping) and not is_component(node):
+        items = [(str(name), item) for name, item in node.items() if item is not None]
+        if not items:
+            return None  # only an empty list turns rows off
+    elif isinstance(node, list):
+        items = [(str(i), item) for i, item in enumerate(node)]
+    else:
+        checker.mistakes.add((slot,), f"expected a list or a mapping of names, got {node!r}")
+        return None
+    found = [checker.component(item, kind, (slot, name)) for name, item in items]
+    return [component for component in found if component is not None]
 
 
 def is_several(slot: str, node: Any) -> bool:
@@ -128,9 +172,9 @@ def _nodes(slot: str, node: Any) -> list[tuple[str, Any, Path]]:
     return [("", node, (slot,))]
 
 
-def _check_names(schema: Schema, slot: str, needs: str, checker: Checker) -> None:
+def _check_names(sections: Mapping[str, Any], slot: str, needs: str, checker: Checker) -> None:
     """Several optimizers have a model each, and several schedulers an optimizer each, by name."""
-    needed, node = getattr(schema, needs), getattr(schema, slot)
+    needed, node = sections.get(needs), sections[slot]
     if needed is None:
         if not checker.mistakes.concern((needs,)):
             checker.mistakes.add((slot,), f"needs a `{needs}:`.")
@@ -150,35 +194,6 @@ def _check_names(schema: Schema, slot: str, needs: str, checker: Checker) -> Non
         elif name not in known:
             text = f"there is no {needs} of this name{suggestion(name, known)}"
             checker.mistakes.add((slot, name), text)
-
-
-def check_lists(schema: Schema, checker: Checker) -> dict[str, list[Component]]:
-    """Checks callbacks and loggers: a list, or a mapping of names (null removes one).
-
-    Args:
-        schema: the recipe's top level.
-        checker: checks components, and collects the mistakes.
-
-    Returns:
-        The components without mistakes; a list that the recipe does not give is absent.
-    """
-    lists: dict[str, list[Component]] = {}
-    for slot, kind in _LISTS.items():
-        node = getattr(schema, slot)
-        if node is None:
-            continue
-        if isinstance(node, Mapping) and not is_component(node):
-            items = [(name, item) for name, item in node.items() if item is not None]
-            if not items:
-                continue  # only an empty list turns rows off
-        elif isinstance(node, list):
-            items = [(str(i), item) for i, item in enumerate(node)]
-        else:
-            checker.mistakes.add((slot,), f"expected a list or a mapping of names, got {node!r}")
-            continue
-        found = [checker.component(item, KINDS[kind], (slot, name)) for name, item in items]
-        lists[slot] = [component for component in found if component is not None]
-    return lists
 
 
 def check_settings(schema: Schema, checker: Checker) -> dict[str, Any]:

@@ -12,14 +12,16 @@ from omegaconf import ListConfig, OmegaConf
 from paceline.errors import RecipeError
 from paceline.recipe.code import find_code, load_code
 from paceline.recipe.combinations import check_combinations
-from paceline.recipe.components import Checker, Component, signature_of
+from paceline.recipe.components import HORIZON, Checker, Component, signature_of
 from paceline.recipe.compose import Composed, compose
 from paceline.recipe.groups import Group
 from paceline.recipe.mistakes import Mistakes
-from paceline.recipe.parts import Part, check_lists, check_parts, check_settings, check_trainer
+from paceline.recipe.parts import Part, check_parts, check_settings, check_trainer, trainer_class
 from paceline.recipe.record import CODE_FOLDER
-from paceline.recipe.schema import parse
+from paceline.recipe.schema import find_sections, parse
 from paceline.recipe.targets import Roots
+from paceline.trainer.slots import slots_of
+from paceline.trainer.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,8 @@ class Recipe:
         project, name, run_dir: the names of the project and the run, and the run folder.
         code: the user's own module or package, or None.
         trainer: the Trainer class and its scalar settings.
-        parts: the components by the Trainer's argument: one, several by name, or None if the
-            recipe says null.
-        lists: callbacks and loggers; a list that the recipe does not give is absent.
+        parts: the components by slot of the Trainer class, in the order in which they are built; a
+            slot that the recipe does not fill is absent.
         settings: parallel and checkpoint, if the recipe gives them.
         plan: (decision, setting that changes it) for each decision so far.
         groups: the parameter groups of optimizers, by the optimizer's name ("" if there is one).
@@ -52,7 +53,6 @@ class Recipe:
     code: Path | None
     trainer: Component
     parts: dict[str, Part]
-    lists: dict[str, list[Component]]
     settings: dict[str, Any]
     plan: list[tuple[str, str]] = field(default_factory=list)
     groups: dict[str, list[Group]] = field(default_factory=dict)
@@ -120,22 +120,25 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
         RecipeError: the recipe has mistakes.
     """
     mistakes = composed.mistakes()
-    schema = parse(_values(composed, mistakes), composed.own_keys(), mistakes)
+    values = _values(composed, mistakes)
+    schema = parse(values, mistakes)
     code = _code(schema.code, composed, mistakes)
     unread = schema.code is not None and code is None
     checker = Checker(Roots(code.stem if code else None, trust), mistakes, unread)
-    trainer = check_trainer(schema.trainer, checker)
-    parts, groups = check_parts(schema, checker)
-    lists = check_lists(schema, checker)
+    target, trainer = check_trainer(schema.trainer, checker)
+    cls = None if target is None else trainer_class(target)
+    sections = find_sections(values, cls, composed.own_keys(), mistakes)
+    counted = HORIZON if schema.trainer.get("lr_scheduler_interval") != "metric" else ()
+    parts, groups = check_parts(sections, slots_of(cls or Trainer), counted, checker)
     settings = check_settings(schema, checker)
-    check_combinations(schema, trainer, parts, mistakes)
+    check_combinations(schema, sections, target, parts, mistakes)
     mistakes.raise_any(composed.path)
     assert trainer is not None
     project = schema.run.project or composed.path.stem
     run_dir = Path(schema.run.dir) if schema.run.dir else Path("runs", project, schema.run.name)
     recipe = Recipe(
         composed, schema.seed, tuple(schema.seeds or ()), project, schema.run.name, run_dir, code,
-        trainer, parts, lists, settings, groups=groups, trust=tuple(trust),
+        trainer, parts, settings, groups=groups, trust=tuple(trust),
     )  # fmt: skip
     if schema.run.dir is None:
         recipe.plan.append((f"the run is written to {run_dir}", "run.dir"))

@@ -1,15 +1,16 @@
-"""The keys of a recipe, and the types of those that are not components."""
+"""The keys of a recipe: settings with their types, and the sections that hold components."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import pydantic
 
-from paceline.recipe.mistakes import Mistakes, Path, suggestion
+from paceline.recipe.components import signature_of
+from paceline.recipe.mistakes import Mistakes, Path, near, suggestion
+from paceline.trainer.slots import slots_of
 from paceline.trainer.trainer import Trainer
 
 _ELSEWHERE = {
@@ -72,38 +73,28 @@ class RunSection(_Section):
 
 
 class Schema(_Section):
-    """A recipe's top level. Components are `Any` here: their callables' signatures say more."""
+    """The keys of a recipe's top level that hold no component."""
 
     seed: Seed = 0
     seeds: Annotated[list[Seed], pydantic.AfterValidator(different_seeds)] | None = None
     run: RunSection = RunSection()
     code: str | None = None
     trainer: dict[str, Any] = {}
-    model: Any = None
-    optimizer: Any = None
-    lr_scheduler: Any = None
-    loss_fn: Any = None
-    train_dataloader: Any = None
-    val_dataloader: Any = None
-    callbacks: Any = None
-    loggers: Any = None
     parallel: dict[str, Any] = {}
     checkpoint: Any = {}
 
 
-def parse(values: Mapping[str, Any], own: Collection[str], mistakes: Mistakes) -> Schema:
-    """The recipe's top level, checked.
+def parse(values: Mapping[str, Any], mistakes: Mistakes) -> Schema:
+    """Checks the keys that hold no component.
 
     Args:
         values: the resolved recipe.
-        own: the recipe's own keys, which other keys refer to and which may hold anything.
         mistakes: collects the mistakes.
 
     Returns:
         The keys without mistakes, with defaults for the rest.
     """
-    known = Schema.model_fields
-    values = {name: value for name, value in values.items() if name in known or name not in own}
+    values = {name: values[name] for name in Schema.model_fields if name in values}
     if values.get("seed") is not None and values.get("seeds") is not None:
         text = f"there is `seed: {values['seed']}` too; give one of them (`~seed` takes it out)."
         mistakes.add(("seeds",), text)
@@ -117,16 +108,48 @@ def parse(values: Mapping[str, Any], own: Collection[str], mistakes: Mistakes) -
                 values.pop(path[0], None)
 
 
+def find_sections(
+    values: Mapping[str, Any],
+    trainer: type[Trainer] | None,
+    own: Collection[str],
+    mistakes: Mistakes,
+) -> dict[str, Any]:
+    """Finds the sections that fill the slots of the recipe's trainer.
+
+    Args:
+        values: the resolved recipe.
+        trainer: the trainer's class; None if it is not known.
+        own: the recipe's own keys, which other keys refer to and which may hold anything.
+        mistakes: collects the unknown keys.
+
+    Returns:
+        The value of each section that is not null, in the order of the slots.
+    """
+    slots = slots_of(trainer or Trainer)
+    known = [*Schema.model_fields, *slots]
+    for name in values:
+        if name in known or name in own:
+            continue
+        # If the trainer is not known, this may be one of its sections.
+        text = _meant_key(name, trainer or Trainer, known)
+        if text is not None or trainer is not None:
+            text = text or suggestion(name, known)
+            mistakes.add((name,), f"there is no such key{text}")
+    return {name: values[name] for name in slots if values.get(name) is not None}
+
+
+def _meant_key(name: str, trainer: type[Trainer], known: list[str]) -> str | None:
+    """Where an unknown key belongs, or which key it resembles; None if neither is clear."""
+    if name in _ELSEWHERE:
+        return f"; it is {_ELSEWHERE[name]}."
+    if name in signature_of(trainer).named:
+        return " here; it belongs under `trainer:`."
+    return None if near(name, known) is None else suggestion(name, known)
+
+
 def _told(path: Path, kind: str, message: str, value: Any) -> str:
     if kind == "extra_forbidden":
-        *_, name = path
-        if len(path) > 1:
-            return f"there is no such key{suggestion(name, RunSection.model_fields)}"
-        if name in _ELSEWHERE:
-            return f"there is no such key; it is {_ELSEWHERE[name]}."
-        if name in inspect.signature(Trainer).parameters:
-            return "there is no such key here; it belongs under `trainer:`."
-        return f"there is no such key{suggestion(name, Schema.model_fields)}"
+        return f"there is no such key{suggestion(path[-1], RunSection.model_fields)}"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     return f"{message.replace('Input should be', 'expected')}, got {value!r}"

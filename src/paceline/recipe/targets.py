@@ -8,10 +8,10 @@ classes that run commands or unpickle files, so a target must pass three checks:
 2. The path is resolved attribute by attribute; each module on it must have the name in the path,
    and the object must be defined in the same package under its own name. So a module that merely
    imported `os` or `subprocess` leads nowhere.
-3. The object is of the kind that its slot takes. From torch and paceline only classes of that kind
-   in their home modules, and functions on an explicit list, are accepted. A function of a trusted
-   package must be annotated to return that kind; one of the recipe's own code is called, and its
-   result is checked.
+3. The object is of the kind that its slot takes: a class that derives from the slot's base class.
+   From torch and paceline only classes in the kind's home modules, and functions on an explicit
+   list, are accepted. A function of a trusted package must be annotated to return that kind; one of
+   the recipe's own code is called, and its result is checked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
+from paceline import registry
 from paceline.errors import RecipeError, nearest
 from paceline.recipe.code import is_own_code
+from paceline.recipe.mistakes import with_article
 
 # Ours and PyTorch's own. Of these, only what a Kind lists can be built.
 _HOUSE = ("torch", "torchdata", "paceline")
@@ -36,35 +39,47 @@ _HOUSE = ("torch", "torchdata", "paceline")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a slot of the recipe takes.
+    """What a slot of a recipe, or an argument of a component, takes.
 
     Attributes:
-        name: the slot's name, which is also its registry (`type: name`).
-        base: "module:Class" that a class must derive from.
-        homes: the modules of torch and paceline whose classes may fill the slot.
+        name: the kind's name, for messages.
+        base: the class that a class must derive from, or "module:Class"; "" for any class.
+        homes: the modules of torch and paceline whose classes are accepted.
         methods: the user's own class is also accepted if it has all of these.
-        functions: "module:name" of torch's functions that may fill the slot.
+        functions: "module:name" of torch's functions that are accepted.
         is_value: a function is the value itself (a loss, a collate_fn); otherwise it is called to
             make the value.
+        registry: the kind under which `type: name` is looked up; "" if there are no such names.
     """
 
     name: str
-    base: str
+    base: str | type
     homes: tuple[str, ...] = ("paceline",)
     methods: tuple[str, ...] = ()
     functions: frozenset[str] = frozenset()
     is_value: bool = False
+    registry: str = ""
 
-    def accepts(self, value: Any) -> bool:
-        """Whether `value`, a class or an instance, is of this kind."""
+    def accepts(self, cls: type) -> bool:
+        """Whether instances of a class are of this kind.
+
+        The class has to derive from the base. `issubclass` would also accept virtual subclasses,
+        and whatever the base's metaclass likes.
+        """
         if not self.base:
             return True
-        cls = value if inspect.isclass(value) else type(value)
-        if issubclass(cls, _load(self.base)):
+        base = self.base if isinstance(self.base, type) else _load(self.base)
+        if base in cls.__mro__:
             return True
         # Not hasattr: every class is callable, whether its instances are or not.
-        defined = {name for base in cls.__mro__ for name in vars(base)}
+        defined = {name for owner in cls.__mro__ for name in vars(owner)}
         return bool(self.methods) and defined.issuperset(self.methods)
+
+    def __str__(self) -> str:
+        """The name and the base class, as messages give them."""
+        base = self.base
+        path = f"{base.__module__}:{base.__qualname__}" if isinstance(base, type) else base
+        return f"{self.name} ({path.replace(':', '.')})" if path else self.name
 
 
 _LOSSES = frozenset(
@@ -93,40 +108,69 @@ _LOSSES = frozenset(
 )
 _DATA = ("torch.utils.data.dataset", "torch.utils.data.sampler", "torch.utils.data.distributed")
 
-KINDS: dict[str, Kind] = {
+
+def _kind(name: str, *homes: str, **more: Any) -> Kind:
+    """A kind of the registry; `homes` are the modules of torch whose classes are accepted."""
+    return Kind(name, registry.KINDS[name], (*homes, "paceline"), registry=name, **more)
+
+
+# Every kind of the registry, with what it accepts from torch.
+KINDS: dict[str, Kind] = {name: _kind(name) for name in registry.KINDS} | {
     kind.name: kind
     for kind in (
-        Kind("trainer", "paceline.trainer.trainer:Trainer"),
-        Kind("model", "torch.nn:Module", ("torch.nn.modules", "paceline")),
-        Kind("optimizer", "torch.optim:Optimizer", ("torch.optim", "paceline")),
-        Kind(
-            "lr_scheduler",
-            "torch.optim.lr_scheduler:LRScheduler",
-            ("torch.optim.lr_scheduler", "torch.optim.swa_utils", "paceline"),
-        ),
-        Kind(
+        _kind("model", "torch.nn.modules"),
+        _kind("optimizer", "torch.optim"),
+        _kind("lr_scheduler", "torch.optim.lr_scheduler", "torch.optim.swa_utils"),
+        _kind(
             "loss_fn",
-            "torch.nn:Module",
-            ("torch.nn.modules.loss", "paceline"),
+            "torch.nn.modules.loss",
             methods=("__call__",),
             functions=_LOSSES,
             is_value=True,
         ),
-        Kind(
+        _kind(
             "dataloader",
-            "torch.utils.data:DataLoader",
-            ("torch.utils.data.dataloader", "torchdata.stateful_dataloader", "paceline"),
+            "torch.utils.data.dataloader",
+            "torchdata.stateful_dataloader",
             methods=("__iter__",),
         ),
-        Kind("dataset", "torch.utils.data:Dataset", (*_DATA, "paceline"), ("__getitem__",)),
-        Kind("sampler", "torch.utils.data:Sampler", (*_DATA, "paceline"), ("__iter__",)),
-        Kind("collate_fn", "", (), is_value=True),
-        Kind("callback", "paceline.trainer.callback:Callback"),
-        Kind("logger", "paceline.log.sinks:Sink"),
-        # An argument of a component that has no slot of its own.
+        _kind("dataset", *_DATA, methods=("__getitem__",)),
+        _kind("sampler", *_DATA, methods=("__iter__",)),
+        Kind("collate_fn", "", (), is_value=True, registry="collate_fn"),
+        # An argument of a component that has neither a slot of its own nor an annotation.
         Kind("part", "", ("torch.nn.modules", *_DATA, "paceline.recipe.schedules")),
     )
 }
+
+
+def kind_of(name: str, base: type) -> Kind:
+    """The kind of a slot or an argument.
+
+    Args:
+        name: the slot's or argument's name.
+        base: the class that its components derive from.
+
+    Returns:
+        The known kind of that class; or a kind for the class alone, with the homes and the
+        registered names of the nearest known kind above it. If there is none, only classes of
+        Paceline and the user's own are accepted.
+    """
+    named = KINDS.get(name)
+    if named is not None and _base_of(named) is base:
+        return named
+    for cls in base.__mro__:
+        for kind in KINDS.values():
+            if _base_of(kind) is cls:
+                if cls is base:
+                    return kind
+                return Kind(base.__name__, base, kind.homes, registry=kind.registry)
+    return Kind(base.__name__, base)
+
+
+def _base_of(kind: Kind) -> type | None:
+    """A known kind's base class; None if it is not imported, since then nothing derives from it."""
+    module, _, name = str(kind.base).partition(":")
+    return getattr(sys.modules.get(module), name, None)
 
 
 @dataclass(frozen=True)
@@ -187,16 +231,21 @@ def check_kind(text: str, target: Any, kind: Kind, *, own: bool) -> None:
     Raises:
         RecipeError: it may not.
     """
-    wanted = f"a {kind.name}" + (f" ({kind.base.replace(':', '.')})" if kind.base else "")
     if inspect.isclass(target):
+        if not kind.accepts(target):
+            raise RecipeError(f"{text!r} is not {with_article(str(kind))}.")
         home = target.__module__ + "."
-        at_home = own or any(home.startswith(f"{known}.") for known in kind.homes)
-        if not at_home or not kind.accepts(target):
-            raise RecipeError(f"{text!r} is not {wanted}.")
+        if not own and not any(home.startswith(f"{known}.") for known in kind.homes):
+            raise RecipeError(
+                f"{text!r} is not {with_article(kind.name)} that a recipe may name; build it in a "
+                "function of your own in `code:`."
+            )
         return
     listed = f"{target.__module__}:{target.__name__}" in kind.functions
     if not own and not listed:
-        raise RecipeError(f"{text!r} is a function, and not one that can be {wanted}.")
+        raise RecipeError(
+            f"{text!r} is a function, and not one that can be {with_article(str(kind))}."
+        )
 
 
 def _check_factory(text: str, target: Any, kind: Kind) -> None:
@@ -206,15 +255,21 @@ def _check_factory(text: str, target: Any, kind: Kind) -> None:
     """
     if inspect.isclass(target) or kind.is_value:
         return
-    try:
-        made = typing.get_type_hints(target).get("return")
-    except Exception:  # noqa: BLE001 - an annotation may be any expression
-        made = None
-    if not inspect.isclass(made) or not kind.accepts(made):
+    made = returned_class(target)
+    if made is None or not kind.accepts(made):
         raise RecipeError(
-            f"{text!r} is a function that is not annotated to return a {kind.name}. Call it in a "
-            "function of your own in `code:`."
+            f"{text!r} is a function that is not annotated to return {with_article(kind.name)}. "
+            "Call it in a function of your own in `code:`."
         )
+
+
+def returned_class(function: Callable[..., Any]) -> type | None:
+    """The class that a function is annotated to return, if it is annotated with one."""
+    try:
+        made = typing.get_type_hints(function).get("return")
+    except Exception:  # noqa: BLE001 - an annotation may be any expression
+        return None
+    return made if inspect.isclass(made) else None
 
 
 def _walk(parts: list[str]) -> tuple[Any, str, str]:
@@ -268,7 +323,8 @@ def _attribute(module: ModuleType, name: str) -> Any:
         return None
 
 
-def _load(reference: str) -> Any:
+@cache
+def _load(reference: str) -> type:
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -30,6 +30,7 @@ from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
 from paceline.trainer.settings import Resume
+from paceline.trainer.slots import TRAINER_SLOTS, slots_of
 from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
@@ -81,6 +82,9 @@ class TrainerBase(Hooks, AbstractTrainer):
         resolved_recipe: what recipe.yaml holds, as plain data; None for a trainer built in Python.
     """
 
+    # Recipe sections and the base classes of what they hold; a subclass adds its own (slots.py).
+    slots: ClassVar[dict[str, type]] = TRAINER_SLOTS
+
     train_dataloader: Any = None
     val_dataloader: Any = None
     check_gradients: bool = False  # take each step's gradient norm, to refuse one not finite
@@ -112,6 +116,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     run_dir: Path | None
     resume: Resume
 
+    plan: Plan
     source: Source
     validation: Mapping[str | None, Validation]
     optimization: Optimization
@@ -131,6 +136,10 @@ class TrainerBase(Hooks, AbstractTrainer):
         self._asked_seed: int | None = None  # of an overridden train(seed=...)
         self._own_loop: Generator[Window] | None = None  # that of an overridden train()
         super().__init__()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        slots_of(cls)  # raises for a slot that cannot be
 
     # Counters
 

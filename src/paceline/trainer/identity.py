@@ -21,15 +21,20 @@ from paceline.parallel.ddp import unwrap
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.names import unique_names
 from paceline.trainer.run import Run
+from paceline.trainer.slots import own_slots, slots_of
 from paceline.world.world import World
+
+# Wherever a trainer keeps them, they are among its named models, optimizers and schedulers.
+_NAMED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
 class HasRunIdentity(Protocol):
     """An object that says what a resumed run must find unchanged of it.
 
     A Trainer, loss, dataset, sampler, batch sampler, collate function, loader, model, optimizer,
-    scheduler, callback or checkpoint object may have this method. It is called on every rank as a
-    run starts, before a checkpoint is loaded, and has to give the same on all of them.
+    scheduler, callback, checkpoint object or a component of the Trainer class's own slots may have
+    this method. It is called on every rank as a run starts, before a checkpoint is loaded, and has
+    to give the same on all of them.
     """
 
     def run_identity(self) -> Mapping[str, Any]:
@@ -128,12 +133,33 @@ def _optimizers(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     return keys
 
 
+def _own_slots(trainer: TrainerBase, run: Run) -> dict[str, Any]:
+    """The classes of the components in the trainer class's own slots.
+
+    Components of the kinds that the Trainer itself has are left out: a model is compared when its
+    weights are loaded, and callbacks and loaders may change.
+    """
+    known = tuple(slot.base for slot in slots_of(TrainerBase).values())
+    return {key: _kind(one) for key, one in _in_own_slots(trainer) if not isinstance(one, known)}
+
+
+def _in_own_slots(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
+    """The components in the class's own slots, kept as attributes of the slots' names."""
+    for name in own_slots(type(trainer)):
+        held = getattr(trainer, name, None)
+        if isinstance(held, list | tuple):
+            yield from ((f"{name}.{i}", component) for i, component in enumerate(held))
+        elif held is not None:
+            yield name, held
+
+
 # What Paceline compares by itself: each gives values by dotted key.
 _PARTS: tuple[Callable[[TrainerBase, Run], dict[str, Any]], ...] = (
     _settings,
     _loss,
     _data,
     _optimizers,
+    _own_slots,
 )
 
 
@@ -158,6 +184,9 @@ def _speakers(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
         yield f"callbacks.{name}", callback
     for name, thing in trainer.named_objects().items():
         yield f"objects.{name}", thing
+    for name, component in _in_own_slots(trainer):
+        if not isinstance(component, _NAMED):
+            yield name, component
 
 
 def _of_loader(prefix: str, loader: Any) -> Iterator[tuple[str, Any]]:
