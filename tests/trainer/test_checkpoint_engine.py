@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 
 import one_file
 from builders import Noisy, Regression, loader, make_model
@@ -20,7 +19,7 @@ from paceline.errors import ConfigError, RecipeError
 from paceline.recipe import load_recipe
 from paceline.registry import register
 from paceline.runs import find_runs
-from paceline.testing import StopAt, bits
+from paceline.testing import Ranks, StopAt, bits
 from small import checkpoints, fitted, message, same, weights
 
 ONE_FILE = CheckpointPolicy(engine="one_file", every_steps=2, keep_last=2)

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from custom_runs import EPOCHS, Sent, train, trainer_of
-from ranks import Ranks
 
 from endings import ending, saved_steps
 from paceline import CheckpointPolicy, Draw, StopCollecting
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError, ResumeError
-from paceline.testing import rows
+from paceline.testing import Ranks, rows
 from small import message
 
 SIZES = [1, 2]

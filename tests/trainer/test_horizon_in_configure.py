@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from builders import Noisy, Regression, loader
 from paceline import Callback, CheckpointPolicy, Trainer
 from paceline.errors import ConfigError
-from paceline.testing import bits
+from paceline.testing import Ranks, bits
 from small import batches, fitted, settings, weights
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Ranks
 
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
 from paceline.checkpoint import Checkpoints, verify
 from paceline.errors import CheckpointError
-from paceline.testing import StopAt
+from paceline.testing import Ranks, StopAt
 from small import batches, fitted, settings
 
 EACH_STEP = CheckpointPolicy(every_steps=1)

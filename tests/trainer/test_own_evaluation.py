@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import nn
 
 from builders import Noisy, Regression, loader
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
 from paceline.callbacks import AveragedWeights, EarlyStopping
 from paceline.errors import ConfigError, MetricError
-from paceline.testing import Trace, bits, rows
+from paceline.testing import Ranks, Trace, bits, rows
 from small import checkpoints, fitted, same, settings, weights
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import Ranks
 
 from paceline import Callback, CheckpointPolicy, Trainer
 from paceline.log.sinks import JsonlSink, RunInfo, Sink, with_local_rows
-from paceline.testing import StopAt, rows
+from paceline.testing import Ranks, StopAt, rows
 from small import fitted
 
 EACH_STEP = CheckpointPolicy(every_steps=1, asynchronous=False)

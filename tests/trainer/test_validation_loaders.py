@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, MetricMonitor, Trainer
 from paceline.errors import ConfigError, DataError, MetricError
-from paceline.testing import bits, rows
+from paceline.testing import Ranks, bits, rows
 from small import batches, fitted, line, message, points, same, settings, weights
 
 NEAR, FAR = 11, 30  # samples
