@@ -31,6 +31,7 @@ KINDS: dict[str, str] = {
     "collate_fn": "",
     "callback": "paceline.trainer.callback:Callback",
     "logger": "paceline.log.sinks:Sink",
+    "checkpoint_engine": "paceline.checkpoint.engine:CheckpointEngine",
 }
 
 _SHIPPED: dict[str, dict[str, str]] = {
