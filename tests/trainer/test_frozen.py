@@ -237,7 +237,7 @@ def test_a_loss_that_is_sharded_is_the_same_loss(ranks: Ranks, tmp_path: Path) -
     """What names a run's loss does not depend on the layout."""
     sharded = Parallel(dp_shard=2)
     assert ranks(fit_scaled, 2, tmp_path, sharded, 2, 4) == [True, True]
-    assert fit_scaled(tmp_path, Parallel(), 4, 4)
+    assert fit_scaled(tmp_path, Parallel(), 4, 4) is True
     for text in ranks(fit_scaled, 2, None, sharded, 2):
         assert "scale of 'loss_fn' have no dimension to shard" in text
         assert "parallel.frozen='replicate'" in text
