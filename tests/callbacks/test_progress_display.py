@@ -130,7 +130,7 @@ def test_a_run_without_epochs_or_horizon_is_shown(clock) -> None:
     out = io.StringIO()
     trainer = FakeTrainer(Progress(file=out))
     trainer.epochs = trainer.training_horizon = None
-    trainer.validation = None
+    trainer.validation = {}
     trainer.start().step(2).validate()
     assert out.getvalue().startswith("epoch 1  step 2  train/loss")
 
