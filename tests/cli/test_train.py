@@ -119,7 +119,7 @@ def test_a_signal_saves_and_leaves_with_75(paceline, wait_for, tmp_path: Path, n
     code, _, err = process.end()
     assert code == 75
     assert f"({signal.Signals(number).name})" in err.replace("signal ", "")
-    assert "saved in runs/p/n: the same again goes on from there" in err
+    assert "saved in runs/p/n: the same call resumes from there" in err
     record = json.loads((tmp_path / "runs/p/n/run.json").read_text())
     assert record["status"] == "stopped"
     assert list((tmp_path / "runs/p/n/checkpoints").glob("step_*/manifest.json"))

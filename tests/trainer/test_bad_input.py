@@ -117,7 +117,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train_dataloader": iter(batches())}, "which can be read only once"),
     ({"val_dataloader": (b for b in batches())}, "which can be read only once"),
     ({"val_dataloader": object()}, "cannot be iterated"),
-    ({"resume": "must"}, "resume='must': a run without run_dir has nothing to go on from"),
+    ({"resume": "must"}, "resume='must': a run without run_dir has nothing to resume from"),
     ({"resume": "lates"}, "resume='lates': there is no such checkpoint, and no such mode"),
     ({"resume": Resume(init_from="/nowhere")}, "init_from='/nowhere': there is no such file"),
 ]

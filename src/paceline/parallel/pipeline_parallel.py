@@ -106,9 +106,9 @@ class _Stage(PipelineStage):
     """torch's stage, which says which micro-batch begins, and what came of it.
 
     Attributes:
-        begins: is told the number of each micro-batch before it is computed.
-        ends: is given what was computed of it.
-        added: is told when its gradients are there.
+        begins: is called with the number of each micro-batch before it is computed.
+        ends: is called with what was computed.
+        added: is called when its gradients have been added.
         exchanges: whether ranks that have the stage exchange gradients in a schedule's last
             backward.
         shards: what they share it as, if they do.

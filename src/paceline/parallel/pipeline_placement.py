@@ -107,7 +107,7 @@ def _take_part(
         mine: what is ours, by `id`.
         materialize: gives a block memory.
         device: where that is.
-        taken: is told of each block.
+        taken: is called with each block.
     """
     seen: set[int] = set()
     for unit in (*repeated_blocks(model), model):

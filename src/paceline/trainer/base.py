@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a `train()` of the user's own, whose loop over `windows()` opened the run.
 
-    A `for` does not tell its generator of an exception in its body; the run has to hear of it.
+    A `for` does not pass an exception in its body to its generator, and the run has to end with it.
     """
 
     @wraps(train)

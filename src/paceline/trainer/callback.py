@@ -17,7 +17,7 @@ class Callback:
     Each method gets the trainer first, then what the Trainer's own hook gets. Only methods that a
     subclass overrides are ever called. Callbacks run in rising `priority`, ties in the order given,
     after the trainer's own hook. What must survive a resume goes through `state_dict` and
-    `load_state_dict`; in the checkpoint it stands under `name`.
+    `load_state_dict`; the checkpoint stores it under `name`.
 
     Attributes:
         priority: lower runs earlier.

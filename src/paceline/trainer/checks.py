@@ -258,10 +258,10 @@ def _wrong_resume(trainer: TrainerBase) -> list[str]:
             f"{', '.join(MODES)}{nearest(resume.mode, MODES)}"
         )
     if trainer.run_dir is None and (resume.path is not None or resume.mode == "must"):
-        wrong.append(f"resume={resume.mode!r}: a run without run_dir has nothing to go on from.")
+        wrong.append(f"resume={resume.mode!r}: a run without run_dir has nothing to resume from.")
     if resume.init_from is not None and (resume.path is not None or resume.mode == "must"):
         wrong.append(
-            f"resume={resume.mode!r} goes on with a run, init_from={str(resume.init_from)!r} "
+            f"resume={resume.mode!r} resumes a run, init_from={str(resume.init_from)!r} "
             "starts a new one: give one of them."
         )
     if resume.init_from is not None and not Path(resume.init_from).exists():

@@ -81,7 +81,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
         run: just made.
 
     Raises:
-        PacelineError: what stands in the way, before anything is trained.
+        PacelineError: the run cannot start; nothing has been trained.
     """
     run.world.open()
     trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
@@ -89,7 +89,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
         trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
     run.stop.watch(partial(blame.whereabouts, trainer, run))
     if not run.stop.listen():
-        run.plan.add("signals are not heard outside of the main thread", "request_stop(...)")
+        run.plan.add("signals are ignored outside the main thread", "request_stop(...)")
     if trainer.deterministic:
         _set_determinism(run)
     seed_everything(run.seed)
@@ -298,13 +298,13 @@ def _load(trainer: TrainerBase, run: Run) -> None:
         saving.report(run)
     _extend(trainer, run)
     run.sinks_state = tree["rank"]
-    run.plan.add(f"goes on from {found.path.name}", "resume")
+    run.plan.add(f"resumes from {found.path.name}", "resume")
     for hook in run.events.on_load_checkpoint:
         hook(tree)
 
 
 def _extend(trainer: TrainerBase, run: Run) -> None:
-    """Whether the run is over is a matter of the horizon and patience it has now."""
+    """Decides anew whether the run is over: its horizon or patience may have grown."""
     progress = run.progress
     reached = None
     if trainer.epochs is not None and progress.epoch >= trainer.epochs:
@@ -396,7 +396,7 @@ def _status(result: Result) -> str:
 def _say_how_it_ended(trainer: TrainerBase) -> None:
     result, where = trainer.result, "" if trainer.run_dir is None else f" in {trainer.run_dir}"
     if not result.complete:
-        saved = f"; saved{where}: the same again goes on from there" if result.checkpoint else where
+        saved = f"; saved{where}: the same call resumes from there" if result.checkpoint else where
         trainer.say(f"stopped at step {result.global_step} ({result.stopped_by}){saved}.")
         return
     measured = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
@@ -420,7 +420,7 @@ def _result(trainer: TrainerBase, run: Run) -> Result:
 
 
 def fail(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
-    """Ends a run with an error: every rank is told, and what is durable stays as it is.
+    """Ends a run with an error, on every rank; what is on disk stays as it is.
 
     Args:
         trainer: whose run it is.
@@ -451,7 +451,7 @@ def _reached(trainer: TrainerBase, run: Run) -> dict[str, Any]:
 
 
 def teardown(trainer: TrainerBase, run: Run, failure: BaseException | None) -> None:
-    """Leaves nothing behind, however the run ended.
+    """Closes everything, however the run ended.
 
     Args:
         trainer: whose run it was.
@@ -471,7 +471,7 @@ def teardown(trainer: TrainerBase, run: Run, failure: BaseException | None) -> N
 
 
 def _call_each(steps: Iterable[Callable[[], Any]], failure: BaseException | None) -> None:
-    """Calls all of them, even if some fail; the first error counts, and tells of the others."""
+    """Calls all of them, even if some fail; the first error is raised, with notes on the others."""
     first = failure
     for step in steps:
         try:

@@ -1,4 +1,4 @@
-"""Keeps what is not finite from the weights, and says where it came from."""
+"""Keeps non-finite values from the weights, and reports where they came from."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class NonFiniteGuard:
 
     @property
     def found(self) -> dict[str, Any] | None:
-        """What is not finite in this window, as seen here or heard of."""
+        """What is not finite in this window, on this rank or in another replica group."""
         return self._found
 
     def hear(self, found: dict[str, Any]) -> None:
@@ -243,7 +243,7 @@ class NonFiniteGuard:
         kept = self._kept_note()
         if policy == "raise":
             raise NonFiniteError(
-                f"{message}{kept}\non_nonfinite='raise': set 'skip', 'rewind' or 'stop' to go on."
+                f"{message}{kept}\non_nonfinite='raise': set 'skip', 'rewind' or 'stop' to continue."
             )
         self._world.say(f"{message}{kept}\non_nonfinite={policy!r}")
         if policy == "stop":

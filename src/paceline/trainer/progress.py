@@ -27,7 +27,7 @@ class Progress:
         items: items of all ranks seen (samples, label tokens, ... as `count_items` counts).
         validated_at: `global_step` at the last validation.
         pending: parts of the boundary after the last window that a stop left undone.
-        ended_by: why training is over, or None while it may go on.
+        ended_by: why training is over, or None while it is not.
         skips: global steps whose windows are passed over (after a rewind).
         metrics: the last validation's metrics.
         rates: the learning rates of the last window, one a parameter group, by optimizer.

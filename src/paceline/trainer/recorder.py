@@ -1,4 +1,4 @@
-"""What a run writes down: metric rows, timing rows, and the means behind them."""
+"""What a run records: metric rows, timing rows, and the means in them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Recorder:
                 sink.sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """The open sums of this rank's part and, on rank 0, where its sinks stand."""
+        """The open sums of this rank's part and, on rank 0, the positions of its sinks."""
         state: dict[str, Any] = {}
         if self._world.leads_part:
             state["sums"] = self.train.state_dict()
@@ -171,7 +171,7 @@ class Recorder:
             self.load_sinks(ranks)
 
     def load_sinks(self, ranks: dict[str, dict[str, Any]]) -> None:
-        """Sends the sinks back to where they stood; to be called when they are open."""
+        """Moves the sinks back to their saved positions; to be called when they are open."""
         if self._main:
             sinks = unique_names(self.sinks)
             load_by_name("logger", sinks, ranks["0"]["sinks"], self._world.say)

@@ -1,4 +1,4 @@
-"""Replica groups: copies of a run that take each step together, and go on when one of them dies.
+"""Replica groups: copies of a run that take each step together and survive the death of any of them.
 
 Each group is a process of its own, with all of the model. Before each window those that are there
 meet (`draw`), share out the window's rows among themselves, and afterwards (`commit`) add up their
@@ -7,7 +7,7 @@ those who are there then, with the same samples. All but a window's rows is done
 alike: what one of them holds between two windows is the whole state of the run.
 
 One of them writes: the one that has the lock of the run's folder. Each keeps the rows that stand
-behind the newest checkpoint, so that another can go on writing where it died.
+after the newest checkpoint, so that another can continue writing where it died.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Before:
     """What a window changes although it may not count.
 
     Attributes:
-        source: where the data stood.
+        source: the position in the data.
         sums: the open sums of logged values.
         buffers: a copy of every buffer of the models.
     """
@@ -219,13 +219,13 @@ class ReplicaGroups:
             ConfigError: the run has windows to pass over, which does not exist yet with groups.
         """
         if self._run.progress.skips:
-            raise ConfigError("a run that was rewound cannot go on with replica groups.")
+            raise ConfigError("a run that was rewound cannot resume with replica groups.")
         self._saver = self._run.saver
         if not self.writes:
             self._run.saver = None
 
     def close(self) -> None:
-        """Leaves the other groups, who go on."""
+        """Leaves the other groups, which continue without it."""
         self._quorum.close()
         self._lock.release()
 
@@ -289,7 +289,7 @@ class ReplicaGroups:
             {
                 "sums": self._of_run.train.sums(),
                 "found": None if found is None else {**found, "rank": self._quorum.place.number},
-                # A signal speaks to one group; the others go on without it.
+                # A signal stops one group; the others continue without it.
                 "stop": None if wish is None or wish.startswith("signal ") else wish,
                 "buffers": changed,
             },

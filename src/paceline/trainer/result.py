@@ -12,7 +12,7 @@ class Result:
 
     Attributes:
         stopped_by: "epochs", "max_steps", "early stop", "signal SIGTERM", "time limit", ...
-        complete: whether training is over; if not, the same call goes on from `checkpoint`.
+        complete: whether training is over; if not, the same call resumes from `checkpoint`.
         final_val_loss: "val/loss" of the last validation, None if there is none.
         metrics: all metrics of the last validation.
         best: the best value of the monitored metric, None without a monitor.

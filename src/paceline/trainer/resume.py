@@ -45,11 +45,11 @@ def kept_global_batch_size(
 ) -> int | None:
     """Samples of all ranks in a step, where settings that say it for each rank are unchanged.
 
-    So a run that goes on with another number of ranks sees the same samples in each step.
+    So a run resumed with another number of ranks sees the same samples in each step.
 
     Args:
         run_dir: the run's folder.
-        resume: how it goes on.
+        resume: the resume mode.
         loader: the training loader.
         accumulation: the setting `gradient_accumulation_steps`.
 
@@ -123,7 +123,7 @@ def check_identity(
     if refused:
         lines = [f"{key}: {old} then, {new} now" for key, (old, new) in refused.items()]
         raise ResumeError(
-            "this run cannot go on with other settings than it began with:\n  "
+            "this run cannot resume with other settings than it began with:\n  "
             + "\n  ".join(lines)
             + "\nPut them back, start anew beside the old run (another run_dir), move the old run "
             "aside (resume='fresh', --fresh), or accept the change "
@@ -170,6 +170,6 @@ def find(saver: CheckpointEngine | None, resume: Resume, run_dir: Path | None) -
     if found is not None and resume.mode == "never":
         raise ConfigError(
             f"resume='never': {run_dir} holds a run already (step {found.step}). Choose "
-            "another run_dir, go on from it (resume='auto'), or move it aside (resume='fresh')."
+            "another run_dir, resume it (resume='auto'), or move it aside (resume='fresh')."
         )
     return found

@@ -98,7 +98,7 @@ class Run:
         count_items: counts a batch's items, if the user does so; else None.
         groups: the replica groups that take each step together, if there are any.
         batch_items: items of the batch at hand, the weight of what is logged; None between batches.
-        muted: whether a stand-in is running, so that nothing is logged.
+        muted: whether a stand-in micro-batch runs, of which nothing is logged.
         validating: whether a validation is under way.
         started_validation: whether a validation has started for its listeners, and not ended.
         val_name: the validation loader at hand, if it has a name.
@@ -111,7 +111,7 @@ class Run:
         asked_saves: reasons of checkpoints that were asked for within a window.
         saved_at: step and pending parts of the last checkpoint.
         saves_in_flight: how many saves have not been reported as saved or failed.
-        sinks_state: where the sinks stood in the checkpoint that the run resumed from, by rank.
+        sinks_state: positions of the sinks in the checkpoint that the run resumed from, by rank.
         cleanup: what is undone at the end.
     """
 

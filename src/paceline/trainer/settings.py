@@ -44,10 +44,10 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Resume:
-    """How a run that finds an earlier one in its folder goes on.
+    """What a run does that finds an earlier one in its folder.
 
     Args:
-        mode: "auto" goes on from the newest intact checkpoint, or starts if there is none;
+        mode: "auto" resumes from the newest intact checkpoint, or starts if there is none;
             "must" fails if there is none; "never" fails if there is one; "fresh" moves an earlier
             run aside; any other text is the path of a checkpoint.
         accept: identity keys that may differ from the checkpoint's, e.g. ("optimizer.lr",).

@@ -1,10 +1,10 @@
-"""Where each rank is, said when one has come no further for as long as a collective may wait.
+"""Where each rank is, said when one has made no progress for as long as a collective may wait.
 
-A collective that one rank does not join holds up all the others, and the error that ends it tells
-of a rank that has waited, not of the one that was waited for. So the watcher thread of each rank
-(`stop.py`) looks now and then at how far its rank is. The first to find that it has stood still for
-too long asks, through the process group's store; every watcher answers for its rank, and the one
-that asked says it all, shortly before the collective itself gives up.
+A collective that one rank does not join blocks all the others, and the error that ends it names a
+rank that waited, not the one it waited for. So the watcher thread of each rank
+(`stop.py`) checks its rank's progress from time to time. The first watcher whose rank has made none
+for too long asks the others through the process group's store; every watcher answers for its rank,
+and the one that asked prints all answers, shortly before the collective itself gives up.
 
 A long step or a long save looks the same and is reported too. Nothing is ended here.
 """
@@ -31,7 +31,7 @@ _LIBRARIES = {"torch", *sys.stdlib_module_names}
 
 
 class StallReport:
-    """Notices that this rank has come no further, and answers where it is; for a watcher thread.
+    """Notices that this rank makes no progress, and answers where it is; for a watcher thread.
 
     To be made in the thread that trains.
 
@@ -48,7 +48,7 @@ class StallReport:
         self._thread = threading.get_ident()
         self._position: Any = None
         self._since = self._next_look = time.monotonic()
-        self._told = False  # where the rank stands now
+        self._told = False  # the present position was reported
         self._reports = 0  # equal on all ranks
         self._asked_at: float | None = None  # this rank waits for the others' answers
         self._stood = 0.0  # seconds, when it asked
@@ -99,7 +99,7 @@ class StallReport:
             said.setdefault(answer, []).append(rank)
         lines = [f"  {_ranks(ranks)}: {answer}" for answer, ranks in said.items()]
         print(
-            f"paceline: rank {self._world.rank} has come no further for "
+            f"paceline: rank {self._world.rank} has made no progress for "
             f"{self._stood:.0f} s; a collective may wait for "
             f"{self._world.timeout:g} s (parallel.timeout). Where the ranks are:",
             *lines,

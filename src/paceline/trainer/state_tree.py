@@ -169,7 +169,7 @@ def _load_data(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     if (tree["data"] is None) != source.per_rank:
         raise ResumeError(
             "the checkpoint's place in the data is of another kind of loader (map-style against "
-            "streamed): go on with the loader it began with, or start from its weights (init_from)."
+            "streamed): resume with the loader it began with, or start from its weights (init_from)."
         )
     if not source.per_rank:
         source.load_state_dict(tree["data"])
@@ -179,7 +179,7 @@ def _load_data(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     if len(tree["rank"]) != world.size:
         raise ResumeError(
             f"the training loader keeps its own place on each rank: a run of {len(tree['rank'])} "
-            f"ranks cannot go on with {world.size}. A map-style dataset can."
+            f"ranks cannot resume with {world.size}. A map-style dataset can."
         )
     source.load_state_dict(tree["rank"][str(world.rank)]["data"])
 

@@ -3,7 +3,7 @@
 Whoever wants to stop (a signal, a time limit, a stop file, a callback) writes a request to the
 process group's store. A watcher thread on each rank sees it, freezes what this rank is committed to
 and publishes it; the largest of all ranks is where all stop. A rank that passes a boundary pays for
-a lock, and waits only once a request stands.
+a lock, and waits only once there is a request.
 
 Nothing is saved, sent or agreed inside a signal handler: it sets a flag. A second signal leaves at
 once (one that comes on the heels of the first is the same wish: launchers and schedulers pass a
@@ -20,7 +20,7 @@ for good and publishes it. So
 2. the largest published point therefore lies behind no rank, and the rank that published it is on
    its way there. Windows and the parts of a boundary follow from the step and from values that all
    ranks share, so every rank's way leads there;
-3. every rank goes on to that point and no further.
+3. every rank continues to that point and no further.
 Passing 3s commits to 3s + 3, since most boundaries have no parts. When one has, `hold` lowers the
 commitment to 3s + 1, where the run can stop as well: nobody has seen the higher one, or it is
 frozen and stays. A validation under way is left when 3s + 1 is agreed on. That point has a number
@@ -214,7 +214,7 @@ class StopAgreement:
         self._everywhere = self._everywhere or everywhere
 
     def reached(self, point: int) -> bool:
-        """Whether to stop at `point`; if not, this rank goes on and is committed to the next.
+        """Whether to stop at `point`; if not, this rank continues and is committed to the next.
 
         Raises:
             PeerError: another rank has failed.
@@ -272,7 +272,7 @@ class StopAgreement:
                 self._committed, self._batch = point, 0
 
     def fail(self, error: BaseException) -> PeerError | None:
-        """Tells the other ranks that this one has failed.
+        """Publishes this rank's failure to the other ranks.
 
         Returns:
             Another rank's error, if it came first and lost connections are all there is here.

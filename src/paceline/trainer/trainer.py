@@ -200,7 +200,7 @@ class Trainer(TrainerBase):
         *,
         seed: int | None = None,
     ) -> Result:
-        """Trains to the end, or goes on from the run folder's newest checkpoint.
+        """Trains to the end, from the run folder's newest checkpoint if there is one.
 
         Args:
             train_dataloader, val_dataloader, epochs: in place of the constructor's.
@@ -322,7 +322,7 @@ class Trainer(TrainerBase):
         return window
 
     def _close_window(self, run: Run, window: Window) -> None:
-        """Counts a window that is done, and sees to the boundary behind it."""
+        """Counts a window that is done, and runs the boundary after it."""
         progress = self.progress
         self.optimization.end_window()
         progress.global_step += 1
