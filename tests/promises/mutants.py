@@ -201,7 +201,7 @@ MUTANTS = [
     ),
     Mutant(
         "DDP arranges its buckets anew in each process",
-        ((ddp, "_settle_buckets"),),
+        ((ddp, "_fix_buckets"),),
         defects.nothing,
         f"{P1}:check_chain",
         chain(4, 4, batch=3),
@@ -236,7 +236,7 @@ MUTANTS = [
     ),
     Mutant(
         "each rank stops where it stands",
-        ((StopAgreement, "_settle"),),
+        ((StopAgreement, "_agree"),),
         defects.own_end,
         f"{AGREE}:test_a_rank_that_is_behind_comes_to_where_the_other_is",
         {"in_validation": False},

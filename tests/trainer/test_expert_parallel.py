@@ -18,7 +18,7 @@ from mixture import Experts, Mixture
 from paceline import Parallel
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError
-from paceline.parallel.expert_parallel import share_out
+from paceline.parallel.expert_parallel import distribute_experts
 from paceline.testing import Ranks
 from paceline.world.world import World
 
@@ -130,7 +130,7 @@ def wrong_calls() -> list[str]:
     messages = []
     with closing(World(Parallel(expert=2)).open()) as world:
         assert world.expert_mesh is not None
-        share_out(experts, "moe.experts", world.expert_mesh["expert"])
+        distribute_experts(experts, "moe.experts", world.expert_mesh["expert"])
         for call in ((rows, counts, rows), (rows, counts + 1), (rows, counts / 1), (rows, rows[0])):
             with pytest.raises(DataError) as raised:
                 experts(*call)

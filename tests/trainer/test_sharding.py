@@ -71,7 +71,7 @@ class Ties(Callback):
 
 
 def fit_deep(parallel: Parallel, *args: Any, **changes: Any) -> Kept:
-    ties = [Ties()] if parallel.is_spread else []
+    ties = [Ties()] if parallel.partitions_state else []
     callbacks = [*ties, *changes.pop("callbacks", ())]
     return fit(changes.pop("model", Deep()), parallel, *args, callbacks=callbacks, **changes)
 

@@ -1,8 +1,8 @@
 """Checkpoints: all state of a run, safe from a kill at any instant."""
 
 from paceline.checkpoint.codec import decode, encode
+from paceline.checkpoint.compatibility import check_fits
 from paceline.checkpoint.engine import Checkpoint, CheckpointEngine, Notice, engine_class
-from paceline.checkpoint.fits import check_fits
 from paceline.checkpoint.manager import Checkpoints, load_tree
 from paceline.checkpoint.policy import CheckpointPolicy, reasons_due, to_keep
 from paceline.checkpoint.publication import Manifest, read_manifest, scan, verify

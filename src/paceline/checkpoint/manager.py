@@ -148,7 +148,7 @@ class Checkpoints(CheckpointEngine):
                 self._write_hints()
             return done
 
-        self._tell("recovered", self._ranks.main(work))
+        self._notify("recovered", self._ranks.main(work))
 
     def list(self) -> builtins.list[Checkpoint]:
         """The published checkpoints with intact manifests, oldest first; reads only these."""
@@ -163,9 +163,9 @@ class Checkpoints(CheckpointEngine):
         """
         self.wait()
         found, messages = self._ranks.main(self._find_newest)
-        self._tell("damaged", messages)
+        self._notify("damaged", messages)
         if found is None and messages:
-            self._tell("warning", ["no intact checkpoint is left"])
+            self._notify("warning", ["no intact checkpoint is left"])
         if found is not None:
             self._verified.add((found.path, found.save_id))
         return found
@@ -214,7 +214,7 @@ class Checkpoints(CheckpointEngine):
                 self._write_hints()
             return messages
 
-        self._tell("abandoned", self._ranks.main(work))
+        self._notify("abandoned", self._ranks.main(work))
 
     # Reading a folder
 
@@ -442,7 +442,7 @@ class Checkpoints(CheckpointEngine):
                 f"and {agreement.readable_size(free)} are free"
             )
 
-    def _tell(
+    def _notify(
         self,
         kind: Literal["damaged", "abandoned", "recovered", "warning"],
         messages: builtins.list[str],

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from paceline.checkpoint.fits import check_fits
+from paceline.checkpoint.compatibility import check_fits
 from paceline.errors import MismatchError
 from paceline.world.dtensors import is_dtensor, spread_like
 

@@ -128,7 +128,7 @@ class StepOnPaper:
         assert isinstance(trainer.world, WorldOnPaper)
         with trainer.world.as_one_of_many(), meshes_made_real(), self._on_paper():
             setup()
-        if self.ranks > 1 and not self.parallel.is_spread:
+        if self.ranks > 1 and not self.parallel.partitions_state:
             trainer.replicas.append(_ReplicaOnPaper(_parameters(trainer)))
 
     def _hold(self, trainer: Trainer) -> None:
@@ -196,7 +196,7 @@ class _ReplicaOnPaper:
     """
 
     called = False
-    heard = True
+    delivered = True
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         trained = {id(p): p.nbytes for p in parameters if p.requires_grad}

@@ -60,7 +60,7 @@ class Layout:
         """Micro-batches a rank sees in `epoch`."""
         return -(-self.units(epoch) // self.chunk)
 
-    def share_out(self, rank: int, ranks: int) -> bool:
+    def repartition(self, rank: int, ranks: int) -> bool:
         """Changes the rank and the number of ranks that share the units.
 
         Args:
@@ -260,14 +260,14 @@ class IndexedSource:
             self._batches = None
         self._end = self._layout.units(epoch)
 
-    def share_out(self, rank: int, ranks: int) -> None:
+    def repartition(self, rank: int, ranks: int) -> None:
         """Splits the same windows among another number of ranks from the next window on.
 
         Args:
             rank: this rank among them.
             ranks: their number.
         """
-        if self._layout.share_out(rank, ranks):
+        if self._layout.repartition(rank, ranks):
             self.close()
 
     def draw(self) -> Draw | None:

@@ -247,7 +247,7 @@ class StreamedValidation:
         self._loader = loader
         self._seed = seed
         self._world = world
-        self._in_step = world.parallel.is_spread or world.parallel.context > 1
+        self._in_step = world.parallel.partitions_state or world.parallel.context > 1
         self.length = _length(loader)
         self._reading: Iterator[Any] | None = None
 

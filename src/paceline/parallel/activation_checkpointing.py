@@ -34,7 +34,7 @@ _KEPT = [
 ]
 
 
-def recompute_blocks(module: torch.nn.Module, name: str, which: str) -> list[torch.nn.Module]:
+def checkpoint_blocks(module: torch.nn.Module, name: str, which: str) -> list[torch.nn.Module]:
     """Has each repeated block of a model repeat its forward pass during the backward pass.
 
     Random numbers are drawn as the first time, and buffers that a pass changes, such as running

@@ -20,11 +20,11 @@ class Synchronizer(Protocol):
     Attributes:
         called: whether the model was called through it, gradients on, in this micro-batch.
         covered: the `id` of each parameter whose gradient it synchronizes.
-        heard: whether each NaN that it was told of in this window has reached the other ranks.
+        delivered: whether each NaN that it was told of in this window has reached the other ranks.
     """
 
     called: bool
-    heard: bool
+    delivered: bool
 
     @property
     def covered(self) -> Set[int]:
@@ -47,13 +47,13 @@ class Replica(DistributedDataParallel):
         called: whether the module was called through it, gradients on, in this micro-batch.
         covered: the `id` of each parameter whose gradient it exchanges.
         sentinel: its smallest trainable parameter, whose gradient tells of the others' NaN.
-        heard: whether all that it was told in this window has reached that gradient.
+        delivered: whether all that it was told in this window has reached that gradient.
         whole_way: whether ranks exchange something within the model too, so that the backward pass
             of a loss of zero has to take the whole way.
     """
 
     called = False
-    heard = True
+    delivered = True
     whole_way = False
     _probes: list[torch.Tensor]
 
@@ -78,7 +78,7 @@ class Replica(DistributedDataParallel):
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         return min(parameters, key=torch.Tensor.numel)
 
-    def tell(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
+    def attach(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
         """Adds zero, or NaN, to a loss, so that the sentinel gets it as its gradient.
 
         Args:
@@ -137,12 +137,12 @@ def replicate(
     """
     device_ids = None if device.type == "cpu" else [device]
     replica = Replica(module, device_ids=device_ids, process_group=group)
-    _settle_buckets(replica)
+    _fix_buckets(replica)
     vars(replica)["whole_way"] = whole_way
     return replica
 
 
-def _settle_buckets(replica: Replica) -> None:
+def _fix_buckets(replica: Replica) -> None:
     """Makes DDP arrange its gradient buckets now, the same way in every process that ever starts.
 
     DDP rearranges them after its first backward pass, which moves elements between the ranks'

@@ -83,7 +83,7 @@ def _check(name: str, module: torch.nn.Module, uses: Counter[int], world: World)
         )
 
 
-def share_out(module: torch.nn.Module, name: str, mesh: DeviceMesh) -> None:
+def distribute_experts(module: torch.nn.Module, name: str, mesh: DeviceMesh) -> None:
     """Leaves each rank its part of a module's experts, and has it called with all ranks' rows.
 
     Args:
@@ -145,7 +145,7 @@ def shard_dimension(module: torch.nn.Module, name: str, shards: int) -> int:
     """The dimension along which FSDP2 shards a rank's experts: 1 where they are too few for 0.
 
     Args:
-        module: after `share_out`.
+        module: after `distribute_experts`.
         name: its name, for messages.
         shards: ranks with the same experts, over which these are sharded.
 

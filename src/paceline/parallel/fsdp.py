@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paceline.errors import ConfigError
 from paceline.parallel.blocks import repeated_blocks
 from paceline.parallel.ddp import probes, zero_of
-from paceline.parallel.expert_parallel import expert_modules, shard_dimension, share_out
+from paceline.parallel.expert_parallel import distribute_experts, expert_modules, shard_dimension
 from paceline.parallel.pipeline_stages import given_up_kept
 from paceline.parallel.tensor_parallel import split_modules
 from paceline.world.dtensors import is_dtensor, local_part
@@ -54,7 +54,7 @@ class Shards:
         renewed: what became of each parameter, by the `id` of what it was.
         sentinel: a parameter of which each rank has a part, and whose gradient therefore tells each
             of the others' NaN; None if there is none.
-        heard: whether all that it was told in the window of the last verdict has reached that
+        delivered: whether all that it was told in the window of the last verdict has reached that
             gradient.
 
     Raises:
@@ -96,7 +96,7 @@ class Shards:
         self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
         self.covered = frozenset(id(p) for p in module.parameters())
-        self.heard = True
+        self.delivered = True
         self._poison: torch.Tensor | float | None = None  # told, and not yet in a gradient
         self._lost = False  # some was not, in this window
         self._gathered: torch.Tensor | None = None  # the sentinel, as the model last computed with
@@ -123,7 +123,7 @@ class Shards:
     def check_exchanged(self) -> None:
         """Nothing to refuse: a sharded parameter that is used without a call is no plain tensor."""
 
-    def tell(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
+    def attach(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
         """Adds zero, or NaN, to the sentinel's gradient in the next backward pass.
 
         Args:
@@ -138,7 +138,7 @@ class Shards:
 
         A part of a sum that is too large for its type says nothing: only its own rank sees it.
         """
-        self.heard = not self._lost and self._poison is None
+        self.delivered = not self._lost and self._poison is None
         self._lost, self._poison = False, None
         if self.sentinel is None or self.sentinel.grad is None:
             return None
@@ -266,7 +266,7 @@ class StageShards:
     """
 
     called = False  # by a schedule alone, which needs no word of a replica on a NaN
-    heard = True
+    delivered = True
 
     def __init__(
         self, stage: Any, model: Any, name: str, world: World, compute: torch.dtype | None
@@ -397,7 +397,7 @@ def _shard_experts(
     if isinstance(experts, FSDPModule):
         return  # with the block that they are a part of
     assert world.expert_mesh is not None
-    share_out(experts, name, world.expert_mesh["expert"])
+    distribute_experts(experts, name, world.expert_mesh["expert"])
     mesh = world.expert_dp_mesh
     assert mesh is not None
     dimension = shard_dimension(experts, name, mesh["dp_shard"].size())

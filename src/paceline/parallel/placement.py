@@ -148,7 +148,7 @@ class Placement:
     def close(self) -> None:
         """Undoes what models do not need after a run. A spread one stays spread."""
         self._undo.close()
-        if self.float8 is not None and not self._parallel.is_spread:
+        if self.float8 is not None and not self._parallel.partitions_state:
             self.float8.take_back()
         self.recomputed, self.compiled, self.replicas, self.frozen = [], [], [], []
         self.pipeline = None
@@ -183,7 +183,7 @@ class Placement:
         materializer = Materializer(module, name, self._device, self._seed)
         trained = any(p.requires_grad for p in module.parameters())
         staged = trained and self._parallel.pipeline > 1
-        sharded = self._parallel.is_spread if trained else self._shards_frozen(module, name)
+        sharded = self._parallel.partitions_state if trained else self._shards_frozen(module, name)
         if not materializer.needed and not staged:
             module.to(self._device)
         if self.float8 is not None and trained:
@@ -191,10 +191,10 @@ class Placement:
         if trained and self._parallel.expert > 1:
             # The exchange of rows breaks graphs, which nothing that is repeated within one may do.
             self._compile_blocks(module, name, sharded=sharded, staged=staged)
-            self._recompute_blocks(module, name)
+            self._checkpoint_blocks(module, name)
         else:
             if trained:
-                self._recompute_blocks(module, name)
+                self._checkpoint_blocks(module, name)
             self._compile_blocks(module, name, sharded=sharded, staged=staged)
         for part in {*self.recomputed, *self.compiled}:
             self._undo.callback(vars(part).pop, "forward", None)
@@ -212,17 +212,17 @@ class Placement:
         self.replicas.append(replica)
         return replica
 
-    def _recompute_blocks(self, module: torch.nn.Module, name: str) -> None:
+    def _checkpoint_blocks(self, module: torch.nn.Module, name: str) -> None:
         which = self._parallel.activation_checkpointing
         if isinstance(which, str):
-            from paceline.parallel.activation_checkpointing import recompute_blocks
+            from paceline.parallel.activation_checkpointing import checkpoint_blocks
 
-            self.recomputed += recompute_blocks(module, name, which)
+            self.recomputed += checkpoint_blocks(module, name, which)
 
     def _shards_frozen(self, module: torch.nn.Module, name: str) -> bool:
         """Whether a frozen model is sharded as trained ones are; says so in the plan."""
         parallel = self._parallel
-        if not parallel.is_spread or next(module.parameters(), None) is None:
+        if not parallel.partitions_state or next(module.parameters(), None) is None:
             return False
         if parallel.dp_shard > 1 and parallel.pipeline == 1 and parallel.frozen == "shard":
             line = f"shards the frozen {name} over {self._world.shards} ranks, too"
@@ -371,7 +371,7 @@ class Placement:
             yield line, "parallel.activation_checkpointing"
 
 
-def check_spread(
+def check_synchronized(
     optimizer: torch.optim.Optimizer,
     name: str,
     covered: Set[int],

@@ -22,7 +22,7 @@ from paceline.data.source import Validation, WindowSize
 from paceline.errors import ConfigError, DataError, Preempted
 from paceline.log.provenance import RunRecord
 from paceline.log.sinks import with_local_rows
-from paceline.trainer import blame, decisions, resume, saving
+from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data
 from paceline.trainer.events import Events
@@ -87,7 +87,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
     if run.stop.clear_file():
         trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
-    run.stop.watch(partial(blame.whereabouts, trainer, run))
+    run.stop.watch(partial(error_context.whereabouts, trainer, run))
     if not run.stop.listen():
         run.plan.add("signals are ignored outside the main thread", "request_stop(...)")
     if trainer.deterministic:
@@ -108,7 +108,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     add_own_identity(trainer, run)
     _load(trainer, run)
     if trainer.replica_groups is not None:
-        trainer.replica_groups.settle()
+        trainer.replica_groups.hand_saver_over()
     _on_disk(trainer, partial(trainer.recorder.open, run.sinks_state))
     _describe(trainer, run)
     run.stop.open(first_point(run))
@@ -373,7 +373,7 @@ def finish(trainer: TrainerBase, run: Run) -> None:
         run: at its end.
     """
     trainer.source.close()
-    if (failed := saving.settle(run)) is not None:
+    if (failed := saving.wait_for_saves(run)) is not None:
         raise failed
     if run.progress.ended_by is not None and not run.stopped and run.trained:
         for hook in run.events.on_train_end:
@@ -382,7 +382,7 @@ def finish(trainer: TrainerBase, run: Run) -> None:
     run.record.finish(
         _status(trainer.result),
         stopped_by=trainer.result.stopped_by,
-        **_reached(trainer, run),
+        **_position(trainer, run),
     )
     run.stop.unwatch()
     if trainer.show_progress and (run.trained or run.stopped):
@@ -431,14 +431,14 @@ def fail(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
         The error to raise: a PeerError if it only comes of another rank's, a DataError if the
         first batch is what it comes of, or itself.
     """
-    shown = run.stop.fail(error) or blame.in_training(trainer, run, error)
+    shown = run.stop.fail(error) or error_context.in_training(trainer, run, error)
     why = f"{type(shown).__name__}: {shown}"
-    run.record.finish("failed", stopped_by=why, **_reached(trainer, run))
+    run.record.finish("failed", stopped_by=why, **_position(trainer, run))
     _call_each([partial(hook, shown) for hook in run.events.on_exception], shown)
     return shown
 
 
-def _reached(trainer: TrainerBase, run: Run) -> dict[str, Any]:
+def _position(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     """How far the run has come, for run.json."""
     progress, monitor = run.progress, trainer.metric_monitor
     return {

@@ -76,7 +76,7 @@ class NonFiniteGuard:
         """What is not finite in this window, on this rank or in another replica group."""
         return self._found
 
-    def hear(self, found: dict[str, Any]) -> None:
+    def add_found(self, found: dict[str, Any]) -> None:
         """Takes what another replica group has found in its part of this window."""
         if self._found is None:
             self._found = found
@@ -108,7 +108,7 @@ class NonFiniteGuard:
         called: list[Any] = [replica for replica in self._replicas if replica.called]
         weighted = weighted * (poison + 1)
         # Of several, not every one need take part in this loss.
-        return called[0].tell(weighted, poison) if len(called) == 1 else weighted
+        return called[0].attach(weighted, poison) if len(called) == 1 else weighted
 
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a gradient norm that somebody has computed (clipping, a gradient monitor)."""
@@ -184,7 +184,7 @@ class NonFiniteGuard:
 
     def _is_bad_anywhere(self) -> bool:
         verdicts = self._verdicts()
-        if self._parallel.is_spread and not verdicts:
+        if self._parallel.partitions_state and not verdicts:
             return self._world.any(self._found is not None or self._norm_bad)
         self._check_heard(bad=self._found is not None)
         return self._norm_bad or any(map(bool, verdicts))
@@ -200,7 +200,7 @@ class NonFiniteGuard:
         scales = self._run.scaler is not None
         if self._parallel.pipeline > 1:
             return []  # of which each has gradients of its stage alone
-        if self._parallel.is_spread and (scales or not alone):
+        if self._parallel.partitions_state and (scales or not alone):
             return []
         found = (replica.verdict() for replica in replicas)
         return [verdict for verdict in found if verdict is not None]
@@ -211,7 +211,7 @@ class NonFiniteGuard:
         Raises:
             NonFiniteError: the others have not been told of this rank's.
         """
-        if not all(replica.heard for replica in self._replicas) and bool(bad):
+        if not all(replica.delivered for replica in self._replicas) and bool(bad):
             raise NonFiniteError(
                 f"step {self._run.global_step + 1}: the loss of rank "
                 f"{self._world.rank} is not finite, and a backward pass that leaves out "
@@ -265,7 +265,7 @@ class NonFiniteGuard:
             self._flag = torch.zeros((), dtype=torch.bool, device=run.device)
         if verdicts:
             self._check_heard(bad=self._flag)
-        elif self._parallel.is_spread:
+        elif self._parallel.partitions_state:
             self._flag = self._world.all_reduce(self._flag.float(), "max") > 0
         if self._bad_step is None:
             self._bad_step = torch.full_like(self._flag, -1, dtype=torch.int64)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from paceline.errors import ConfigError, LossError
-from paceline.parallel.placement import check_spread
+from paceline.parallel.placement import check_synchronized
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.run import Run
@@ -134,7 +134,7 @@ class Optimization:
         for replica in self._placement.replicas:
             replica.check_exchanged()
         if run.world.parts > 1:
-            check_spread(optimizer, name, self._covered, run.components.named_models())
+            check_synchronized(optimizer, name, self._covered, run.components.named_models())
         if not self.compared:
             self._compare_whole_gradients()
         if run.scaler is not None:
@@ -216,7 +216,7 @@ class Optimization:
         return torch.stack([part.reshape(()) for part in losses.values()]).sum()
 
     def _check_independent(self, name: str, loss: torch.Tensor) -> None:
-        reached = _reached(loss)
+        reached = _reachable(loss)
         for other, optimizer in self.optimizers.items():
             if other != name and any(id(p) in reached for p in _parameters(optimizer)):
                 raise LossError(
@@ -257,7 +257,7 @@ def takes_metric(scheduler: Any) -> bool:
 
 
 def _scaler(world: World) -> torch.amp.GradScaler:
-    if not world.parallel.is_spread:
+    if not world.parallel.partitions_state:
         return torch.amp.GradScaler(world.device.type)
     from paceline.parallel.grad_scaler import SpreadScaler
 
@@ -272,7 +272,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _reached(loss: torch.Tensor) -> set[int]:
+def _reachable(loss: torch.Tensor) -> set[int]:
     """`id` of every tensor whose gradient a loss has a part in."""
     reached: set[int] = set()
     seen: set[Any] = set()

@@ -212,7 +212,7 @@ class ReplicaGroups:
         found, _ = scan(self._folder / "checkpoints")
         return found[-1] if found else None
 
-    def settle(self) -> None:
+    def hand_saver_over(self) -> None:
         """All is loaded: from now on only the group that writes saves.
 
         Raises:
@@ -236,7 +236,7 @@ class ReplicaGroups:
         run, quorum = self._run, self._quorum
         if not self._met and not self._meet():
             return None
-        source.share_out(quorum.rank, quorum.size)
+        source.repartition(quorum.rank, quorum.size)
         run.model_key = mix(stream(run.seed, "model"), quorum.rank)
         train = self._of_run.train
         copies = [buffer.clone() for buffer in run.buffers()]
@@ -273,7 +273,7 @@ class ReplicaGroups:
         with torch.no_grad():
             for i, value in zip(indices, firsts, strict=True):
                 buffers[i].copy_(value)
-        self._hear(told, before)
+        self._merge(told, before)
         return True
 
     def add_up(self, tensor: torch.Tensor) -> None:
@@ -296,7 +296,7 @@ class ReplicaGroups:
             default=str,
         )
 
-    def _hear(self, told: list[dict[str, Any]], before: _Before) -> None:
+    def _merge(self, told: list[dict[str, Any]], before: _Before) -> None:
         sums = before.sums
         assert self._guard is not None
         for part in told:
@@ -304,7 +304,7 @@ class ReplicaGroups:
                 pair = sums.setdefault(name, [0.0, 0.0])
                 pair[0], pair[1] = pair[0] + total, pair[1] + weight
             if part["found"] is not None:
-                self._guard.hear(part["found"])
+                self._guard.add_found(part["found"])
             if part["stop"] is not None:
                 self._run.stop.request(part["stop"])
         self._of_run.train.load_state_dict(sums)

@@ -59,7 +59,7 @@ def report(run: Run) -> None:
             hook(notice.path, notice.step, notice.best)
 
 
-def settle(run: Run) -> CheckpointError | None:
+def wait_for_saves(run: Run) -> CheckpointError | None:
     """Finishes the save in flight and reports it; returns why the latest failed, or None."""
     if run.saver is None:
         return None

@@ -222,7 +222,7 @@ class StopAgreement:
         if self._world.size == 1:
             if self._request is None:
                 return False
-            self._settle(point, self._request)
+            self._agree(point, self._request)
             return True
         if self._peer_error is not None:
             raise PeerError(self._peer_error)
@@ -280,12 +280,12 @@ class StopAgreement:
         if self._world.size == 1:
             return None
         try:
-            first = self._tell(error)
+            first = self._publish(error)
         except Exception:  # noqa: BLE001  no store (yet, or any more): rank 0 may have left with it
             first = self._peer_error
         return PeerError(first) if first is not None and _is_lost_connection(error) else None
 
-    def _tell(self, error: BaseException) -> str | None:
+    def _publish(self, error: BaseException) -> str | None:
         """Publishes the error unless another rank has; returns that rank's."""
         store = self._store
         if store is None:  # it failed before the ranks had met
@@ -316,7 +316,7 @@ class StopAgreement:
         assert self._stop_at is not None
         return self._stop_at
 
-    def _settle(self, point: int, reason: str) -> None:
+    def _agree(self, point: int, reason: str) -> None:
         self._stop_at, self.reason = point, reason
         self._agreed.set()
 
@@ -366,7 +366,7 @@ class StopAgreement:
             if store.check(keys):
                 points = [tuple(map(int, store.get(name).split())) for name in keys]
                 point, self._stop_batch = max(points)
-                self._settle(point, store.get(key + "request").decode())
+                self._agree(point, store.get(key + "request").decode())
         return False
 
     def _leave(self, why: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from paceline.data.source import Validation
 from paceline.errors import DataError, MetricError
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.blame import in_validation
+from paceline.trainer.error_context import in_validation
 from paceline.trainer.progress import as_number
 from paceline.trainer.run import Run
 from paceline.trainer.stop import behind_boundary

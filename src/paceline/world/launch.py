@@ -90,7 +90,7 @@ def launch(
                     agent._exit_barrier()  # others may still need the store that lives here
         finally:
             handler.shutdown()
-    _tell(result.failures)
+    _report(result.failures)
     return _answer(result.failures)
 
 
@@ -159,7 +159,7 @@ class _Agent(LocalElasticAgent):
             if self._received is not None or _all_stopped(result.failures):
                 self._remaining_restarts = 0
             else:
-                _tell(result.failures)
+                _report(result.failures)
                 print("paceline: restarting all ranks of this machine", file=sys.stderr)
         return result
 
@@ -182,7 +182,7 @@ def _all_stopped(failures: dict[int, ProcessFailure]) -> bool:
     return bool(failures) and all(one.exitcode == STOPPED for one in failures.values())
 
 
-def _tell(failures: dict[int, ProcessFailure]) -> None:
+def _report(failures: dict[int, ProcessFailure]) -> None:
     """Prints a line to stderr for each rank that failed."""
     if _all_stopped(failures):
         return

@@ -102,7 +102,7 @@ class Parallel:
         return self.context > 1 and self.context_attention == "ring"
 
     @property
-    def is_spread(self) -> bool:
+    def partitions_state(self) -> bool:
         """Whether a process holds only a part of the model's state."""
         return self.dp_shard * self.tensor * self.expert * self.pipeline > 1
 

@@ -52,7 +52,7 @@ class WorldOnPaper(World):
             ConfigError: this process is already in a process group.
         """
         context = self.parallel.context
-        if not (self.parallel.is_spread or context > 1) or self.mesh is not None:
+        if not (self.parallel.partitions_state or context > 1) or self.mesh is not None:
             return self
         if dist.is_initialized():
             raise ConfigError("this process is in a process group: simulate layouts outside of it.")
@@ -69,7 +69,7 @@ class WorldOnPaper(World):
     @contextmanager
     def as_one_of_many(self) -> Iterator[None]:
         """A context in which `size` is the simulated one, for sharding; DDP needs real ranks."""
-        self.size = self.ranks if self.parallel.is_spread else 1
+        self.size = self.ranks if self.parallel.partitions_state else 1
         try:
             yield
         finally:
