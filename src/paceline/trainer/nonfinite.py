@@ -243,7 +243,7 @@ class NonFiniteGuard:
         kept = self._kept_note()
         if policy == "raise":
             raise NonFiniteError(
-                f"{message}{kept}\non_nonfinite='raise': set 'skip', 'rewind' or 'stop' to continue."
+                f"{message}{kept}\non_nonfinite='raise': set 'skip', 'rewind' or 'stop'."
             )
         self._world.say(f"{message}{kept}\non_nonfinite={policy!r}")
         if policy == "stop":

@@ -26,7 +26,7 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
         return  # a bad step has come to light: back to a checkpoint from before it
     last = bool({"stop", "end"} & set(reasons))
     here = (progress.global_step, progress.pending)
-    if reasons == ["stop"] and run.saved_at == here and settle(run) is None:
+    if reasons == ["stop"] and run.saved_at == here and wait_for_saves(run) is None:
         return
     run.placement.share_buffers(trainer.named_models())
     tree = trainer.state_dict()
@@ -39,7 +39,7 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     info = {"reasons": reasons, "metrics": metrics, "window": window, "run_id": run.id}
     # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
     rows, step = trainer.recorder.sync, progress.global_step
-    settle(run)  # while the checkpoint before is still there
+    wait_for_saves(run)  # while the checkpoint before is still there
     run.saves_in_flight += 1
     saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)
     run.saved_at = (step, list(progress.pending))
@@ -83,7 +83,7 @@ def rewind(trainer: TrainerBase, run: Run, boundary: Callable[[], None]) -> None
         raise ConfigError("going back to a checkpoint does not exist yet with replica groups.")
     saver, step = run.saver, run.rewind_step
     assert saver is not None
-    settle(run)
+    wait_for_saves(run)
     found = saver.newest()
     if found is None:
         raise ConfigError(

@@ -169,7 +169,8 @@ def _load_data(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     if (tree["data"] is None) != source.per_rank:
         raise ResumeError(
             "the checkpoint's place in the data is of another kind of loader (map-style against "
-            "streamed): resume with the loader it began with, or start from its weights (init_from)."
+            "streamed): resume with the loader it began with, or start from its weights "
+            "(init_from)."
         )
     if not source.per_rank:
         source.load_state_dict(tree["data"])
