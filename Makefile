@@ -1,5 +1,7 @@
 # make demo    trains a small GPT on Python's manual; again, it says that the run is complete
-# make test    every check: style, types, layers, tests
+# make check   the inner loop: style, types, layers and the fast tests, in 3 minutes on 2 cores
+# make test    the same with every test
+# make durations  measures every test, and writes down which are too slow for `make check`
 # make docs    the documentation as a website, in site/
 # make storm   kills runs at random and compares what becomes of them with undisturbed ones
 # make layouts trains runs drawn at random in layouts drawn at random, and compares them
@@ -10,18 +12,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs storm layouts bench gpu
+.PHONY: demo check test static durations docs storm layouts bench gpu
 .DELETE_ON_ERROR:
 
 demo: .venv/.recipes
 	$(BIN)/paceline train recipes/gpt.yaml
 
-test: .venv/.dev
+check: static
+	$(BIN)/pytest --fast -n 2 --dist worksteal --durations 10 --timeout 60
+
+test: static
+	$(BIN)/pytest -n 3 --dist worksteal --durations 10  # on 2 cores: many tests wait
+
+static: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 3 --dist worksteal  # on 2 cores: many tests wait; no worker is left alone
+
+durations: .venv/.dev
+	$(BIN)/pytest --measure -n 2 --dist worksteal
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # the variable: a banner that is no warning

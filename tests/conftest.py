@@ -12,6 +12,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from budget import (  # noqa: F401  pytest's hooks
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+)
 from paceline.testing.ranks import shared_ranks
 
 torch.set_num_threads(1)
