@@ -1,4 +1,4 @@
-"""Replica groups: copies of a run that take each step together and survive the death of any."""
+"""Replica groups: copies of a run that take each step together, and survive the death of any one.
 
 Each group is a process of its own, with all of the model. Before each window those that are there
 meet (`draw`), share out the window's rows among themselves, and afterwards (`commit`) add up their
