@@ -42,7 +42,7 @@ def test_a_promise_without_a_fast_test_is_a_mistake() -> None:
 def test_a_name_that_is_no_test_is_a_mistake(monkeypatch) -> None:
     """Among the files that are run: `pytest --fast tests/recipe` is right, too."""
     monkeypatch.setattr(budget, "BY_NAME", (f"{FAST}er", "tests/b/test_other.py::test_it"))
-    with pytest.raises(pytest.UsageError, match="test_faster$"):
+    with pytest.raises(pytest.UsageError, match=r"test_faster$"):
         kept(FAST)
 
 
