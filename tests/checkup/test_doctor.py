@@ -93,7 +93,7 @@ def test_the_promises_hold_here(name, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "place", "defect", "said"),
     [
-        ("P1 exact resume", "paceline.trainer.resume.load_optimizer_state",
+        ("P1 exact resume", "paceline.trainer.state_tree.load_optimizer_state",
          lambda *args, **kwargs: None, "state/optimizers/optimizer"),
         ("P5 a flipped bit", "paceline.checkpoint.publication.verify",
          lambda path: None, "was not set aside"),

@@ -165,4 +165,4 @@ def test_seeds_on_two_processes_print_once(paceline, tmp_path: Path):
     for seed in (1, 2):
         record = json.loads((tmp_path / f"runs/p/n/seed_{seed}/run.json").read_text())
         assert (record["status"], record["world_size"], record["seed"]) == ("complete", 2, seed)
-    assert paceline(*SEEDS[:2], "seeds=[1,2]", "--nproc", "2")[2].count("complete already") == 2
+    assert paceline(*SEEDS[:2], "seeds=[1,2]", "--nproc", "2")[2].count("already complete") == 2

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kept import run
 from mixture import Mixture
 from paceline import Parallel, Trainer
+from paceline.checkpoint import load_tree, scan
 from paceline.errors import MissingExtraError, ResumeError
 from paceline.parallel import attention, float8
 from paceline.testing import (
@@ -124,7 +125,8 @@ def test_a_device_without_it_computes_in_bf16_and_says_so_once(
     assert capsys.readouterr().err.count("float8") == 1
     assert lacking in plan(asked)
     assert f"computes on {asked.device} in bf16" in plan(asked)
-    assert asked.identity["precision"] == "bf16"
+    [saved], _ = scan(tmp_path / "run" / "checkpoints")
+    assert load_tree(saved.path)["identity"]["precision"] == "bf16"
 
 
 def test_the_fallback_is_bf16_bit_by_bit(installed: None) -> None:

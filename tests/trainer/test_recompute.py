@@ -84,7 +84,7 @@ def test_sharded_blocks_are_repeated_too(ranks: Ranks) -> None:
 
 
 def test_a_model_without_blocks_and_an_unknown_word_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'all': expected 'full', 'selective', a part"):
+    with pytest.raises(ConfigError, match="'all': expected 'full', 'selective', a fraction"):
         fit("all")
     trainer = fit(None)
     trainer.model, trainer.parallel = nn.Linear(4, 1), Parallel(activation_checkpointing="full")

@@ -297,7 +297,7 @@ def test_a_state_is_handed_over_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(CheckpointError, match="has changed"):
         theirs.recv_checkpoint(0, ours.metadata(), 7, SOON)
     ours.disallow_checkpoint()
-    with pytest.raises(CheckpointError, match="do all replica groups see the run's folder"):
+    with pytest.raises(CheckpointError, match="can all replica groups read the run's folder"):
         theirs.recv_checkpoint(0, ours.metadata(), 7, SOON)
     ours.shutdown()
     assert not tmp_path.exists()

@@ -120,5 +120,5 @@ def test_offloaded_weights_end_with_the_same_bits(ranks: Ranks) -> None:
 
 
 def test_what_is_not_sharded_is_not_offloaded() -> None:
-    with pytest.raises(ConfigError, match="share them over"):
+    with pytest.raises(ConfigError, match="shard them with"):
         Parallel(cpu_offload=True)

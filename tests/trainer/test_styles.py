@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from paceline import Callback, CheckpointPolicy, Trainer, Window
+from paceline.checkpoint import scan
 from paceline.errors import ConfigError
 from small import batches, fitted, points, same, settings, weights
 
@@ -223,7 +224,7 @@ def test_a_checkpoint_asked_for_in_a_window_is_made_at_its_end(
 
     mode = "auto"
     whole = run(callbacks=[Asks(event, step)])
-    assert whole.saver.list()[0].info["reasons"] == ["mine"]
+    assert scan(tmp_path / "checkpoints")[0][0].info["reasons"] == ["mine"]
     mode = str(tmp_path / "checkpoints" / "step_00000003")
     resumed = run()
     assert same(weights(resumed), weights(whole))

@@ -146,7 +146,7 @@ class Sampled(Order):
         units = self._drawn(pass_)
         if not self._lengths and _text(units) != _text(self._drawn(pass_)):
             raise DataError(
-                f"{type(self._sampler).__name__} gives a different order each time, under the "
+                f"{type(self._sampler).__name__} gives another order each time, under the "
                 "same random seeds: a resumed run could not find its position. Let it draw from "
                 "torch's, numpy's or random's global generator or from an attribute `generator`, "
                 "and take the pass from set_epoch(pass) if it needs it."

@@ -327,7 +327,7 @@ def _tolerant(
         drop_duplicates(
             root,
             lambda path, line, first: noted.add(
-                path, f"duplicate key: it is already in line {first}.", f"{file}:{line}"
+                path, f"duplicate key: it is in line {first} already.", f"{file}:{line}"
             ),
         )
         config: Any = OmegaConf.load(StringIO(yaml.serialize(root, allow_unicode=True)))

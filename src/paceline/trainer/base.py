@@ -132,6 +132,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.autocast: AbstractContextManager[Any] = nullcontext()
         self.replica_groups: ReplicaGroups | None = None
         self._run: Run | None = None  # while one is open
+        self._ended: Run | None = None  # the last one, of which `state_dict` may still be asked
         self._epochs: int | None = None
         self._asked_seed: int | None = None  # of an overridden train(seed=...)
         self._own_loop: Generator[Window] | None = None  # that of an overridden train()
@@ -372,8 +373,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         return self._run
 
     def _drop_run(self) -> None:
-        """The run is over: what existed for it alone is gone."""
-        self._run = None
+        """The run is over: `state_dict` may still ask for its state, and nothing else."""
+        self._ended, self._run = self._run, None
         self.autocast = nullcontext()
 
     @property

@@ -484,7 +484,7 @@ class Trainer(TrainerBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as one tree (`checkpoint/state.py` lists it)."""
-        return gather_state(self, self._at_hand)
+        return gather_state(self, self._run or self._ended or self._at_hand)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, within a run."""
