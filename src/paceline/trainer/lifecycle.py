@@ -458,8 +458,8 @@ def teardown(trainer: TrainerBase, run: Run, failure: BaseException | None) -> N
         run: that is over.
         failure: the error that ended it, if one did.
     """
-    settle = partial(saving.settle, run)  # what was being saved as the run failed
-    steps: list[Callable[[], Any]] = [settle, *run.events.on_teardown]
+    wait = partial(saving.wait_for_saves, run)  # what was being saved as the run failed
+    steps: list[Callable[[], Any]] = [wait, *run.events.on_teardown]
     if run.saver is not None:
         steps.append(run.saver.close)
     status = "failed" if failure is not None else _status(trainer.result)
