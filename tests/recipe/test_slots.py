@@ -123,6 +123,14 @@ class Deaf(Agent):
         super().__init__(environment=environment, model=model)
 
 
+class Simulator:
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def open_source(self, size, seed, world, stopping):
+        raise NotImplementedError
+
+
 def make_grid() -> Environment:
     return Grid(5)
 
@@ -215,12 +223,26 @@ def test_a_slot_is_filled_by_name_by_a_function_or_not_at_all(recipe: Path):
     made = "+environment={_target_: agents.make_grid}"
     trainer = build(recipe, "~environment", made, "~rewards")
     assert (trainer.environment.size, list(trainer.rewards)) == (5, [])
-    named = "rewards={near: {_target_: agents.Reward}, far: null}"
-    assert len(build(recipe, "~rewards", f"+{named}").rewards) == 1
+    for named, count in (("{near: {_target_: agents.Reward}, far: null}", 1), ("{far: null}", 0)):
+        rewards = build(recipe, "~rewards", f"+rewards={named}").rewards
+        assert (type(rewards), len(rewards)) == (list, count)
 
 
 def test_a_function_that_makes_the_trainer_has_the_sections_of_what_it_returns(recipe: Path):
     assert build(recipe, "trainer._target_=agents.make_agent").environment.size == 3
+
+
+def test_a_training_source_of_ones_own_fills_the_slot_of_the_loader(recipe: Path):
+    """Given an object that makes sources, when the recipe names it, then its schedule knows the
+    run's length from `max_steps`; as a validation loader it is refused."""
+    node = "{_target_: agents.Simulator, dim: 2}"
+    changes = ("~train_dataloader", f"+train_dataloader={node}", "+trainer.max_steps=7")
+    trainer = build(recipe, *changes, "+lr_scheduler={type: warmup_cosine}")
+    assert type(trainer.train_dataloader).__name__ == "Simulator"
+    assert trainer.lr_scheduler.total_steps == 7
+    Path("built").unlink()
+    [line] = mistakes(recipe, f"+val_dataloader={node}")
+    assert "'agents.Simulator' is not a dataloader (torch.utils.data.DataLoader)" in line
 
 
 def test_what_fills_a_slot_draws_nothing_before_the_model_has(recipe: Path):

@@ -45,7 +45,7 @@ class Kind:
         name: the kind's name, for messages.
         base: the class that a class must derive from, or "module:Class"; "" for any class.
         homes: the modules of torch and paceline whose classes are accepted.
-        methods: the user's own class is also accepted if it has all of these.
+        methods: the user's own class is also accepted if it has all methods of one of these sets.
         functions: "module:name" of torch's functions that are accepted.
         is_value: a function is the value itself (a loss, a collate_fn); otherwise it is called to
             make the value.
@@ -55,7 +55,7 @@ class Kind:
     name: str
     base: str | type
     homes: tuple[str, ...] = ("paceline",)
-    methods: tuple[str, ...] = ()
+    methods: tuple[tuple[str, ...], ...] = ()
     functions: frozenset[str] = frozenset()
     is_value: bool = False
     registry: str = ""
@@ -73,7 +73,7 @@ class Kind:
             return True
         # Not hasattr: every class is callable, whether its instances are or not.
         defined = {name for owner in cls.__mro__ for name in vars(owner)}
-        return bool(self.methods) and defined.issuperset(self.methods)
+        return any(defined.issuperset(methods) for methods in self.methods)
 
     def __str__(self) -> str:
         """The name and the base class, as messages give them."""
@@ -106,6 +106,8 @@ _LOSSES = frozenset(
         "triplet_margin_loss",
     )
 )
+_LOADER = registry.KINDS["dataloader"]
+_LOADERS = ("torch.utils.data.dataloader", "torchdata.stateful_dataloader", "paceline")
 _DATA = ("torch.utils.data.dataset", "torch.utils.data.sampler", "torch.utils.data.distributed")
 
 
@@ -124,18 +126,21 @@ KINDS: dict[str, Kind] = {name: _kind(name) for name in registry.KINDS} | {
         _kind(
             "loss_fn",
             "torch.nn.modules.loss",
-            methods=("__call__",),
+            methods=(("__call__",),),
             functions=_LOSSES,
             is_value=True,
         ),
-        _kind(
-            "dataloader",
-            "torch.utils.data.dataloader",
-            "torchdata.stateful_dataloader",
-            methods=("__iter__",),
+        Kind("dataloader", _LOADER, _LOADERS, (("__iter__",),), registry="dataloader"),
+        # A slot of the Trainer that also takes a source, or an object that makes sources.
+        Kind(
+            "train_dataloader",
+            _LOADER,
+            _LOADERS,
+            methods=(("__iter__",), ("open_source",), ("start_epoch", "draw", "at_end")),
+            registry="dataloader",
         ),
-        _kind("dataset", *_DATA, methods=("__getitem__",)),
-        _kind("sampler", *_DATA, methods=("__iter__",)),
+        _kind("dataset", *_DATA, methods=(("__getitem__",),)),
+        _kind("sampler", *_DATA, methods=(("__iter__",),)),
         Kind("collate_fn", "", (), is_value=True, registry="collate_fn"),
         # An argument of a component that has neither a slot of its own nor an annotation.
         Kind("part", "", ("torch.nn.modules", *_DATA, "paceline.recipe.schedules")),
