@@ -12,10 +12,13 @@ import pytest
 import torch
 from custom_runs import EPOCHS, Sent, train, trainer_of
 
+from builders import code_forgotten
 from endings import ending, saved_steps
 from paceline import CheckpointPolicy, Draw, StopCollecting
 from paceline.checkpoint import load_tree
+from paceline.checkup import fits, preview
 from paceline.errors import ConfigError, DataError, ResumeError
+from paceline.recipe import load_recipe
 from paceline.testing import Ranks, rows
 from small import message
 
@@ -244,3 +247,40 @@ def trainer_of_again(folder: Path) -> Any:
     trainer.train_dataloader = Fixed()
     trainer.train()
     return trainer
+
+
+RECIPE = """
+code: rows.py
+trainer: {epochs: 3}
+model: {_target_: torch.nn.Linear, in_features: 8, out_features: 1}
+loss_fn: {_target_: torch.nn.MSELoss}
+optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+lr_scheduler: {_target_: torch.optim.lr_scheduler.CosineAnnealingLR}
+train_dataloader: {_target_: rows.KIND}
+"""
+CODE = """
+from test_custom_source import Fixed
+
+class Rows(Fixed):
+    pass
+
+class Makes:
+    windows_per_epoch = 2
+
+    def open_source(self, size, seed, world, stopping):
+        return Rows()
+"""
+
+
+@pytest.mark.parametrize("kind", ["Rows", "Makes"])
+def test_a_recipe_names_a_source_and_its_checks_take_it(tmp_path: Path, kind: str) -> None:
+    """The schedule's length, the preview and what a run would need on other hardware."""
+    (tmp_path / "rows.py").write_text(CODE)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("KIND", kind))
+    with code_forgotten():
+        recipe = load_recipe(tmp_path / "r.yaml", [f"run.dir={tmp_path / 'run'}"])
+        shown = preview(recipe)
+        assert shown.problem == ""
+        assert shown.training["steps in the run"] == "6"
+        assert ("the schedule's T_max is 6 optimizer steps", "lr_scheduler.T_max") in shown.plan
+        assert not [c for c in fits(recipe, "4xcpu-16GB").checks if c.status == "FAIL"]

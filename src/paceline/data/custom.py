@@ -106,7 +106,8 @@ class CustomSource:
         self._seed = seed
         self._world = world
         self._stopping = stopping
-        self._alike = world.size // world.dp_size  # ranks that work on the same samples
+        # Ranks that work on the same samples; a world on paper has fewer processes than ranks.
+        self._alike = max(1, world.size // world.dp_size)
         self._epoch = 0
         self._last: Any = _NOTHING  # stands in where another rank has more batches
         self._before: dict[str, Any] | None = None  # the state from before a draw that is given up
@@ -180,6 +181,8 @@ class CustomSource:
                 "these are the samples of all ranks, or -1 on all."
             )
         sizes = [size for one in drawn[:: self._alike] for size in one.sizes]
+        if self._world.size < self._world.dp_size:
+            return
         if windows[0].samples >= 0 and (min(sizes) < 0 or sum(sizes) != windows[0].samples):
             raise DataError(
                 f"{name}.draw() gave samples={windows[0].samples}, and the sizes of all ranks' "
