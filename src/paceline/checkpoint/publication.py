@@ -76,7 +76,12 @@ class Manifest:
 
 
 def checkpoint_of(path: Path, manifest: Manifest) -> Checkpoint:
-    """The checkpoint in a folder, as its manifest describes it."""
+    """The checkpoint in a folder, as its manifest describes it.
+
+    Args:
+        path: the checkpoint's folder.
+        manifest: its manifest.
+    """
     return Checkpoint(path, manifest.step, manifest.save_id, manifest.best, manifest.info)
 
 
