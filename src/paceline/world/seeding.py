@@ -18,7 +18,7 @@ import torch
 
 # `random.seed` without its look at the argument's type, for every micro-batch has it done.
 _instance: Any = random.seed.__self__  # pyright: ignore[reportFunctionMemberAccess]
-_seed_random = super(random.Random, _instance).seed
+_seed_random: Any = super(random.Random, _instance).seed  # pyright: ignore[reportAttributeAccessIssue]
 
 _MASK = (1 << 64) - 1
 _LABELS = {
