@@ -160,7 +160,7 @@ def check_together() -> None:
     Path("r.yaml").write_text(RECIPE.replace("width: 4", "wide: 4\n  wide: 5"))
     Path("optimizer/adam.yaml").write_text(ADAM + "betas: [0.9]\n")
     text = "\n".join(mistakes("a b", "trainer.precision=bf61"))
-    assert "r.yaml:9: model.wide: duplicate key: it is already in line 8" in text
+    assert "r.yaml:9: model.wide: duplicate key: it is in line 8 already" in text
     assert "r.yaml:8: model.wide: Net has no such argument" in text
     assert "r.yaml:6: model: Net needs the argument 'width'" in text
     assert "optimizer/adam.yaml:3: optimizer.betas" in text

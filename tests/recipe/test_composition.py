@@ -95,7 +95,7 @@ def test_what_cannot_be_resolved_is_told_all_at_once_with_its_line(tmp_path: Pat
     ("text", "expected"),
     [
         ("a: [1, 2", "line 1"),
-        ("a: 1\na: 2\n", "r.yaml:2: a: duplicate key: it is already in line 1"),
+        ("a: 1\na: 2\n", "r.yaml:2: a: duplicate key: it is in line 1 already"),
         ("- 1\n- 2\n", "mapping"),
         ("hydra: {searchpath: ['pkg://os']}\n", "r.yaml:1: hydra"),
         ("a: &x [*x]\n", "contains itself"),
