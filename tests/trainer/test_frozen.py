@@ -71,6 +71,8 @@ class Watch(Callback):
 
     def __init__(self) -> None:
         self.rows: list[Any] = []
+        self.plan: list[str] = []
+        self.metrics: dict[str, float] = {}
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self.rows.append(metrics)

@@ -129,6 +129,9 @@ SPEAKERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "data.batch_sampler.what": batch_sampler,
     "data.collate_fn.what": lambda said: read(collate_fn=saying(Collate(), said)),
     "validation.dataset.what": lambda said: {"val_dataloader": DataLoader(corpus(said), 4)},
+    "validation.near.dataset.what": lambda said: {
+        "val_dataloader": {"near": DataLoader(corpus(said), 4), "far": batches()}
+    },
     "models.model.what": lambda said: {"model": saying(Net(3, 1), said)},
     "optimizer.what": optimizer,
     "lr_scheduler.what": scheduler,

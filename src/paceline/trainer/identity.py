@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
+from paceline.data.loader import loaders_by_name
 from paceline.errors import ConfigError
 from paceline.parallel.ddp import unwrap
 from paceline.trainer.base import TrainerBase
@@ -169,12 +170,8 @@ def _speakers(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
     loss_fn = trainer.loss_fn
     yield "loss_fn", loss_fn.func if isinstance(loss_fn, partial) else loss_fn
     yield from _of_loader("data", trainer.train_dataloader)
-    validation = trainer.val_dataloader
-    if isinstance(validation, Mapping):
-        for name, loader in validation.items():
-            yield from _of_loader(f"validation.{name}", loader)
-    else:
-        yield from _of_loader("validation", validation)
+    for name, loader in loaders_by_name(trainer.val_dataloader).items():
+        yield from _of_loader("validation" if name is None else f"validation.{name}", loader)
     for name, model in trainer.named_models().items():
         if name != "loss_fn":
             yield f"models.{name}", model
