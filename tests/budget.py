@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
-BUDGET = 0.4  # seconds that a fast test takes, fixtures apart
+BUDGET = 0.3  # seconds that a fast test takes, fixtures apart
 LIST = Path(__file__).with_name("over_budget.txt")
 HEADER = f"# Tests that take longer than {BUDGET} s: written by `make durations`, see budget.py.\n"
 P = "tests/promises/test_p"
-BY_NAME = (  # a folder, a test with any parameters, or a test with those in its brackets
+BY_NAME = (  # a folder, a file, a test with any parameters, or one with those in its brackets
     "tests/parity/",
+    "tests/test_docstrings.py",
+    "tests/test_layers.py",
+    "tests/test_style.py",
     f"{P}01_exact_resume.py::test_stopped_at_any_step_it_ends_the_same[6]",
     f"{P}01_exact_resume.py::test_stopped_in_validation_it_validates_again",
     f"{P}01_on_ranks.py::test_stopped_in_validation[2]",
@@ -74,7 +77,7 @@ def in_by_name(test: str) -> bool:
 
 def names(name: str, test: str) -> bool:
     """Whether an entry of BY_NAME means a test."""
-    return test == name or test.startswith(name if name.endswith("/") else f"{name}[")
+    return test == name or test.startswith((f"{name}[", f"{name}::", name.rstrip("/") + "/"))
 
 
 def check_kept(collected: Iterable[str], kept: Iterable[str]) -> None:

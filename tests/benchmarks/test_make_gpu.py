@@ -13,7 +13,6 @@ from types import ModuleType
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TESTS = {
     "test_a.py": """

@@ -109,7 +109,6 @@ def stop_early(folder: Path) -> Any:
     return result.epoch, result.stopped_by, stopping.state_dict()
 
 
-@pytest.mark.slow
 def test_ranks_that_measure_differently_stop_together(ranks: Ranks, tmp_path: Path) -> None:
     ended = (3, "early stop", {"best_value": 0.0, "worse_count": 2})
     assert ranks(stop_early, 2, tmp_path) == [ended] * 2

@@ -95,7 +95,6 @@ def play(folder: Path) -> Any:
     return trainer.global_step, bits(trainer.model.state_dict()), states
 
 
-@pytest.mark.slow
 def test_on_two_ranks_their_states_are_the_same(ranks: Ranks, tmp_path: Path) -> None:
     """So that whatever follows from a state is decided alike."""
     first, second = ranks(play, 2, tmp_path)
@@ -109,7 +108,6 @@ def play_schedule_free() -> Any:
     return bits(trainer.model.state_dict()), bits(trainer.callbacks[0].state_dict())
 
 
-@pytest.mark.slow
 def test_on_two_ranks_schedule_free_weights_are_the_same(ranks: Ranks) -> None:
     first, second = ranks(play_schedule_free, 2)
     assert first == second

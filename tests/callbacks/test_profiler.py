@@ -93,7 +93,6 @@ def profile(folder: Path) -> None:
         Trainer(**settings(callbacks=callbacks, run_dir=folder / name)).train(seed=1)
 
 
-@pytest.mark.slow
 def test_one_rank_or_all_write(ranks: Ranks, tmp_path: Path) -> None:
     ranks(profile, 2, tmp_path)
     assert list(traces(tmp_path / "one")) == ["steps_2-3_rank_0.json"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 import torch.distributed as dist
 from fake_trainer import FakeTrainer
@@ -48,7 +47,6 @@ def play() -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_sharded_weights_are_averaged_and_measured_like_whole_ones(ranks: Ranks) -> None:
     """The second validation and the steps between tell whether gathered weights were dropped."""
     ranks(play, 2)

@@ -325,7 +325,6 @@ def save_sharded(folder: str) -> None:
     world.close()
 
 
-@pytest.mark.slow
 def test_weights_that_two_ranks_saved_are_exported_by_one_process(tmp_path: Path, ranks) -> None:
     expected = ranks(train_on_a_rank, 2, str(tmp_path / "ddp"))[0]
     [file] = export(tmp_path / "ddp", weights="averaged")

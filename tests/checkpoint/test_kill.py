@@ -21,7 +21,6 @@ def save_in_child(folder: Path, disk: FaultyDisk, step: int, asynchronous: bool)
     return in_child(work)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [20, 10], ids=["pruning", "replacing"])
 @pytest.mark.parametrize(("how", "asynchronous"), [("power", False), ("kill", True)])
 def test_killed_at_any_operation_a_save_loses_nothing_before_it(
@@ -85,7 +84,6 @@ def test_a_replacement_that_cannot_be_put_in_place_puts_the_old_one_back(tmp_pat
         assert leftovers(tmp_path) == []
 
 
-@pytest.mark.slow
 def test_killed_during_the_recovery_from_a_kill_nothing_is_lost_either(tmp_path: Path) -> None:
     """Given every way a replacing save can die, recovery dies at each of its own operations too."""
     for n in itertools.count(1):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-import pytest
 from faults import leftovers, opened
 from rank_scenes import WHOLE, play
 
 from paceline.testing import Ranks
 
 
-@pytest.mark.slow
 def test_what_two_ranks_save_is_loaded_by_one_and_by_four(tmp_path: Path, ranks: Ranks) -> None:
     ranks(play, 2, "save", tmp_path)
     with opened(tmp_path) as checkpoints:
@@ -24,14 +22,12 @@ def test_what_two_ranks_save_is_loaded_by_one_and_by_four(tmp_path: Path, ranks:
     ranks(play, 4, "load", tmp_path)
 
 
-@pytest.mark.slow
 def test_a_failure_on_one_rank_is_everyones_and_the_next_save_succeeds(
     tmp_path: Path, ranks: Ranks
 ) -> None:
     ranks(play, 2, "failures", tmp_path)
 
 
-@pytest.mark.slow
 def test_a_rank_killed_in_a_save_leaves_the_old_checkpoint_and_no_one_waiting(
     tmp_path: Path, ranks: Ranks
 ) -> None:

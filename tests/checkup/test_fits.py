@@ -180,7 +180,6 @@ def most_of_a_rank(path: Path, words: list[str]) -> int:
     return most_allocated(lambda: two_steps(recipe))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -200,7 +199,6 @@ def test_a_rank_of_two_takes_what_it_takes_on_paper(recipe, ranks: Ranks, tmp_pa
     assert on_paper == pytest.approx(real, rel=0.1)
 
 
-@pytest.mark.slow
 def test_sharding_halves_the_state_and_replicating_does_not(recipe):
     one, sharded, copied = (
         fits(recipe(f"+parallel.dp_shard={shards}", "model.layers=4"), f"{ranks}xH100-80GB")
@@ -214,7 +212,6 @@ def test_sharding_halves_the_state_and_replicating_does_not(recipe):
     assert 0 < part(sharded, "gathered parameters") <= PARAMETERS  # a block or two of the four
 
 
-@pytest.mark.slow
 def test_recomputing_lowers_activations_and_larger_batches_raise_them(recipe):
     def activations(*words: str) -> int:
         report = fits(recipe("train_dataloader.batch_size=100", *words), "1xH100-80GB")
@@ -244,7 +241,6 @@ def test_averaged_weights_are_counted(recipe):
     assert more - part(fits(recipe(), "1xH100-80GB"), "buffers, callbacks") == PARAMETERS
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_does(recipe):
     words = ["train_dataloader.batch_size=500"]
     report = fits(recipe(*words), "2xH100-3MB")
@@ -286,7 +282,6 @@ def test_what_cannot_be_looked_at_yet_is_refused(recipe, monkeypatch: pytest.Mon
         fits(recipe("+parallel.dp_shard=2", "+parallel.tensor=2"), "4xH100-80GB")
 
 
-@pytest.mark.slow
 def test_splitting_modules_halves_what_is_split(recipe):
     words = ["train_dataloader.batch_size=100", "model.layers=4"]
     one = fits(recipe(*words), "1xH100-80GB")
@@ -308,7 +303,6 @@ def test_no_rank_is_said_to_hold_split_tensors_whole(recipe):
     assert (split.peak_bytes or 0) < 5 * share
 
 
-@pytest.mark.slow
 def test_parts_of_sequences_share_the_activations(recipe):
     words = ["model._target_=rows.Reader", *TEXTS]
     one = fits(recipe(*words), "1xH100-80GB")
@@ -323,7 +317,6 @@ def test_parts_of_sequences_share_the_activations(recipe):
     assert part(parts, "gradients") == part(one, "gradients")
 
 
-@pytest.mark.slow
 def test_what_is_offloaded_lies_on_the_host_and_passes_through_the_device(recipe):
     words = ["+parallel.dp_shard=2", "model.layers=4"]
     shard = PARAMETERS  # half of twice as many layers

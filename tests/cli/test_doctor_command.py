@@ -24,7 +24,6 @@ def test_json_is_alone_on_stdout(paceline):
     assert json.loads(out)["passed"] is True
 
 
-@pytest.mark.slow
 def test_the_self_test_passes(paceline, tmp_path):
     code, out, err = paceline("doctor", "--json", TMPDIR=str(tmp_path))
     assert code == 0, err

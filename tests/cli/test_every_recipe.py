@@ -19,7 +19,6 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SHORT = ("trainer.epochs=1", "trainer.max_steps=3")
 ALSO = {"gpt": ("lr_scheduler.warmup=1", *GPT)}
-pytestmark = pytest.mark.slow
 
 
 def outcome(folder: Path) -> tuple[int, str]:

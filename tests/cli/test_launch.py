@@ -16,7 +16,6 @@ from torch.distributed import TCPStore
 from command import Paceline, be_paceline
 from paceline.testing import Ranks, free_port
 
-pytestmark = pytest.mark.slow
 SLOW = ("trainer.epochs=1000", "trainer.pause=0.05")
 EACH_STEP = "+checkpoint={every_steps: 1}"
 

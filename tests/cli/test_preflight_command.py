@@ -72,7 +72,6 @@ def test_a_signal_ends_it_and_leaves_nothing(paceline, wait_for, tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [("digits", ["model.width=8"]), ("gpt", ["trainer.max_steps=300"]), ("gan", [])],

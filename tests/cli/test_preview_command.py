@@ -46,7 +46,6 @@ def test_a_recipe_with_mistakes_is_code_2(paceline):
     assert "did you mean 'epochs'" in err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "gpt", "gan"])
 def test_the_shipped_recipes_are_shown(paceline, name):
     code, out, err = paceline("preview", str(RECIPES / f"{name}.yaml"))

@@ -7,7 +7,6 @@ import shlex
 import signal
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -17,7 +16,6 @@ from endings import ending
 from paceline.testing import Ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-pytestmark = pytest.mark.slow
 
 
 def metrics(run: Path) -> dict:

@@ -92,7 +92,6 @@ def test_without_submitit_the_extra_is_named(paceline):
     assert 'pip install "paceline[slurm]"' in err
 
 
-@pytest.mark.slow
 def test_a_job_that_is_to_lose_its_place_goes_back_into_the_queue_and_on(
     paceline, submitit, ranks: Ranks, wait_for, tmp_path: Path
 ):

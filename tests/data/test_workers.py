@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 from paceline import Trainer
 from paceline.testing import Ranks
 
-pytestmark = pytest.mark.slow
-
 
 class Signalled(Dataset):
     """Its workers get every signal that asks for a stop; samples tell which worker read them."""

@@ -33,7 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         yield tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_each_page_of_the_docs_runs(page: str, folder: Path, ranks: Ranks) -> None:
     """All its blocks, one after the other, as a reader would type them."""

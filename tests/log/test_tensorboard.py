@@ -127,7 +127,6 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 7, 11])
 def test_killed_and_resumed_each_scalar_is_there_once(
     step: int, ranks: Ranks, tmp_path: Path

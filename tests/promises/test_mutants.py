@@ -35,7 +35,6 @@ def call_broken(mutant: str, function: Callable[..., Any], args: tuple[Any, ...]
     return function(*args)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_it_is_caught(
     mutant: Mutant, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -131,7 +131,6 @@ def check_stopped_in_validation(folder: Path, unbroken: Unbroken | None = None) 
     assert first.ending.state["progress"]["pending"] == ["validation"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 6, 12])
 def test_worker_processes_change_nothing(step: int, tmp_path: Path, unbroken: Unbroken) -> None:
     """With two loader workers, persistent or not, stopped and resumed: the bits of none."""
@@ -139,7 +138,6 @@ def test_worker_processes_change_nothing(step: int, tmp_path: Path, unbroken: Un
     check_resumed(tmp_path, parts, unbroken)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 11, 24])
 def test_in_new_processes_it_ends_the_same(
     step: int, ranks: Ranks, tmp_path: Path, unbroken: Unbroken

@@ -238,7 +238,6 @@ def check_parts(parts: list[list[Part]], whole: list[Part], folder: Path) -> Non
     assert rows[0] == rows[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "batch", "stops"), [(2, 5, [0, 1, 2, 3, 4, 5, 7, 8]), (4, 3, [1, 3, 4, 6, 8])]
 )
@@ -250,7 +249,6 @@ def test_stopped_again_and_again(
     check_chain(ranks, size, tmp_path, Plan(batch=batch), stops)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "batch", "stops"), [(2, 5, [0, 2, 3, 4, 7]), (4, 3, [1, 3, 6])])
 def test_sharded_and_stopped_again_and_again(
     ranks: Ranks, size: int, batch: int, stops: list[int], tmp_path: Path
@@ -259,13 +257,11 @@ def test_sharded_and_stopped_again_and_again(
     check_chain(ranks, size, tmp_path, Plan(batch=batch, shard=2), stops)
 
 
-@pytest.mark.slow
 def test_sharded_in_bfloat16_and_stopped_again(ranks: Ranks, tmp_path: Path) -> None:
     """What is gathered is rounded; what is kept and saved is not."""
     check_chain(ranks, 2, tmp_path, Plan(steps=6, shard=2, precision="bf16"), [2, 4])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "plan"), [(2, Plan(batch=10, tensor=2)), (4, Plan(shard=2, tensor=2))]
 )
@@ -276,7 +272,6 @@ def test_split_and_stopped_again_and_again(
     check_chain(ranks, size, tmp_path, plan, [2, 6])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "plan"), [(2, Plan(steps=6, expert=2)), (4, Plan(steps=6, shard=2, expert=2))]
 )
@@ -287,7 +282,6 @@ def test_with_some_of_the_experts_and_stopped_again(
     check_chain(ranks, size, tmp_path, plan, [3])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "plan"),
     [
@@ -315,7 +309,6 @@ class StopInValidation(Callback):
             trainer.stop_agreement._agreed.wait(5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shard", [1, 2])
 def test_stopped_in_validation(ranks: Ranks, shard: int, tmp_path: Path) -> None:
     """It is abandoned on every rank, and the resumed run begins with it."""
@@ -330,12 +323,10 @@ def test_stopped_in_validation(ranks: Ranks, shard: int, tmp_path: Path) -> None
     check_parts([first, second], whole, tmp_path)
 
 
-@pytest.mark.slow
 def test_loader_workers_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
     check_chain(ranks, 2, tmp_path, Plan(workers=1, steps=6), [2, 4])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("epoch_length", [None, 4])
 @pytest.mark.parametrize("data", ["stateful", "replayed"])
 def test_streams_of_uneven_shares(
@@ -346,7 +337,6 @@ def test_streams_of_uneven_shares(
     check_chain(ranks, 2, tmp_path, Plan(data, 5, 8, epoch_length), [1, 3, 4, 6])
 
 
-@pytest.mark.slow
 def test_a_stream_on_one_rank(ranks: Ranks, tmp_path: Path) -> None:
     for data, length in (("stateful", None), ("replayed", None), ("stateful", 4)):
         plan = Plan(data, 7, 8, length, stopper=0)

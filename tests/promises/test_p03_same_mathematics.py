@@ -124,7 +124,6 @@ def test_micro_batches_equal_one_batch(tokens: bool) -> None:
         assert_same(fit(case), whole, case)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_equal_one_with_as_many_times_the_batch(ranks: Ranks, size: int) -> None:
     """Sizes that divide nothing, one sample, fewer samples than ranks, ragged tokens, accumulation:
@@ -132,7 +131,6 @@ def test_ranks_equal_one_with_as_many_times_the_batch(ranks: Ranks, size: int) -
     check_ranks(ranks, size, CASES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "shard"), [(2, 2), (4, 4), (4, 2)])
 def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
     """FSDP2 over all ranks, and two copies of two shards (HSDP); 12 and 5 rows leave shards of
@@ -140,7 +138,6 @@ def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> Non
     check_ranks(ranks, size, CASES if size == 2 else SOME, Parallel(dp_shard=shard))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 1), (4, 2)])
 def test_ranks_with_split_modules_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
     """Tensor parallelism over two ranks: alone, in two copies, and with FSDP2 over two shares."""
@@ -148,7 +145,6 @@ def test_ranks_with_split_modules_equal_one_too(ranks: Ranks, size: int, shard: 
     check_ranks(ranks, size, SOME, Parallel(dp_shard=shard, tensor=2, plan=plan))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "shard", "experts"), [(2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 4, 2), (4, 1, 4)]
 )
@@ -213,7 +209,6 @@ def unread(batch: int, parallel: Parallel) -> Any:
     return {**fit(case, kind=Clamped, parallel=parallel), "trainer": None}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "shard"), [(1, 1), (2, 1), (2, 2)])
 def test_counts_that_nobody_reads(ranks: Ranks, size: int, shard: int) -> None:
     expected = fit(Case(batch=10, accumulation=2, tokens=True, shuffle=False))
@@ -247,14 +242,12 @@ def count_exchanges() -> tuple[list[int], int]:
     return exchanges.counts, torch.distributed.is_initialized()
 
 
-@pytest.mark.slow
 def test_gradients_are_exchanged_once_a_window(ranks: Ranks) -> None:
     for counts, joined in ranks(count_exchanges, 2):
         assert counts == [1] * 3  # 97 samples in windows of 40
         assert not joined  # and the group is left
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 1), (2, 2), (4, 2)])
 def test_stand_ins_leave_running_statistics_alone(ranks: Ranks, size: int, shard: int) -> None:
     """21 samples in batches of 5: the last window has one sample, and stand-ins beside it. Their
@@ -297,7 +290,6 @@ def adversaries(batch: int) -> Any:
     return [p.detach() for m in models.values() for p in m.parameters()]
 
 
-@pytest.mark.slow
 def test_two_models_that_take_turns_are_exchanged_too(ranks: Ranks) -> None:
     expected = adversaries(8)
     for parameters in ranks(adversaries, 4, 2):
@@ -321,7 +313,6 @@ def bypassed() -> str:
     return str(caught.value)
 
 
-@pytest.mark.slow
 def test_gradients_that_nobody_exchanged_are_refused(ranks: Ranks) -> None:
     for message in ranks(bypassed, 2):
         assert "did not exchange" in message
@@ -353,7 +344,6 @@ def low_precision(precision: str, batch: int) -> Any:
     return fit(case, Scales(), kind=Halved)["parameters"], scales
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_on_two_ranks(ranks: Ranks, precision: str) -> None:
     """Equal on both ranks and, to the precision, to one; an overflow of float16 on the way is the

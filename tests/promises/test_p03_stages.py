@@ -73,7 +73,6 @@ def fits_stages(cases: list[Case], parallel: Parallel) -> list[Any]:
     return [fit_stages(case, parallel) for case in cases]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "stages", "shard"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)])
 def test_stages_equal_one_too(ranks: Ranks, size: int, stages: int, shard: int) -> None:
     """Pipeline parallelism over two and four stages, in two copies, and with each stage sharded

@@ -171,7 +171,6 @@ CASES = [Case(n, batch) for n in (1, 2, 3, 7, 10, 97) for batch in (10, 2)] + [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_training_and_validation_see_every_sample_once(ranks: Ranks, size: int) -> None:
     check_runs(ranks, size, CASES)
@@ -199,7 +198,6 @@ def check_counts(case: Case, outcomes: list[Any]) -> None:
 LENGTHS = [Case(length=n, epochs=4, sampler=s) for n in (1, 7) for s in ("shuffle", "own")]
 
 
-@pytest.mark.slow
 def test_epochs_of_any_length_repeat_nothing(ranks: Ranks) -> None:
     """`epoch_length` shorter and longer than the loader: passes go on from epoch to epoch."""
     outcomes = ranks(count, 2, LENGTHS)
@@ -249,7 +247,6 @@ def counted_from(loader: Any, validation: Any = None, **settings: Any) -> Counti
     return trainer
 
 
-@pytest.mark.slow
 def test_a_sampler_that_shares_out_the_data_itself_is_refused(ranks: Ranks) -> None:
     """It would be shared out twice, and half the samples lost without a word."""
     for message in ranks(refused, 2, "share"):
@@ -278,7 +275,6 @@ def streamed() -> Any:
     return trainer.trained, trainer.validated, trainer.progress.metrics["val/ones"]
 
 
-@pytest.mark.slow
 def test_streams_of_any_lengths_end_together(ranks: Ranks) -> None:
     """Ranks of 6, 4, 2 and 0 batches: a rank that has run out stands in with what it has, or with
     a batch lent by another. In validation nobody stands in and nobody waits."""
@@ -295,7 +291,6 @@ def all_alike() -> None:
         counted_from(Stream(0, 3))
 
 
-@pytest.mark.slow
 def test_a_stream_that_every_rank_reads_whole_is_said(ranks: Ranks) -> None:
     ranks(all_alike, 2)
 
@@ -350,7 +345,6 @@ def elastic(
     return trainer.seen, losses.rows, weights, trainer.progress.metrics
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("shuffle", "size"), [(False, GIVEN), (True, GIVEN), (True, COUNTED)])
 def test_resumed_on_other_numbers_of_ranks(
     ranks: Ranks, shuffle: bool, size: dict[str, int], tmp_path: Path
@@ -376,7 +370,6 @@ def refused_epoch(folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.slow
 def test_an_epoch_of_other_samples_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     """`epoch_length` counts a rank's micro-batches: on more ranks an epoch would be longer."""
     ranks(stopped_early, 1, tmp_path)

@@ -86,7 +86,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
 # Kills
 
 
-@pytest.mark.slow
 def test_a_storm_of_kills(ranks: Ranks) -> None:
     """A dozen kills of `make storm`: any instant, file operations, power cuts, one rank of two."""
     [outcome] = ranks.outcomes(be_a_storm, 1, limit=240)
@@ -161,7 +160,6 @@ class Watching(Callback):
         self.saved[trainer.global_step] = saved_steps(trainer.run_dir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_a_full_disk_at_any_operation_of_a_save_leaves_the_one_before_and_the_run_goes_on(
     tmp_path: Path,
@@ -216,7 +214,6 @@ def test_a_disk_that_fails_for_good_fails_the_run_at_its_last_save(
         assert ending(folder) == unbroken.ending
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_process_whose_last_save_fails_leaves_with_1(
     ranks: Ranks, tmp_path: Path, size: int

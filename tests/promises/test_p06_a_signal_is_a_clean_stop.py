@@ -19,7 +19,6 @@ from paceline.checkpoint import load_tree, manager
 from paceline.errors import Preempted
 from paceline.testing import Outcome, Ranks
 
-pytestmark = pytest.mark.slow
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 

@@ -191,7 +191,6 @@ def test_numbers_without_a_point_and_merge_keys_are_read_as_meant(project: None)
     assert loaded.parts["model"].kwargs == {"width": 3}
 
 
-@pytest.mark.slow
 def test_the_command_answers_with_code_2_and_no_traceback(project: None, ranks: Ranks):
     words = ["train", "r.yaml", "trainr.epochs=3", "optimizer.leaning_rate=1"]
     code, _, err = Paceline(Path.cwd(), ranks)(*words)

@@ -36,7 +36,6 @@ def test_a_project_has_a_recipe_a_module_a_test_and_a_readme(tmp_path: Path) -> 
     assert len(files[-1].read_text().splitlines()) <= 16
 
 
-@pytest.mark.slow
 def test_its_test_passes_as_generated(tmp_path: Path, ranks: Ranks) -> None:
     new_project("spirals", tmp_path)
     [done] = ranks.outcomes(be_pytest, 1, tmp_path / "spirals")
@@ -44,7 +43,6 @@ def test_its_test_passes_as_generated(tmp_path: Path, ranks: Ranks) -> None:
     assert "1 passed" in done.output
 
 
-@pytest.mark.slow
 def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path, ranks: Ranks) -> None:
     """Given a model with a counter that no checkpoint has, then the generated test tells."""
     new_project("spirals", tmp_path)
@@ -60,7 +58,6 @@ def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path, ranks: Ranks
     assert "1 failed" in done.output
 
 
-@pytest.mark.slow
 def test_its_readme_shows_only_what_works(tmp_path: Path, ranks: Ranks) -> None:
     *_, readme = new_project("spirals", tmp_path)
     commands = readme.read_text().split("```sh\n")[1].split("```")[0].splitlines()

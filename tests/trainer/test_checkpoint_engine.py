@@ -68,7 +68,7 @@ def train(folder: Path, *callbacks: Callback) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, 2])
 def test_stopped_and_resumed_it_ends_the_same(size: int, ranks: Ranks, tmp_path: Path) -> None:
     """Given an engine that the package does not know, when a run is stopped and started again, then
     it ends with the bits of one that never stopped, on every rank."""

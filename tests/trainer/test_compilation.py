@@ -128,7 +128,6 @@ def fit_sharded() -> Any:
     return plain.ended, trainer.ended, blocks, len(compiled) - blocks, plan(trainer)
 
 
-@pytest.mark.slow
 def test_sharded_models_are_compiled_by_blocks(ranks: Ranks) -> None:
     for plain, compiled, blocks, whole, lines in ranks(fit_sharded, 2):
         assert compiled == plain
@@ -143,7 +142,6 @@ def fit_split() -> Any:
     return plain.ended, trainer.ended, compiled, plan(trainer)
 
 
-@pytest.mark.slow
 def test_split_modules_are_compiled_within_their_blocks(ranks: Ranks) -> None:
     for plain, ended, compiled, lines in ranks(fit_split, 2):
         assert ended == plain
@@ -151,7 +149,6 @@ def test_split_modules_are_compiled_within_their_blocks(ranks: Ranks) -> None:
         assert "compiles 3 blocks one by one" in lines
 
 
-@pytest.mark.slow
 def test_a_budget_keeps_less_for_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's own choice, by a backend that needs no C++ compiler."""
     backend = "aot_eager_decomp_partition"

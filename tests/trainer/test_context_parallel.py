@@ -138,7 +138,6 @@ def fits(parallel: Parallel) -> list[Kept]:
     return [fit(case, parallel) for case in CASES]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "parallel"),
     [
@@ -198,7 +197,6 @@ def fits_with_less(layout: Parallel, kinds: list[Any]) -> list[Any]:
     return [fit(Case(), each, model=Readers()).weights for each in layouts]
 
 
-@pytest.mark.slow
 @both_ways
 def test_blocks_that_are_computed_twice_see_whole_sequences_both_times(
     ranks: Ranks, layout: Parallel
@@ -223,7 +221,6 @@ def fit_compiled() -> Any:
     return plain, compiled, len(graphs)
 
 
-@pytest.mark.slow
 def test_compiled_blocks_see_whole_sequences_too(ranks: Ranks) -> None:
     for plain, compiled, graphs in ranks(fit_compiled, 2):
         assert graphs
@@ -237,7 +234,6 @@ def with_dropout(layout: Parallel, run_dir: Path) -> Trainer:
     return make(Case(dropout=0.3), layout, run_dir)
 
 
-@pytest.mark.slow
 @both_ways
 def test_stopped_and_resumed_it_ends_the_same(tmp_path: Path, layout: Parallel) -> None:
     assert_resumes_exactly(partial(with_dropout, layout), tmp_path, stop_at=3, ranks=2)
@@ -252,7 +248,6 @@ def dropped() -> torch.Tensor:
     return left[0]
 
 
-@pytest.mark.slow
 def test_each_part_drops_places_of_its_own(ranks: Ranks) -> None:
     one, other = ranks(dropped, 2)
     assert one.shape == other.shape
@@ -271,7 +266,6 @@ def warned_of() -> list[list[str]]:
     return told
 
 
-@pytest.mark.slow
 def test_a_model_that_never_asks_for_attention_is_warned_of_once(ranks: Ranks) -> None:
     known, (strange,) = ranks(warned_of, 2)[0]
     assert known == []
@@ -286,7 +280,6 @@ def fit_in_float32_and_with_one_head() -> Kept:
     return fit(Case(), RING, model=Reader(heads=1))
 
 
-@pytest.mark.slow
 def test_the_ring_adds_up_in_float32_and_takes_any_number_of_heads(ranks: Ranks) -> None:
     expected = fit(Case(), model=Reader(heads=1))
     for kept in ranks(fit_in_float32_and_with_one_head, 2):
@@ -316,7 +309,6 @@ def attend_in_groups() -> tuple[Any, Any]:
     ]
 
 
-@pytest.mark.slow
 def test_queries_of_the_ring_may_share_keys(ranks: Ranks) -> None:
     for found, wanted in ranks(attend_in_groups, 2):
         for a, b in zip(found, wanted, strict=True):
@@ -349,7 +341,6 @@ def refuse_rings() -> list[str]:
     return messages
 
 
-@pytest.mark.slow
 def test_what_the_ring_cannot_do_is_refused(ranks: Ranks) -> None:
     for length, mask, dropout in ranks(refuse_rings, 2):
         assert "context=2, in two pieces each for the ring, does not divide" in length
@@ -371,7 +362,6 @@ def ring_without_emulation() -> str:
     return str(raised.value)
 
 
-@pytest.mark.slow
 def test_a_cpu_has_no_ring_and_says_so_before_anything_is_made(ranks: Ranks) -> None:
     for message in ranks(ring_without_emulation, 2):
         assert "context_attention='ring': torch's ring attention has no CPU kernel" in message
@@ -420,7 +410,6 @@ def refuse_all() -> list[str]:
     return [*messages, str(raised.value)]
 
 
-@pytest.mark.slow
 def test_what_cannot_be_shared_out_is_refused(ranks: Ranks) -> None:
     for length, heads, size, hidden in ranks(refuse_all, 2):
         assert (

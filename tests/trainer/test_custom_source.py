@@ -43,7 +43,6 @@ def whole_ending(folder: Path) -> dict[str, Any]:
     return {**ending(folder / "run"), "places": places}
 
 
-@pytest.mark.slow
 def test_ranks_with_uneven_episodes_and_epochs_end_together(unbroken: dict[int, Any]) -> None:
     """Rank 0 has 3 windows an epoch and rank 1 has 4, with 1 to 3 episodes of any length each."""
     assert unbroken[1]["progress"]["global_step"] == 3 * EPOCHS
@@ -53,7 +52,6 @@ def test_ranks_with_uneven_episodes_and_epochs_end_together(unbroken: dict[int, 
     assert first != second
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_a_run_killed_while_it_collects_goes_on_exactly(
     ranks: Ranks, unbroken: dict[int, Any], tmp_path: Path, size: int
@@ -65,7 +63,6 @@ def test_a_run_killed_while_it_collects_goes_on_exactly(
     assert whole_ending(tmp_path) == unbroken[size]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "sent"),
     [

@@ -124,7 +124,6 @@ def fit_recomputed() -> Any:
     return ended, sent, products
 
 
-@pytest.mark.slow
 def test_recomputed_blocks_send_their_rows_again_or_keep_what_came(ranks: Ranks) -> None:
     """Rows go to other experts on each rank, whose passes are repeated all the same: not a bit of
     the result is different. In a backward pass two blocks send gradients twice; "full" sends
@@ -172,7 +171,6 @@ def fit_compiled() -> Any:
     return bits(plain.weights), found, made.graphs, [line.decision for line in made.plan]
 
 
-@pytest.mark.slow
 def test_compiled_blocks_leave_their_experts_out_and_later_steps_compile_nothing(
     ranks: Ranks,
 ) -> None:
@@ -217,7 +215,6 @@ def fit_half() -> Any:
     return [overflow(layout) for layout in (Parallel(expert=2), Parallel(dp_shard=4, expert=2))]
 
 
-@pytest.mark.slow
 def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks) -> None:
     """Two copies of the experts, and two shards: the ranks do what one process does."""
     alone, once = overflow()
@@ -250,7 +247,6 @@ def fit_layouts() -> Any:
     return found
 
 
-@pytest.mark.slow
 def test_rows_may_be_those_of_parts_of_sequences_and_of_split_modules(ranks: Ranks) -> None:
     """In copies, shards and over all four ranks: losses, those of the routers too, norms and
     weights are those of one process."""
@@ -277,7 +273,6 @@ def resume(folder: Path, beside: list[dict[str, Any]]) -> None:
         assert_continues(parts, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "beside"),
     [

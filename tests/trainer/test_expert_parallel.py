@@ -54,7 +54,6 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_its_experts_elsewhere(ranks: Ranks, tmp_path: Path) -> None:
     """Checkpoints know whole parameters by the names they have on one process: two steps at each
     layout end as those of one process that never stopped, weights and averages."""
@@ -94,7 +93,6 @@ def on_two_ranks() -> Any:
     return reductions(), with_a_bad_row()
 
 
-@pytest.mark.slow
 def test_gradients_are_exchanged_once_and_a_bad_row_stops_nobody(ranks: Ranks) -> None:
     """One reduction a window for each of two blocks, their experts and what is left."""
     for reduced, finite in ranks(on_two_ranks, 2):
@@ -138,7 +136,6 @@ def wrong_calls() -> list[str]:
     return messages
 
 
-@pytest.mark.slow
 def test_what_cannot_be_shared_out_is_refused(ranks: Ranks) -> None:
     for found in ranks(refuse_all, 2):
         assert_each_says(

@@ -244,7 +244,6 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return sum(float((one[key] - other[key]).square().sum()) for key in one) ** 0.5
 
 
-@pytest.mark.slow
 def test_every_layout_trains_the_same_up_to_its_rounding(emulation: None, ranks: Ranks) -> None:
     """Each rank scales what it has by its own largest value."""
     alone = fit_by_sgd().ended
@@ -276,7 +275,6 @@ def fit_mixed() -> Any:
     return made.ended, made.during, plan(made)
 
 
-@pytest.mark.slow
 def test_experts_that_are_shared_out_compute_in_bf16_beside_it(
     emulation: None, ranks: Ranks
 ) -> None:
@@ -297,7 +295,6 @@ def resume(folder: Path) -> None:
         assert_continues(parts, whole)
 
 
-@pytest.mark.slow
 def test_split_or_in_stages_it_resumes_to_the_same_bits(
     emulation: None, ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -310,7 +307,6 @@ def test_a_layer_multiplies_so_only_if_its_parts_can(emulation: None) -> None:
     assert layers.left["model.blocks.0.out"] == "32 x 32, not multiples of 64"
 
 
-@pytest.mark.slow
 def test_compiled_blocks_multiply_in_float8_too(
     emulation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,6 @@ def assert_same(found: Watch, expected: Watch) -> None:
         torch.testing.assert_close(found.weights[name], value, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.slow
 def test_a_sharded_teacher_teaches_as_a_whole_one(ranks: Ranks) -> None:
     """Called with and without gradients, which may also pass through it, with stand-ins, and with
     a window that is left out: as on one process, and each rank has half of it at any time."""
@@ -172,7 +171,6 @@ def stop_and_go_on(folder: Path) -> list[Watch]:
     return [never_stopped, fit(Perceives, layout, folder)]
 
 
-@pytest.mark.slow
 def test_a_run_with_a_sharded_teacher_goes_on_exactly(ranks: Ranks, tmp_path: Path) -> None:
     for whole_run, in_two in ranks(stop_and_go_on, 2, tmp_path):
         assert bits(in_two.weights) == bits(whole_run.weights)
@@ -188,7 +186,6 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.slow
 def test_a_teacher_is_read_in_any_other_layout(ranks: Ranks, tmp_path: Path) -> None:
     found = [
         ranks(fit, size, Perceives, parallel, tmp_path, stop)[0]
@@ -234,7 +231,6 @@ def fit_scaled(folder: Path | None, parallel: Parallel, steps: int, *shape: int)
         return str(error)
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_sharded_is_the_same_loss(ranks: Ranks, tmp_path: Path) -> None:
     """What names a run's loss does not depend on the layout."""
     sharded = Parallel(dp_shard=2)

@@ -122,7 +122,6 @@ def on_two() -> list[Any]:
     return [(started, ended, block.sharded_before) for started, ended, block in found]
 
 
-@pytest.mark.slow
 def test_values_are_those_of_one_process_at_any_layout(ranks: Ranks) -> None:
     """Bit for bit at the start; and a block is sharded before the next one has memory."""
     one = fit(1)

@@ -86,7 +86,6 @@ def check_not_finite(
     return outcomes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shard"), [("plain", 1), ("dead", 1), ("dead", 2), ("rooted", 2)])
 def test_one_ranks_loss_is_every_ranks_error(
     ranks: Ranks, tmp_path: Path, kind: str, shard: int
@@ -99,7 +98,6 @@ def test_one_ranks_loss_is_every_ranks_error(
         assert all(torch.equal(a, b) for a, b in zip(before, outcome["weights"], strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "shard"), [("skip", 1), ("stop", 1), ("rewind", 1), ("skip", 4), ("rewind", 2)]
 )
@@ -114,7 +112,6 @@ def test_all_leave_the_window_out_or_stop(
         assert outcome["skips"] == ([2, 6] if policy == "rewind" else [])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "shard", "kind"),
     [("raise", 1, "dead"), ("skip", 1, "dead"), ("skip", 2, "dead"), ("skip", 2, "rooted")],
@@ -165,7 +162,6 @@ def count_calls(name: str) -> list[str]:
     return calls
 
 
-@pytest.mark.slow
 def test_ranks_that_share_a_copy_see_one_anothers_nan_in_what_they_exchange(ranks: Ranks) -> None:
     """One NaN in a gradient of one rank is every rank's, without an exchange of its own."""
     for error, step, exchanges in ranks(partly_bad, 2):

@@ -145,6 +145,5 @@ def on_a_rank(folder: Path) -> list[Any]:
     return hears.order
 
 
-@pytest.mark.slow
 def test_every_rank_hears_of_each(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks(on_a_rank, 2, tmp_path) == [[*range(1, 7), "train end", "teardown"]] * 2

@@ -127,7 +127,6 @@ def on_meta() -> nn.Module:
         return nn.Sequential(nn.Embedding(WORDS, 8), nn.Linear(8, 8), nn.Linear(8, WORDS)).double()
 
 
-@pytest.mark.slow
 def test_a_weight_of_two_stages_is_trained_as_one(ranks: Ranks) -> None:
     """Tied weights, running statistics, metrics of a validation step of one's own, a window that is
     left out, gradient norms, and values drawn for a model on the meta device: all as on one."""
@@ -136,7 +135,6 @@ def test_a_weight_of_two_stages_is_trained_as_one(ranks: Ranks) -> None:
         assert_same(list(outcome), expected[i])
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_read_with_and_without_stages(ranks: Ranks, tmp_path: Path) -> None:
     """Given a run stopped at step 1 on one process and at step 3 on two stages, it ends on either
     as one that never stopped; names in the checkpoint are the whole model's."""
@@ -190,7 +188,6 @@ def fit_shards() -> list[Any]:
     return fit_sharded_in_ways(2, dp_shard=2)
 
 
-@pytest.mark.slow
 def test_each_stage_is_sharded(ranks: Ranks) -> None:
     """The same with each stage sharded over two ranks, which have no sums of one process's."""
     expected = fit_sharded_in_ways(1)
@@ -202,7 +199,6 @@ def go_on(stages: int, shard: int, steps: int | None, folder: Path | None) -> Ke
     return fit(stages, steps, folder, dp_shard=shard, model=Words(batch_norm=False).double())
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_read_with_and_without_shards_of_stages(
     ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -232,7 +228,6 @@ def fit_counted(which: str | None) -> Any:
     return fit(2, model=model, activation_checkpointing=which), model.calls
 
 
-@pytest.mark.slow
 def test_blocks_of_a_stage_compute_their_forward_pass_twice(ranks: Ranks) -> None:
     """A block is cut into no parts where it is to repeat its forward pass as a whole."""
     plain, recomputed = (ranks(fit_counted, 2, which) for which in (None, "full"))
@@ -262,7 +257,6 @@ def fit_compiled(shard: int) -> Any:
     return plain, ended, set(budgets)
 
 
-@pytest.mark.slow
 def test_blocks_of_a_stage_are_compiled_within_a_budget(ranks: Ranks) -> None:
     for found, expected, budgets in ranks(fit_compiled, 2, 1):
         assert budgets == {0.5}
@@ -288,7 +282,6 @@ def fit_half(stages: int, shard: int = 1, times: int = 30) -> tuple[Kept, list[f
     return run(Trainer(**settings(model, **options))), each.scales
 
 
-@pytest.mark.slow
 def test_an_overflow_in_one_stage_skips_the_step_in_all(ranks: Ranks) -> None:
     # The first losses overflow when they are scaled. Of half as many samples each has twice the
     # part in the mean; norms are clipped to the same.
@@ -330,7 +323,6 @@ def fit_mappings(stages: int, targets: str = "labels") -> Kept:
     return run(Trainer(**settings(model, **options)))
 
 
-@pytest.mark.slow
 def test_batches_may_be_mappings(ranks: Ranks) -> None:
     """Its targets go to the loss and the rest to the first layer, with stages and without."""
     expected = fit_mappings(1)
@@ -378,7 +370,6 @@ def fail(kind: str) -> None:
     fit(2, model=nn.Sequential(nn.Embedding(WORDS, 4), nn.Linear(4, 4), Broken()))
 
 
-@pytest.mark.slow
 def test_what_cannot_be_cut_is_refused(ranks: Ranks) -> None:
     expected = (
         "parallel.pipeline=2: 'model' has 1 layers to share out, 0, and each stage needs one",
@@ -391,7 +382,6 @@ def test_what_cannot_be_cut_is_refused(ranks: Ranks) -> None:
         assert_each_says(found, *expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("loss", "loss_fn returned a tensor of shape (3, 7)"), ("model", "a mistake of the model's")],

@@ -60,7 +60,6 @@ def stop_often(times: int) -> list[Any]:
     return ends
 
 
-@pytest.mark.slow
 def test_whoever_asks_and_whenever_all_stop_at_one_boundary(ranks: Ranks) -> None:
     """25 runs on 4 ranks, out of step on purpose, in one process group."""
     first, *others = ranks(stop_often, 4, 25)
@@ -101,7 +100,6 @@ def agree(in_validation: bool) -> list[bool]:
     return said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("in_validation", [False, True])
 def test_a_rank_that_is_behind_comes_to_where_the_other_is(
     ranks: Ranks, in_validation: bool
@@ -134,7 +132,6 @@ def exchange_and_stop(times: int) -> list[tuple[int, list[str]]]:
     return ends
 
 
-@pytest.mark.slow
 def test_a_validation_that_exchanges_something_is_left_at_the_same_batch(ranks: Ranks) -> None:
     first, second = ranks(exchange_and_stop, 2, 8)
     assert first == second
@@ -153,7 +150,6 @@ def signalled(folder: Path) -> None:
     small(Signalled(), run_dir=folder, max_steps=10**6, epochs=None).train(seed=1)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_with_code_75(ranks: Ranks, tmp_path: Path) -> None:
     outcomes = ranks.outcomes(signalled, 3, tmp_path)
     assert [outcome.code for outcome in outcomes] == [75] * 3, outcomes
@@ -192,7 +188,6 @@ def unlike() -> Any:
     return trainer.teacher.weight.tolist(), trainer.teacher.turns.tolist(), len(looks.rows), threads
 
 
-@pytest.mark.slow
 def test_ranks_that_differ_are_made_alike(ranks: Ranks) -> None:
     """A callback on one rank holds up no other, frozen models are rank 0's, and no thread stays."""
     first, *others = ranks(unlike, 3)
@@ -215,7 +210,6 @@ def sent() -> Any:
     return [(t.tolist(), t.stride(), t.requires_grad, t.is_leaf) for t in tensors]
 
 
-@pytest.mark.slow
 def test_what_is_sent_is_written_in_place_however_it_lies(ranks: Ranks) -> None:
     """Trainable or not, complex, transposed, channels last: it stays what it was, with rank 0's
     values."""
@@ -249,7 +243,6 @@ def fail(folder: Path, rank: int, event: str, what: str) -> None:
     small(Fails(rank, event, what), run_dir=folder, log_every=1).train(seed=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "event", "what"),
     [
@@ -304,7 +297,6 @@ def decide(folder: Path) -> Any:
     )
 
 
-@pytest.mark.slow
 def test_what_is_best_is_decided_by_rank_0_for_all(ranks: Ranks, tmp_path: Path) -> None:
     first, second = ranks(decide, 2, tmp_path)
     assert first == second == (4, 1.0, {"val/loss": 1.0}, "early stop")
@@ -330,6 +322,5 @@ def hear_of_peer() -> str:
     return seen
 
 
-@pytest.mark.slow
 def test_the_next_boundary_hears_of_a_failed_rank(ranks: Ranks) -> None:
     assert ranks(hear_of_peer, 2)[0] == "rank 1 failed: RuntimeError: boom"

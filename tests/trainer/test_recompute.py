@@ -78,7 +78,6 @@ def sharded(which: Any) -> Any:
     return bits(dict(fit(which, dp_shard=2).model.state_dict()))
 
 
-@pytest.mark.slow
 def test_sharded_blocks_are_repeated_too(ranks: Ranks) -> None:
     assert ranks(sharded, 2, "full") == ranks(sharded, 2, None)
 

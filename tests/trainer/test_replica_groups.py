@@ -111,7 +111,7 @@ def noisy(run_dir: Path, workers: int, **changes: Any) -> Regression:
     )
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_window_that_does_not_count_leaves_no_trace(
     workers: int, played: type[Played], tmp_path: Path
 ):

@@ -184,7 +184,6 @@ def check_each_once(notes: list[dict[str, Any]]) -> None:
         assert seen == Counter(range(SAMPLES))
 
 
-@pytest.mark.slow
 def test_without_a_lighthouse_nothing_is_trained(ranks: Ranks, tmp_path: Path):
     (tmp_path / "address").write_text("http://localhost:1")
     outcome = ranks.start(be_a_group, 1, tmp_path, 0, "", 1.0).wait(60)[0]
@@ -192,7 +191,6 @@ def test_without_a_lighthouse_nothing_is_trained(ranks: Ranks, tmp_path: Path):
     assert "TORCHFT_LIGHTHOUSE=http://localhost:1: there is no lighthouse" in outcome.output
 
 
-@pytest.mark.slow
 def test_a_group_that_nobody_joins_gives_up(ranks: Ranks, tmp_path: Path):
     groups = Groups(ranks, tmp_path, at_least=2)
     try:
@@ -204,7 +202,6 @@ def test_a_group_that_nobody_joins_gives_up(ranks: Ranks, tmp_path: Path):
     assert "PeerError: replica group 0 has not found the others within 0:00:01" in outcome.output
 
 
-@pytest.mark.slow
 def test_a_group_that_waits_for_others_stops_at_a_signal(ranks: Ranks, tmp_path: Path):
     groups = Groups(ranks, tmp_path, at_least=2)
     try:
@@ -221,7 +218,6 @@ def test_a_group_that_waits_for_others_stops_at_a_signal(ranks: Ranks, tmp_path:
     assert (record["status"], record["stopped_by"]) == ("stopped", "signal SIGTERM")
 
 
-@pytest.mark.slow
 def test_two_groups_are_one_run(ranks: Ranks, tmp_path: Path):
     groups = Groups(ranks, tmp_path, at_least=2)
     try:
@@ -236,7 +232,6 @@ def test_two_groups_are_one_run(ranks: Ranks, tmp_path: Path):
     assert {note["groups"] for note in groups.notes()} == {2}
 
 
-@pytest.mark.slow
 def test_a_group_that_is_killed_comes_back(ranks: Ranks, tmp_path: Path):
     """Given two groups, when the one that writes is killed within a step, then the other takes that
     step and the next ones alone, and goes on writing; and the first, started again, goes on with

@@ -86,7 +86,6 @@ def fit(precision: str, **parallel: Any) -> Any:
     }
 
 
-@pytest.mark.slow
 def test_half_the_bytes_are_gathered_and_the_weights_stay_float32(ranks: Ranks) -> None:
     """The blocks compute in bfloat16, their batch norms as precisely as their statistics are."""
     full, half, replicated = ranks(fit_all, 2)[0]
@@ -110,7 +109,6 @@ def fit_offloaded() -> list[Any]:
     return [fit("fp32", dp_shard=2, cpu_offload=offload) for offload in (False, True)]
 
 
-@pytest.mark.slow
 def test_offloaded_weights_end_with_the_same_bits(ranks: Ranks) -> None:
     for plain, offloaded in ranks(fit_offloaded, 2):
         assert plain["bits"] == offloaded["bits"]

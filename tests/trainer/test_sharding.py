@@ -91,7 +91,6 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_at_any_other_layout(ranks: Ranks, tmp_path: Path) -> None:
     """DDP, FSDP2, split modules, HSDP and their combinations, on 1, 2 and 4 ranks, two steps each:
     weights and averages end as those of one process that never stopped."""
@@ -117,7 +116,6 @@ def peek() -> tuple[Any, Any]:
     return bits(plain.weights), bits(peeked.weights)
 
 
-@pytest.mark.slow
 def test_a_call_in_a_hook_leaves_no_old_weights_behind(ranks: Ranks) -> None:
     for plain, peeked in ranks(peek, 2):
         assert plain == peeked
@@ -147,7 +145,6 @@ def refuse_all() -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_what_cannot_be_sharded_is_refused(ranks: Ranks) -> None:
     scalar, twice, few, large = ranks(refuse_all, 2)[0]
     assert "the parameters scale of 'model' have no dimension to shard" in scalar

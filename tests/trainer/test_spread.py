@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -78,7 +77,6 @@ def run_all() -> list[Any]:
     return [run(kind, shard, 2) for shard in (1, 2) for kind in kinds]
 
 
-@pytest.mark.slow
 def test_what_only_one_rank_would_train_is_named(ranks: Ranks) -> None:
     """Replicated or sharded; DDP does not hear of what is unfrozen later either, FSDP2 does."""
     for late, stranger, unfrozen, late_too, stranger_too, trained in ranks(run_all, 2):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -74,7 +73,6 @@ def fit_all() -> list[Any]:
     return [fit(layout, batch, **how) for layout, batch in LAYOUTS for how in (SGD, FUSED)]
 
 
-@pytest.mark.slow
 def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: Ranks) -> None:
     """So does a loss that is no number. Between those the ranks do what one process does."""
     alone = [fit(None, 8, **how) for how in (SGD, FUSED)] * len(LAYOUTS)

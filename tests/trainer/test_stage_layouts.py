@@ -160,7 +160,6 @@ def fit_in_ways(parallel: Parallel | None) -> list[Any]:
     return [fit(parallel, model=on_meta()), fit(parallel, bad=True, **skipping)]
 
 
-@pytest.mark.slow
 def test_each_stage_is_split(ranks: Ranks) -> None:
     """Losses, norms, metrics and weights are those of one process: with accumulation, an uneven
     last window, batches in which nothing counts, and a weight of two stages, split in both."""
@@ -180,7 +179,6 @@ def fit_parts_in_ways(parallel: Parallel | None) -> list[Any]:
     return [fit(twice), fit(parallel, bad=True, on_nonfinite="skip")]
 
 
-@pytest.mark.slow
 def test_each_stage_gets_parts_of_sequences(ranks: Ranks) -> None:
     """The same with sequences in two parts, in some of which nothing counts."""
     expected = fit_parts_in_ways(None)
@@ -192,7 +190,6 @@ def with_dropout(folder: Path) -> Trainer:
     return make(PARTS, None, folder, model=Writer(dropout=0.3), loggers=None)
 
 
-@pytest.mark.slow
 def test_stages_with_parts_of_sequences_stop_and_go_on(tmp_path: Path) -> None:
     """They end to the bit as those that never stopped."""
     assert_resumes_exactly(with_dropout, tmp_path, stop_at=2, ranks=4)
@@ -207,13 +204,11 @@ def warned_of(attends: bool) -> list[str]:
     return [str(w.message) for w in caught if "has not called paceline" in str(w.message)]
 
 
-@pytest.mark.slow
 def test_stages_without_attention_are_warned_of_once(ranks: Ranks) -> None:
     assert ranks(warned_of, 4, True) == [[]] * 4
     assert [len(told) for told in ranks(warned_of, 4, False)] == [1] * 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel", [pytest.param(SPLIT, id="split modules"), pytest.param(PARTS, id="parts")]
 )
@@ -255,7 +250,6 @@ def refuse_all() -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_a_stage_that_cannot_be_split_is_refused(ranks: Ranks) -> None:
     """On all ranks, also where it is another stage's."""
     expected = (
@@ -274,7 +268,6 @@ def hand_on_a_part() -> None:
     fit(replace(SPLIT, plan=plan), 1, model=model)
 
 
-@pytest.mark.slow
 def test_a_stage_that_hands_on_a_split_tensor_is_named(ranks: Ranks) -> None:
     outcomes = ranks.outcomes(hand_on_a_part, 4)
     assert all(one.code for one in outcomes)

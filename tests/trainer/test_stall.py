@@ -78,7 +78,6 @@ def reports(outcomes: list[Outcome]) -> list[str]:
     return re.findall(r"^paceline: rank \d has come no further.*\n(?:  .*\n)+", output, flags=re.M)
 
 
-@pytest.mark.slow
 def test_a_hang_is_reported_with_what_each_rank_was_doing(ranks: Ranks) -> None:
     """Given a rank that sleeps in its training_step while the other waits for its gradients, when
     they have for almost as long as a collective may, then one of them says where both are."""
@@ -97,7 +96,6 @@ def test_a_hang_is_reported_with_what_each_rank_was_doing(ranks: Ranks) -> None:
     assert max(outcome.seconds for outcome in outcomes) < 30
 
 
-@pytest.mark.slow
 def test_ranks_that_wait_for_different_things_are_told_apart(ranks: Ranks) -> None:
     """Given a rank that waits in a validation batch for others that never come to it."""
     *_, report = reports(ranks.outcomes(hang, 2, "exchanges alone"))
@@ -108,13 +106,11 @@ def test_ranks_that_wait_for_different_things_are_told_apart(ranks: Ranks) -> No
     assert re.search(r"rank 1: .*Hanging.validation_step .* > World.barrier .* > barrier", report)
 
 
-@pytest.mark.slow
 def test_a_rank_that_cannot_answer_is_named(ranks: Ranks) -> None:
     *_, report = reports(ranks.outcomes(hang, 2, "is stopped", limit=25))
     assert "\n  rank 1: does not answer\n" in report
 
 
-@pytest.mark.slow
 def test_a_long_step_is_reported_once_and_the_run_goes_on(ranks: Ranks) -> None:
     outcomes = ranks.outcomes(hang, 2, "is slow")
     assert [outcome.code for outcome in outcomes] == [0, 0]
@@ -135,7 +131,6 @@ def timeouts(shard: int) -> list[float]:
     return [each / timedelta(seconds=1) for each in found]
 
 
-@pytest.mark.slow
 def test_one_timeout_is_that_of_every_collective(ranks: Ranks) -> None:
     for found in ranks(timeouts, 4, 2):
         assert set(found) == {77.0}

@@ -84,7 +84,6 @@ def samples_of(parallel: Parallel) -> Any:
     return trainer.trained, trainer.validated, trainer.result.metrics["val/id"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", LAYOUTS, ids=["split", "parts of sequences", "split and sharded"]
 )
@@ -107,7 +106,6 @@ def resumed(folder: Path, stop_after: int | None) -> Any:
     return getattr(trainer, "ended", None), trainer.trained
 
 
-@pytest.mark.slow
 def test_stopped_and_resumed_they_end_the_same(ranks: Ranks, tmp_path: Path) -> None:
     unbroken = ranks(resumed, 4, tmp_path / "whole", None)
     first = ranks(resumed, 4, tmp_path / "broken", 3)
@@ -129,7 +127,6 @@ def refuse_all() -> list[str]:
     return [*messages, str(raised.value)]
 
 
-@pytest.mark.slow
 def test_other_samples_than_the_others_have_are_refused(ranks: Ranks) -> None:
     for *shared_out, missing in ranks(refuse_all, 4):
         for message in shared_out:

@@ -18,7 +18,6 @@ from paceline.errors import ConfigError
 from paceline.testing import Ranks
 from small import settings
 
-pytestmark = pytest.mark.slow
 WORDS = 8
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Any
 
-import pytest
-
 from paceline import Parallel
 from paceline.testing import Ranks
 from paceline.world.world import World
@@ -36,7 +34,6 @@ def laid_out() -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
 def test_each_dimension_is_of_the_ranks_that_share_something(ranks: Ranks) -> None:
     """Of dimensions of one rank there is but the one that FSDP2 asks for."""
     split, sharded, copied, sequences, stages = ranks(laid_out, 4)[3]

@@ -256,7 +256,6 @@ def test_AH_20_only_what_is_trained_is_saved(tmp_path: Path) -> None:
     assert bits(stored) == bits(model.state_dict())
 
 
-@pytest.mark.slow
 def test_AH_21_ranks_with_different_metrics_stop_together(ranks: Any) -> None:
     assert ranks(stop_early, 2) == [(2, "early stop")] * 2
 

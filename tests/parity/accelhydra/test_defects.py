@@ -148,7 +148,6 @@ def rate_after_ten_updates() -> tuple[int, float]:
     return trainer.global_step, trainer.learning_rates["optimizer"]
 
 
-@pytest.mark.slow
 def test_27_a_schedule_runs_as_fast_on_two_ranks_as_on_one(ranks: Any) -> None:
     assert ranks(rate_after_ten_updates, 2) == [rate_after_ten_updates()] * 2
     assert rate_after_ten_updates() == (10, 0.5**10)
@@ -236,7 +235,6 @@ def save_and_load_partial(run_dir: Path) -> tuple[bool, bool]:
     return loaded, torch.equal(second.backbone.weight, backbone)
 
 
-@pytest.mark.slow
 def test_AH_20_what_is_not_saved_stays_and_what_is_trained_must_be_saved(
     ranks: Any, tmp_path: Path
 ) -> None:

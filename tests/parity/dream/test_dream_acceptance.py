@@ -108,7 +108,6 @@ def test_DT_06_the_order_of_events() -> None:
     assert trace(1) == TRACE
 
 
-@pytest.mark.slow
 def test_DT_06_the_order_of_events_on_each_rank(ranks: Any) -> None:
     assert ranks(trace, 2, 2) == [TRACE] * 2
 
@@ -194,7 +193,6 @@ def test_DT_15_a_metric_object_is_computed_once_over_all_batches() -> None:
     assert measured == pytest.approx(expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("samples", [11, 1])
 def test_DT_15_a_rank_without_samples_makes_no_other_wait(ranks: Any, samples: int) -> None:
     """Ranks have six and five samples, or one and none; the value is that of one process."""
@@ -294,7 +292,6 @@ def draws() -> list[float]:
     return found
 
 
-@pytest.mark.slow
 def test_DT_39_each_rank_has_a_stream_of_its_own_that_comes_again(ranks: Any) -> None:
     first = ranks(draws, 2)
     assert len({*first[0], *first[1]}) == len(first[0]) + len(first[1])

@@ -230,7 +230,6 @@ def concepts_on_ranks() -> tuple[int, int]:
     return found["rank"], found["trainer"].world.size
 
 
-@pytest.mark.slow
 def test_the_concepts_of_the_page_hold_on_ranks(ranks: Any) -> None:
     assert ranks(concepts_on_ranks, 2) == [(0, 2), (1, 2)]
 

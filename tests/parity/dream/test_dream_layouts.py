@@ -140,7 +140,6 @@ def words_on_ranks() -> tuple[int, int]:
     return trainer.looked, len(calls)
 
 
-@pytest.mark.slow
 def test_DT_08_ties_and_buffers_survive_sharding(ranks: Any) -> None:
     """And a sharded model's hooks hear each call once: 20 rows in fours on 2 ranks, two epochs."""
     assert ranks(words_on_ranks, 2) == [(2, 6)] * 2
@@ -152,7 +151,6 @@ def mesh() -> tuple[tuple[str, ...], tuple[int, ...]]:
         return world.mesh.mesh_dim_names or (), tuple(world.mesh.shape)
 
 
-@pytest.mark.slow
 def test_the_mesh_has_the_dimensions_that_are_more_than_one(ranks: Any) -> None:
     assert ranks(mesh, 2) == [(("dp_shard",), (2,))] * 2
     assert ranks(mesh, 4) == [(("dp_replicate", "dp_shard"), (2, 2))] * 4
@@ -202,6 +200,5 @@ def exchanges() -> list[dict[str, int]]:
     return counted.windows
 
 
-@pytest.mark.slow
 def test_DT_11_each_of_two_models_is_exchanged_once_a_window(ranks: Any) -> None:
     assert ranks(exchanges, 2) == [[{"left": 1, "right": 1}] * 4] * 2
