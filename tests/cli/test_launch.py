@@ -60,7 +60,7 @@ def test_processes_that_other_launchers_have_started_train_one_run(
         assert [out.count("hello from rank") for _, out, _ in ended] == [1, 0]
         run = record(tmp_path / "runs/p/n")
         assert (run["world_size"], run["step"]) == (2, 8 * epochs)
-    assert any(line["decision"] == "goes on from step_00000008" for line in run["plan"])
+    assert any(line["decision"] == "resumes from step_00000008" for line in run["plan"])
 
 
 def test_launchers_of_several_machines_train_one_run_and_stop_together(
@@ -91,7 +91,7 @@ def test_two_processes_train_one_run_and_after_a_failure_go_on(paceline: Pacelin
     assert "paceline: rank 1 was killed by SIGKILL" in err
     run = record(tmp_path / "runs/a$$b")
     assert (run["status"], run["step"], run["world_size"]) == ("complete", 16, 2)
-    assert any(line["decision"].startswith("goes on from step_") for line in run["plan"]), run
+    assert any(line["decision"].startswith("resumes from step_") for line in run["plan"]), run
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["a$$b", "a$$b.1"]
 
 

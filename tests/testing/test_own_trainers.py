@@ -144,12 +144,12 @@ def test_a_callback_that_meddles_is_found(ranks: int | None, tmp_path: Path) -> 
     said = str(caught.value)
     assert "models/model/0.weight" in said
     assert ("rank 1: models" in said) == (ranks == 2)
-    assert "that nobody watches differ" not in said
+    assert "unwatched runs differ" not in said
 
 
 def test_a_watched_trainer_that_is_not_reproducible_is_told_so(tmp_path: Path) -> None:
     unseeded = partial(build, kind=Unseeded)
-    with pytest.raises(AssertionError, match="Two runs that nobody watches differ as well"):
+    with pytest.raises(AssertionError, match="Two unwatched runs differ as well"):
         assert_undisturbed(unseeded, unseeded, tmp_path)
 
 

@@ -53,7 +53,7 @@ def fail_on_rank_1() -> None:
 
 
 def test_the_error_of_a_rank_is_shown(ranks: Ranks) -> None:
-    with pytest.raises(RanksFailed, match=r"(?s)rank 1 of 2 left with code 1.*broken on purpose"):
+    with pytest.raises(RanksFailed, match=r"(?s)rank 1 of 2 exited with code 1.*broken on purpose"):
         ranks(fail_on_rank_1, 2)
     assert [one.code for one in ranks.outcomes(fail_on_rank_1, 2)] == [0, 1]
     assert ranks.outcomes(fail_on_rank_1, 1)[0].output == "at work\n"

@@ -75,7 +75,7 @@ def hang(how: str) -> None:
 def reports(outcomes: list[Outcome]) -> list[str]:
     """Each report that a rank has printed: its first line and one for each place."""
     output = "".join(outcome.output for outcome in outcomes)
-    return re.findall(r"^paceline: rank \d has come no further.*\n(?:  .*\n)+", output, flags=re.M)
+    return re.findall(r"^paceline: rank \d has made no progress.*\n(?:  .*\n)+", output, flags=re.M)
 
 
 def test_a_hang_is_reported_with_what_each_rank_was_doing(ranks: Ranks) -> None:

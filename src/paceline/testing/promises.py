@@ -1,4 +1,4 @@
-"""The promises that a trainer of your own keeps or breaks: exact resume, undisturbed training."""
+"""Assertions for your own trainer: exact resume, undisturbed training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _REPRODUCIBLE = (
     "numpy and random, which every run seeds; on an accelerator set deterministic=True."
 )
 _NOT_SAVED = (
-    "so the training depends on something that is not in the checkpoint: keep it in a buffer of "
-    "the model, in a callback's state_dict, or in checkpoint_objects."
+    "so training depends on something that is not in the checkpoint: keep it in a buffer of the "
+    "model, in a callback's state_dict, or in checkpoint_objects."
 )
 
 
@@ -36,25 +36,25 @@ def assert_resumes_exactly(
     seed: int = 0,
     limit: float = 60.0,
 ) -> None:
-    """Asserts that a run that is stopped and resumed ends as one that was never stopped.
+    """Asserts that a stopped and resumed run ends exactly as an uninterrupted one.
 
     Trains one run to its end, and another that is stopped and resumed with new objects. Weights,
     optimizer state and all other saved state, the rows of metrics.jsonl, the samples of each step
-    and the events have to be the same, bit by bit, on every rank.
+    and the events must be equal, bit by bit, on every rank.
 
     Args:
         build: takes a run's folder and returns a new trainer with `run_dir` set to it. With
-            `ranks` it has to be a module's function, since new processes import it by its name.
-        folder: where the runs go, in a folder of their own.
-        stop_at: the optimizer step after which the run is stopped; of several, each in turn.
-        ranks: train in so many new gloo processes, others for each part; 1 finds state that hides
-            in modules. None trains in this process.
+            `ranks` it must be at the top level of a module, which new processes import.
+        folder: where the runs go, in a new folder.
+        stop_at: the optimizer step after which to stop, or several, to stop after each in turn.
+        ranks: number of gloo processes to train in, new ones for each part; 1 also finds state that
+            is kept in modules. None trains in this process.
         seed: of the runs.
-        limit: seconds until ranks that hang are killed.
+        limit: seconds after which ranks that still run are killed.
 
     Raises:
-        AssertionError: the runs differ; the message says where, and whether two runs that are never
-            stopped differ too.
+        AssertionError: the runs differ; the message says where, and whether two uninterrupted runs
+            differ as well.
         RanksFailed: a rank raised an error or hung.
     """
     stops = [stop_at] if isinstance(stop_at, int) else list(stop_at)
@@ -87,24 +87,24 @@ def assert_resumes_exactly(
     )
     steps = ", ".join(map(str, stops))
     raise AssertionError(
-        f"stopped at step {steps} and resumed, the run does not end as an uninterrupted one:\n"
+        f"stopped after step {steps} and resumed, the run ends differently:\n"
         + "\n".join(f"- {problem}" for problem in problems)
         + f"\n{reason}"
     )
 
 
 def assert_continues(parts: Sequence[Ending], whole: Ending) -> None:
-    """Asserts that the parts of a run, in order, add up to one that was never stopped.
+    """Asserts that the parts of a run add up to an uninterrupted one.
 
     Args:
-        parts: of one rank, each but the last up to a stop.
+        parts: of one rank, in order; each but the last ended with a stop.
         whole: the same rank's uninterrupted run.
 
     Raises:
         AssertionError: samples, events or the state at the end differ; the message says where.
     """
-    problems = _problems([parts], [whole])
-    assert not problems, "\n".join(problems)
+    if problems := _problems([parts], [whole]):
+        raise AssertionError("\n".join(problems))
 
 
 def assert_undisturbed(
@@ -116,13 +116,13 @@ def assert_undisturbed(
     seed: int = 0,
     limit: float = 60.0,
 ) -> None:
-    """Asserts that what looks on changes nothing: two trainers end with the same bits.
+    """Asserts that watching a run changes nothing: two trainers end with the same bits.
 
     Args:
         build: takes a run's folder and returns a new trainer.
-        watched: returns the same with something that only observes: a callback, a validation,
-            rows or checkpoints more often.
-        folder: where the runs go, in a folder of their own.
+        watched: returns the same trainer with something that only observes: a callback, a
+            validation, more frequent rows or checkpoints.
+        folder: where the runs go, in a new folder.
         ranks, seed, limit: as for `assert_resumes_exactly`.
 
     Raises:
@@ -143,19 +143,19 @@ def assert_undisturbed(
     if not problems:
         return
     again = _in_states(train(build, "again"), alone)
-    reason = f"\nTwo runs that nobody watches differ as well, {_REPRODUCIBLE}" if again else ""
-    raise AssertionError("watched, the run ends otherwise:\n" + "\n".join(problems) + reason)
+    reason = f"\nTwo unwatched runs differ as well, {_REPRODUCIBLE}" if again else ""
+    raise AssertionError("the watched run ends differently:\n" + "\n".join(problems) + reason)
 
 
 def _check_uninterrupted(ending: Ending) -> None:
     if not ending.result.complete:
         raise AssertionError(
-            f"the uninterrupted run was stopped at step {ending.result.global_step} "
-            f"({ending.result.stopped_by}): it has to train to its end."
+            f"the uninterrupted run stopped at step {ending.result.global_step} "
+            f"({ending.result.stopped_by}): it must train to its end."
         )
     if ending.state is None:
         raise AssertionError(
-            "the run saved no checkpoint: build has to pass `run_dir` on to the trainer, and leave "
+            "the run saved no checkpoint: build must pass `run_dir` to the trainer and leave "
             "`checkpoint` on."
         )
 

@@ -80,7 +80,7 @@ def _warm_up() -> None:
 
 
 def _finalize_nothing() -> None:
-    """Ranks leave torch's operators and the like as they are: to take them to pieces is slow."""
+    """Ranks exit without finalizing what was imported: for torch's operators that is slow."""
     for each in list(weakref.finalize._registry):  # pyright: ignore[reportAttributeAccessIssue]
         each.atexit = False
 
@@ -101,7 +101,7 @@ def _fork(size: int) -> list[int] | int:
 
 
 def _be_a_rank(rank: int, folder: Path, call: bytes) -> None:
-    """Runs the function and leaves with exit handlers run, but the interpreter as it is."""
+    """Runs the function, then exit handlers, and exits without tearing down the interpreter."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -128,7 +128,7 @@ def _be_a_rank(rank: int, folder: Path, call: bytes) -> None:
 
 
 def _wait(pids: Sequence[int], folder: Path, limit: float) -> list[tuple[Any, ...]]:
-    """What came of each rank: exit code, packed value, output and seconds, as in `Outcome`."""
+    """How each rank ended: exit code, packed value, output and seconds, as in `Outcome`."""
     start = time.monotonic()
     ended: dict[int, tuple[int | None, float]] = {}
     while len(ended) < len(pids):

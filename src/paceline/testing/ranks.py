@@ -1,8 +1,8 @@
 """Several ranks on one machine: gloo processes that run a function within a time limit.
 
-A helper process imports torch and Paceline once and forks the ranks, so that starting one costs
-milliseconds. A rank is as good as a new process: the helper has joined no group, drawn no random
-number that counts and started no thread.
+A helper process imports torch and Paceline once and forks the ranks, so that starting one takes
+milliseconds. A rank is as good as a new process: the helper has not joined a process group, seeded
+anything or started a thread.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class RanksFailed(AssertionError):
 
 @dataclass
 class Outcome:
-    """What came of one rank.
+    """How one rank ended.
 
     Attributes:
-        code: its exit code; minus a signal's number; None if it was killed for taking too long.
+        code: its exit code; minus the signal's number if a signal ended it; None if it hung.
         value: what the function returned, None if it did not return.
-        output: what it printed, errors included; of one that hung also where each thread was.
-        seconds: how long it lived.
+        output: what it printed, errors included; if it hung, also the stack of each thread.
+        seconds: how long it ran.
     """
 
     code: int | None
@@ -59,17 +59,18 @@ def run_ranks(
 ) -> list[Any]:
     """Runs a function on several ranks, each in a new process, and returns what each returned.
 
-    The ranks find what a launcher would tell them (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so
-    a Trainer in each joins the others. They compute on the CPU.
+    The ranks have the environment variables that a launcher sets (RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT), so Trainers in them train together. They compute on the CPU.
 
     Args:
-        function: a module's function (or a `functools.partial` of one), which the ranks import.
+        function: defined at the top level of a module, which the ranks import; or a
+            `functools.partial` of such a function.
         size: number of ranks.
-        args: its arguments, the same on each rank; copied, as what it returns is.
-        limit: seconds until ranks that hang are killed.
+        args: its arguments, the same on each rank. They are copied, and so is what it returns.
+        limit: seconds after which ranks that still run are killed.
 
     Raises:
-        RanksFailed: a rank did not leave with code 0, or not in time.
+        RanksFailed: a rank did not exit with code 0 in time.
         TypeError: the function cannot be imported by its name.
         NotImplementedError: this system cannot fork processes (Windows).
     """
@@ -85,12 +86,12 @@ def shared_ranks() -> Ranks:
 
 
 class Ranks:
-    """Starts ranks through one helper process; for ranks that are meant to fail, or get signals.
+    """Starts ranks through one helper process: for tests in which ranks fail or get signals.
 
     Attributes:
         preload: modules that the helper imports before the first rank, which each rank would
             otherwise import anew.
-        limit: seconds until ranks that hang are killed, unless a call says otherwise.
+        limit: seconds after which ranks that still run are killed, unless a call says otherwise.
     """
 
     def __init__(self, preload: Sequence[str] = (), limit: float = LIMIT) -> None:
@@ -105,14 +106,14 @@ class Ranks:
         """Each rank's return value of `function(*args)`; as `run_ranks`.
 
         Raises:
-            RanksFailed: a rank did not leave with code 0, or not in time.
+            RanksFailed: a rank did not exit with code 0 in time.
         """
         outcomes = self.outcomes(function, size, *args, limit=limit)
         failed = {rank: one for rank, one in enumerate(outcomes) if one.code != 0}
         if failed:
             parts = [
                 f"rank {rank} of {size} "
-                + ("hung and was killed" if one.code is None else f"left with code {one.code}")
+                + ("hung and was killed" if one.code is None else f"exited with code {one.code}")
                 + f" after {one.seconds:.1f} s:\n{one.output}"
                 for rank, one in failed.items()
             ]
@@ -133,7 +134,7 @@ class Ranks:
         return self.start(function, size, *args).wait(self.limit if limit is None else limit)
 
     def start(self, function: Callable[..., Any], size: int, *args: Any) -> Started:
-        """Starts ranks and returns at once, for tests that do something to them.
+        """Starts ranks and returns at once, for tests that send them signals, say.
 
         Args:
             function: what each of them calls; importable by its name.
@@ -146,13 +147,13 @@ class Ranks:
         """
         module = getattr(function, "func", function).__module__  # a partial's is its function's
         if module == "__main__":
-            raise TypeError(f"{function} is in the program itself: put it into a module.")
+            raise TypeError(f"{function} is defined in __main__: move it into a module.")
         try:
             call = packed((function, args))
         except (AttributeError, TypeError) as error:
             raise TypeError(
-                f"new processes cannot be given {function} and its arguments ({error}): use a "
-                "function at the top level of a module, not a lambda or one within another."
+                f"{function} or its arguments cannot be sent to new processes ({error}): use a "
+                "function at the top level of a module, not a lambda or a nested one."
             ) from error
         answer = self._ask("start", sys.path, module, call, size)
         if isinstance(answer, str):
@@ -160,7 +161,7 @@ class Ranks:
         return Started(self, answer)
 
     def close(self) -> None:
-        """Ends the helper process, and ranks that nobody has waited for."""
+        """Ends the helper process, and kills ranks that nobody has waited for."""
         if self._helper is not None and self._connection is not None:
             self._connection.close()
             self._helper.wait(10)
@@ -179,7 +180,7 @@ class Ranks:
 
     def _start_helper(self) -> Connection:
         if not hasattr(os, "fork"):
-            raise NotImplementedError("ranks are forked, which this system cannot do.")
+            raise NotImplementedError("ranks need os.fork, which this system does not have.")
         ours, theirs = Pipe()
         program = f"from paceline.testing.rank_server import serve; serve({theirs.fileno()})"
         self._helper = subprocess.Popen(
@@ -195,7 +196,7 @@ class Ranks:
 
 
 class Started:
-    """Ranks that are under way.
+    """Ranks that are running.
 
     Attributes:
         pids: their process ids, by rank.
@@ -217,7 +218,7 @@ class Started:
             os.kill(pid, number)
 
     def wait(self, limit: float) -> list[Outcome]:
-        """How each ended; those that take longer than so many seconds are killed."""
+        """How each ended; after `limit` seconds those that still run are killed."""
         if self._outcomes is None:
             answers = self._ranks._ask("wait", self.pids, limit)
             self._outcomes = [

@@ -1,4 +1,4 @@
-"""A run, or its part up to a stop, and a trace of all that must not depend on its stops."""
+"""A run, or its part up to a stop, with a trace of everything that stops must not change."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Build = Callable[[Path], Trainer]  # from a run's folder to a fresh trainer that
 class StopAt(Callback):
     """Asks for a stop once `step` optimizer steps are done; 0 stops before the first.
 
-    On several ranks each of them needs one: they ask in the same window, so that the run stops at
+    On several ranks each of them needs one: they all ask in the same window, so the run stops at
     exactly that step.
 
     Args:
-        step: optimizer steps done when the run is to stop.
-        reason: what `Result.stopped_by` is to say.
+        step: the number of optimizer steps after which to stop.
+        reason: for `Result.stopped_by`.
     """
 
     def __init__(self, step: int, reason: str = "test") -> None:
@@ -46,15 +46,15 @@ class StopAt(Callback):
 
 
 class Trace(Callback):
-    """Writes down what a run does on this rank; it comes after every other callback.
+    """Records what a run does on this rank. It runs after every other callback.
 
     All but `on_checkpoint`: when a save in the background ends is not for the run to decide.
 
     Attributes:
-        events: each event with the optimizer steps done when it came.
-        samples: by step, the indices of the samples it was computed from, in order. Empty lists
-            for data that can only be iterated.
-        state: the state tree that was last saved, copied; None while nothing has been.
+        events: each event, with the number of optimizer steps done.
+        samples: by step, the indices of its samples in order; empty lists for data that can only
+            be iterated.
+        state: a copy of the state tree that was saved last; None before the first save.
     """
 
     priority = 10**9
@@ -87,7 +87,7 @@ for _event in EVENTS:
 
 @dataclass(frozen=True)
 class Ending:
-    """What came of a run, or of its part up to a stop, on one rank.
+    """How a run, or its part up to a stop, ended on one rank.
 
     Attributes:
         result: as `Trainer.train` returns it.
@@ -101,9 +101,9 @@ class Ending:
 
 
 def traced_run(build: Build, run_dir: str | Path, *callbacks: Callback, seed: int = 0) -> Ending:
-    """Trains to the end, or to where a callback stops the run, and says what came of it.
+    """Trains to the end, or until a callback stops the run, and returns how it ended.
 
-    A run that stands in the folder is resumed.
+    If the folder holds a run, it is resumed.
 
     Args:
         build: takes the run's folder and returns a new trainer with `run_dir` set to it.
@@ -118,7 +118,7 @@ def traced_run(build: Build, run_dir: str | Path, *callbacks: Callback, seed: in
 
 
 def trained_state(build: Build, run_dir: str | Path, *, seed: int = 0) -> dict[str, Any]:
-    """Trains to the end with nobody looking on; the state of its models and optimizers.
+    """Trains to the end without a trace; returns the state of models and optimizers.
 
     Args:
         build: as for `traced_run`.
@@ -135,7 +135,7 @@ def trained_state(build: Build, run_dir: str | Path, *, seed: int = 0) -> dict[s
 
 
 def copied(tree: Any) -> Any:
-    """A tree that later steps do not change, with this rank's part of each tensor on the CPU."""
+    """A copy of a state tree, with this rank's part of each tensor, on the CPU."""
     if isinstance(tree, torch.Tensor):
         part = local_part(tree.detach())
         return part if part.is_meta else part.cpu().clone()

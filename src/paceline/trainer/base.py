@@ -357,6 +357,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.progress = Progress()
         self.result = Result(stopped_by="nothing yet", complete=False)
         self.validation = {}
+        if self.world.parallel != self.parallel:  # another layout has been set since it was made
+            del self.world
         world, plan = self.world, self.plan
         stop_file = None if self.run_dir is None else self.run_dir / "STOP"
         self._run = Run(

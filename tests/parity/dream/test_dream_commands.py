@@ -82,5 +82,5 @@ def test_DT_36_going_on_and_starting_from_weights_exclude_each_other() -> None:
     [saved] = Path("runs/dream/first/checkpoints").glob("step_*")
     for resume in (str(saved), "must"):
         words = ("--resume", resume, "--init-from", str(saved))
-        with pytest.raises(ConfigError, match="goes on with a run, init_from"):
+        with pytest.raises(ConfigError, match="resumes a run, init_from"):
             train("my fit.yaml", *words)
