@@ -63,10 +63,12 @@ def run(folder: Path, rounds: int, width: int, device: str) -> dict[str, list[fl
     import torch
 
     from paceline import CheckpointPolicy, World
-    from paceline.checkpoint import Checkpoints
+    from paceline.checkpoint import NativeEngine
 
     model, optimizer = build(width, device)
-    savers = [Checkpoints(folder / name, CheckpointPolicy(), World()) for name in ("sync", "async")]
+    savers = [
+        NativeEngine(folder / name, CheckpointPolicy(), World()) for name in ("sync", "async")
+    ]
     plain = [Plain(folder, sync=sync) for sync in (False, True)]
     state: dict[str, Any] = {}
     ways: dict[str, Callable[[int], Any]] = {

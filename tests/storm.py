@@ -46,7 +46,7 @@ import torch.distributed.fsdp
 import torch.nn.parallel
 
 from endings import ending, saved_steps
-from paceline.checkpoint import manager, storage  # noqa: F401  slow to import
+from paceline.checkpoint import native_engine, storage  # noqa: F401  slow to import
 from paceline.log import sinks
 from paceline.testing import free_port
 from storm_ranks import PLACES, Beacon, Kill, Scenario, be_a_rank

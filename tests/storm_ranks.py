@@ -21,7 +21,7 @@ import torch
 from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel
 from paceline.callbacks import AveragedWeights
-from paceline.checkpoint import manager
+from paceline.checkpoint import native_engine
 from paceline.checkpoint.files import Disk
 from paceline.log import sinks
 
@@ -221,7 +221,7 @@ def train(scenario: Scenario, run_dir: Path, rank: int, kill: Kill | None, beaco
     counted = [0]
     notes = run_dir / f"notes-{rank}.json" if kill is not None else None
     disk = StormDisk(notes, after)
-    manager.Disk = lambda: disk  # type: ignore[misc, assignment]
+    native_engine.Disk = lambda: disk  # type: ignore[misc, assignment]
     _watch_saves(beacon)
     trainer = build(scenario, run_dir / "run", Reporter(beacon))
     number = len(list(run_dir.glob(f"ids-{rank}-*")))
@@ -231,7 +231,7 @@ def train(scenario: Scenario, run_dir: Path, rank: int, kill: Kill | None, beaco
 
 def _watch_saves(beacon: Beacon) -> None:
     """Tells the beacon of saves, and of how far the rows were synced."""
-    write, sync = manager.Checkpoints._write, sinks.RowFile.sync
+    write, sync = native_engine.NativeEngine._write, sinks.RowFile.sync
 
     def watched_write(self: Any, job: Any) -> None:
         beacon.saving, beacon.saves = 1, beacon.saves + 1
@@ -249,7 +249,7 @@ def _watch_saves(beacon: Beacon) -> None:
             beacon.rows = size
             beacon.send()
 
-    manager.Checkpoints._write = watched_write  # type: ignore[method-assign]
+    native_engine.NativeEngine._write = watched_write  # type: ignore[method-assign]
     sinks.RowFile.sync = watched_sync  # type: ignore[method-assign]
 
 

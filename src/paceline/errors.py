@@ -110,3 +110,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def some(names: Iterable[object], most: int = 8) -> str:
+    """The first of many names, and the number of the others: "a, b and 3 more".
+
+    Args:
+        names: all names.
+        most: how many to list.
+    """
+    shown = list(map(str, names))
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
+
+
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """A number of things: "1 rank", "2 ranks".
+
+    Args:
+        count: how many there are.
+        noun: in the singular.
+        ending: what makes it a plural.
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{ending}"

@@ -55,7 +55,7 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "update_ratio": "paceline.callbacks.update_ratio:UpdateRatio",
     },
     "checkpoint_engine": {
-        "native": "paceline.checkpoint.manager:Checkpoints",
+        "native": "paceline.checkpoint.native_engine:NativeEngine",
     },
     "lr_scheduler": {
         "warmup_cosine": "paceline.recipe.schedules:WarmupCosine",

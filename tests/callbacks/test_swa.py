@@ -15,7 +15,7 @@ from builders import loader
 from paceline.callbacks import SWA
 from paceline.checkpoint.export import export
 from paceline.errors import CheckpointError, ConfigError
-from paceline.log.provenance import read_run
+from paceline.log.run_record import read_run
 from paceline.testing import StopAt, bits
 from small import batches, line
 

@@ -23,7 +23,7 @@ from paceline.callbacks import (
     TimeLimit,
 )
 from paceline.errors import NonFiniteError
-from paceline.log.provenance import read_run
+from paceline.log.run_record import read_run
 from paceline.log.sinks import read_rows
 from paceline.testing import StopAt, bits, rows
 

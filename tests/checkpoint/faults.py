@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from paceline.checkpoint import CheckpointPolicy, Checkpoints
+from paceline.checkpoint import CheckpointPolicy, NativeEngine
 from paceline.checkpoint.files import Disk
 from paceline.world.world import World
 
@@ -138,9 +138,9 @@ def value_of(tree: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, disk: Disk | None = None, **policy: Any) -> Iterator[Checkpoints]:
+def opened(folder: Path, disk: Disk | None = None, **policy: Any) -> Iterator[NativeEngine]:
     """The checkpoints of a folder, closed at the end; on a disk of the test's choice."""
-    checkpoints = Checkpoints(folder, CheckpointPolicy(**policy), World())
+    checkpoints = NativeEngine(folder, CheckpointPolicy(**policy), World())
     checkpoints._disk = disk or QuickDisk()
     try:
         yield checkpoints

@@ -16,7 +16,7 @@ from faults import FaultyDisk, QuickDisk, fails_at
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from paceline.checkpoint import CheckpointPolicy, Checkpoints, read_manifest
+from paceline.checkpoint import CheckpointPolicy, NativeEngine, read_manifest
 from paceline.errors import CheckpointError, MismatchError, StateError
 from paceline.world.layout import Parallel
 from paceline.world.world import World
@@ -161,8 +161,8 @@ def killed(folder: Path, world: World) -> None:
     os._exit(0)  # the process group is broken, and leaving it in order would wait for the dead
 
 
-def made(folder: Path, world: World, **policy: Any) -> Checkpoints:
-    checkpoints = Checkpoints(folder, CheckpointPolicy(**policy), world)
+def made(folder: Path, world: World, **policy: Any) -> NativeEngine:
+    checkpoints = NativeEngine(folder, CheckpointPolicy(**policy), world)
     checkpoints._disk = QuickDisk()
     return checkpoints
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from builders import Noisy, Regression, loader, make_model
 from paceline import CheckpointPolicy, MetricMonitor, Resume
 from paceline.callbacks import SWA, AveragedWeights, ScheduleFree
-from paceline.checkpoint import Checkpoints, storage
+from paceline.checkpoint import NativeEngine, storage
 from paceline.checkpoint.export import export
 from paceline.checkpoint.safetensors_file import read_metadata
 from paceline.errors import CheckpointError, ConfigError
@@ -319,7 +319,7 @@ def save_sharded(folder: str) -> None:
         "models": {"model": {"weight": weight}},
         "callbacks": {"Mine": {"updates": 3, "average": {"model.weight": mean}}},
     }
-    saver = Checkpoints(Path(folder, "checkpoints"), CheckpointPolicy(), world)
+    saver = NativeEngine(Path(folder, "checkpoints"), CheckpointPolicy(), world)
     saver.save(tree, 1, synchronous=True)
     saver.close()
     world.close()

@@ -13,7 +13,7 @@ import torch
 
 from allocations import most_allocated
 from paceline.checkup import FitReport, fits
-from paceline.checkup.fits import parse_devices
+from paceline.checkup.memory_fit import parse_devices
 from paceline.errors import ConfigError
 from paceline.recipe import Recipe, build_trainer, load_recipe
 from paceline.testing import Ranks

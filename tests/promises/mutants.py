@@ -17,11 +17,11 @@ from test_p04_every_sample_once import Case as Pass
 from test_p05_a_kill_loses_nothing import DAMAGE, HARMLESS
 
 from paceline.callbacks import AveragedWeights
-from paceline.checkpoint import manager, publication, safetensors_file
+from paceline.checkpoint import native_engine, publication, safetensors_file
 from paceline.data import fetch, loader
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
-from paceline.log import provenance
+from paceline.log import run_record, secrets
 from paceline.log.sinks import RowFile
 from paceline.parallel import ddp
 from paceline.parallel.ddp import Replica
@@ -73,7 +73,7 @@ P6, P8 = "test_p06_a_signal_is_a_clean_stop", "test_p08_cheap"
 P9 = "test_p09_wrong_before_expensive"
 P10, P11 = "test_p10_opening_a_run_executes_nothing", "test_p11_a_run_explains_itself"
 P12, P13 = "test_p12_resume_costs_the_same_anywhere", "test_p13_nothing_behind_your_back"
-ALONE, PROVENANCE = "test_p01_exact_resume", "test_provenance"
+ALONE, RECORD = "test_p01_exact_resume", "test_run_record"
 AGREE = "test_ranks_agree"
 LONG = {"n": 7, "batch": 3, "ranks": 2, "accumulation": 2, "length": 3, "shuffle": True}
 SHORT = {"n": 11, "batch": 2, "ranks": 3, "accumulation": 2, "length": None, "shuffle": True}
@@ -315,7 +315,7 @@ MUTANTS = [
     ),
     Mutant(
         "the checkpoint before goes first",
-        ((manager.Checkpoints, "_begin"),),
+        ((native_engine.NativeEngine, "_begin"),),
         defects.prunes_first,
         f"{P5}:check_kills",
         {"kills": [Kill("file operation", 9)]},
@@ -409,14 +409,14 @@ MUTANTS = [
     ),
     Mutant(
         "secrets are written down",
-        ((provenance, "mask_text"),),
+        ((secrets, "mask_text"),),
         defects.unchanged,
-        f"{PROVENANCE}:test_secrets_are_masked",
+        f"{RECORD}:test_secrets_are_masked",
         {"argument": "--token=SECRET"},
     ),
     Mutant(
         "why a run stopped is not kept",
-        ((provenance.RunRecord, "finish"),),
+        ((run_record.RunRecord, "finish"),),
         defects.nothing,
         f"{P11}:test_a_stopped_run_says_why_and_a_resumed_one_remembers",
     ),

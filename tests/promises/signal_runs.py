@@ -16,7 +16,7 @@ from builders import Noisy, Regression, loader, make_model
 from endings import saved_steps
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights, TimeLimit
-from paceline.checkpoint import manager
+from paceline.checkpoint import native_engine
 from paceline.checkpoint.files import Disk
 
 STEPS = 14
@@ -164,7 +164,7 @@ class SendingDisk(Disk):
 
 def trainer_of(folder: Path, run: Run, sent: Sent) -> Signalled:
     send = Sender(sent, folder, os.getpid())
-    manager.Disk = lambda: SendingDisk(send)  # type: ignore[misc, assignment]
+    native_engine.Disk = lambda: SendingDisk(send)  # type: ignore[misc, assignment]
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     callbacks: list[Any] = [AveragedWeights(decay=0.9), Sending(send)]

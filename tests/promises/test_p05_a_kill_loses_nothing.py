@@ -21,7 +21,7 @@ from builders import Noisy, Regression, loader, make_model
 from endings import ending, saved_steps
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights
-from paceline.checkpoint import manager
+from paceline.checkpoint import native_engine
 from paceline.errors import CheckpointError
 from paceline.log import sinks
 from paceline.testing import Ranks, Trace
@@ -61,7 +61,7 @@ def run(run_dir: Path, *callbacks: Any, **policy: Any) -> Regression:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager, "Disk", QuickDisk)
+    monkeypatch.setattr(native_engine, "Disk", QuickDisk)
 
 
 class Unbroken(NamedTuple):
@@ -174,7 +174,7 @@ def test_a_full_disk_at_any_operation_of_a_save_leaves_the_one_before_and_the_ru
     failed_saves = 0
     for n in itertools.count(1 + asynchronous, 3):
         folder, disk, watching = tmp_path / str(n), FailsInSave(4, n), Watching()
-        monkeypatch.setattr(manager, "Disk", lambda disk=disk: disk)
+        monkeypatch.setattr(native_engine, "Disk", lambda disk=disk: disk)
         trainer = run(folder, watching, asynchronous=asynchronous, keep_last=1)
         told = capsys.readouterr().err
         assert trainer.result.complete
@@ -205,10 +205,10 @@ def test_a_disk_that_fails_for_good_fails_the_run_at_its_last_save(
     """What could not be saved cannot be called done; the checkpoint before is there to go on."""
     for n in (1, 5, 9):
         folder, disk = tmp_path / str(n), FailsInSave(6, n, for_good=True, code=code)
-        monkeypatch.setattr(manager, "Disk", lambda disk=disk: disk)
+        monkeypatch.setattr(native_engine, "Disk", lambda disk=disk: disk)
         with pytest.raises(CheckpointError, match=f"step {STEPS}.*{os.strerror(code)}"):
             run(folder, asynchronous=asynchronous)
-        monkeypatch.setattr(manager, "Disk", QuickDisk)
+        monkeypatch.setattr(native_engine, "Disk", QuickDisk)
         assert saved_steps(folder) == [4]
         run(folder)
         assert ending(folder) == unbroken.ending
@@ -225,7 +225,7 @@ def test_a_process_whose_last_save_fails_leaves_with_1(
 
 
 def train_on_a_full_disk(folder: Path) -> None:
-    manager.Disk = lambda: FailsInSave(STEPS, 4)  # type: ignore[misc, assignment]
+    native_engine.Disk = lambda: FailsInSave(STEPS, 4)  # type: ignore[misc, assignment]
     run(folder / "run")
 
 

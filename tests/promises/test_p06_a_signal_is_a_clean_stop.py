@@ -15,7 +15,7 @@ from signal_runs import STEPS, Run, Sent, train, trainer_of
 
 from endings import ending, saved_steps
 from paceline.callbacks import time_limit
-from paceline.checkpoint import load_tree, manager
+from paceline.checkpoint import load_tree, native_engine
 from paceline.errors import Preempted
 from paceline.testing import Outcome, Ranks
 
@@ -257,7 +257,8 @@ def train_and_raise(folder: Path, at: str, rank: int) -> None:
 
 @pytest.fixture
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(manager, "Disk", manager.Disk)  # `trainer_of` replaces it for good
+    # `trainer_of` replaces it for good
+    monkeypatch.setattr(native_engine, "Disk", native_engine.Disk)
     return trainer_of(tmp_path, Run(), Sent())
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 import paceline
 from builders import Noisy, Regression, loader, make_model
 from command import Paceline
-from paceline.checkpoint import CheckpointPolicy, Checkpoints, load_tree, verify
+from paceline.checkpoint import CheckpointPolicy, NativeEngine, load_tree, verify
 from paceline.errors import CheckpointError
 from paceline.runs import find_runs
 from paceline.runs.text import cell
@@ -195,7 +195,7 @@ def test_links_and_pipes_in_a_run_folder_are_not_followed(tmp_path: Path) -> Non
 
 
 def hostile_checkpoint(run: Path, models: dict) -> None:
-    saver = Checkpoints(run / "checkpoints", CheckpointPolicy(), World())
+    saver = NativeEngine(run / "checkpoints", CheckpointPolicy(), World())
     saver.save({"models": models}, 1, synchronous=True, info={"metrics": {BELL: 1.0}})
     saver.close()
 

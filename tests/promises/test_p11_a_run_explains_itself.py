@@ -12,7 +12,7 @@ import torch
 
 import paceline
 from builders import Noisy, Regression, loader, make_model
-from paceline.log.provenance import RunRecord
+from paceline.log.run_record import RunRecord
 from paceline.testing import StopAt
 
 

@@ -221,7 +221,7 @@ def test_a_parameter_in_two_optimizers_is_named() -> None:
 def test_a_parameter_of_no_model_is_counted() -> None:
     model = line()
     optimizer = torch.optim.SGD([*model.parameters(), *line().parameters()], lr=0.1)
-    assert "2 parameters in an optimizer belong to no model" in message(
+    assert "an optimizer has 2 parameters that no model of this trainer has" in message(
         ConfigError, model=model, optimizer=optimizer
     )
 

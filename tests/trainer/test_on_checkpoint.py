@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
-from paceline.checkpoint import Checkpoints, verify
+from paceline.checkpoint import NativeEngine, verify
 from paceline.errors import CheckpointError
 from paceline.testing import Ranks, StopAt
 from small import batches, fitted, settings
@@ -112,14 +112,14 @@ def test_the_checkpoint_of_a_stop_is_told_of(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_is_not_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = Checkpoints._begin
+    begin = NativeEngine._begin
 
     def full(self: Any, hidden: Path, job: Any) -> None:
         if job.step in (2, 3):
             raise CheckpointError("no space")
         begin(self, hidden, job)
 
-    monkeypatch.setattr(Checkpoints, "_begin", full)
+    monkeypatch.setattr(NativeEngine, "_begin", full)
     hears = Hears()
     fitted(run_dir=tmp_path, checkpoint=EACH_STEP, epochs=1, callbacks=[hears])
     assert hears.order == [1, 4, 5, "train end", "teardown"]

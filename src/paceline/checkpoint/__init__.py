@@ -3,7 +3,7 @@
 from paceline.checkpoint.codec import decode, encode
 from paceline.checkpoint.compatibility import check_fits
 from paceline.checkpoint.engine import Checkpoint, CheckpointEngine, Notice, engine_class
-from paceline.checkpoint.manager import Checkpoints, load_tree
+from paceline.checkpoint.native_engine import NativeEngine, load_tree
 from paceline.checkpoint.policy import CheckpointPolicy, reasons_due, to_keep
 from paceline.checkpoint.publication import Manifest, read_manifest, scan, verify
 
@@ -11,8 +11,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointEngine",
     "CheckpointPolicy",
-    "Checkpoints",
     "Manifest",
+    "NativeEngine",
     "Notice",
     "check_fits",
     "decode",

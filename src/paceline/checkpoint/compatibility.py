@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from paceline.errors import MismatchError
+from paceline.errors import MismatchError, counted
 
 
 def check_fits(
@@ -31,7 +31,7 @@ def check_fits(
         if compared and _kind(got) != _kind(there):
             lines.append(f"{name}: {_kind(got)} in the checkpoint, {_kind(there)} here")
     if lines:
-        count = f"{len(lines)} difference{'s' * (len(lines) != 1)}"
+        count = counted(len(lines), "difference")
         raise MismatchError(
             f"the checkpoint does not fit {what} ({count}):\n  " + "\n  ".join(lines)
         )

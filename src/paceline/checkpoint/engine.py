@@ -1,7 +1,7 @@
 """What a Trainer asks of the engine that stores its checkpoints.
 
-`native` ships with Paceline (manager.py): safetensors and JSON in one folder a checkpoint. Another
-one derives from `CheckpointEngine`, is registered and is chosen by its name:
+`native` ships with Paceline (native_engine.py): safetensors and JSON in one folder a checkpoint.
+Another one derives from `CheckpointEngine`, is registered and is chosen by its name:
 
     @register("checkpoint_engine", "one_file")
     class OneFile(CheckpointEngine): ...

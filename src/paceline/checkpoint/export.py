@@ -21,7 +21,7 @@ from paceline.checkpoint import publication
 from paceline.checkpoint.codec import DTYPES
 from paceline.checkpoint.engine import Checkpoint, recorded_engine
 from paceline.checkpoint.files import Disk
-from paceline.checkpoint.manager import load_tree
+from paceline.checkpoint.native_engine import load_tree
 from paceline.checkpoint.policy import NATIVE
 from paceline.checkpoint.ranks import describe
 from paceline.checkpoint.safetensors_file import Part, header_of, read_header, write_stream

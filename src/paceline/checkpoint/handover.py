@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from paceline.checkpoint.manager import Checkpoints, load_tree
+from paceline.checkpoint.native_engine import NativeEngine, load_tree
 from paceline.checkpoint.policy import CheckpointPolicy
 from paceline.checkpoint.publication import folder_name, verify
 from paceline.errors import CheckpointError
@@ -61,7 +61,7 @@ class HandOver:
         # Files of an earlier attempt, or from before this group was killed, must not be read.
         self.disallow_checkpoint()
         policy = CheckpointPolicy(keep_last=1, asynchronous=False)
-        Checkpoints(self._own, policy, self._world).save(tree, step, synchronous=True)
+        NativeEngine(self._own, policy, self._world).save(tree, step, synchronous=True)
 
     def recv_checkpoint(
         self, src_rank: int, metadata: str, step: int, timeout: timedelta

@@ -6,7 +6,7 @@ shows what would be trained, `doctor()` checks the machine and tests the promise
 """
 
 from paceline.checkup.doctor import doctor
-from paceline.checkup.fits import FitReport, fits
+from paceline.checkup.memory_fit import FitReport, fits
 from paceline.checkup.preflight import preflight
 from paceline.checkup.preview import Preview, preview
 from paceline.checkup.report import Check, PreflightReport, Report

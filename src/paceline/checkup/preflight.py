@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.callbacks.throughput import peak_memory
-from paceline.checkup import verdicts
+from paceline.checkup import preflight_checks
 from paceline.checkup.costs import Length, length_of, most_checkpoints
 from paceline.checkup.rehearsal import LOOKED_INTO, STAGES, Rehearsal, Reload, Seen
-from paceline.checkup.report import Check, PreflightReport, readable_bytes, readable_seconds, some
-from paceline.checkup.semantics import wrong_lengths, wrong_settings
+from paceline.checkup.report import Check, PreflightReport, readable_bytes, readable_seconds
+from paceline.checkup.suspicious_settings import wrong_lengths, wrong_settings
 from paceline.data.source import batches_in
-from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError, PacelineError
+from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError, PacelineError, some
 from paceline.recipe.builder import build_trainer, origin
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.settings import Resume
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
 _VERDICTS: dict[str, Callable[[Trainer, Seen], list[Check]]] = {
-    "components": verdicts.components,
-    "training data": verdicts.training_data,
-    "forward pass": verdicts.forward_pass,
-    "backward pass": verdicts.backward_pass,
-    "optimizer step": verdicts.optimizer_step,
-    "scheduler step": verdicts.scheduler_step,
-    "validation": verdicts.validation,
+    "components": preflight_checks.components,
+    "training data": preflight_checks.training_data,
+    "forward pass": preflight_checks.forward_pass,
+    "backward pass": preflight_checks.backward_pass,
+    "optimizer step": preflight_checks.optimizer_step,
+    "scheduler step": preflight_checks.scheduler_step,
+    "validation": preflight_checks.validation,
 }
 NEARLY_FULL = 0.9  # of a device's memory
 
@@ -237,7 +237,7 @@ class _Preflight:
         if length.steps is not None:
             one = seconds * length.steps + (validating or 0.0)
             report.seconds_for_the_run = one * self.runs
-        detail = verdicts.duration(seconds, length.steps, validating)
+        detail = preflight_checks.duration(seconds, length.steps, validating)
         detail += f"; {self.runs} seeds, one run each" if self.runs > 1 else ""
         report.checks.append(Check("the whole run", "PASS", detail))
 

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paceline.checkup.layers import Layer, layers_of, outputs_noted
 from paceline.checkup.preflight import alone, told
+from paceline.checkup.preflight_checks import samples_in
 from paceline.checkup.schedule import Schedule, schedules_of
 from paceline.checkup.settings import Setting, settings_of
-from paceline.checkup.verdicts import samples_in
 from paceline.data.batches import describe
 from paceline.data.loader import loaders_by_name
 from paceline.recipe.builder import build_trainer

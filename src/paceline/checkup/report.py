@@ -102,13 +102,3 @@ def readable_seconds(seconds: float) -> str:
     if hours < 24:
         return f"{hours} h {minutes:02d} min"
     return f"{hours // 24} d {hours % 24:02d} h"
-
-
-def some(names: list[str], most: int = 8) -> str:
-    """The first of many names, and the number of the others.
-
-    Args:
-        names: all names.
-        most: how many to list.
-    """
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

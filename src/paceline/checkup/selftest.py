@@ -17,12 +17,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from paceline.checkpoint import CheckpointPolicy, Checkpoints
+from paceline.checkpoint import CheckpointPolicy, NativeEngine
 from paceline.checkpoint.comparison import differing
 from paceline.checkup.preflight import told
-from paceline.checkup.report import Check, readable_seconds, some
+from paceline.checkup.report import Check, readable_seconds
 from paceline.data.loader import open_training
 from paceline.data.source import WindowSize
+from paceline.errors import some
 from paceline.trainer.callback import Callback
 from paceline.trainer.trainer import Trainer
 from paceline.world.world import World
@@ -112,7 +113,7 @@ def a_flipped_bit(folder: Path) -> str:
     """A damaged checkpoint is set aside and the previous one is used."""
     policy = CheckpointPolicy(every_epochs=None, every_steps=4, keep_last=2)
     _train(folder / "run", checkpoint=policy)
-    saved = Checkpoints(folder / "run" / "checkpoints", policy, World())
+    saved = NativeEngine(folder / "run" / "checkpoints", policy, World())
     before, newest = saved.list()[-2:]
     victim = max(newest.path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     content = bytearray(victim.read_bytes())

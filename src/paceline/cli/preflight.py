@@ -13,7 +13,7 @@ from paceline.errors import ConfigError, Preempted
 from paceline.exit_codes import FAILED
 
 if TYPE_CHECKING:
-    from paceline.checkup.fits import FitReport
+    from paceline.checkup.memory_fit import FitReport
     from paceline.recipe.recipe import Recipe
 
 
@@ -61,6 +61,6 @@ def preflight(
 
 
 def _on_paper(recipe: Recipe, on: str) -> FitReport:
-    from paceline.checkup.fits import fits
+    from paceline.checkup.memory_fit import fits
 
     return fits(recipe, on)

@@ -25,7 +25,7 @@ from paceline.data.indexed import IndexedSource, IndexedValidation, Layout, Read
 from paceline.data.order import Order, Sampled, Sequential, Shuffled
 from paceline.data.source import Source, Stopping, Validation, WindowSize
 from paceline.data.streamed import StreamedSource, StreamedValidation
-from paceline.errors import ConfigError, DataError
+from paceline.errors import ConfigError, DataError, counted
 from paceline.world.seeding import seed_of
 from paceline.world.world import World
 
@@ -78,8 +78,8 @@ def open_training(
     plan.append(
         (
             f"each optimizer step sees {window} {'batches' if batched else 'samples'}: "
-            f"{accumulation} x {batch_size} on {world.dp_size} "
-            f"rank{'s' * (world.dp_size != 1)}; an epoch has {layout.units(0)}",
+            f"{accumulation} x {batch_size} on "
+            f"{counted(world.dp_size, 'rank')}; an epoch has {layout.units(0)}",
             "batch_size, gradient_accumulation_steps, global_batch_size, epoch_length",
         )
     )

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, counted
 from paceline.world.world import World
 
 
@@ -68,7 +68,7 @@ class WindowSize:
         if rest or accumulation == 0:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} cannot be made of micro-batches of "
-                f"{batch_size} samples on {dp_size} rank{'s' * (dp_size != 1)}: it must be a "
+                f"{batch_size} samples on {counted(dp_size, 'rank')}: it must be a "
                 f"multiple of {batch_size} x {dp_size} = {at_once}. Change the loader's "
                 "batch_size, the number of ranks, or global_batch_size."
             )

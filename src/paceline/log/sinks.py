@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import CheckpointError, MetricError
+from paceline.log.files import regular, replacing, sync_folder
 from paceline.log.floats import as_text, revived
-from paceline.log.provenance import regular, replacing, sync_folder
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paceline.errors import some
 from paceline.log.plan import Plan
 from paceline.world.world import World
 
@@ -126,9 +127,8 @@ class Float8Layers:
         """As a line of the plan."""
         count = len(self.converted)
         line = f"{count} of {count + len(self.left)} linear layers multiply in float8"
-        named = [f"{name} ({why})" for name, why in [*self.left.items()][:_NAMED]]
-        more = f" and {len(self.left) - _NAMED} more" if len(self.left) > _NAMED else ""
-        return f"{line}; not {', '.join(named)}{more}" if named else line
+        left = some((f"{name} ({why})" for name, why in self.left.items()), _NAMED)
+        return f"{line}; not {left}" if left else line
 
 
 def _why_not(layer: nn.Linear, multiple: int) -> str | None:

@@ -365,10 +365,11 @@ def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: 
     scalars = [key for key, p in parameters.items() if p.dim() == 0]
     frozen = not any(p.requires_grad for p in parameters.values())
     if scalars and world.parts > 1:
+        whole = " Or leave frozen models whole, parallel.frozen='replicate'." if frozen else ""
         raise ConfigError(
             f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
             f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
-            "shape [1]." + " Or leave frozen models whole, parallel.frozen='replicate'." * frozen
+            f"shape [1].{whole}"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, some
 from paceline.parallel.blocks import repeated_blocks
 from paceline.parallel.pipeline_stages import is_given_up
 from paceline.world.dtensors import is_dtensor
@@ -72,8 +72,8 @@ class Materializer:
         unfilled += [names[key] for key, tensor in empty.items() if tensor.is_meta]
         if unfilled:
             raise ConfigError(
-                f"made on the meta device, and given no values: {', '.join(unfilled[:8])}"
-                f"{f' and {len(unfilled) - 8} more' * (len(unfilled) > 8)}. A module there needs a "
+                f"made on the meta device, and given no values: {some(unfilled)}. A"
+                "  module there needs a "
                 "reset_parameters() that fills all of its parameters and buffers, or "
                 "init_weights() that fills its parts' too."
             )

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from paceline.checkpoint.state import parameter_names
 from paceline.data.batches import to_device
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, some
 from paceline.log.plan import Plan
 from paceline.parallel.compile_blocks import memory_budget
 from paceline.parallel.context_parallel import Sequences, part_of, ring_attention
@@ -398,9 +398,8 @@ def check_synchronized(
         return
     known = parameter_names(models)
     names = [known.get(id(p), f"a parameter of {name!r}") for p in alone]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     raise ConfigError(
-        f"only this rank has the gradient of {', '.join(names[:8])}{more}: what is trained was "
+        f"only this rank has the gradient of {some(names)}: what is trained was "
         "made, or set to require a gradient, after the models were placed. Make it in configure(); "
         "what is to be trained later starts as trainable, in a group whose lr is 0 until then."
     )

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paceline.log.provenance import replacing
+from paceline.log.files import replacing
 from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:

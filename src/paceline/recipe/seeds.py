@@ -17,7 +17,8 @@ import yaml
 
 from paceline.errors import ConfigError
 from paceline.exit_codes import STOPPED
-from paceline.log.provenance import read_run, replacing
+from paceline.log.files import replacing
+from paceline.log.run_record import read_run
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RECIPE_FILE

@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from paceline.errors import ConfigError
+from paceline.log.files import regular
 from paceline.log.lock import is_free
-from paceline.log.provenance import RUN_FILE, read_run, regular
+from paceline.log.run_record import RUN_FILE, read_run
 from paceline.log.sinks import METRICS_FILE, latest_values
 
 Value = str | bool | int | float | None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.checkpoint.comparison import differing
+from paceline.errors import some
 from paceline.log.sinks import METRICS_FILE
 from paceline.testing.comparison import first_difference, rows
 from paceline.testing.ranks import run_ranks
@@ -209,14 +210,13 @@ def _comparable(ending: Ending) -> dict[str, Any]:
 def _in_trees(left: dict[str, Any], right: dict[str, Any]) -> str:
     """The first paths at which two trees differ, as a phrase; empty if they are equal."""
     paths = [path.removeprefix("/") for path in differing(left, right, "")]
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + more
+    return some(paths, _SHOWN)
 
 
 def _in_states(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> list[str]:
     """Where each rank's trained state differs from another run's."""
     pairs = enumerate(zip(left, right, strict=True))
-    named = ((f"rank {rank}: " * (len(left) > 1), _in_trees(a, b)) for rank, (a, b) in pairs)
+    named = [(f"rank {rank}: " if len(left) > 1 else "", _in_trees(a, b)) for rank, (a, b) in pairs]
     return [f"- {where}{paths}" for where, paths in named if paths]
 
 

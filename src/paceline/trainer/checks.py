@@ -19,7 +19,7 @@ from paceline.checkpoint import CheckpointPolicy, engine_class
 from paceline.checkpoint.engine import engine_of, recorded_engine
 from paceline.checkpoint.policy import NATIVE
 from paceline.data.custom import is_custom, makes_sources, why_no_source
-from paceline.errors import ConfigError, MissingExtraError, nearest
+from paceline.errors import ConfigError, MissingExtraError, counted, nearest, some
 from paceline.parallel import context_parallel
 from paceline.parallel.float8 import missing
 from paceline.parallel.materialize import without_a_way
@@ -521,18 +521,18 @@ def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:
     forgotten = [name for key, name in trainable.items() if key not in held]
     if forgotten and optimizers:
         wrong.append(
-            f"in no optimizer: {_some(forgotten)}. Give them to one, or freeze them with "
+            f"in no optimizer: {some(forgotten)}. Give them to one, or freeze them with "
             "requires_grad_(False)."
         )
     twice = [names.get(key, "a parameter of no model") for key, n in held.items() if n > 1]
     if twice:
-        wrong.append(f"in more than one optimizer or group: {_some(twice)}.")
+        wrong.append(f"in more than one optimizer or group: {some(twice)}.")
     strangers = sum(key not in names for key in held)
     if strangers and models:
         wrong.append(
-            f"{strangers} parameter{'s' * (strangers != 1)} in an optimizer belong"
-            f"{'s' * (strangers == 1)} to no model of this trainer, so no checkpoint would hold "
-            "them. Was the optimizer made for another model, or before the model was replaced?"
+            f"an optimizer has {counted(strangers, 'parameter')} that no model of this trainer "
+            "has, so no checkpoint would hold them. Was it made for another model, or before the "
+            "model was replaced?"
         )
     return wrong
 
@@ -542,7 +542,7 @@ def _without_values(models: Any) -> list[str]:
     if not empty:
         return []
     return [
-        f"without values: {_some(empty)}. They are on the meta device, and no reset_parameters() "
+        f"without values: {some(empty)}. They are on the meta device, and no reset_parameters() "
         "of their module, nor an init_weights() around it, could give them any."
     ]
 
@@ -558,10 +558,6 @@ def _wrong_states(models: Any) -> list[str]:
         lost = [f"{model_name}.{name}" for name in trained if name not in saved]
         if lost:
             wrong.append(
-                f"{type(model).__name__}.state_dict() leaves out what is trained: {_some(lost)}."
+                f"{type(model).__name__}.state_dict() leaves out what is trained: {some(lost)}."
             )
     return wrong
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""What is decided at a boundary: what is best, whether training is over, whether to save.
+"""What is decided at a boundary: whether training is over, and whether to save.
 
 Each decision is a function of values that are equal on every rank.
 """
@@ -7,38 +7,7 @@ from __future__ import annotations
 
 from paceline.checkpoint import reasons_due
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.monitor import metric_of
 from paceline.trainer.run import Run
-
-
-def judge(trainer: TrainerBase, run: Run, metrics: dict[str, float]) -> bool:
-    """Hands a validation's metrics to hooks, sinks, the monitor and schedulers.
-
-    Args:
-        trainer: whose validation it was.
-        run: at the boundary.
-        metrics: equal on every rank.
-
-    Returns:
-        Whether they are the best so far.
-    """
-    progress = run.progress
-    if not metrics and progress.validated_at < 0:
-        trainer.say(
-            "the validation measured nothing: call self.log in validation_step, or return metrics "
-            "from get_val_metrics."
-        )
-    progress.validated_at = progress.global_step
-    progress.metrics = metrics
-    for hook in run.events.on_metrics:
-        hook(metrics)
-    trainer.recorder.write_validation(metrics)
-    monitor = trainer.metric_monitor
-    improved = monitor is not None and monitor(metrics)
-    if trainer.lr_scheduler_interval == "metric":
-        name = "val/loss" if monitor is None else monitor.metric_name
-        trainer.optimization.step_schedulers("metric", metric_of(metrics, name))
-    return improved
 
 
 def out_of_patience(trainer: TrainerBase) -> bool:

@@ -20,7 +20,7 @@ from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize
 from paceline.errors import ConfigError, DataError, Preempted
-from paceline.log.provenance import RunRecord
+from paceline.log.run_record import RunRecord
 from paceline.log.sinks import with_local_rows
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase

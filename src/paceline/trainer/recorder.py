@@ -9,7 +9,7 @@ import torch
 
 from paceline.errors import MetricError
 from paceline.log.accumulator import Accumulator, merge
-from paceline.log.provenance import masked
+from paceline.log.secrets import masked
 from paceline.log.sinks import RunInfo
 from paceline.trainer.names import load_by_name, unique_names
 from paceline.trainer.progress import as_number

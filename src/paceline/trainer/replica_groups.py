@@ -29,7 +29,7 @@ from paceline.data.loader import is_indexed, open_training
 from paceline.data.source import Draw, WindowSize
 from paceline.errors import CheckpointError, ConfigError
 from paceline.log.lock import FolderLock
-from paceline.log.provenance import RunRecord, read_run
+from paceline.log.run_record import RunRecord, read_run
 from paceline.log.sinks import Sink
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.recorder import Recorder

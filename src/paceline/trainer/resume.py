@@ -11,7 +11,7 @@ from paceline.checkpoint import Checkpoint, CheckpointEngine
 from paceline.checkpoint.engine import engine_of
 from paceline.data.source import Source
 from paceline.errors import ConfigError, ResumeError
-from paceline.log.provenance import read_run
+from paceline.log.run_record import read_run
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.settings import Resume
 from paceline.world.environment import began_before_restart

@@ -18,7 +18,7 @@ import torch
 from paceline.checkpoint import CheckpointEngine
 from paceline.log.lock import FolderLock
 from paceline.log.plan import Plan
-from paceline.log.provenance import RunRecord
+from paceline.log.run_record import RunRecord
 from paceline.parallel.placement import Placement
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.progress import Progress

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from paceline.errors import some
 from paceline.world.world import World
 
 # As shares of the time that a collective may wait.
@@ -135,6 +136,4 @@ def _call(frame: FrameType) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_RANKS]))
-    more = f" and {len(ranks) - _RANKS} more" if len(ranks) > _RANKS else ""
-    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {some(ranks, _RANKS)}"

@@ -27,7 +27,7 @@ from paceline.trainer.settings import Resume, unknown_keyword
 from paceline.trainer.staged_step import StagedStep
 from paceline.trainer.state_tree import gather_state, load_state
 from paceline.trainer.stop import behind_boundary, behind_window
-from paceline.trainer.validation import measure, validate
+from paceline.trainer.validation import judge, measure, validate
 from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 
@@ -365,7 +365,7 @@ class Trainer(TrainerBase):
             metrics = measure(self, run)
             if metrics is None:
                 return self._leave(pending=["validation"])
-            improved = decisions.judge(self, run, metrics)
+            improved = judge(self, run, metrics)
         if last:
             self._end_epoch()
         if ending or decisions.out_of_patience(self):

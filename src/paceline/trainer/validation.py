@@ -12,6 +12,7 @@ from paceline.data.source import Validation
 from paceline.errors import DataError, MetricError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.error_context import in_validation
+from paceline.trainer.monitor import metric_of
 from paceline.trainer.progress import as_number
 from paceline.trainer.run import Run
 from paceline.trainer.stop import behind_boundary
@@ -55,6 +56,36 @@ def measure(trainer: TrainerBase, run: Run) -> dict[str, float] | None:
         if returned is None and run.stop.reached(behind_boundary(step)):
             return None
     return {**logged, **(returned or {})}
+
+
+def judge(trainer: TrainerBase, run: Run, metrics: dict[str, float]) -> bool:
+    """Hands a validation's metrics to hooks, sinks, the monitor and schedulers.
+
+    Args:
+        trainer: whose validation it was.
+        run: at the boundary.
+        metrics: equal on every rank.
+
+    Returns:
+        Whether they are the best so far.
+    """
+    progress = run.progress
+    if not metrics and progress.validated_at < 0:
+        trainer.say(
+            "the validation measured nothing: call self.log in validation_step, or return metrics "
+            "from get_val_metrics."
+        )
+    progress.validated_at = progress.global_step
+    progress.metrics = metrics
+    for hook in run.events.on_metrics:
+        hook(metrics)
+    trainer.recorder.write_validation(metrics)
+    monitor = trainer.metric_monitor
+    improved = monitor is not None and monitor(metrics)
+    if trainer.lr_scheduler_interval == "metric":
+        name = "val/loss" if monitor is None else monitor.metric_name
+        trainer.optimization.step_schedulers("metric", metric_of(metrics, name))
+    return improved
 
 
 def validate(trainer: TrainerBase, run: Run) -> dict[str, float] | None:

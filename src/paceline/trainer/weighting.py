@@ -1,12 +1,75 @@
-"""A micro-batch's loss and its weight in the window's mean."""
+"""A micro-batch's loss and its weight in the window's mean.
+
+The weight is its part of the window's items, times the number of ranks over which gradients are
+averaged (`Window.present`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from paceline.data.batches import count_first_dimension, samples_in
 from paceline.errors import LossError
+from paceline.trainer.progress import as_number
+from paceline.trainer.run import Run
+
+
+class Counts(NamedTuple):
+    """What a window's weights are made of.
+
+    Attributes:
+        counts: items of each of this rank's micro-batches; numbers, or tensors on the device.
+        items: items of all ranks in the window.
+        samples: samples of all ranks in the window.
+        whole: what weights are parts of: `items`, but never zero.
+        shares: ranks over which gradients are averaged.
+    """
+
+    counts: list[Any]
+    items: Any
+    samples: Any
+    whole: Any
+    shares: int
+
+
+def count_window(run: Run, batches: list[Any], sizes: list[int], samples: int) -> Counts:
+    """Counts a window's items from its batches, and adds them up over the ranks.
+
+    Args:
+        run: with the user's `count_items`, if there is one; else the first dimension counts.
+        batches: this rank's micro-batches, as read.
+        sizes: samples of each; 0 for a stand-in, which has no items.
+        samples: of all ranks in the window, or -1 if only the batches tell.
+    """
+    count_items = run.count_items or count_first_dimension
+    real = [batch for batch, size in zip(batches, sizes, strict=True) if size != 0]
+    counted = iter([count_items(batch) for batch in real])
+    counts = [next(counted) if size != 0 else 0 for size in sizes]
+    if run.world.reads_are_free:
+        counts = [as_number(count) for count in counts]
+    items: Any = sum(counts)
+    seen: Any = sum(map(samples_in, real)) if samples < 0 else samples
+    shares = run.world.dp_size
+    if run.world.parts > 1:
+        shares = run.world.parts
+        both = torch.zeros(2, dtype=torch.float64, device=run.device)
+        both[0], both[1] = items, seen
+        run.world.sum_parts(both)
+        items, shared = map(as_number, both) if run.world.reads_are_free else both
+        seen = shared if samples < 0 else samples
+    elif run.groups is not None:
+        both = torch.tensor([items, seen], dtype=torch.float64)
+        run.groups.add_up(both)
+        items, shared = map(as_number, both)
+        seen = shared if samples < 0 else samples
+    if isinstance(items, torch.Tensor):
+        exact = torch.float32 if items.device.type == "mps" else torch.float64
+        whole: Any = torch.where(items == 0, torch.ones_like(items), items).to(exact)
+    else:
+        whole = items or 1
+    return Counts(counts, items, seen, whole, shares)
 
 
 def weighted(loss: torch.Tensor, weight: Any) -> torch.Tensor:

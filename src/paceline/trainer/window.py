@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from paceline.data.batches import count_first_dimension, samples_in
 from paceline.data.source import Draw
 from paceline.errors import DataError
-from paceline.trainer.progress import as_number
 from paceline.trainer.run import Run
+from paceline.trainer.weighting import count_window
 from paceline.world.seeding import mix, seed_everything
 
 
@@ -137,33 +136,8 @@ class Window:
 
     def _count(self) -> None:
         """Counts items that only the batches tell: all of them are read before the first is run."""
-        run, sizes = self._run, self._draw.sizes
-        count_items = run.count_items or count_first_dimension
-        real = [batch for batch, size in zip(self.read(), sizes, strict=True) if size != 0]
-        counted = iter([count_items(batch) for batch in real])
-        self.counts = [next(counted) if size != 0 else 0 for size in sizes]
-        if run.world.reads_are_free:
-            self.counts = [as_number(count) for count in self.counts]
-        items: Any = sum(self.counts)
-        samples = sum(map(samples_in, real)) if self.samples < 0 else self.samples
-        if run.world.parts > 1:
-            self._shares = run.world.parts
-            both = torch.zeros(2, dtype=torch.float64, device=run.device)
-            both[0], both[1] = items, samples
-            run.world.sum_parts(both)
-            items, shared = map(as_number, both) if run.world.reads_are_free else both
-            samples = shared if self.samples < 0 else samples
-        elif run.groups is not None:
-            both = torch.tensor([items, samples], dtype=torch.float64)
-            run.groups.add_up(both)
-            items, shared = map(as_number, both)
-            samples = shared if self.samples < 0 else samples
-        self.items, self.samples = items, samples
-        if isinstance(items, torch.Tensor):
-            exact = torch.float32 if items.device.type == "mps" else torch.float64
-            self._whole = torch.where(items == 0, torch.ones_like(items), items).to(exact)
-        else:
-            self._whole = items or 1
+        counted = count_window(self._run, self.read(), self._draw.sizes, self.samples)
+        self.counts, self.items, self.samples, self._whole, self._shares = counted
 
 
 class buffers_kept:

@@ -21,7 +21,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from paceline.errors import ConfigError, nearest
-from paceline.log.provenance import replacing
+from paceline.log.files import replacing
 from paceline.recipe.builder import Builder
 from paceline.recipe.code import find_code, load_code
 from paceline.recipe.components import Checker, Component, fit

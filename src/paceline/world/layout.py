@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, counted
 
 _SIZES = ("dp_replicate", "dp_shard", "context", "tensor", "pipeline")
 
@@ -126,31 +126,29 @@ class Parallel:
             for name, size in given.items()
             if size != "auto" and (size > 1 or name == "dp_replicate")
         ]
+        processes = counted(world_size, "process", "es")
         if self.dp_replicate == "auto":
             one_copy = self.dp_shard * self.context * self.tensor * self.pipeline
             replicate, rest = divmod(world_size, one_copy)
             if rest or not replicate:
                 raise ConfigError(
-                    f"parallel.{' x '.join(asked)} does not fit {_processes(world_size)}: start a "
+                    f"parallel.{' x '.join(asked)} does not fit {processes}: start a "
                     f"multiple of {one_copy} (--nproc), or choose a divisor of {world_size}."
                 )
         elif (product := math.prod(given.values())) != world_size:
             raise ConfigError(
                 f"parallel.{' x '.join(asked)} does not fit "
-                f"{_processes(world_size)}: start {product} processes (--nproc) or leave "
+                f"{processes}: start {product} processes (--nproc) or leave "
                 "dp_replicate at 'auto'."
             )
         else:
             replicate = self.dp_replicate
         if (parts := replicate * self.dp_shard * self.context) % self.expert:
-            beside = f" x context={self.context}" * (self.context > 1)
+            beside = f" x context={self.context}" if self.context > 1 else ""
+            with_rows = counted(parts, "process", "es")
             raise ConfigError(
                 f"parallel.expert={self.expert} does not divide dp_replicate={replicate} x "
-                f"dp_shard={self.dp_shard}{beside}, the {_processes(parts)} with rows of their "
+                f"dp_shard={self.dp_shard}{beside}, the {with_rows} with rows of their "
                 f"own: start a multiple of {self.expert} (--nproc), or choose a divisor of {parts}."
             )
         return replicate, self.dp_shard
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'es' * (count != 1)}"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Trainer
 from paceline.errors import ConfigError, MetricError, NonFiniteError, Preempted, RecipeError
-from paceline.log.provenance import read_run
+from paceline.log.run_record import read_run
 from paceline.log.sinks import read_rows
 from paceline.testing import StopAt, rows
 from paceline.tune import RunConfig, run

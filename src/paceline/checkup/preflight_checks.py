@@ -9,8 +9,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkup.rehearsal import LOOKED_INTO, VALIDATED, LossCall, Parameter, Seen
-from paceline.checkup.report import Check, readable_seconds, some
+from paceline.checkup.report import Check, readable_seconds
 from paceline.data.loader import loaders_by_name
+from paceline.errors import some
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer

@@ -14,7 +14,7 @@ from paceline.checkup.ledger import Peak
 from paceline.checkup.onpaper import STAGES, StepOnPaper
 from paceline.checkup.preflight import NEARLY_FULL, alone, cause_of, told
 from paceline.checkup.report import Check, Report, readable_bytes
-from paceline.checkup.semantics import wrong_settings
+from paceline.checkup.suspicious_settings import wrong_settings
 from paceline.errors import ConfigError, PacelineError
 from paceline.recipe.recipe import Recipe
 from paceline.world.layout import Parallel

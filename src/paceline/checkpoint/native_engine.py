@@ -44,7 +44,7 @@ class _Job:
     error: CheckpointError | None = None
 
 
-class Checkpoints(CheckpointEngine):
+class NativeEngine(CheckpointEngine):
     """The checkpoints in one folder, each a folder of safetensors and JSON files.
 
     Args:
@@ -460,12 +460,12 @@ def load_tree(
 
     Args:
         path: its folder.
-        into: see `Checkpoints.load`.
+        into: see `NativeEngine.load`.
         parts: the keys of the tree to read, e.g. ("models",); None for all. Other keys are not read
             from the disk.
 
     Raises:
-        MismatchError, CheckpointError: see `Checkpoints.load`.
+        MismatchError, CheckpointError: see `NativeEngine.load`.
     """
     from paceline.checkpoint.storage import read_tensors
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from paceline.log import provenance
+from paceline.log import files
 from paceline.log.plan import Plan
-from paceline.log.provenance import RunRecord, git_state, mask_command, mask_text, read_run
+from paceline.log.provenance import git_state
+from paceline.log.run_record import RunRecord, read_run
+from paceline.log.secrets import mask_command, mask_text
 
 
 def started(run_dir: Path, **settings) -> RunRecord:
@@ -79,7 +81,7 @@ def test_a_crash_while_writing_leaves_the_old_record(
         assert (tmp_path / "run.json").read_bytes() == before
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(provenance.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(OSError, match="No space"):
         record.update(best=1)
     record.finish("complete")  # a failing disk must not hide why the run ended

@@ -1,0 +1,62 @@
+"""Files that are replaced as a whole, and files of unknown origin that are read with care."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A new text file that replaces `path` when the block ends without an error.
+
+    After a crash, and for any reader, there is the old file or the new one, never a part of it.
+
+    Raises:
+        OSError: nothing was replaced.
+    """
+    # A fixed name: a file that a killed process left behind is overwritten.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` (a rename, a new file) durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def regular(path: str, flags: int) -> int:
+    """An `opener` for `open` that rejects links, and pipes that would block.
+
+    For files of unknown origin.
+
+    Args:
+        path: the file to open.
+        flags: as `open` passes them.
+
+    Raises:
+        OSError: it is not a regular file.
+    """
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return handle
