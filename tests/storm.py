@@ -1,7 +1,7 @@
 """The kill storm: a run that is killed again and again ends as if it had never been killed.
 
     python tests/storm.py                    # 100 kills and more, some minutes
-    python tests/storm.py --kills 12 --seed 5
+    python tests/storm.py --kills 25 --seed 5
 
 Each run trains a small network with dropout, shuffling, augmentation, accumulation, averaged
 weights and validation, and saves after every step or two: in the background or not, on one rank or
@@ -285,7 +285,7 @@ def plan_kills(storm: Storm, count: int) -> list[Kill]:
     each += [Kill("file operation", n, rank) for rank in range(1, ranks) for n in range(1, 4)]
     storm.chance.shuffle(each)
     rest = count - len(kills)
-    cuts = max(1, rest // 4)
+    cuts = min(rest, max(1, rest // 4))
     kills += each[: rest - cuts]
     kills += [
         Kill("power cut", storm.chance.randint(1, 3 * storm.operations))

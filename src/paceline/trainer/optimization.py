@@ -128,7 +128,7 @@ class Optimization:
         self._stepping = name
         self.norms.pop(name, None)
         if run.groups is not None and not run.groups.commit(optimizer):
-            optimizer.zero_grad()
+            clear_gradients(optimizer)
             self._pending = False
             return
         for replica in self._placement.replicas:
@@ -154,7 +154,7 @@ class Optimization:
         run.progress.rates[name] = _rates(optimizer.param_groups)
         if self.guard.allows(optimizer):
             self._advance(optimizer)
-        optimizer.zero_grad()
+        clear_gradients(optimizer)
         self._pending = False
         if settings.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
@@ -186,7 +186,7 @@ class Optimization:
         """Leaves nothing of a window behind: a checkpoint holds no gradients."""
         if self._pending or self._single is None:
             for optimizer in self.optimizers.values():
-                optimizer.zero_grad()
+                clear_gradients(optimizer)
             self._pending = False
         if self._scale_is_due:
             self._update_scale()
@@ -248,6 +248,20 @@ class Optimization:
         assert self._run.scaler is not None
         self._run.scaler.update()
         self._scale_is_due = False
+
+
+def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Does what `zero_grad` does, without the profiler's label that makes up most of its time.
+
+    Args:
+        optimizer: whose parameters' gradients are dropped; a `zero_grad` of its own is called.
+    """
+    if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def takes_metric(scheduler: Any) -> bool:
