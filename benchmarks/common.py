@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import signal
@@ -41,15 +42,16 @@ class Worker:
 
     Args:
         arguments: of the Python command line; the program calls `serve`.
+        environment: more variables than those of this process.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], **environment: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **environment},
         )
 
     def ask(self, **request: Any) -> Any:
@@ -223,6 +225,20 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     """`median (lower to upper quartile)`."""
     s = summary(values)
     return f"{s['median']:.{digits}f} ({s['low']:.{digits}f} to {s['high']:.{digits}f})"
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median and its 95 % interval by the sign test, which outliers do not widen.
+
+    Args:
+        values: one a round, at least 6: with fewer the interval is that of the values themselves.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, missed = 0, 0.0  # values on each side that the interval leaves out
+    while (missed := missed + math.comb(n, outside) / 2**n) <= 0.025:
+        outside += 1
+    outside = max(0, outside - 1)
+    return statistics.median(ordered), ordered[outside], ordered[-1 - outside]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,7 +6,11 @@ in CPU time, which other work on the machine disturbs less than the clock on the
 times stand in the JSON file. First, every contestant trains without shuffling, and all must end
 with the hand-written loop's weights.
 
+With `--before`, Paceline of another checkout is measured in the same rounds, before a change of the
+loop, say. Ratios are taken pair by pair, within a round; their interval holds the median with 95 %.
+
     python benchmarks/overhead.py [--rounds 7] [--tasks tiny cnn gpt] [--only NAME ...]
+                                  [--before FOLDER]
 """
 
 from __future__ import annotations
@@ -23,8 +27,11 @@ import common
 from common import Worker
 
 BASE = "hand-written loop"
+INDEXED = "hand-written, tensors indexed"
+OURS = ("Paceline, lean", "Paceline, defaults")
+BEFORE = ", before"
 TINY_ONLY = (
-    "hand-written, tensors indexed",
+    INDEXED,
     "Lightning, default logging",
     "Hugging Face Trainer, default logging",
 )
@@ -47,7 +54,9 @@ def answer(
     with tempfile.TemporaryDirectory() as folder:
         gc.collect()
         cpu, wall = time.process_time(), time.perf_counter()
-        model = CONTESTANTS[contestant][0](TASKS[task], loader, steps, Path(folder))
+        model = CONTESTANTS[contestant.removesuffix(BEFORE)][0](
+            TASKS[task], loader, steps, Path(folder)
+        )
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     if weights is not None:
         flat = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -125,10 +134,23 @@ def describe(task: str, slopes: dict[str, dict[str, list[float]]]) -> str:
     return f"### {task}\n\n{common.table(head, rows)}"
 
 
+def compare(slopes: dict[str, dict[str, list[float]]]) -> str:
+    """Paceline beside the fastest loop and its own earlier state: ratios with their intervals."""
+    pairs = [(name, f"{name}{BEFORE}") for name in OURS] + [(OURS[0], INDEXED)]
+    rows = []
+    for name, other in pairs:
+        if name in slopes and other in slopes:
+            both = zip(slopes[name]["cpu"], slopes[other]["cpu"], strict=True)
+            median, low, high = common.median_interval([mine / theirs for mine, theirs in both])
+            rows.append([name, other, f"{median:.3f}", f"{low:.3f} to {high:.3f}"])
+    return common.table(["", "beside", "ratio", "95 % interval"], rows) if rows else ""
+
+
 def main() -> None:
     parser = common.arguments(__doc__, rounds=7)
     parser.add_argument("--tasks", nargs="+", default=["tiny", "cnn", "gpt"])
     parser.add_argument("--only", nargs="+", default=None, help="contestants beside the loop")
+    parser.add_argument("--before", type=Path, help="a checkout of Paceline to compare with")
     options = parser.parse_args()
     from contestants import CONTESTANTS
 
@@ -143,6 +165,11 @@ def main() -> None:
     tables = []
     with ExitStack() as stack:
         everybody = {n: stack.enter_context(Worker([__file__, "--serve"])) for n in names}
+        if options.before is not None:
+            path = str((options.before / "src").resolve(strict=True))
+            for name in (name for name in OURS if name in names):
+                worker = Worker([__file__, "--serve"], PYTHONPATH=path)
+                everybody[name + BEFORE] = stack.enter_context(worker)
         for task in options.tasks:
             # What a longer step hides is measured once, on the tiny model.
             workers = {n: w for n, w in everybody.items() if task == "tiny" or n not in TINY_ONLY}
@@ -150,7 +177,7 @@ def main() -> None:
             rounds = options.rounds if task == "tiny" else max(3, options.rounds - 2)
             slopes = measure(workers, task, rounds)
             data["tasks"][task] = {"weights apart by": distances, "us a step": slopes}
-            tables.append(describe(task, slopes))
+            tables.append("\n\n".join(filter(None, [describe(task, slopes), compare(slopes)])))
             print(tables[-1], flush=True)
     title = "## A training step beside a hand-written loop\n\nMedians (quartiles) of interleaved "
     title += "rounds, CPU time; one thread, no workers, SGD, shuffled TensorDatasets."
