@@ -26,7 +26,7 @@ from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data
 from paceline.trainer.events import Events
-from paceline.trainer.identity import add_own_identity, identity_of
+from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
@@ -96,8 +96,9 @@ def start(trainer: TrainerBase, run: Run) -> None:
     configure(trainer, run)
     if trainer.metric_monitor is not None:
         trainer.metric_monitor.reset()
+    described = describe_components(trainer, run)
     trainer.setup()
-    run.identity = identity_of(trainer, run)
+    complete_identity(trainer, run, described)
     run.events = Events(trainer, [*trainer.callbacks, *_default_callbacks(trainer)])
     _open_records(trainer, run)
     trainer.optimization = Optimization(run, trainer.recorder)
