@@ -12,11 +12,12 @@ MISSING = "???"
 
 # Names of values that are certainly credentials. Of a recipe these alone are left out: with a
 # `pad_token` or a `text_key` missing it would not run again.
-_CREDENTIAL = re.compile(
-    r"(?:.*[_.-])?(?:api_?key|passwords?|passwd|passphrase|secrets?|secret_?key|private_?key"
-    r"|(?:access|auth|hf|api|bearer|refresh)_?token)",
-    re.IGNORECASE,
+_CREDENTIAL_NAME = (
+    r"(?:[\w.-]*[_.-])?(?:api_?key|passwords?|passwd|passphrase|secrets?|secret_?key|private_?key"
+    r"|(?:access|auth|hf|api|bearer|refresh)_?token)"
 )
+_CREDENTIAL = re.compile(_CREDENTIAL_NAME, re.IGNORECASE)
+_CREDENTIAL_INSIDE = re.compile(rf"(\b{_CREDENTIAL_NAME}\s*=\s*)[^\s'\"]+", re.IGNORECASE)
 _LEAST = 8  # characters of a credential that is looked for in texts
 _known: set[str] = set()
 
@@ -86,11 +87,18 @@ def remember_credentials(value: Any, name: str = "") -> None:
             remember_credentials(item, name)
 
 
-def mask_text(text: str) -> str:
-    """`text` with logins in addresses, `secret=value` pairs and well-known tokens masked."""
+def mask_credentials(text: str) -> str:
+    """`text` with what is a credential for certain masked, and everything else as it was."""
     for known in _known:
         text = text.replace(known, MASK)
     text = _URL_LOGIN.sub(rf"\g<1>{MASK}@", text)
+    text = _CREDENTIAL_INSIDE.sub(rf"\g<1>{MASK}", text)
+    return _KNOWN_TOKENS.sub(MASK, text)
+
+
+def mask_text(text: str) -> str:
+    """`text` with logins in addresses, `secret=value` pairs and well-known tokens masked."""
+    text = mask_credentials(text)
     text = _SECRET_INSIDE.sub(rf"\g<1>{MASK}", text)
     text = _SECRET_FIELD.sub(rf"\g<1>{MASK}", text)
     return _KNOWN_TOKENS.sub(MASK, text)

@@ -10,6 +10,8 @@ from typing import Any
 from omegaconf import ListConfig, OmegaConf
 
 from paceline.errors import RecipeError
+from paceline.log.kept_code import CODE_FOLDER
+from paceline.log.secrets import remember_credentials, without_credentials
 from paceline.recipe.code import find_code, load_code
 from paceline.recipe.combinations import check_combinations
 from paceline.recipe.components import HORIZON, Checker, Component, signature_of
@@ -17,7 +19,6 @@ from paceline.recipe.compose import Composed, compose
 from paceline.recipe.groups import Group
 from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.parts import Part, check_parts, check_settings, check_trainer, trainer_class
-from paceline.recipe.record import CODE_FOLDER
 from paceline.recipe.schema import find_sections, parse
 from paceline.recipe.targets import Roots
 from paceline.trainer.slots import slots_of
@@ -61,13 +62,16 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The recipe as it is stored in the run folder, from which it can be run again."""
+        """The recipe as it is stored in the run folder, from which it can be run again.
+
+        A credential in it is replaced by `???`: running it asks for the value.
+        """
         return self._kept.text()
 
     @property
     def tree(self) -> dict[str, Any]:
         """The same as plain data."""
-        return self._kept.tree()
+        return without_credentials(self._kept.tree())
 
     @property
     def _kept(self) -> Composed:
@@ -121,6 +125,7 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
     """
     mistakes = composed.mistakes()
     values = _values(composed, mistakes)
+    remember_credentials(values)
     schema = parse(values, mistakes)
     code = _code(schema.code, composed, mistakes)
     unread = schema.code is not None and code is None

@@ -20,6 +20,7 @@ from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize
 from paceline.errors import ConfigError, DataError, Preempted
+from paceline.log.kept_code import keep, place_of
 from paceline.log.run_record import RunRecord
 from paceline.log.sinks import with_local_rows
 from paceline.trainer import decisions, error_context, resume, saving
@@ -115,8 +116,17 @@ def start(trainer: TrainerBase, run: Run) -> None:
     run.stop.open(first_point(run))
     run.trained = not run.is_over
     if run.trained:
+        if trainer.resolved_recipe is None and trainer.replica_groups is None:
+            _on_disk(trainer, partial(_keep_code, trainer, run))
         for hook in run.events.on_train_start:
             hook()
+
+
+def _keep_code(trainer: TrainerBase, run: Run) -> None:
+    """Keeps the user's code in the run folder; a recipe's is kept with the recipe."""
+    files = {place_of(name, file): file for name, file in run.identity.code.files.items()}
+    if trainer.run_dir is not None:
+        keep(trainer.run_dir, run.global_step, files, None)
 
 
 def _set_determinism(run: Run) -> None:
