@@ -35,7 +35,7 @@ from paceline.errors import RecipeError, nearest
 from paceline.log.secrets import MISSING, without_credentials
 from paceline.recipe.marks import MAX_DEPTH, drop_duplicates, mark, read_node, shared_keys
 from paceline.recipe.mistakes import Mistakes, Path
-from paceline.recipe.resolvers import register_resolvers
+from paceline.recipe.resolvers import asked_once, forget, register_resolvers
 
 # `${name`, `${.name` or `${oc.select:name`: what an interpolation refers to.
 _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
@@ -133,7 +133,8 @@ class Composed:
 
     def resolve(self, mistakes: Mistakes) -> dict[str, Any]:
         """The tree as plain values; one that cannot be resolved is a mistake and becomes None."""
-        return {str(k): v for k, v in _resolve_mapping(self.config, (), mistakes).items()}
+        with asked_once():
+            return {str(k): v for k, v in _resolve_mapping(self.config, (), mistakes).items()}
 
     def own_keys(self) -> set[str]:
         """Top-level keys that other keys refer to, by `${key}` or by a YAML anchor."""
@@ -157,6 +158,7 @@ def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
         RecipeError: the file does not exist, is not YAML, or cannot be composed at all.
     """
     register_resolvers()
+    forget()
     file = FilePath(path)
     noted = Mistakes(lambda _: str(file))
     taken = _read_overrides(overrides, file.resolve().parent, noted)
@@ -336,12 +338,14 @@ def _tolerant(
 
     # A plain function: Hydra copies its sources, and would copy a partial's `noted` too.
     def load_config(config_path: str) -> ConfigResult:
+        file = recipe.parent / f"{config_path.removesuffix('.yaml')}.yaml"
+        if file.is_file():
+            read_node(file)  # OmegaConf would write out aliases without an end
         try:
             return load(config_path)
         except yaml.constructor.ConstructorError as error:
             if "duplicate" not in str(error.problem):
                 raise
-        file = recipe.parent / f"{config_path.removesuffix('.yaml')}.yaml"
         root = read_node(file)
         assert root is not None
         drop_duplicates(

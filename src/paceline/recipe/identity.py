@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from paceline.log.secrets import is_credential
 from paceline.recipe.components import Component, signature_of
+from paceline.recipe.interpolation import expanded, resolvers_in
 from paceline.recipe.parts import each
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.arguments import flattened, kind_of
@@ -25,9 +25,6 @@ _OF_LOADERS = {
     *("prefetch_factor", "timeout", "multiprocessing_context", "in_order", "shuffle", "drop_last"),
 }
 _SIMPLE = bool | int | float | str | None
-# Resolvers whose answer depends on their arguments alone.
-_PURE = ("len", "multiply", "oc.select", "oc.create", "oc.decode", "oc.dict.keys", "oc.dict.values")
-_INTERPOLATION = re.compile(r"\$\{\s*([^${}:]*?)\s*(:[^{}]*)?\}")
 
 
 def identity_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -122,40 +119,6 @@ def _settled(keys: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]
     """The keys, with the text of those whose values are looked up outside the recipe."""
     found = {}
     for key, value in keys.items():
-        text = _written(tree, key.split("."))
-        if isinstance(text, str) and "${" in text:
-            whole = _expanded(text, key.split(".")[:-1], tree, 0)
-            names = {name for name, after in _INTERPOLATION.findall(whole) if after}
-            value = whole if names.difference(_PURE) else value
-        found[key] = value
+        text = expanded(tree, key.split("."))
+        found[key] = text if resolvers_in(text) else value
     return found
-
-
-def _written(tree: Any, path: list[str]) -> Any:
-    """What the recipe's text has at a path; the interpolation above it, if there is one."""
-    for part in path:
-        if isinstance(tree, Mapping):
-            tree = tree.get(part, tree.get(int(part)) if part.isdecimal() else None)
-        elif isinstance(tree, list) and part.isdecimal() and int(part) < len(tree):
-            tree = tree[int(part)]
-        else:
-            break
-    return tree
-
-
-def _expanded(text: str, parent: list[str], tree: Mapping[str, Any], depth: int) -> str:
-    """A text with the values that it refers to put in as they are written."""
-
-    def put_in(match: re.Match[str]) -> str:
-        name, after = match.groups()
-        if after:
-            return match.group()
-        path = [part for part in re.split(r"[.\[\]]+", name.lstrip(".")) if part]
-        dots = len(name) - len(name.lstrip("."))
-        base = parent[: len(parent) - dots + 1] if dots else []
-        inner = str(_written(tree, [*base, *path]))
-        if depth > 20 or "${" not in inner:
-            return inner
-        return _expanded(inner, [*base, *path][:-1], tree, depth + 1)
-
-    return _INTERPOLATION.sub(put_in, text)

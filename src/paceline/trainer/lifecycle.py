@@ -85,6 +85,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
         PacelineError: the run cannot start; nothing has been trained.
     """
     run.world.open()
+    _check_one_folder(trainer, run)
     trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
     if run.stop.clear_file():
         trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
@@ -120,6 +121,21 @@ def start(trainer: TrainerBase, run: Run) -> None:
             _on_disk(trainer, partial(_keep_code, trainer, run))
         for hook in run.events.on_train_start:
             hook()
+
+
+def _check_one_folder(trainer: TrainerBase, run: Run) -> None:
+    """Checks that all ranks write to the same folder.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    folders = run.world.all_gather_object(None if trainer.run_dir is None else str(trainer.run_dir))
+    if len(set(folders)) > 1:
+        said = ", ".join(f"{folder!r} on rank {i}" for i, folder in enumerate(folders[:4]))
+        raise ConfigError(
+            f"run_dir has to be the same on every rank, and is {said}: give one that depends on no "
+            "clock, random number or rank."
+        )
 
 
 def _keep_code(trainer: TrainerBase, run: Run) -> None:
