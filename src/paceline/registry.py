@@ -7,8 +7,9 @@ Paceline. `register` adds a user's own classes.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from paceline.errors import ConfigError, nearest
@@ -127,6 +128,17 @@ def lookup(kind: str, name: str) -> Any:
         return _registered[kind][name]
     module, _, attribute = _SHIPPED[kind][name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Afterwards the names mean what they meant before."""
+    before = {kind: dict(named) for kind, named in _registered.items()}
+    try:
+        yield
+    finally:
+        _registered.clear()
+        _registered.update(before)
 
 
 def _check_kind(kind: str) -> None:

@@ -189,3 +189,25 @@ def test_a_factory_that_makes_something_else_is_refused(recipe: Write):
     loaded = load_recipe(recipe(model={"_target_": "toy.make_nothing"}))
     with pytest.raises(RecipeError, match="returned an int, which is not a model"):
         build_trainer(loaded)
+
+
+def bomb(levels: int) -> str:
+    """Lists of aliases, each nine times the one before."""
+    lines = ["a0: &a0 [x,x,x,x,x,x,x,x,x]"]
+    lines += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("place", ["recipe", "group"])
+def test_aliases_that_multiply_without_end_are_one_mistake(
+    recipe: Write, tmp_path: Path, place: str
+):
+    path = recipe()
+    if place == "group":
+        (tmp_path / "extra").mkdir()
+        (tmp_path / "extra/bomb.yaml").write_text(bomb(12))
+        path.write_text("defaults: [_self_, extra: bomb]\n" + path.read_text())
+    else:
+        path.write_text(bomb(12) + path.read_text())
+    with pytest.raises(RecipeError, match=r"aliases \(`\*name`\) make more than 50000 values"):
+        load_recipe(path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from paceline import Resume
 from paceline.errors import ConfigError, MismatchError
 from paceline.recipe import build_trainer, load_model, load_recipe
 from paceline.testing import bits
@@ -83,3 +85,51 @@ def test_one_of_several_models_is_asked_for_by_name(recipe) -> None:
     for name in (None, "critic"):
         with pytest.raises(ConfigError, match="generator, discriminator"):
             load_model("runs/toy/baseline", model=name)
+
+
+HELPER = "\nfrom helper import WIDTH\n\nclass Helped(Net):\n    def __init__(self):\n"
+HELPER += "        super().__init__(WIDTH)\n"
+
+
+@pytest.fixture
+def helped(recipe, tmp_path: Path) -> Path:
+    """The folder of a run whose code imports a neighbour."""
+    path = recipe(model={"_target_": "toy.Helped"}, checkpoint={"keep_last": 3})
+    (tmp_path / "toy.py").write_text((tmp_path / "toy.py").read_text() + HELPER)
+    (tmp_path / "helper.py").write_text("WIDTH = 4\n")
+    train(path)
+    return tmp_path / "runs/toy/baseline"
+
+
+def test_a_run_keeps_what_its_code_imports_and_runs_from_anywhere(
+    helped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sorted(p.name for p in (helped / "code").iterdir()) == ["helper.py", "toy.py"]
+    (tmp_path / "helper.py").write_text("WIDTH = 9\n")  # today's is another one
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = dict(sys.modules)
+    assert load_model(helped).layers[0].out_features == 4
+    assert sys.modules["helper"] is before["helper"]
+    assert sys.modules["toy"] is before["toy"]
+    for name in ("toy", "helper"):  # as a new process has it
+        del sys.modules[name]
+    sys.path.remove(str(tmp_path))
+    assert train(helped / "recipe.yaml").model.layers[0].out_features == 4
+
+
+def test_each_checkpoint_is_loaded_with_the_code_that_trained_it(helped: Path) -> None:
+    kept = helped / "recipe.yaml"
+    toy = helped.parents[2] / "toy.py"
+    first = kept.read_text()
+    toy.write_text(toy.read_text().replace("nn.Tanh()", "nn.ReLU()"))
+    del sys.modules["toy"]
+    recipe = load_recipe(helped.parents[2] / "toy.yaml", ["trainer.epochs=3"])
+    build_trainer(recipe, resume=Resume(accept=("code",))).fit(seed=0)
+    earlier = helped / "earlier/until_step_00000006"
+    assert (earlier / "recipe.yaml").read_text() == first
+    assert sorted(p.name for p in (earlier / "code").iterdir()) == ["helper.py", "toy.py"]
+    now = load_model(helped)
+    assert type(now.layers[1]).__name__ == "ReLU"
+    then = load_model(helped, checkpoint="step_00000006")
+    assert type(then.layers[1]).__name__ == "Tanh"

@@ -19,7 +19,7 @@ from small_runs import Small, small
 from torch import nn
 
 from paceline import MetricMonitor, Parallel
-from paceline.errors import PeerError
+from paceline.errors import ConfigError, PeerError
 from paceline.testing import Ranks
 from paceline.trainer import stop
 from paceline.trainer.callback import Callback
@@ -324,3 +324,18 @@ def hear_of_peer() -> str:
 
 def test_the_next_boundary_hears_of_a_failed_rank(ranks: Ranks) -> None:
     assert ranks(hear_of_peer, 2)[0] == "rank 1 failed: RuntimeError: boom"
+
+
+def write_apart(folder: Path) -> str:
+    rank = World(Parallel()).open().rank
+    try:
+        small(run_dir=folder / str(rank)).train(seed=1)
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_write_to_one_folder(ranks: Ranks, tmp_path: Path) -> None:
+    for said in ranks(write_apart, 2, tmp_path):
+        assert "run_dir has to be the same on every rank" in said
+        assert f"'{tmp_path}/1' on rank 1" in said

@@ -176,12 +176,13 @@ def test_what_is_said_for_the_first_time_and_what_no_longer_is(tmp_path: Path) -
     run(points(), stop=1)
     with pytest.raises(ResumeError, match=r"data.dataset.what: nothing then, 3 now"):
         run(corpus(3), stop=2)
-    run(corpus(3), "data.dataset", stop=2)
+    run(corpus(3), "data.dataset", "code", stop=2)  # its class is of this file
     run(corpus(3), stop=3)  # the checkpoint has it by now
     with pytest.raises(ResumeError, match=r"data.dataset.what: 3 then, nothing now"):
         run(points(), stop=4)
-    assert run(points(), "data.dataset.what", stop=4).global_step == 4
-    run(corpus(None), stop=5)  # None is nothing
+    assert run(points(), "data.dataset", "code", stop=4).global_step == 4
+    run(corpus(None), "data.dataset", "code", stop=5)
+    run(corpus(None), stop=6)  # None is nothing
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@
     rank/<r>/sums         open metric sums
     rank/0/sinks          byte offsets of the row files
     identity, horizon     the settings that a resumed run is compared with
+    identity_parts        which keys of the identity each of its parts gives
 
 There are no random states: streams are derived from their purpose (`world/seeding.py`).
 """

@@ -80,6 +80,8 @@ def train(
             if not started_by_us:
                 _check_launcher(nproc, nnodes, max_restarts)
             loaded = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+        if slurm or resume == "must":
+            loaded.check_folder_stays("--slurm" if slurm else "--resume must")
         here = started_by_us or "WORLD_SIZE" in os.environ
         if dry_run:
             _print(loaded)
@@ -140,10 +142,13 @@ def _check_launcher(nproc: int | None, nnodes: int | None, max_restarts: int) ->
 
 
 def _launch(nproc: int, machines: Rendezvous, max_restarts: int) -> int:
+    from paceline.recipe.resolvers import handed_over
     from paceline.world.launch import launch
 
-    # The workers get this command line as it was given.
-    return launch(nproc, sys.argv[1:], machines=machines, max_restarts=max_restarts)
+    # The workers get this command line as it was given. Those of several machines agree themselves.
+    handing = handed_over() if machines.nnodes == 1 else contextlib.nullcontext()
+    with handing:
+        return launch(nproc, sys.argv[1:], machines=machines, max_restarts=max_restarts)
 
 
 def _submit(recipe: Recipe, settings: Sequence[str], alone: bool) -> None:

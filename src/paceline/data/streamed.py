@@ -51,7 +51,7 @@ class StreamedSource:
     ) -> None:
         self._loader: Any = loader
         self._stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        self._count = micro_batches_per_window
+        self.micro_batches_per_window = micro_batches_per_window
         self._seed = seed
         self._world = world
         self._epoch_length = epoch_length
@@ -82,7 +82,7 @@ class StreamedSource:
             self._open()
 
     def draw(self) -> Draw | None:
-        limit = self._count
+        limit = self.micro_batches_per_window
         if self._epoch_length is not None:
             limit = min(limit, self._epoch_length - self._in_epoch)
         batches: list[Any] = []

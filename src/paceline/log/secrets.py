@@ -7,6 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "***"
+MISSING = "???"
+"""What a recipe has in the place of a value that must be given."""
+
+# Names of values that are certainly credentials. Of a recipe these alone are left out: with a
+# `pad_token` or a `text_key` missing it would not run again.
+_CREDENTIAL_NAME = (
+    r"(?:[\w.-]*[_.-])?(?:api_?key|passwords?|passwd|passphrase|secrets?|secret_?key|private_?key"
+    r"|(?:access|auth|hf|api|bearer|refresh)_?token)"
+)
+_CREDENTIAL = re.compile(_CREDENTIAL_NAME, re.IGNORECASE)
+_CREDENTIAL_INSIDE = re.compile(rf"(\b{_CREDENTIAL_NAME}\s*=\s*)[^\s'\"]+", re.IGNORECASE)
+_LEAST = 8  # characters of a credential that is looked for in texts
+_known: set[str] = set()
 
 # The END of a name makes it secret: `hf_token` and `apikey` are, `tokenizer` and `max_tokens` are
 # not. Masking a harmless `sort_key` costs nothing; showing a secret would.
@@ -32,9 +45,60 @@ _KNOWN_TOKENS = re.compile(
 )
 
 
+def is_credential(name: str) -> bool:
+    """Whether a value of this name is a credential for certain, e.g. `api_key`, not `pad_token`."""
+    return _CREDENTIAL.fullmatch(name) is not None
+
+
+def without_credentials(value: Any, name: str = "") -> Any:
+    """Plain data with `???` for each credential, as a recipe that asks for it.
+
+    Args:
+        value: mappings and lists of any depth.
+        name: the key at which `value` stands. Interpolations (`${oc.env:TOKEN}`) are kept.
+    """
+    if isinstance(value, str):
+        if not value or "${" in value:
+            return value
+        shaped = _KNOWN_TOKENS.search(value) or _URL_LOGIN.search(value)
+        return MISSING if shaped or is_credential(name) else value
+    if isinstance(value, Mapping):
+        return {key: without_credentials(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_credentials(item, name) for item in value]
+    return value
+
+
+def remember_credentials(value: Any, name: str = "") -> None:
+    """Has `mask_text` mask the credentials in some data, wherever a text repeats them.
+
+    Args:
+        value: mappings and lists of any depth, with what interpolations gave.
+        name: the key at which `value` stands.
+    """
+    if isinstance(value, str):
+        if is_credential(name) and len(value) >= _LEAST:
+            _known.add(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            remember_credentials(item, str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            remember_credentials(item, name)
+
+
+def mask_credentials(text: str) -> str:
+    """`text` with what is a credential for certain masked, and everything else as it was."""
+    for known in _known:
+        text = text.replace(known, MASK)
+    text = _URL_LOGIN.sub(rf"\g<1>{MASK}@", text)
+    text = _CREDENTIAL_INSIDE.sub(rf"\g<1>{MASK}", text)
+    return _KNOWN_TOKENS.sub(MASK, text)
+
+
 def mask_text(text: str) -> str:
     """`text` with logins in addresses, `secret=value` pairs and well-known tokens masked."""
-    text = _URL_LOGIN.sub(rf"\g<1>{MASK}@", text)
+    text = mask_credentials(text)
     text = _SECRET_INSIDE.sub(rf"\g<1>{MASK}", text)
     text = _SECRET_FIELD.sub(rf"\g<1>{MASK}", text)
     return _KNOWN_TOKENS.sub(MASK, text)

@@ -17,6 +17,7 @@ from paceline.errors import PacelineError, RecipeError
 from paceline.recipe.components import Component, signature_of
 from paceline.recipe.groups import grouped
 from paceline.recipe.horizon import Horizon
+from paceline.recipe.identity import identity_of, targets_of
 from paceline.recipe.mistakes import Path as Place
 from paceline.recipe.mistakes import dotted, with_article
 from paceline.recipe.parts import Part, each
@@ -118,6 +119,7 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
         component = replace(component, parameters=frozenset(arguments))
     trainer = builder.build(component, **arguments)
     trainer.resolved_recipe = recipe.tree
+    trainer.recipe_identity, trainer.recipe_targets = identity_of(recipe), targets_of(recipe)
     return trainer
 
 

@@ -7,16 +7,27 @@ loader workers can unpickle its classes.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
+import os
 import sys
 import traceback
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from paceline import registry
 from paceline.errors import RecipeError, nearest
+from paceline.log.kept_code import place_of
+from paceline.log.run_record import RUN_FILE
+from paceline.trainer.source_code import imported_by
 
 # In a module's namespace: another recipe's code of the same name may replace it.
 _MARK = "__paceline_code__"
+_LARGEST = 1 << 20  # bytes of a file beside the code that is kept with it
+_MOST = 5000  # files of a package
 
 
 def find_code(code: str, folder: Path) -> Path:
@@ -82,6 +93,78 @@ def load_code(path: Path) -> ModuleType:
         sys.modules.pop(path.stem, None)
         raise RecipeError(f"its import failed: {_told(error, path)}") from error
     return module
+
+
+def files_of(path: Path, run_dir: Path) -> dict[str, Path]:
+    """The files that a recipe's code needs, by their place in a folder that it can run from.
+
+    They are the module or package itself, and what it imports of the user's own.
+
+    Args:
+        path: the file or package that `find_code` found.
+        run_dir: the run's folder, which may lie in the package.
+    """
+    found = {path.name: path}
+    if path.is_dir():
+        found = {f"{path.name}/{name}": file for name, file in _package(path, run_dir).items()}
+    for name, file in imported_by(path.stem).items():
+        if name != path.stem and not (path.is_dir() and file.is_relative_to(path)):
+            found.setdefault(place_of(name, file), file)
+    return found
+
+
+def _package(path: Path, run_dir: Path) -> dict[str, Path]:
+    """A package's files, without run folders, environments, caches and large data."""
+    found: dict[str, Path] = {}
+    for folder, inner, files in os.walk(path):
+        here = Path(folder)
+        inner[:] = [
+            name
+            for name in sorted(inner)
+            if not name.startswith((".", "__pycache__"))
+            and (here / name).resolve() != run_dir.resolve()
+            and not any((here / name / mark).exists() for mark in (RUN_FILE, "pyvenv.cfg"))
+        ]
+        for name in sorted(files):
+            file = here / name
+            is_code = file.suffix == ".py"
+            if file.is_file() and (is_code or file.stat().st_size <= _LARGEST):
+                found[str(file.relative_to(path))] = file
+            if len(found) > _MOST:
+                raise RecipeError(
+                    f"code: {path} holds more than {_MOST} files, all of which a run would copy: "
+                    "give the code a folder of its own."
+                )
+    return found
+
+
+@contextlib.contextmanager
+def code_apart(folder: Path) -> Iterator[None]:
+    """Within it, modules of these names are imported from a folder, whatever was imported before.
+
+    Afterwards the names mean what they meant. Where nothing else has such a name, the modules stay
+    imported, so that objects of their classes can be pickled.
+
+    Args:
+        folder: with the modules; it need not exist.
+    """
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    roots = {path.stem for path in inside if path.suffix == ".py" or path.is_dir()}
+    before, path = dict(sys.modules), list(sys.path)
+    for name in [name for name in before if name.split(".")[0] in roots]:
+        del sys.modules[name]
+    try:
+        with registry.restored():
+            yield
+    finally:
+        sys.path[:] = path
+        importlib.invalidate_caches()
+        taken = {root for root in roots if root in before or PathFinder.find_spec(root)}
+        for name in [name for name in sys.modules if name.split(".")[0] in taken]:
+            del sys.modules[name]
+        sys.modules.update({n: m for n, m in before.items() if n.split(".")[0] in taken})
+        if roots - taken:
+            sys.path.append(str(folder))
 
 
 def is_own_code(name: str) -> bool:

@@ -5,17 +5,19 @@ The result is a tree of `Component`s: a callable, its arguments, and where it st
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import inspect
 import json
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from itertools import zip_longest
-from pathlib import PurePath
 from types import SimpleNamespace, UnionType
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import pydantic
 import torch
@@ -385,16 +387,17 @@ def _hint(parameter: inspect.Parameter, hints: dict[str, Any]) -> Any:
 
 
 def fit(value: Any, hint: Any) -> Any:
-    """Checks a plain value against an annotation: strictly, but as YAML can write it.
+    """Turns a plain value into what an annotation says: strictly, but as YAML can write it.
 
-    A list is accepted for a tuple and an integer for a float, but not "1" for 1.
+    A list is accepted for a tuple and an integer for a float, but not "1" for 1. An enumeration is
+    given by value or name, a dtype or device of torch by name, a duration or date as in ISO 8601.
 
     Args:
         value: from the recipe.
         hint: the annotation.
 
     Returns:
-        The value, as a tuple or a path where the annotation says so.
+        The value as the annotation says.
 
     Raises:
         ValueError: it does not fit; the message says what was expected and found.
@@ -402,14 +405,83 @@ def fit(value: Any, hint: Any) -> Any:
     config = pydantic.ConfigDict(arbitrary_types_allowed=True, strict=True)
     try:
         text = json.dumps(value)
-        adapter = pydantic.TypeAdapter(hint, config=config)
+        plain = as_yaml_writes(hint)
+        # An annotated class with settings of its own takes none here.
+        config = None if _has_settings(plain) else config
+        adapter = pydantic.TypeAdapter(plain, config=config)
     except (pydantic.errors.PydanticUserError, TypeError, ValueError, NameError):
         return value  # nothing can be said of such an annotation
     try:
-        fitted = adapter.validate_json(text)
+        fitted = adapter.validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         raise ValueError(f"expected {_expected(error, value, hint)}, got {value!r}") from error
-    return fitted if isinstance(fitted, tuple | PurePath) else value
+    texts_as_keys = typing.get_args(hint)[:1] == (str,)
+    return fitted if texts_as_keys else _with_own_keys(value, fitted)
+
+
+def as_yaml_writes(hint: Any) -> Any:
+    """An annotation with what YAML has no value for: enumerations by name, dtypes and devices.
+
+    Args:
+        hint: the annotation. Iterables become lists, since pydantic's can be read only once.
+    """
+    if hint is Any or isinstance(hint, str | typing.TypeVar):
+        return hint
+    if inspect.isclass(hint) and issubclass(hint, enum.Enum):
+        return Annotated[hint, pydantic.BeforeValidator(partial(_member, hint))]
+    if inspect.isclass(hint) and hint in _OF_TORCH:
+        return Annotated[Any, pydantic.PlainValidator(partial(_of_torch, hint))]
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is None or origin is typing.Literal or not inner:
+        return hint
+    if origin is Annotated:
+        return Annotated[(as_yaml_writes(inner[0]), *inner[1:])]
+    if origin in (typing.Union, UnionType):
+        return typing.Union[tuple(map(as_yaml_writes, inner))]  # noqa: UP007 - made here
+    if origin in (Iterable, Iterator, Generator):
+        return list[as_yaml_writes(inner[0])]
+    if not isinstance(origin, type) or issubclass(origin, Callable):
+        return hint
+    return origin[tuple(one if one is ... else as_yaml_writes(one) for one in inner)]
+
+
+_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _has_settings(hint: Any) -> bool:
+    """Whether pydantic refuses settings from outside for a class: it may have its own."""
+    if not inspect.isclass(hint):
+        return False
+    return is_dataclass(hint) or issubclass(hint, pydantic.BaseModel) or typing.is_typeddict(hint)
+
+
+def _member(cls: type[enum.Enum], value: Any) -> Any:
+    """A member by its value, or else by its name."""
+    with contextlib.suppress(ValueError):
+        return cls(value)
+    return cls.__members__.get(value, value) if isinstance(value, str) else value
+
+
+def _of_torch(cls: type, value: Any) -> Any:
+    name = str(value).removeprefix("torch.")
+    made = getattr(torch, name, None) if name.isidentifier() else None
+    if cls is torch.device:
+        with contextlib.suppress(RuntimeError):
+            made = torch.device(value)
+    if not isinstance(made, cls):
+        raise ValueError(f"a {cls.__name__} of torch")
+    return made
+
+
+def _with_own_keys(value: Any, fitted: Any) -> Any:
+    """`fitted` with numbers as keys where JSON has made text of them and nothing else says so."""
+    if isinstance(value, Mapping) and type(fitted) is dict and len(fitted) == len(value):
+        names = {str(key): key for key in value}
+        if all(key in names for key in fitted):
+            return {names[k]: _with_own_keys(value[names[k]], v) for k, v in fitted.items()}
+    elif isinstance(value, list) and type(fitted) is list and len(value) == len(fitted):
+        return [_with_own_keys(*pair) for pair in zip(value, fitted, strict=True)]
+    return fitted
 
 
 def _expected(error: pydantic.ValidationError, value: Any, hint: Any) -> str:
@@ -417,6 +489,7 @@ def _expected(error: pydantic.ValidationError, value: Any, hint: Any) -> str:
     texts: list[str] = []
     for part in error.errors():
         text = part["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        text = text.removeprefix("Value error, ")
         if part["type"] in ("missing", "too_long"):  # of a tuple's items
             text = inspect.formatannotation(hint)
         elif part["type"] == "needs_python_object":

@@ -32,9 +32,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from paceline.errors import RecipeError, nearest
+from paceline.log.secrets import MISSING, without_credentials
 from paceline.recipe.marks import MAX_DEPTH, drop_duplicates, mark, read_node, shared_keys
 from paceline.recipe.mistakes import Mistakes, Path
-from paceline.recipe.resolvers import register_resolvers
+from paceline.recipe.resolvers import asked_once, forget, register_resolvers
 
 # `${name`, `${.name` or `${oc.select:name`: what an interpolation refers to.
 _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
@@ -79,8 +80,11 @@ class Composed:
     noted: Mistakes
 
     def text(self) -> str:
-        """The recipe as YAML, with interpolations unresolved, so that no secret is written."""
-        return OmegaConf.to_yaml(self.config, resolve=False)
+        """The recipe as YAML, to be shown or written.
+
+        No secret is in it: interpolations are unresolved, and a credential is replaced by `???`.
+        """
+        return OmegaConf.to_yaml(OmegaConf.create(without_credentials(self.tree())))
 
     def tree(self) -> dict[str, Any]:
         """The recipe as plain data, interpolations unresolved, as in `text`."""
@@ -101,6 +105,22 @@ class Composed:
             OmegaConf.update(config, name, value, force_add=True)
         return replace(self, config=config)
 
+    def filled(self, value: str) -> Composed:
+        """The same recipe with a value for each that must be given (`???`).
+
+        Args:
+            value: the text to put there.
+        """
+
+        def fill(node: Any) -> Any:
+            if isinstance(node, dict):
+                return {key: fill(inner) for key, inner in node.items()}
+            if isinstance(node, list):
+                return [fill(inner) for inner in node]
+            return value if node == MISSING else node
+
+        return replace(self, config=OmegaConf.create(fill(self.tree())))
+
     def mistakes(self) -> Mistakes:
         """The mistakes so far, in a collection that knows the lines of this recipe's values."""
         marks: dict[Path, str] = {}
@@ -116,7 +136,8 @@ class Composed:
 
     def resolve(self, mistakes: Mistakes) -> dict[str, Any]:
         """The tree as plain values; one that cannot be resolved is a mistake and becomes None."""
-        return _resolve_mapping(self.config, (), mistakes)
+        with asked_once():
+            return {str(k): v for k, v in _resolve_mapping(self.config, (), mistakes).items()}
 
     def own_keys(self) -> set[str]:
         """Top-level keys that other keys refer to, by `${key}` or by a YAML anchor."""
@@ -140,6 +161,7 @@ def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
         RecipeError: the file does not exist, is not YAML, or cannot be composed at all.
     """
     register_resolvers()
+    forget()
     file = FilePath(path)
     noted = Mistakes(lambda _: str(file))
     taken = _read_overrides(overrides, file.resolve().parent, noted)
@@ -319,12 +341,14 @@ def _tolerant(
 
     # A plain function: Hydra copies its sources, and would copy a partial's `noted` too.
     def load_config(config_path: str) -> ConfigResult:
+        file = recipe.parent / f"{config_path.removesuffix('.yaml')}.yaml"
+        if file.is_file():
+            read_node(file)  # OmegaConf would write out aliases without an end
         try:
             return load(config_path)
         except yaml.constructor.ConstructorError as error:
             if "duplicate" not in str(error.problem):
                 raise
-        file = recipe.parent / f"{config_path.removesuffix('.yaml')}.yaml"
         root = read_node(file)
         assert root is not None
         drop_duplicates(
@@ -357,8 +381,9 @@ def _place(error: Exception, file: FilePath) -> str:
     return str(file)
 
 
-def _resolve_mapping(node: DictConfig, path: Path, mistakes: Mistakes) -> dict[str, Any]:
-    return {str(key): _resolve(node, key, (*path, str(key)), mistakes) for key in node}
+def _resolve_mapping(node: DictConfig, path: Path, mistakes: Mistakes) -> dict[Any, Any]:
+    """Keys are as YAML has them: numbers stay numbers."""
+    return {key: _resolve(node, key, (*path, str(key)), mistakes) for key in node}
 
 
 def _resolve(parent: DictConfig | ListConfig, key: Any, path: Path, mistakes: Mistakes) -> Any:

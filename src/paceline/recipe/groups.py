@@ -91,17 +91,18 @@ def check_groups(
 
 
 def _check_settings(
-    differing: Mapping[str, Any], path: Path, optimizer: Component, mistakes: Mistakes
+    differing: dict[str, Any], path: Path, optimizer: Component, mistakes: Mistakes
 ) -> None:
+    """Checks a group's settings, and turns each into what its annotation says."""
     signature = signature_of(optimizer.target)
     known = [name for name in signature.named if name != "params"]
-    for name, value in differing.items():
+    for name, value in [*differing.items()]:
         if name not in known:
             text = f"{signature.name} has no such setting{suggestion(name, known)}"
             mistakes.add((*path, name), text)
         elif name in signature.hints:
             try:
-                fit(value, signature.hints[name])
+                differing[name] = fit(value, signature.hints[name])
             except ValueError as error:
                 mistakes.add((*path, name), str(error))
 

@@ -11,6 +11,8 @@ from paceline.recipe.mistakes import Path
 
 # Deeper than any recipe; an alias that contains itself would never end.
 MAX_DEPTH = 60
+_MOST_BYTES = 4 << 20
+_MOST_VALUES = 50_000
 _MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
 
 
@@ -18,10 +20,31 @@ def read_node(file: FilePath) -> yaml.Node | None:
     """A file's YAML as nodes that know their lines; None if it is empty.
 
     Raises:
-        yaml.YAMLError, UnicodeDecodeError: the file is not YAML.
+        yaml.YAMLError, UnicodeDecodeError: the file is not YAML, or no recipe has that many values.
     """
+    if file.stat().st_size > _MOST_BYTES:
+        raise yaml.YAMLError(f"it has more than {_MOST_BYTES} bytes; no recipe is that long.")
     with file.open(encoding="utf-8") as text:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is not None and _count(node, {}) > _MOST_VALUES:
+        raise yaml.YAMLError(
+            f"its aliases (`*name`) make more than {_MOST_VALUES} values of it; no recipe has that "
+            "many."
+        )
+    return node
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """The values of a node with its aliases written out."""
+    if id(node) not in known:
+        known[id(node)] = 0  # within itself
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_count(one, known) for one in inner)
+    return known[id(node)]
 
 
 def mark(node: yaml.Node, path: Path, file: FilePath, marks: dict[Path, str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from paceline.errors import RecipeError
+from paceline.log.secrets import MASK, is_credential, mask_credentials
 from paceline.trainer.settings import ELSEWHERE
 
 Path = tuple[str, ...]
@@ -137,7 +139,10 @@ class Mistakes:
         for mistake in self.found:
             name = dotted(mistake.path)
             place = mistake.place or self.locate(mistake.path)
-            text = f"{name}: {mistake.text}" if name else mistake.text
-            lines.append(f"  {place}: {text}")
+            said = mistake.text
+            if mistake.path and is_credential(mistake.path[-1]):
+                said = re.sub(r"(got ).*", rf"\1{MASK}", said, flags=re.DOTALL)
+            text = f"{name}: {said}" if name else said
+            lines.append(mask_credentials(f"  {place}: {text}"))
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise RecipeError(f"{count} in {recipe}:\n" + "\n".join(lines))

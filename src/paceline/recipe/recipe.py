@@ -10,14 +10,17 @@ from typing import Any
 from omegaconf import ListConfig, OmegaConf
 
 from paceline.errors import RecipeError
+from paceline.log.kept_code import CODE_FOLDER
+from paceline.log.secrets import remember_credentials, without_credentials
 from paceline.recipe.code import find_code, load_code
 from paceline.recipe.combinations import check_combinations
 from paceline.recipe.components import HORIZON, Checker, Component, signature_of
 from paceline.recipe.compose import Composed, compose
 from paceline.recipe.groups import Group
+from paceline.recipe.interpolation import expanded, resolvers_in
 from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.parts import Part, check_parts, check_settings, check_trainer, trainer_class
-from paceline.recipe.record import CODE_FOLDER
+from paceline.recipe.resolvers import agree, answers
 from paceline.recipe.schema import find_sections, parse
 from paceline.recipe.targets import Roots
 from paceline.trainer.slots import slots_of
@@ -61,13 +64,16 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The recipe as it is stored in the run folder, from which it can be run again."""
+        """The recipe as it is stored in the run folder, from which it can be run again.
+
+        A credential in it is replaced by `???`: running it asks for the value.
+        """
         return self._kept.text()
 
     @property
     def tree(self) -> dict[str, Any]:
         """The same as plain data."""
-        return self._kept.tree()
+        return without_credentials(self._kept.tree())
 
     @property
     def _kept(self) -> Composed:
@@ -84,6 +90,25 @@ class Recipe:
         """
         changes = {"seed": seed, "run.dir": str(self.run_dir / f"seed_{seed}")}
         return replace(check(self.composed.changed(changes, "seeds"), self.trust), whole=self)
+
+    def check_folder_stays(self, option: str) -> None:
+        """Checks that the run folder is the same at the next start.
+
+        Args:
+            option: that needs it, for the message.
+
+        Raises:
+            RecipeError: a resolver gives another one each time.
+        """
+        tree = self.composed.tree()
+        for name in ("dir", "name", "project"):
+            text = expanded(tree, ["run", name])
+            if names := resolvers_in(text) - {"oc.env"}:
+                raise RecipeError(
+                    f"run.{name}: {text!r} gives another folder at each start "
+                    f"(${{{min(names)}:...}}), and {option} has to find that of the last one: "
+                    f"write run.{name}=NAME."
+                )
 
     def setting(self, name: str) -> Any:
         """A scalar setting of the trainer: the recipe's value, or the Trainer's default."""
@@ -106,7 +131,10 @@ def load_recipe(
         RecipeError: the recipe has mistakes; each is listed with its place, what was expected and
             the nearest name.
     """
-    return check(compose(path, overrides), trust)
+    recipe = check(compose(path, overrides), trust)
+    if agree():
+        recipe = check(recipe.composed, trust)
+    return recipe
 
 
 def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
@@ -121,6 +149,7 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
     """
     mistakes = composed.mistakes()
     values = _values(composed, mistakes)
+    remember_credentials(values)
     schema = parse(values, mistakes)
     code = _code(schema.code, composed, mistakes)
     unread = schema.code is not None and code is None
@@ -140,6 +169,9 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
         composed, schema.seed, tuple(schema.seeds or ()), project, schema.run.name, run_dir, code,
         trainer, parts, settings, groups=groups, trust=tuple(trust),
     )  # fmt: skip
+    for call, value in answers().items():
+        decision = f"${{{call}}} is {value!r} on all ranks and after a restart"
+        recipe.plan.append((decision, "the recipe"))
     if schema.run.dir is None:
         recipe.plan.append((f"the run is written to {run_dir}", "run.dir"))
     return recipe

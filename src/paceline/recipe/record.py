@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paceline.log.files import replacing
+from paceline.log.kept_code import keep
+from paceline.recipe.code import files_of
 from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
-RECIPE_FILE = "recipe.yaml"
-CODE_FOLDER = "code"
-
 
 class RecordRecipe(Callback):
-    """Writes `recipe.yaml` and a copy of the recipe's `code:` into the run folder.
+    """Writes `recipe.yaml`, and a copy of the recipe's `code:` and what it imports beside it.
 
     They are written when training starts and not before: only then is it certain that this recipe
     may resume this run, and an older run may have been moved aside.
@@ -51,25 +48,5 @@ class RecordRecipe(Callback):
         if not trainer.world.is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        if self.code is not None:
-            copy_code(self.code, self.run_dir / CODE_FOLDER)
-        with replacing(self.run_dir / RECIPE_FILE) as file:
-            file.write(self.text)
-
-
-def copy_code(code: Path, folder: Path) -> None:
-    """Copies a module or package, unless it is already there.
-
-    Args:
-        code: the file or package.
-        folder: where the copy goes.
-    """
-    target = folder / code.name
-    if target.resolve() == code.resolve():
-        return  # this recipe runs from the run folder
-    folder.mkdir(exist_ok=True)
-    if code.is_dir():
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(code, target, ignore=shutil.ignore_patterns("__pycache__"))
-    else:
-        shutil.copyfile(code, target)
+        code = {} if self.code is None else files_of(self.code, self.run_dir)
+        keep(self.run_dir, trainer.global_step, code, self.text)

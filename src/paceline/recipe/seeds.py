@@ -18,10 +18,10 @@ import yaml
 from paceline.errors import ConfigError
 from paceline.exit_codes import STOPPED
 from paceline.log.files import replacing
+from paceline.log.kept_code import RECIPE_FILE
 from paceline.log.run_record import read_run
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
-from paceline.recipe.record import RECIPE_FILE
 from paceline.trainer.result import Result
 from paceline.trainer.settings import Resume
 from paceline.trainer.stop import TO_BE_RESUMED

@@ -13,10 +13,13 @@ import torch
 from paceline.checkpoint.export import Weights, find_checkpoint, read_weights
 from paceline.checkpoint.state import load_model_state
 from paceline.errors import ConfigError
+from paceline.log.kept_code import CODE_FOLDER, RECIPE_FILE, folder_of_step
+from paceline.log.secrets import MASK
 from paceline.recipe.builder import Builder
+from paceline.recipe.code import code_apart
+from paceline.recipe.compose import compose
 from paceline.recipe.parts import each
-from paceline.recipe.recipe import load_recipe
-from paceline.recipe.record import RECIPE_FILE
+from paceline.recipe.recipe import check
 from paceline.world.seeding import seed_everything
 
 
@@ -31,7 +34,9 @@ def load_model(
     """Loads the model of a run that was trained from a recipe.
 
     Unlike commands that only read a run, this imports the code in the run folder: call it only on
-    runs that you would train. The settings are `load_recipe(run_dir / "recipe.yaml")`.
+    runs that you would train. The code is that which trained the checkpoint, and stays apart from
+    modules of the same names that this process has imported. The settings are
+    `load_recipe(run_dir / "recipe.yaml")`.
 
     Args:
         run_dir: the run folder.
@@ -50,21 +55,24 @@ def load_model(
         CheckpointError: the checkpoint is damaged, or has no averaged weights.
         MismatchError: the model that was built differs from the saved one.
     """
-    path = Path(run_dir) / RECIPE_FILE
-    if not path.is_file():
+    if not (Path(run_dir) / RECIPE_FILE).is_file():
         raise ConfigError(
             f"{run_dir} has no {RECIPE_FILE} to build the model from. For a run built in Python, "
             "load the files that `paceline export` writes into your model."
         )
     found = find_checkpoint(run_dir, checkpoint)
-    recipe = load_recipe(path, trust=trust)
-    components = dict(each(recipe.parts.get("model")))
-    name = model or (next(iter(components)) if len(components) == 1 else "")
-    if name not in components:
-        raise ConfigError(_not_there(path, model, components))
-    build = Builder(recipe.composed.mistakes().locate).build
-    with _as_the_run_began(recipe.seed):
-        made = {each_name: build(component) for each_name, component in components.items()}
+    folder = folder_of_step(Path(run_dir), found.step)
+    path = folder / RECIPE_FILE
+    with code_apart(folder / CODE_FOLDER):
+        # A model takes no credentials, which the kept recipe lacks.
+        recipe = check(compose(path).filled(MASK), trust)
+        components = dict(each(recipe.parts.get("model")))
+        name = model or (next(iter(components)) if len(components) == 1 else "")
+        if name not in components:
+            raise ConfigError(_not_there(path, model, components))
+        build = Builder(recipe.composed.mistakes().locate).build
+        with _as_the_run_began(recipe.seed):
+            made = {each_name: build(component) for each_name, component in components.items()}
     # A single model has no name in the recipe; the trainer's attribute is its name.
     load_model_state(made[name], read_weights(found, weights)[name or "model"], "the model")
     return made[name].eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from paceline.log.secrets import MASK, is_credential, mask_text
 from paceline.runs.listing import RunFolder, Value, flat
 
 _TOLD = ("seed", "world_size", "versions", "git", "hardware", "environment")
@@ -47,7 +48,13 @@ def _differing(part: str, left: dict[str, Value], right: dict[str, Value]) -> It
     for key in {**left, **right}:
         one, other = left.get(key), right.get(key)
         if one != other or (key in left) != (key in right):
-            yield Difference(part, key, one, other)
+            yield Difference(part, key, _shown(key, one), _shown(key, other))
+
+
+def _shown(key: str, value: Value) -> Value:
+    if not isinstance(value, str):
+        return value
+    return MASK if is_credential(key.rpartition(".")[2]) else mask_text(value)
 
 
 def _facts(run: RunFolder) -> dict[str, Value]:

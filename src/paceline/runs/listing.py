@@ -28,7 +28,7 @@ from paceline.log.sinks import METRICS_FILE, latest_values
 
 Value = str | bool | int | float | None
 
-_OWN_FOLDERS = frozenset({"checkpoints", "exports", "code"})
+_OWN_FOLDERS = frozenset({"checkpoints", "exports", "code", "earlier"})
 _COUNTERS = ("step", "epoch", "samples", "items")
 _MAX_RECIPE = 1 << 20
 _MAX_VALUES = 10_000

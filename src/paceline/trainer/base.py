@@ -80,6 +80,9 @@ class TrainerBase(Hooks, AbstractTrainer):
         replica_groups: the replica groups of torchft, one of which this process is.
         result: what the last run came to.
         resolved_recipe: what recipe.yaml holds, as plain data; None for a trainer built in Python.
+        recipe_identity: the arguments of the components that a recipe describes, by section and
+            dotted key; None for a trainer built in Python.
+        recipe_targets: the classes and functions that it names.
     """
 
     # Recipe sections and the base classes of what they hold; a subclass adds its own (slots.py).
@@ -89,6 +92,8 @@ class TrainerBase(Hooks, AbstractTrainer):
     val_dataloader: Any = None
     check_gradients: bool = False  # take each step's gradient norm, to refuse one not finite
     resolved_recipe: Mapping[str, Any] | None = None
+    recipe_identity: Mapping[str, Mapping[str, Any]] | None = None
+    recipe_targets: tuple[Any, ...] = ()
 
     model: Any
     optimizer: Any

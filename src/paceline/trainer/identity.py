@@ -1,28 +1,52 @@
-"""What a run is: the settings that a resumed run must find unchanged.
+"""What a run is: what a resumed run must find unchanged, by dotted key.
 
-Each function in `_PARTS` gives some of them by dotted key; a further kind is one function more.
-What users' own objects are, they say themselves in `run_identity()`.
+Each function in `_PARTS` gives some of it; a further part is one function more:
+
+- settings, data, loss, optimizers and schedulers, window, interval: as they were set.
+- arguments of every component: those of the recipe, or else those that the objects keep.
+- code: what defines the trainer, the models, the loss and the data, and all that it uses.
+- content: a hash of a few samples of map-style data.
+- said: what users' objects say themselves in `run_identity()`.
+
+A part that a checkpoint does not know, of an older version, is not compared, and the plan says so.
+Callbacks, loggers, workers, the layout and what is not listed here may change freely.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
+from paceline.data.content import content_of
+from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name
+from paceline.data.streamed import StreamedSource
 from paceline.errors import ConfigError
 from paceline.parallel.ddp import unwrap
+from paceline.trainer.arguments import (
+    UNKNOWN,
+    arguments_in_model,
+    arguments_of,
+    flattened,
+    kind_of,
+    names_of,
+    parameters_of,
+)
 from paceline.trainer.base import TrainerBase
+from paceline.trainer.identity_keys import Identity
 from paceline.trainer.names import unique_names
 from paceline.trainer.run import Run
 from paceline.trainer.slots import own_slots, slots_of
+from paceline.trainer.source_code import own_code
 from paceline.world.world import World
 
 # Wherever a trainer keeps them, they are among its named models, optimizers and schedulers.
@@ -47,19 +71,58 @@ class HasRunIdentity(Protocol):
         ...
 
 
-def identity_of(trainer: TrainerBase, run: Run) -> dict[str, Any]:
-    """The settings that a resumed run must find unchanged, by dotted key.
+def describe_components(trainer: TrainerBase, run: Run) -> Identity:
+    """What the components are, before they are placed on the ranks; the same on every rank.
+
+    Args:
+        trainer: with its components and data.
+        run: that starts; gets a line of the plan for what cannot be compared.
+    """
+    found: Identity | None = None
+    decisions: list[tuple[str, str]] = []
+    if run.world.is_main:
+        found = Identity()
+        for part, keys in _arguments_of_components(trainer):
+            found.add(part, keys)
+        found.code = own_code(_roots(trainer))
+        found.add("code", {f"code.{name}": d for name, d in found.code.digests.items()})
+        decisions += [
+            (f"the code of {name} is not compared at a resume: it has no file", "code in a file")
+            for name in found.code.unread
+        ]
+        for prefix, loader in _loaders(trainer):
+            if is_custom(loader):  # which says itself what it is
+                continue
+            content, why = content_of(loader)
+            if content is not None:
+                found.add(f"content of {prefix}", {f"{prefix}.content": content})
+            else:
+                what = f"what {prefix} holds is not compared at a resume: {why}"
+                decisions.append((what, "run_identity() of the dataset"))
+    found, decisions = run.world.broadcast_object((found, decisions))
+    for decision, setting in decisions:
+        run.plan.add(decision, setting)
+    assert found is not None
+    return found
+
+
+def complete_identity(trainer: TrainerBase, run: Run, described: Identity) -> None:
+    """Makes the run's identity of what the components are and of all settings.
 
     The models' own names and shapes are compared when their weights are loaded.
 
     Args:
         trainer: with its components and data.
-        run: whose models are placed.
+        run: whose models are placed; its identity is set.
+        described: what `describe_components` gave.
     """
-    keys: dict[str, Any] = {}
-    for part in _PARTS:
-        _add(keys, part(trainer, run))
-    return keys
+    run.identity = Identity(code=described.code)
+    for name, part in _PARTS.items():
+        run.identity.add(name, part(trainer, run))
+    for name, keys in described.parts.items():
+        # An optimizer's own settings say the same as its recipe.
+        new = {key: described.keys[key] for key in keys if key not in run.identity.keys}
+        run.identity.add(name, new)
 
 
 def add_own_identity(trainer: TrainerBase, run: Run) -> None:
@@ -72,24 +135,16 @@ def add_own_identity(trainer: TrainerBase, run: Run) -> None:
     Raises:
         ConfigError: something cannot be compared, is said twice, or differs between ranks.
     """
-    own: dict[str, Any] = {}
+    own = Identity()
     for prefix, thing in _speakers(trainer):
         say = getattr(thing, "run_identity", None)
         if callable(say):
             name = getattr(thing, "__qualname__", type(thing).__qualname__)
-            _add(own, _checked(prefix, say(), f"{name}.run_identity(), of {prefix},"))
-    _check_ranks_agree(own, run.world)
-    _add(run.identity, own)
-
-
-def _add(keys: dict[str, Any], more: dict[str, Any]) -> None:
-    twice = keys.keys() & more.keys()
-    if twice:
-        raise ConfigError(
-            f"the identity key {min(twice)!r} is given twice: rename it in the run_identity() that "
-            "gives it."
-        )
-    keys.update(more)
+            said = _checked(prefix, say(), f"{name}.run_identity(), of {prefix},")
+            own.add("said", said)
+    _check_ranks_agree(own.keys, run.world)
+    run.identity.leave_out(own.keys)
+    run.identity.add("said", own.keys)
 
 
 def _settings(trainer: TrainerBase, run: Run) -> dict[str, Any]:
@@ -105,7 +160,7 @@ def _loss(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     if isinstance(loss_fn, torch.nn.Module):
         loss_fn = unwrap(loss_fn)
     arguments = {f"loss_fn.{key}": value for key, value in _arguments(loss_fn).items()}
-    return {"loss_fn": _kind(loss_fn), **arguments}
+    return {"loss_fn": kind_of(loss_fn), **arguments}
 
 
 def _data(trainer: TrainerBase, run: Run) -> dict[str, Any]:
@@ -141,7 +196,7 @@ def _own_slots(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     weights are loaded, and callbacks and loaders may change.
     """
     known = tuple(slot.base for slot in slots_of(TrainerBase).values())
-    return {key: _kind(one) for key, one in _in_own_slots(trainer) if not isinstance(one, known)}
+    return {key: kind_of(one) for key, one in _in_own_slots(trainer) if not isinstance(one, known)}
 
 
 def _in_own_slots(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
@@ -154,14 +209,140 @@ def _in_own_slots(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
             yield name, held
 
 
+def _window(trainer: TrainerBase, run: Run) -> dict[str, Any]:
+    """What a window is of data that can only be iterated; other sources say it themselves."""
+    if not isinstance(trainer.source, StreamedSource):
+        return {}
+    size = getattr(trainer.train_dataloader, "batch_size", None)
+    return {
+        "data.batch_size": size if isinstance(size, int) else None,
+        "data.gradient_accumulation_steps": trainer.source.micro_batches_per_window,
+        "data.epoch_length": trainer.epoch_length,
+    }
+
+
+def _interval(trainer: TrainerBase, run: Run) -> dict[str, Any]:
+    if not trainer.named_schedulers():
+        return {}
+    return {"lr_scheduler_interval": trainer.lr_scheduler_interval}
+
+
 # What Paceline compares by itself: each gives values by dotted key.
-_PARTS: tuple[Callable[[TrainerBase, Run], dict[str, Any]], ...] = (
-    _settings,
-    _loss,
-    _data,
-    _optimizers,
-    _own_slots,
-)
+_PARTS: dict[str, Callable[[TrainerBase, Run], dict[str, Any]]] = {
+    "settings": _settings,
+    "loss": _loss,
+    "data": _data,
+    "optimizers": _optimizers,
+    "slots": _own_slots,
+    "window": _window,
+    "interval": _interval,
+}
+
+
+# The components' arguments
+
+_LOADERS_OWN = frozenset(inspect.signature(DataLoader.__init__).parameters)
+
+
+def _arguments_of_components(trainer: TrainerBase) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The arguments of each component, in a part of its own.
+
+    Its name says whether they are the recipe's or the object's, which cannot be compared.
+    """
+    recipe = trainer.recipe_identity or {}
+    for slot, keys in recipe.items():
+        yield f"{slot} (recipe)", dict(keys)
+    if "trainer" not in recipe:
+        yield "trainer (object)", _of_trainer(trainer)
+    if "loss_fn" not in recipe:
+        settings = arguments_of("loss_fn", trainer.loss_fn)
+        known = _arguments(trainer.loss_fn)
+        new = {k: v for k, v in settings.items() if k.removeprefix("loss_fn.") not in known}
+        yield "loss_fn (object)", new
+    if "model" not in recipe:
+        keys = {}
+        for name, model in trainer.named_models().items():
+            keys |= {f"models.{name}.{key}": v for key, v in arguments_in_model(model).items()}
+        yield "model (object)", keys
+    for prefix, loader in _loaders(trainer):
+        slot = "train_dataloader" if prefix == "data" else "val_dataloader"
+        if slot not in recipe:
+            yield f"{prefix} (object)", _of_loaders_parts(prefix, loader)
+
+
+def _of_trainer(trainer: TrainerBase) -> dict[str, Any]:
+    """The arguments of a user's subclass that the Trainer itself does not have."""
+    ours = {name for cls in type(trainer).__mro__ if _is_ours(cls) for name in parameters_of(cls)}
+    held = {name: vars(trainer).get(name, UNKNOWN) for name in names_of(type(trainer)) - ours}
+    return flattened("trainer", held, plain=True)
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "paceline"
+
+
+def _of_loaders_parts(prefix: str, loader: Any) -> dict[str, Any]:
+    """The arguments of a loader's own class, dataset, samplers and collate function."""
+    if not isinstance(loader, DataLoader):
+        return arguments_of(prefix, loader)
+    own = {name: vars(loader).get(name, UNKNOWN) for name in names_of(type(loader))}
+    keys = flattened(prefix, {k: v for k, v in own.items() if k not in _LOADERS_OWN})
+    for name, thing in _of_loader(prefix, loader):
+        made_by_loader = name == f"{prefix}.batch_sampler" and loader.batch_size is not None
+        if name not in (prefix, *keys) and not (thing is None or made_by_loader):
+            kind = kind_of(thing)
+            if kind is not None and not kind.startswith("torch.utils.data."):
+                keys[name] = kind
+            keys |= arguments_of(name, thing)
+    return keys
+
+
+# The code
+
+_HELD = 1000  # objects to look at
+_PLAIN = torch.Tensor | np.ndarray | str | bytes | int | float | None | ModuleType
+
+
+def _roots(trainer: TrainerBase) -> Iterator[Any]:
+    """The classes and functions that define the trainer, its models, loss and data."""
+    yield type(trainer)
+    yield from trainer.recipe_targets
+    for model in trainer.named_models().values():
+        yield from {type(module) for module in model.modules()}
+    yield from map(type, trainer.named_optimizers().values())
+    yield from map(type, (trainer.named_schedulers() or {}).values())
+    held: deque[Any] = deque([trainer.loss_fn, *(one for _, one in _in_own_slots(trainer))])
+    for prefix, loader in _loaders(trainer):
+        held += [thing for _, thing in _of_loader(prefix, loader)]
+    seen: set[int] = set()
+    while held and len(seen) < _HELD:
+        thing = held.popleft()
+        if id(thing) in seen or isinstance(thing, _PLAIN):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, partial):
+            held += [thing.func, *thing.args, *thing.keywords.values()]
+        elif inspect.isroutine(thing) or isinstance(thing, type):
+            yield thing
+        elif isinstance(thing, Mapping):
+            held += list(thing.values())[:_HELD]
+        elif isinstance(thing, list | tuple):
+            held += thing[:_HELD]
+        else:
+            yield type(thing)
+            held += getattr(thing, "__dict__", {}).values()
+
+
+def _loaders(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
+    """The training and validation loaders, each with the prefix of its keys."""
+    if trainer.train_dataloader is not None:
+        yield "data", trainer.train_dataloader
+    for name, loader in loaders_by_name(trainer.val_dataloader).items():
+        yield _of_validation(name), loader
+
+
+def _of_validation(name: str | None) -> str:
+    return "validation" if name is None else f"validation.{name}"
 
 
 def _speakers(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
@@ -169,9 +350,8 @@ def _speakers(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
     yield "trainer", trainer
     loss_fn = trainer.loss_fn
     yield "loss_fn", loss_fn.func if isinstance(loss_fn, partial) else loss_fn
-    yield from _of_loader("data", trainer.train_dataloader)
-    for name, loader in loaders_by_name(trainer.val_dataloader).items():
-        yield from _of_loader("validation" if name is None else f"validation.{name}", loader)
+    for prefix, loader in _loaders(trainer):
+        yield from _of_loader(prefix, loader)
     for name, model in trainer.named_models().items():
         if name != "loss_fn":
             yield f"models.{name}", model
@@ -271,6 +451,8 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                continue
             value = value.item()
         if isinstance(value, (bool, int, float, str, type(None))):
             found[key] = value
@@ -298,17 +480,6 @@ def _schedule_settings(scheduler: Any) -> dict[str, Any]:
         elif isinstance(value, (bool, int, float, str, type(None))):
             found[name] = value
     return found
-
-
-def _kind(thing: Any) -> str | None:
-    if thing is None:
-        return None
-    if isinstance(thing, partial):
-        thing = thing.func
-    # FSDP2 makes a class of its own for what it shards.
-    classes = (c for c in type(thing).__mro__ if not c.__module__.startswith("torch.distributed."))
-    named = thing if hasattr(thing, "__qualname__") else next(classes)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _arguments(thing: Any) -> dict[str, Any]:

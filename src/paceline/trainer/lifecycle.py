@@ -20,13 +20,14 @@ from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize
 from paceline.errors import ConfigError, DataError, Preempted
+from paceline.log.kept_code import keep, place_of
 from paceline.log.run_record import RunRecord
 from paceline.log.sinks import with_local_rows
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data
 from paceline.trainer.events import Events
-from paceline.trainer.identity import add_own_identity, identity_of
+from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
@@ -84,6 +85,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
         PacelineError: the run cannot start; nothing has been trained.
     """
     run.world.open()
+    _check_one_folder(trainer, run)
     trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
     if run.stop.clear_file():
         trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
@@ -96,8 +98,9 @@ def start(trainer: TrainerBase, run: Run) -> None:
     configure(trainer, run)
     if trainer.metric_monitor is not None:
         trainer.metric_monitor.reset()
+    described = describe_components(trainer, run)
     trainer.setup()
-    run.identity = identity_of(trainer, run)
+    complete_identity(trainer, run, described)
     run.events = Events(trainer, [*trainer.callbacks, *_default_callbacks(trainer)])
     _open_records(trainer, run)
     trainer.optimization = Optimization(run, trainer.recorder)
@@ -114,8 +117,32 @@ def start(trainer: TrainerBase, run: Run) -> None:
     run.stop.open(first_point(run))
     run.trained = not run.is_over
     if run.trained:
+        if trainer.resolved_recipe is None and trainer.replica_groups is None:
+            _on_disk(trainer, partial(_keep_code, trainer, run))
         for hook in run.events.on_train_start:
             hook()
+
+
+def _check_one_folder(trainer: TrainerBase, run: Run) -> None:
+    """Checks that all ranks write to the same folder.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    folders = run.world.all_gather_object(None if trainer.run_dir is None else str(trainer.run_dir))
+    if len(set(folders)) > 1:
+        said = ", ".join(f"{folder!r} on rank {i}" for i, folder in enumerate(folders[:4]))
+        raise ConfigError(
+            f"run_dir has to be the same on every rank, and is {said}: give one that depends on no "
+            "clock, random number or rank."
+        )
+
+
+def _keep_code(trainer: TrainerBase, run: Run) -> None:
+    """Keeps the user's code in the run folder; a recipe's is kept with the recipe."""
+    files = {place_of(name, file): file for name, file in run.identity.code.files.items()}
+    if trainer.run_dir is not None:
+        keep(trainer.run_dir, run.global_step, files, None)
 
 
 def _set_determinism(run: Run) -> None:

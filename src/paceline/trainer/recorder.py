@@ -161,7 +161,7 @@ class Recorder:
         info = RunInfo(
             folder=settings.run_dir,
             id=run.id,
-            identity=run.identity,
+            identity=run.identity.keys,
             recipe=None if recipe is None else masked(recipe),
             resumed=ranks is not None,
         )

@@ -13,10 +13,12 @@ from paceline.data.source import Source
 from paceline.errors import ConfigError, ResumeError
 from paceline.log.run_record import read_run
 from paceline.trainer.base import TrainerBase
+from paceline.trainer.identity_keys import FIRST_PARTS, Identity
 from paceline.trainer.settings import Resume
 from paceline.world.environment import began_before_restart
 from paceline.world.world import World
 
+_MOST = 6  # keys that a message names in the call that accepts them
 _GLOBAL_BATCH = "data.global_batch_size"
 
 
@@ -92,8 +94,8 @@ def horizon(trainer: TrainerBase) -> dict[str, int | None]:
 
 
 def check_identity(
-    now: dict[str, Any], horizon: dict[str, int | None], stored: dict[str, Any], resume: Resume
-) -> list[str]:
+    now: Identity, horizon: dict[str, int | None], stored: dict[str, Any], resume: Resume
+) -> tuple[list[str], list[str]]:
     """Compares a run with a checkpoint's settings.
 
     Args:
@@ -103,16 +105,21 @@ def check_identity(
         resume: with the keys that may differ.
 
     Returns:
-        The accepted keys that differ.
+        The accepted keys that differ, and the parts that only one of both knows, which could not be
+        compared.
 
     Raises:
         ResumeError: listing every key that may not differ but does.
     """
-    then = stored["identity"]
+    then, parts = stored["identity"], stored.get("identity_parts")
+    if parts is None:  # of a version that knew no more
+        parts = {name: [] for name in FIRST_PARTS}
+    unknown = parts.keys() ^ now.parts.keys()
+    left_out = {key for name in unknown for key in (*parts.get(name, ()), *now.parts.get(name, ()))}
     changed = {
-        key: (_shown(then, key), _shown(now, key))
-        for key in {**then, **now}
-        if then.get(key) != now.get(key)
+        key: (_shown(then, key), _shown(now.keys, key))
+        for key in {**then, **now.keys}
+        if key not in left_out and then.get(key) != now.keys.get(key)
     }
     for key, value in horizon.items():
         before = stored["horizon"][key]
@@ -122,14 +129,19 @@ def check_identity(
     refused = {key: values for key, values in changed.items() if key not in accepted}
     if refused:
         lines = [f"{key}: {old} then, {new} now" for key, (old, new) in refused.items()]
+        names = list(refused)[:_MOST]
+        flags = " ".join(f"--accept {name}" for name in names)
+        hint = ""
+        if any(key.startswith("code.") for key in refused):
+            hint = "\nThe code that has trained it until now is in the run's folder, in code."
         raise ResumeError(
             "this run cannot resume with other settings than it began with:\n  "
             + "\n  ".join(lines)
             + "\nPut them back, start anew beside the old run (another run_dir), move the old run "
-            "aside (resume='fresh', --fresh), or accept the change "
-            f"(Resume(accept=({next(iter(refused))!r},)), --accept {next(iter(refused))})."
+            f"aside (resume='fresh', --fresh), or accept the change (Resume(accept="
+            f"{tuple(names)!r}), {flags}).{hint}"
         )
-    return accepted
+    return accepted, sorted(unknown)
 
 
 def _shown(identity: dict[str, Any], key: str) -> str:

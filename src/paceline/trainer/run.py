@@ -21,6 +21,7 @@ from paceline.log.plan import Plan
 from paceline.log.run_record import RunRecord
 from paceline.parallel.placement import Placement
 from paceline.trainer.events import Events, Hooks
+from paceline.trainer.identity_keys import Identity
 from paceline.trainer.progress import Progress
 from paceline.trainer.stop import StopAgreement, behind_draw
 from paceline.world.world import World
@@ -92,7 +93,7 @@ class Run:
         saver: the engine that writes checkpoints and finds them; None if nothing is written.
         record: run.json.
         folder_lock: keeps other processes from the run's folder.
-        identity: what a resumed run must find unchanged, by dotted key.
+        identity: what a resumed run must find unchanged.
         scaler: scales losses in fp16, else None.
         model_key: the stream that models' random numbers come from.
         count_items: counts a batch's items, if the user does so; else None.
@@ -129,7 +130,7 @@ class Run:
     saver: CheckpointEngine | None = None
     record: RunRecord = field(default_factory=lambda: RunRecord(None))
     folder_lock: FolderLock = field(default_factory=lambda: FolderLock())
-    identity: dict[str, Any] = field(default_factory=dict)
+    identity: Identity = field(default_factory=Identity)
     scaler: torch.amp.GradScaler | None = None
     model_key: int = 0
     count_items: Callable[[Any], Any] | None = None

@@ -80,7 +80,8 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         },
         "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
         "rank": {str(run.world.rank): rank},
-        "identity": run.identity,
+        "identity": run.identity.keys,
+        "identity_parts": run.identity.parts,
         "horizon": horizon(trainer),
         **_of_groups(trainer),
     }
@@ -102,7 +103,9 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     Raises:
         MismatchError, ResumeError: it does not fit; nothing that could be checked was changed.
     """
-    accepted = check_identity(run.identity, horizon(trainer), tree, trainer.resume)
+    accepted, unknown = check_identity(run.identity, horizon(trainer), tree, trainer.resume)
+    if unknown:
+        run.plan.add(f"not compared with the checkpoint, which lacks it: {', '.join(unknown)}")
     _check_fits(trainer, tree)
     models = trainer.named_models()
     for name, model in models.items():

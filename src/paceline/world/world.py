@@ -335,6 +335,40 @@ def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
         ConfigError: the launcher's environment gives the number of processes, but no rendezvous.
     """
     global _joined
+    store = _store(rank, size, timeout)
+    _joined += 1
+    store = PrefixStore(f"paceline/{_joined}", store)
+    _await_all(store, rank, size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def agreed_text(name: str, text: str) -> str:
+    """One rank's text, on all ranks; that of the first start, where an agent keeps its store.
+
+    Args:
+        name: what it is.
+        text: this rank's.
+
+    Returns:
+        The text of the rank that came first; this rank's, if there is no other.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size <= 1 or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        return text
+    timeout = timedelta(seconds=Parallel().timeout)
+    store = _store(int(os.environ.get("RANK", "0")), size, timeout)
+    while isinstance(store, PrefixStore):  # each start has a prefix of its own
+        store = store.underlying_store
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return store.compare_set(f"paceline/agreed/{run}/{name}", "", text).decode()
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> Any:
+    """The store in which this start's ranks meet.
+
+    Raises:
+        ConfigError: the launcher's environment gives the number of processes, but no rendezvous.
+    """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
@@ -348,10 +382,7 @@ def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
         _meetings[where] = store
-    _joined += 1
-    store = PrefixStore(f"paceline/{_joined}", _meetings[where])
-    _await_all(store, rank, size, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return _meetings[where]
 
 
 def _name_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> str:
