@@ -10,6 +10,8 @@
     callbacks/<name>      each callback's state_dict; averaged weights among them
     objects/<name>        `Trainer.checkpoint_objects`
     rank/<r>/data         position in this rank's data, if it keeps its own order
+    rank/<r>/reader       what this rank's dataset keeps, such as a generator of its own
+    rank/<r>/validation   what the validation loaders' objects keep, by the loaders' names
     rank/<r>/sums         open metric sums
     rank/0/sinks          byte offsets of the row files
     identity, horizon     the settings that a resumed run is compared with

@@ -57,6 +57,10 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     source = trainer.source.state_dict()
     if trainer.source.per_rank:
         rank["data"] = source
+    elif kept := _asked(trainer.source, "reader_state"):
+        rank["reader"] = kept
+    if validation := _of_validation(trainer):
+        rank["validation"] = validation
     monitor, scaler, pipeline = trainer.metric_monitor, run.scaler, run.placement.pipeline
     optimizers = {
         name: optimizer_state(optimizer, names)
@@ -87,6 +91,30 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "made": run.made.changes(models, trainer.named_optimizers()),
         **_of_groups(trainer),
     }
+
+
+def _of_validation(trainer: TrainerBase) -> dict[str, Any]:
+    """What the validation loaders' objects keep, by the loaders' names; "" for the only one."""
+    states = {name or "": _asked(data, "state_dict") for name, data in trainer.validation.items()}
+    return {name: state for name, state in states.items() if state}
+
+
+def _asked(data: Any, what: str) -> dict[str, Any]:
+    """What a source gives in a method that one of the user's own need not have."""
+    return getattr(data, what, dict)()
+
+
+def _load_objects_of_data(trainer: TrainerBase, own: dict[str, Any]) -> None:
+    """Gives the objects of the loaders what this rank's part of the state holds of them."""
+    validation = own.get("validation", {})
+    loads: list[tuple[Any, str, Any]] = [(trainer.source, "load_reader_state", own.get("reader"))]
+    loads += [
+        (data, "load_state_dict", validation.get(name or ""))
+        for name, data in trainer.validation.items()
+    ]
+    for data, load, state in loads:
+        if state is not None and hasattr(data, load):
+            getattr(data, load)(state)
 
 
 def _of_groups(trainer: TrainerBase) -> dict[str, Any]:
@@ -129,6 +157,7 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     load_by_name("callback", callbacks, tree["callbacks"], trainer.say)
     load_by_name("checkpoint object", objects, tree["objects"], trainer.say)
     trainer.recorder.load_state_dict(tree["rank"])
+    _load_objects_of_data(trainer, tree["rank"].get(str(run.world.rank), {}))
     if trainer.replica_groups is not None:
         trainer.replica_groups.load_state_dict(tree.get("replica_groups", {}))
 
