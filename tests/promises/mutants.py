@@ -18,6 +18,7 @@ from test_p05_a_kill_loses_nothing import DAMAGE, HARMLESS
 
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine, publication, safetensors_file
+from paceline.checkpoint.state import ModelForm
 from paceline.data import fetch, loader
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
@@ -28,7 +29,7 @@ from paceline.parallel.ddp import Replica
 from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
-from paceline.trainer import events, recorder, state_tree, window
+from paceline.trainer import events, lifecycle, recorder, saving, state_tree, window
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.recorder import Recorder
@@ -274,6 +275,18 @@ MUTANTS = [
         defects.nothing,
         f"{ALONE}:check_stopped",
         {"step": 6},
+    ),
+    Mutant(
+        "what training has thawed is frozen again",
+        ((ModelForm, "switch"),),
+        defects.nothing,
+        "test_state_comes_back:test_what_is_trained_changes_while_training",
+    ),
+    Mutant(
+        "nobody tries whether the state can be loaded",
+        ((lifecycle, "prove"), (lifecycle, "prove_first_step"), (saving, "prove_what_is_new")),
+        defects.nothing,
+        "test_proof:test_a_moment_that_comes_late_is_proven_at_its_first_save",
     ),
     Mutant(
         "schedules begin anew",

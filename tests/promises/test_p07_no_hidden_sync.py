@@ -189,7 +189,10 @@ def test_nothing_is_read_between_rows(optimizer: str, settings: dict[str, Any]) 
 
 
 def test_nothing_is_read_with_the_defaults_on(tmp_path: Path) -> None:
-    """Rows, progress and asynchronous checkpoints: they read at their own time only."""
+    """Rows, progress and asynchronous checkpoints: they read at their own time only.
+
+    So does the proof that the state can be loaded, before the first step and after it.
+    """
     watch = watched(
         log_every=6,
         progress=True,
@@ -197,7 +200,7 @@ def test_nothing_is_read_with_the_defaults_on(tmp_path: Path) -> None:
         checkpoint=CheckpointPolicy(every_epochs=None, every_steps=9),
     )
     assert watch.in_windows == []
-    assert {step for step, _ in watch.between} == {6, 9, 12, 18}
+    assert {step for step, _ in watch.between} == {0, 1, 6, 9, 12, 18}
 
 
 def test_callbacks_read_with_the_row() -> None:

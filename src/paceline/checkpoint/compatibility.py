@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from paceline.errors import MismatchError, counted
 
@@ -23,13 +24,27 @@ def check_fits(
     Raises:
         MismatchError: lists every missing or unexpected name and every different shape or dtype.
     """
+    check_forms(forms_of(expected), forms_of(stored), what)
+
+
+def check_forms(expected: Mapping[str, str], stored: Mapping[str, str], what: str) -> None:
+    """The same of the forms that `forms_of` gives.
+
+    Args:
+        expected: of the state to load into.
+        stored: of the state about to be loaded.
+        what: the name of what is being loaded, for the message.
+
+    Raises:
+        MismatchError: lists every missing or unexpected name and every different shape or dtype.
+    """
     lines = [f"missing from the checkpoint: {name}" for name in expected if name not in stored]
     lines += [f"only in the checkpoint: {name}" for name in stored if name not in expected]
-    for name, there in expected.items():
-        got = stored.get(name, there)
-        compared = isinstance(there, torch.Tensor) or isinstance(got, torch.Tensor)
-        if compared and _kind(got) != _kind(there):
-            lines.append(f"{name}: {_kind(got)} in the checkpoint, {_kind(there)} here")
+    lines += [
+        f"{name}: {stored[name]} in the checkpoint, {there} here"
+        for name, there in expected.items()
+        if stored.get(name, there) != there
+    ]
     if lines:
         count = counted(len(lines), "difference")
         raise MismatchError(
@@ -37,7 +52,21 @@ def check_fits(
         )
 
 
-def _kind(value: Any) -> str:
+def forms_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """The form of each entry of a module's state dictionary."""
+    return {name: _OWN if is_extra_state(name) else form_of(value) for name, value in state.items()}
+
+
+def form_of(value: Any) -> str:
+    """The dtype and shape of a tensor; of anything else, what does not change with its value."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return f"a {type(value).__name__}"
+    return "no tensor"
+
+
+_OWN = "the module's own"
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry is a module's extra state, whose form is for the module to judge."""
+    return name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from paceline.data.fetch import Fetcher, Request, plain
-from paceline.data.order import ORDER_VERSION, Order
+from paceline.data.kept import Kept
+from paceline.data.order import ORDER_VERSION, Order, Sampled
 from paceline.data.source import Draw
 from paceline.data.workers import iterate, stop_workers
 from paceline.errors import DataError
@@ -55,6 +56,13 @@ class Layout:
     def units(self, epoch: int) -> int:
         """Units in `epoch`, all ranks together."""
         return self._epoch_units or self.order.length(epoch)
+
+    def pass_at(self, epoch: int) -> int | None:
+        """The pass over the data that begins with `epoch`, if one does."""
+        if self._epoch_units is None:
+            return epoch
+        pass_, position = divmod(epoch * self._epoch_units, self.order.length(0))
+        return None if position else pass_
 
     def micro_batches(self, epoch: int) -> int:
         """Micro-batches a rank sees in `epoch`."""
@@ -178,6 +186,10 @@ class Reader:
         self._layout = layout
         self._loader = loader
         self.persistent = loader.persistent_workers
+        # Workers have copies, of which nobody hears.
+        parts = () if loader.num_workers else ("dataset", "collate_fn")
+        self.objects = Kept(loader, parts)
+        self.unheard = Kept(loader, ("dataset", "collate_fn")).names if loader.num_workers else []
 
     def read(self, epoch: int, offset: int, *, endless: bool = False) -> Iterator[Any]:
         """This rank's batches.
@@ -215,6 +227,9 @@ class Reader:
             yield pin_memory(fetch(request)) if pins else fetch(request)
 
 
+_TO_BE_DRAWN = -1  # an epoch's end, before its order is known
+
+
 class IndexedSource:
     """Training windows over map-style data (`Source`).
 
@@ -225,6 +240,7 @@ class IndexedSource:
         sizes_known: whether a unit is one sample (not with a loader's batch_size=None).
         identity: settings that a resumed run must not change.
         plan: decisions, for the printed plan.
+        sampled: the order, if it is that of the user's own sampler.
     """
 
     per_rank = False
@@ -238,15 +254,21 @@ class IndexedSource:
         sizes_known: bool,
         identity: dict[str, Any],
         plan: list[tuple[str, str]],
+        sampled: Sampled | None = None,
     ) -> None:
         self._layout = layout
         self._reader = reader
+        self._sampled = sampled if sampled is not None and sampled.follows else None
+        self._endless = reader.persistent and self._sampled is None
         self._window = micro_batches_per_window * layout.chunk
         self._sizes_known = sizes_known
         self.micro_batches: int | None = layout.micro_batches(0)
         self.windows_per_epoch: int | None = -(-self.micro_batches // micro_batches_per_window)
         self.identity = {**identity, "order_version": ORDER_VERSION, "units": layout.units(0)}
         self.plan = plan
+        if reader.unheard:
+            kept = ", ".join(reader.unheard)
+            plan.append((f"what workers keep is not restored on resume: {kept}", "num_workers=0"))
         self._epoch = 0
         self._offset = 0
         self._end = 0
@@ -256,9 +278,12 @@ class IndexedSource:
     def start_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
             self._epoch, self._offset = epoch, 0
-        if not self._reader.persistent:
+        if not self._endless:
             self._batches = None
-        self._end = self._layout.units(epoch)
+        if self._sampled is None:
+            self._end = self._layout.units(epoch)
+        elif self._offset == 0:
+            self._end = _TO_BE_DRAWN
 
     def repartition(self, rank: int, ranks: int) -> None:
         """Splits the same windows among another number of ranks from the next window on.
@@ -271,11 +296,15 @@ class IndexedSource:
             self.close()
 
     def draw(self) -> Draw | None:
+        if self._end == _TO_BE_DRAWN:  # now that all who listen to the epoch's start were called
+            assert self._sampled is not None
+            self._sampled.begin(self._layout.pass_at(self._epoch))
+            self._end = self._layout.units(self._epoch)
         start, stop = self._offset, min(self._offset + self._window, self._end)
         if start == stop:
             return None
         if self._batches is None or self._unread:
-            self._batches = self._reader.read(self._epoch, start, endless=self._reader.persistent)
+            self._batches = self._reader.read(self._epoch, start, endless=self._endless)
         self._offset = stop
         layout, chunk = self._layout, self._layout.chunk
         shares: list[tuple[int, int]] = []
@@ -310,10 +339,21 @@ class IndexedSource:
         return -(-self._offset // self._layout.chunk)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "offset": self._offset}
+        sampler = {} if self._sampled is None else {"sampler": self._sampled.state_dict()}
+        return {"epoch": self._epoch, "offset": self._offset, **sampler}
+
+    def reader_state(self) -> dict[str, Any]:
+        """What this rank's dataset keeps, such as a generator of its own."""
+        return self._reader.objects.state()
+
+    def load_reader_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `reader_state` gave."""
+        self._reader.objects.load(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch, self._offset = state["epoch"], state["offset"]
+        if self._sampled is not None:
+            self._sampled.load_state_dict(state.get("sampler", {}))
         self._end = self._layout.units(self._epoch)
         self._batches = None
 
@@ -335,8 +375,17 @@ class IndexedValidation:
         self.length: int | None = layout.micro_batches(0)
         self._reading: Iterator[Any] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank's dataset keeps from one validation to the next."""
+        return self._reader.objects.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._reader.objects.load(state)
+
     def batches(self) -> Iterator[tuple[Any, int]]:
         end, chunk = self._layout.units(0), self._layout.chunk
+        before, abandoned = self.state_dict(), True
         self._reading = reading = self._reader.read(0, 0)
         try:
             for start in range(0, end, chunk):
@@ -346,8 +395,11 @@ class IndexedValidation:
                     yield batch, 0
                 else:
                     yield batch, self._layout.count(0, first, last) if self._sizes_known else -1
+            abandoned = False
         finally:
             self.close()
+            if abandoned:  # a resumed run begins it again
+                self.load_state_dict(before)
 
     def close(self) -> None:
         stop_workers(self._reading)

@@ -95,6 +95,7 @@ def open_training(
             "drop_last": bool(loader.drop_last),
         },
         plan=plan,
+        sampled=_sampled_in(order),
     )
 
 
@@ -241,8 +242,11 @@ def _order(
     shuffle = _shuffles(sampler)
     if shuffle is None:
         name = type(sampler).__name__
-        plan.append((f"order: {name}'s own, drawn once a pass under (seed, pass)", "sampler"))
         order = _shared(Sampled(sampler, seed), name, world)
+        kept = "and its state_dict" if order.follows else "without a state_dict to restore"
+        plan.append(
+            (f"order: {name}'s own, drawn once a pass under (seed, pass), {kept}", "sampler")
+        )
         return _trimmed(order, loader, plan), False, plan
     text = "a new permutation each pass, from (seed, pass)" if shuffle else "as stored"
     plan.append((f"order: {text} (the loader says shuffle={shuffle})", "shuffle"))
@@ -274,6 +278,11 @@ class _Trimmed:
 
     def slice(self, pass_: int, start: int, stop: int) -> Any:
         return self._order.slice(pass_, start, stop)
+
+
+def _sampled_in(order: Order) -> Sampled | None:
+    inner = order._order if isinstance(order, _Trimmed) else order
+    return inner if isinstance(inner, Sampled) else None
 
 
 def _trimmed(order: Order, loader: DataLoader, plan: list[tuple[str, str]]) -> Order:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from paceline.data.kept import Kept, alike
 from paceline.errors import DataError
 from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
 
@@ -125,6 +126,12 @@ class Sampled(Order):
 
     The generators are seeded by (seed, pass) before each draw, so that any pass can be drawn again;
     their state is restored afterwards. The first pass is drawn twice, to check that this holds.
+
+    A sampler with a `state_dict` may follow training. Then a pass is drawn as it begins, and again
+    with the state of that time.
+
+    Attributes:
+        follows: whether it has one.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -133,6 +140,9 @@ class Sampled(Order):
         self._pass = -1
         self._units: list[Any] = []
         self._lengths: dict[int, int] = {}
+        self._kept = Kept(_Holder(sampler), ("sampler",))
+        self.follows = any(name.endswith("state_dict") for name in self._kept.names)
+        self._drawn_with: dict[int, tuple[str, dict[str, Any]]] = {}  # of the latest passes
 
     def length(self, pass_: int) -> int:
         return self._lengths[pass_] if pass_ in self._lengths else len(self._draw(pass_))
@@ -143,7 +153,14 @@ class Sampled(Order):
     def _draw(self, pass_: int) -> list[Any]:
         if pass_ == self._pass:
             return self._units
+        if pass_ in self._drawn_with:
+            return self._take(pass_, self._drawn_again(pass_))
+        state = self._kept.state() if self.follows else {}
         units = self._drawn(pass_)
+        if self.follows:
+            self._drawn_with[pass_] = _digest(units), state
+            for old in sorted(self._drawn_with)[:-_REMEMBERED]:
+                del self._drawn_with[old]
         if not self._lengths and _text(units) != _text(self._drawn(pass_)):
             raise DataError(
                 f"{type(self._sampler).__name__} gives another order each time, under the "
@@ -151,8 +168,49 @@ class Sampled(Order):
                 "torch's, numpy's or random's global generator or from an attribute `generator`, "
                 "and take the pass from set_epoch(pass) if it needs it."
             )
+        return self._take(pass_, units)
+
+    def _take(self, pass_: int, units: list[Any]) -> list[Any]:
         self._units, self._pass, self._lengths[pass_] = units, pass_, len(units)
         return units
+
+    def _drawn_again(self, pass_: int) -> list[Any]:
+        """A pass that was drawn before, in this process or in the one that was stopped."""
+        wanted, state = self._drawn_with[pass_]
+        units = self._drawn(pass_)
+        if _digest(units) != wanted:
+            now = self._kept.state()
+            self._kept.load(state)
+            units = self._drawn(pass_)
+            self._kept.load(now)
+        if _digest(units) != wanted:
+            raise DataError(
+                f"{type(self._sampler).__name__} gives another order for pass {pass_} than it "
+                "gave: its state_dict() has to hold all that its order follows from."
+            )
+        return units
+
+    def begin(self, pass_: int | None) -> None:
+        """A pass begins, or none: one that follows training is drawn now."""
+        if self.follows and pass_ is not None:
+            self._drawn_with.pop(pass_, None)
+            self._pass = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the sampler keeps, and kept when the latest passes were drawn."""
+        if not self.follows:
+            return {}
+        return {"drawn": dict(self._drawn_with), "now": self._kept.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        if not self.follows or not state:
+            return
+        self._drawn_with, self._pass = dict(state["drawn"]), -1
+        for pass_ in sorted(self._drawn_with):
+            self._draw(pass_)
+        if not alike(self._kept.state(), state["now"]):  # to load a position would move it
+            self._kept.load(state["now"])
 
     def fingerprint(self) -> bytes:
         """A hash of the first pass, equal for samplers that give the same order."""
@@ -172,6 +230,24 @@ class Sampled(Order):
         if not units:
             raise DataError(f"{type(self._sampler).__name__} yields nothing: the loader is empty.")
         return units
+
+
+class _Holder:
+    """Something with a sampler.
+
+    Args:
+        sampler: of the user's own.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+
+_REMEMBERED = 2  # passes: workers may be reading the next one already
+
+
+def _digest(units: list[Any]) -> str:
+    return hashlib.sha256(_text(units).encode()).hexdigest()
 
 
 def _text(units: list[Any]) -> str:

@@ -17,6 +17,7 @@ from itertools import count
 from typing import Any
 
 from paceline.data.alike import borrowed, check_alike, fingerprint
+from paceline.data.kept import Kept
 from paceline.data.source import Draw
 from paceline.data.workers import iterate, stop_workers
 from paceline.errors import DataError
@@ -74,6 +75,11 @@ class StreamedSource:
         self._begun = False  # the loader has been read, in this process or before a resume
         self._last: Any = _END  # for a stand-in when another rank has more batches
         self._compared = False  # whether the ranks' shares have been compared
+        # torchdata's loaders save what is in them, but for their generator.
+        self._objects = Kept(loader, ("loader",)) if self._stateful else Kept(loader)
+        self._at_open: dict[str, Any] = {}  # what they kept as this pass was opened
+        if _keeps_workers(loader):
+            plan.append((_ANEW, "persistent_workers"))
 
     def start_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -144,15 +150,17 @@ class StreamedSource:
             return self._kept
         if self._held is not _END:
             raise DataError("the loader was read beyond the position of the state to be saved.")
+        opened = self._iterator is not None
         return {
             "epoch": self._epoch,
             "pass": self._pass,
             "in_pass": self._in_pass,
             "in_epoch": self._in_epoch,
             "ended": self._ended,
-            "open": self._iterator is not None,
+            "open": opened,
             # A loader not yet read would create its iterator now, under another random stream.
             "loader": self._loader.state_dict() if self._stateful and self._begun else None,
+            "kept": self._objects.state() if self._stateful or not opened else self._at_open,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,11 +170,22 @@ class StreamedSource:
         self._ended = state["ended"]
         if self._stateful and state["loader"] is not None:
             self._loader.load_state_dict(state["loader"])
+        kept = state.get("kept", {})
+        if not state["open"] or not self._stateful:
+            self._objects.load(kept)
         if not state["open"]:
             return
         self._open()
-        if not self._stateful and self._in_pass:
-            self._replay(self._in_pass)
+        if self._stateful:
+            self._objects.load(kept)
+        elif self._in_pass:
+            done = self._in_pass
+            try:
+                self._replay(done)
+            except DataError:  # what a dataset gives may be its position, not what it begins with
+                self._objects.load(kept, generators_only=True)
+                self._open()
+                self._replay(done)
 
     def close(self) -> None:
         _close(self._loader, self._iterator)
@@ -177,6 +196,9 @@ class StreamedSource:
             set_epoch = getattr(thing, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(self._pass)
+        if _keeps_workers(self._loader):
+            _close(self._loader, None)
+        self._at_open = {} if self._stateful else self._objects.state()
         # Creating an iterator draws from the global generators; so may the loader's shuffling.
         seed_everything(stream(self._seed, "loader", self._pass))
         self._iterator, self._begun = iterate(self._loader), True
@@ -250,8 +272,20 @@ class StreamedValidation:
         self._in_step = world.parallel.partitions_state or world.parallel.context > 1
         self.length = _length(loader)
         self._reading: Iterator[Any] | None = None
+        self._objects = Kept(loader)
+        if _keeps_workers(loader):
+            self.plan.append((f"{label}: {_ANEW}", setting))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the loader's objects keep from one validation to the next."""
+        return self._objects.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._objects.load(state)
 
     def batches(self) -> Iterator[tuple[Any, int]]:
+        before, abandoned = self._objects.state(), True
         seed_everything(stream(self._seed, "loader", -1))
         self._reading = iterate(self._loader)
         try:
@@ -263,9 +297,11 @@ class StreamedValidation:
                 yield (last, 0) if batch is _END else (batch, -1)
                 last = last if batch is _END else batch
                 seed_everything(_batch_seed(self._seed, "val-sample", 0, i + 1, self._world))
+            abandoned = False
         finally:
-            if not getattr(self._loader, "persistent_workers", False):
-                self.close()
+            self.close()
+            if abandoned:  # a resumed run begins it again
+                self._objects.load(before)
 
     def _goes_on(self, batch: Any, *, first: bool) -> bool:
         """Whether this rank, or any rank that it has to keep in step with, has a batch."""
@@ -286,6 +322,16 @@ class StreamedValidation:
     def close(self) -> None:
         _close(self._loader, self._reading)
         self._reading = None
+
+
+_ANEW = "workers start anew with each pass: what they keep could not be restored on resume"
+
+
+def _keeps_workers(loader: Any) -> bool:
+    """Whether a loader's workers would outlive a pass."""
+    return bool(getattr(loader, "persistent_workers", False)) and bool(
+        getattr(loader, "num_workers", 0)
+    )
 
 
 def _close(loader: Any, iterator: Any) -> None:

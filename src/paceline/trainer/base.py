@@ -88,6 +88,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     # Recipe sections and the base classes of what they hold; a subclass adds its own (slots.py).
     slots: ClassVar[dict[str, type]] = TRAINER_SLOTS
 
+    _run: Run | None = None  # while one is open
     train_dataloader: Any = None
     val_dataloader: Any = None
     check_gradients: bool = False  # take each step's gradient norm, to refuse one not finite
@@ -136,7 +137,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.seed = 0
         self.autocast: AbstractContextManager[Any] = nullcontext()
         self.replica_groups: ReplicaGroups | None = None
-        self._run: Run | None = None  # while one is open
+        self._run = None
         self._ended: Run | None = None  # the last one, of which `state_dict` may still be asked
         self._epochs: int | None = None
         self._asked_seed: int | None = None  # of an overridden train(seed=...)
@@ -146,6 +147,11 @@ class TrainerBase(Hooks, AbstractTrainer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         slots_of(cls)  # raises for a slot that cannot be
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, (torch.nn.Module, dict)) and self._run is not None:
+            self._run.load_waiting(value if isinstance(value, dict) else {name: value})
 
     # Counters
 

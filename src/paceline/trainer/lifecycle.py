@@ -16,6 +16,7 @@ from paceline import registry
 from paceline.checkpoint import CheckpointPolicy, engine_class
 from paceline.checkpoint.engine import recorded_engine
 from paceline.checkpoint.policy import NATIVE
+from paceline.checkpoint.state import Made
 from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize
@@ -29,6 +30,7 @@ from paceline.trainer.checks import check_components, check_data
 from paceline.trainer.events import Events
 from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
+from paceline.trainer.proof import prove, prove_first_step
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run, StopBeforeWindow
@@ -109,6 +111,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     for hook in run.events.on_setup:
         hook()
     add_own_identity(trainer, run)
+    run.made = Made.of(trainer.named_models(), trainer.named_optimizers())
     _load(trainer, run)
     if trainer.replica_groups is not None:
         trainer.replica_groups.hand_saver_over()
@@ -121,6 +124,9 @@ def start(trainer: TrainerBase, run: Run) -> None:
             _on_disk(trainer, partial(_keep_code, trainer, run))
         for hook in run.events.on_train_start:
             hook()
+        if run.saver is not None and trainer.checkpoint_policy is not None:
+            prove(trainer, run)
+            prove_first_step(trainer, run)
 
 
 def _check_one_folder(trainer: TrainerBase, run: Run) -> None:

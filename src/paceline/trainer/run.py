@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from paceline.checkpoint import CheckpointEngine
+from paceline.checkpoint.state import Made, load_model_state
 from paceline.log.lock import FolderLock
 from paceline.log.plan import Plan
 from paceline.log.run_record import RunRecord
@@ -113,6 +114,9 @@ class Run:
         saved_at: step and pending parts of the last checkpoint.
         saves_in_flight: how many saves have not been reported as saved or failed.
         sinks_state: positions of the sinks in the checkpoint that the run resumed from, by rank.
+        made: how models and optimizers were made, before anything was loaded or trained.
+        proven: the optimizers whose state was there when it was last proven that it can be loaded.
+        waiting: states of models that the resumed run has not made yet, by name.
         cleanup: what is undone at the end.
     """
 
@@ -150,6 +154,9 @@ class Run:
     saved_at: tuple[int, list[str]] | None = None
     saves_in_flight: int = 0
     sinks_state: dict[str, dict[str, Any]] | None = None
+    made: Made = field(default_factory=Made)
+    proven: set[str] = field(default_factory=set)
+    waiting: dict[str, Any] = field(default_factory=dict)
     cleanup: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -165,6 +172,16 @@ class Run:
     def global_step(self) -> int:
         """Optimizer steps (windows) done."""
         return self.progress.global_step
+
+    def load_waiting(self, assigned: Mapping[str, Any]) -> None:
+        """Gives models that training makes on its way what the checkpoint holds of them.
+
+        Args:
+            assigned: what the trainer has just got, by name.
+        """
+        for name in self.waiting.keys() & assigned.keys():
+            if isinstance(assigned[name], torch.nn.Module):
+                load_model_state(assigned[name], self.waiting.pop(name), f"model {name!r}")
 
     def request_rewind(self, step: int) -> None:
         """Asks to go back to the newest checkpoint, and to skip the window of `step` then."""

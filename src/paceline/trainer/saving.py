@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from paceline.errors import CheckpointError, ConfigError
 from paceline.trainer.base import TrainerBase
+from paceline.trainer.proof import prove_what_is_new
 from paceline.trainer.resume import window_info
 from paceline.trainer.run import Run
 
@@ -29,6 +30,7 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     if reasons == ["stop"] and run.saved_at == here and wait_for_saves(run) is None:
         return
     run.placement.share_buffers(trainer.named_models())
+    prove_what_is_new(trainer, run)
     tree = trainer.state_dict()
     for hook in run.events.on_save_checkpoint:
         hook(tree)

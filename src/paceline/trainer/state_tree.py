@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from paceline.checkpoint import check_fits
 from paceline.checkpoint.state import (
-    check_optimizer_state,
-    load_model_state,
+    Made,
+    check_grouping,
+    empty_buffers,
     load_optimizer_state,
+    load_tensors,
     optimizer_state,
     parameter_names,
+    regroup,
 )
 from paceline.errors import ResumeError
 from paceline.trainer.base import TrainerBase
@@ -55,6 +57,10 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     source = trainer.source.state_dict()
     if trainer.source.per_rank:
         rank["data"] = source
+    elif kept := _asked(trainer.source, "reader_state"):
+        rank["reader"] = kept
+    if validation := _of_validation(trainer):
+        rank["validation"] = validation
     monitor, scaler, pipeline = trainer.metric_monitor, run.scaler, run.placement.pipeline
     optimizers = {
         name: optimizer_state(optimizer, names)
@@ -63,7 +69,7 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     if pipeline is not None:
         pipeline.complete(optimizers)
     return {
-        "models": {name: model.state_dict() for name, model in models.items()},
+        "models": {name: model.state_dict() for name, model in models.items()} | run.waiting,
         "optimizers": optimizers,
         "schedulers": {
             name: scheduler.state_dict()
@@ -83,8 +89,33 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "identity": run.identity.keys,
         "identity_parts": run.identity.parts,
         "horizon": horizon(trainer),
+        "made": run.made.changes(models, trainer.named_optimizers()),
         **_of_groups(trainer),
     }
+
+
+def _of_validation(trainer: TrainerBase) -> dict[str, Any]:
+    """What the validation loaders' objects keep, by the loaders' names; "" for the only one."""
+    states = {name or "": _asked(data, "state_dict") for name, data in trainer.validation.items()}
+    return {name: state for name, state in states.items() if state}
+
+
+def _asked(data: Any, what: str) -> dict[str, Any]:
+    """What a source gives in a method that one of the user's own need not have."""
+    return getattr(data, what, dict)()
+
+
+def _load_objects_of_data(trainer: TrainerBase, own: dict[str, Any]) -> None:
+    """Gives the objects of the loaders what this rank's part of the state holds of them."""
+    validation = own.get("validation", {})
+    loads: list[tuple[Any, str, Any]] = [(trainer.source, "load_reader_state", own.get("reader"))]
+    loads += [
+        (data, "load_state_dict", validation.get(name or ""))
+        for name, data in trainer.validation.items()
+    ]
+    for data, load, state in loads:
+        if state is not None and hasattr(data, load):
+            getattr(data, load)(state)
 
 
 def _of_groups(trainer: TrainerBase) -> dict[str, Any]:
@@ -106,10 +137,18 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     accepted, unknown = check_identity(run.identity, horizon(trainer), tree, trainer.resume)
     if unknown:
         run.plan.add(f"not compared with the checkpoint, which lacks it: {', '.join(unknown)}")
-    _check_fits(trainer, tree)
+    made, changes = run.made, tree.get("made", {})
+    _check_fits(trainer, tree, made, changes)
     models = trainer.named_models()
+    run.waiting = {name: state for name, state in tree["models"].items() if name not in models}
     for name, model in models.items():
-        load_model_state(model, tree["models"][name], f"model {name!r}")
+        if name in tree["models"]:
+            load_tensors(model, tree["models"][name])
+        if name in made.models:
+            empty_buffers(model, made.models[name], tree["models"][name])
+            made.models[name].switch(model, changes.get("models", {}).get(name, {}))
+    for name, optimizer in trainer.named_optimizers().items():
+        regroup(optimizer, tree["optimizers"][name]["groups"], models)
     _load_optimizers(trainer, tree, accepted, parameter_names(models))
     if run.scaler is not None and tree["scaler"] is not None:
         run.scaler.load_state_dict(tree["scaler"])
@@ -121,21 +160,27 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     load_by_name("callback", callbacks, tree["callbacks"], trainer.say)
     load_by_name("checkpoint object", objects, tree["objects"], trainer.say)
     trainer.recorder.load_state_dict(tree["rank"])
+    _load_objects_of_data(trainer, tree["rank"].get(str(run.world.rank), {}))
     if trainer.replica_groups is not None:
         trainer.replica_groups.load_state_dict(tree.get("replica_groups", {}))
 
 
-def _check_fits(trainer: TrainerBase, tree: dict[str, Any]) -> None:
-    models, optimizers = trainer.named_models(), trainer.named_optimizers()
-    _check_names("models", models, tree["models"])
-    _check_names("optimizers", optimizers, tree["optimizers"])
+def _check_fits(
+    trainer: TrainerBase, tree: dict[str, Any], made: Made, changes: dict[str, Any]
+) -> None:
+    later = {*changes.get("later", ()), *(trainer.named_models().keys() - made.models.keys())}
+    models = {name for name in tree["models"] if name not in later}
+    _check_names("models", made.models.keys() - later, models)
+    _check_names("optimizers", trainer.named_optimizers(), tree["optimizers"])
     _check_names("schedulers", trainer.named_schedulers() or {}, tree["schedulers"])
-    for name, model in models.items():
-        check_fits(model.state_dict(), tree["models"][name], f"model {name!r}")
-    names = parameter_names(models)
-    for name, optimizer in optimizers.items():
-        stored = tree["optimizers"][name]
-        check_optimizer_state(optimizer, stored, names, f"optimizer {name!r}")
+    for name in models:
+        changed = changes.get("models", {}).get(name, {})
+        made.models[name].check(tree["models"][name], changed, f"model {name!r}")
+    for name in trainer.named_optimizers():
+        now = [group["params"] for group in tree["optimizers"][name]["groups"]]
+        check_grouping(
+            made.groups[name], changes.get("groups", {}).get(name, now), f"optimizer {name!r}"
+        )
 
 
 def _load_optimizers(
@@ -150,7 +195,7 @@ def _load_optimizers(
         course = None
         if mine and _schedule_changed(name, mine, accepted):
             course = replayed(list(mine.values()), stored)
-        load_optimizer_state(optimizer, tree["optimizers"][name], names, f"optimizer {name!r}")
+        load_optimizer_state(optimizer, tree["optimizers"][name], names)
         if course is not None:
             put(optimizer, course)
         else:

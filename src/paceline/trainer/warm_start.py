@@ -35,9 +35,11 @@ def load_weights(
     loaded, missing, unexpected = 0, [], []
     for name, model in models.items():
         here, there = model.state_dict(keep_vars=True), stored.get(name, {})
-        fits = {k: v for k, v in there.items() if k in here and v.shape == here[k].shape}
+        fits = {k: v for k, v in there.items() if k in here and _shape(v) == _shape(here[k])}
         loaded += len(fits)
-        tied = {id(here[k]) for k in fits}  # an exported file has tied weights under one name
+        tied = {
+            id(here[k]) for k in fits if _shape(here[k]) is not None
+        }  # an exported file has tied weights under one name
         missing += [f"{name}.{k}" for k in here if k not in fits and id(here[k]) not in tied]
         unexpected += [f"{name}.{k}" for k in there if k not in fits]
         load_tensors(model, fits)
@@ -47,6 +49,11 @@ def load_weights(
         f"weights from {source}: {loaded} tensors loaded; missing: {', '.join(missing) or 'none'}; "
         f"unexpected: {', '.join(unexpected) or 'none'}."
     )
+
+
+def _shape(value: Any) -> Any:
+    """The shape of a tensor; None for what else a module may keep."""
+    return value.shape if isinstance(value, torch.Tensor) else None
 
 
 def _weights_at(

@@ -1,0 +1,123 @@
+"""What a loader's objects keep from one pass over the data to the next.
+
+These are random generators, and the states of samplers and datasets that have a `state_dict`.
+Workers have copies of their own, which nobody can ask.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+import torch
+
+_PARTS = ("dataset", "sampler", "batch_sampler", "collate_fn")
+_INNER = ("dataset", "datasets", "sampler")
+
+
+class Kept:
+    """What some of a loader's objects keep.
+
+    Args:
+        loader: whose attributes are searched.
+        parts: which of them: "loader" for its own generators, and those in `_PARTS`.
+    """
+
+    def __init__(self, loader: Any, parts: Collection[str] = ("loader", *_PARTS)) -> None:
+        self._takers: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {}
+        self._seen: set[int] = set()
+        if "loader" in parts:
+            self._add_generators("loader", loader)
+        for part in _PARTS:
+            if part in parts:
+                self._add(part, getattr(loader, part, None))
+
+    @property
+    def names(self) -> list[str]:
+        """Where each of them is, e.g. "dataset.rng"."""
+        return list(self._takers)
+
+    def state(self) -> dict[str, Any]:
+        """A copy of what they keep now, by name."""
+        return {name: copy.deepcopy(give()) for name, (give, _) in self._takers.items()}
+
+    def load(self, state: dict[str, Any], *, generators_only: bool = False) -> None:
+        """Gives it back.
+
+        Args:
+            state: as `state` gave it; what is no longer there is passed over.
+            generators_only: leave out objects with a `state_dict`.
+        """
+        for name, (_, take) in self._takers.items():
+            if name in state and not (generators_only and name.endswith(_OWN)):
+                take(copy.deepcopy(state[name]))
+
+    def _add(self, name: str, thing: Any) -> None:
+        if thing is None or id(thing) in self._seen:
+            return
+        self._seen.add(id(thing))
+        if hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
+            self._takers[name + _OWN] = (thing.state_dict, thing.load_state_dict)
+            return
+        self._add_generators(name, thing)
+        for part in _INNER:
+            inner = getattr(thing, part, None)
+            for i, each in enumerate(inner if isinstance(inner, (list, tuple)) else [inner]):
+                self._add(f"{name}.{part}.{i}" if each is not inner else f"{name}.{part}", each)
+
+    def _add_generators(self, name: str, thing: Any) -> None:
+        for attribute, value in getattr(thing, "__dict__", {}).items():
+            takers = _generator(value)
+            if takers is not None and id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._takers[f"{name}.{attribute}"] = takers
+
+
+_OWN = " state_dict"
+
+
+def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
+    """How a random generator gives its state, and takes it back; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, np.random.Generator):
+        bits: Any = value.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    if isinstance(value, np.random.RandomState):
+        return lambda: value.get_state(legacy=False), value.set_state
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    return None
+
+
+def generators_in(thing: Any) -> dict[str, Any]:
+    """The random generators among an object's attributes, each with `state` and `load`."""
+    found = Kept(thing, ())
+    found._add_generators("", thing)
+    return {name.removeprefix("."): takers for name, takers in found._takers.items()}
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two states are equal, tensors and arrays by their values.
+
+    Args:
+        one, other: dictionaries, lists and tuples of tensors, arrays and plain values.
+    """
+    if isinstance(one, (torch.Tensor, np.ndarray)):
+        return type(one) is type(other) and np.array_equal(np.asarray(one), np.asarray(other))
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(alike(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, (list, tuple)):
+        return (
+            isinstance(other, (list, tuple))
+            and len(one) == len(other)
+            and all(map(alike, one, other))
+        )
+    return one == other

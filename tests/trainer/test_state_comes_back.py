@@ -1,0 +1,275 @@
+"""What a run makes while it trains comes back when it is resumed.
+
+Each expected value is computed by a loop in plain torch that is never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from paceline import Callback, Trainer
+from paceline.errors import MismatchError
+from paceline.testing.tracing import StopAt
+from small import batches, line, points, settings
+
+STEPS = 10  # two epochs of five
+
+
+def by_hand(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    before: Callable[[int], None] = lambda epoch: None,
+) -> None:
+    """Two epochs over the points, in order; `before` is called as each begins."""
+    x, y = points().tensors
+    for step in range(STEPS):
+        if step % 5 == 0:
+            before(step // 5)
+        at = slice(4 * (step % 5), 4 * (step % 5) + 4)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[at]), y[at]).backward()
+        optimizer.step()
+
+
+def resumed(
+    make: Callable[[], dict[str, Any]], run_dir: Path, *stops: int, kind: type[Trainer] = Trainer
+) -> Any:
+    """The trainer at the end of a run that was stopped at each of the steps."""
+    for stop in (*stops, None):
+        made = make()
+        made["callbacks"] = [*made.get("callbacks", []), *([StopAt(stop)] if stop else [])]
+        trainer = kind(**settings(run_dir=run_dir, **made))
+        trainer.fit(seed=1)
+    return trainer
+
+
+class Keeps(nn.Module):
+    """A line with a state of one kind, which is counted or changed in each step.
+
+    Args:
+        kind: of what it keeps.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.line = line()
+        self.kind, self.calls = kind, 0
+        self.register_buffer("bank", torch.zeros(0, 3))
+        self.register_buffer("mean", None)
+        self.register_buffer("wide", torch.zeros(1).expand(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+            self.bank = torch.cat([self.bank, x])[-30:]
+            self.mean = x.mean(0)
+            if self.calls == 2:
+                self.register_buffer("later", x.sum(0))
+        return self.line(x)
+
+    def get_extra_state(self) -> Any:
+        return {
+            "a dictionary": {"calls": self.calls, 7: (self.calls,)},
+            "a number": self.calls,
+            "text": str(self.calls),
+            "a list": [self.calls],
+            "a tensor that grows": torch.ones(self.calls),
+            "None": None,
+        }[self.kind]
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = {
+            "a dictionary": lambda: state[7][0],
+            "a number": lambda: state,
+            "text": lambda: int(state),
+            "a list": lambda: state[0],
+            "a tensor that grows": lambda: len(state),
+            "None": lambda: 3,
+        }[self.kind]()
+
+
+@pytest.mark.parametrize(
+    "kind", ["a dictionary", "a number", "text", "a list", "a tensor that grows", "None"]
+)
+def test_extra_state_and_buffers_that_change(kind: str, tmp_path: Path) -> None:
+    def make() -> dict[str, Any]:
+        return {"model": Keeps(kind)}
+
+    hand = Keeps(kind)
+    by_hand(hand, torch.optim.SGD(hand.parameters(), lr=0.05, momentum=0.9))
+
+    model = resumed(make, tmp_path, 3).model
+
+    assert model.calls == STEPS
+    assert torch.equal(model.line.weight, hand.line.weight)
+    for name in ("bank", "mean", "wide", "later"):
+        assert torch.equal(getattr(model, name), getattr(hand, name)), name
+
+
+def test_a_buffer_that_was_made_in_another_shape_is_refused(tmp_path: Path) -> None:
+    """Only training may change a buffer: a model that was built anew with another one differs."""
+
+    class Wide(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.line = line()
+            self.register_buffer("scale", torch.ones(width))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.line(x) * self.scale.sum()
+
+    Trainer(**settings(model=Wide(3), run_dir=tmp_path, max_steps=2)).fit()
+
+    with pytest.raises(MismatchError, match=r"scale: float32\[3\] in the checkpoint.*\[4\] here"):
+        Trainer(**settings(model=Wide(4), run_dir=tmp_path)).fit()
+
+
+class Counted(torch.optim.SGD):
+    """Its rate falls with a count, which its own state_dict() gives."""
+
+    n = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.n += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"] / self.n)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "n": self.n}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = dict(state_dict)
+        self.n = state.pop("n")
+        super().load_state_dict(state)
+
+
+class Shared(torch.optim.SGD):
+    """Its rate falls with a count, under a key of its own in `state`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        shared: Any = self.state["shared"]  # pyright: ignore[reportArgumentType]
+        shared["n"] = shared.get("n", 0) + 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"] / shared["n"])
+
+
+class Lookahead(torch.optim.Optimizer):
+    """An inner optimizer and slow weights."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.inner, self.n = torch.optim.Adam(parameters, lr=lr), 0
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups = self.inner.param_groups
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+        self.n += 1
+        if self.n % 3 == 0:
+            for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                slow.lerp_(p, 0.5)
+                p.copy_(slow)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "n": self.n, "slow": self.slow}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict["inner"])
+        self.n, self.param_groups = state_dict["n"], self.inner.param_groups
+        for slow, value in zip(self.slow, state_dict["slow"], strict=True):
+            slow.copy_(value)
+
+
+@pytest.mark.parametrize("kind", [Counted, Shared, Lookahead])
+def test_an_optimizer_with_a_state_of_its_own(kind: Any, tmp_path: Path) -> None:
+    def make() -> dict[str, Any]:
+        model = line()
+        return {"model": model, "optimizer": kind(model.parameters(), lr=0.05)}
+
+    hand = make()
+    by_hand(hand["model"], hand["optimizer"])
+
+    assert torch.equal(resumed(make, tmp_path, 4).model.weight, hand["model"].weight)
+
+
+class TwoLines(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = line(), nn.Linear(1, 1)
+        nn.init.constant_(self.head.weight, 0.5)
+        nn.init.zeros_(self.head.bias)
+        self.body.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.dropout(self.body(x), 0.0, self.body.training))
+
+
+class Thaw(Callback):
+    """In the second epoch the body is trained as well, in a group of its own, in eval mode."""
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        thaw(trainer.current_epoch, trainer.model, trainer.optimizer)
+
+
+def thaw(epoch: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    if epoch == 1:
+        model.body.requires_grad_(True)
+        model.body.eval()
+        group = {"params": list(model.body.parameters()), "lr": 0.01}
+        optimizer.add_param_group(group)
+
+
+def test_what_is_trained_changes_while_training(tmp_path: Path) -> None:
+    def make() -> dict[str, Any]:
+        model = TwoLines()
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.05, momentum=0.9)
+        return {"model": model, "optimizer": optimizer, "callbacks": [Thaw()]}
+
+    hand = make()
+    model, optimizer = hand["model"], hand["optimizer"]
+    by_hand(model, optimizer, lambda epoch: thaw(epoch, model, optimizer))
+
+    trainer = resumed(make, tmp_path, 6, 8)
+
+    assert torch.equal(trainer.model.body.weight, model.body.weight)
+    assert torch.equal(trainer.model.head.weight, model.head.weight)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.05, 0.01]
+    assert not trainer.model.body.training
+
+
+class Perceptual(Trainer):
+    """Makes a network of random weights at the first validation, to measure with."""
+
+    values: list[float]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not hasattr(self, "judge"):
+            self.judge = nn.Linear(1, 3).requires_grad_(False)
+        if batch_idx == 0:
+            vars(self).setdefault("values", []).append(float(self.judge.weight[0]))
+        self.log("val/judged", self.judge(self.model(batch[0])).square().mean())
+
+
+def test_a_model_that_is_made_while_training(tmp_path: Path) -> None:
+    """Given a network from the first validation, when the run is resumed, it is the same one."""
+
+    def make() -> dict[str, Any]:
+        return {"model": line(), "val_dataloader": batches(), "validate_every": 2}
+
+    whole = resumed(make, tmp_path / "whole", kind=Perceptual)
+
+    trainer = resumed(make, tmp_path / "parts", 5, kind=Perceptual)
+
+    assert len(set(whole.values)) == 1
+    assert trainer.values == whole.values[2:]
