@@ -16,6 +16,7 @@ from test_p01_on_ranks import Plan
 from test_p04_every_sample_once import Case as Pass
 from test_p05_a_kill_loses_nothing import DAMAGE, HARMLESS
 
+from paceline import reading
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine, publication, safetensors_file
 from paceline.data import fetch, loader
@@ -333,6 +334,12 @@ MUTANTS = [
         defects.nothing,
         f"{P5}:check_damage",
         {"damage": DAMAGE["flipped shard-00"], "goes_on_from": 7},
+    ),
+    Mutant(
+        "what could not be read is taken for damaged",
+        ((reading, "is_answer"),),
+        defects.always,
+        f"{P5}:check_unreadable",
     ),
     Mutant(
         "signals are not heard",
