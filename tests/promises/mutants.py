@@ -36,6 +36,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import Window
+from paceline.world.signals import LeaveAtOnce
 from paceline.world.world import World
 from storm_ranks import Kill
 
@@ -347,6 +348,12 @@ MUTANTS = [
         defects.always,
         f"{P6}:check_where",
         {"at": "training"},
+    ),
+    Mutant(
+        "a signal before training raises an exception wherever the process is",
+        ((LeaveAtOnce, "__call__"),),
+        defects.leaves_by_exception,
+        f"{P6}:check_before_training",
     ),
     Mutant(
         "a validation is never left",

@@ -117,6 +117,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     if run.trained:
         for hook in run.events.on_train_start:
             hook()
+    run.stop.listen(begun=True)
 
 
 def _set_determinism(run: Run) -> None:
