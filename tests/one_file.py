@@ -132,7 +132,7 @@ class OneFile(CheckpointEngine):
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["about"])
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:  # an OSError would not say that it is damaged
             raise CheckpointError(f"{path}: {error}") from error
         return Checkpoint(path, **{**about, "info": decode({}, about["info"])})
 

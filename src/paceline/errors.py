@@ -28,6 +28,7 @@ __all__ = [
     "RecipeError",
     "ResumeError",
     "StateError",
+    "UnreadableError",
 ]
 
 
@@ -61,6 +62,10 @@ class NonFiniteError(PacelineError):
 
 class CheckpointError(PacelineError):
     """A checkpoint could not be written, read or verified."""
+
+
+class UnreadableError(PacelineError):
+    """A file of a run could not be read, which says nothing about it: it was left as it is."""
 
 
 class StateError(CheckpointError):

@@ -15,6 +15,7 @@ import torch
 
 from paceline.checkpoint import CheckpointPolicy, NativeEngine
 from paceline.checkpoint.files import Disk
+from paceline.reading import Reader
 from paceline.world.world import World
 
 OPERATIONS = (
@@ -68,6 +69,63 @@ def fails_at(at: int, code: int = errno.ENOSPC, for_good: bool = False) -> Fault
             raise OSError(code, os.strerror(code))
 
     return FaultyDisk(fault)
+
+
+READS = "open read fstat stat lstat listdir".split()  # noqa: SIM905
+# What a file system says when it does not answer.
+DOES_NOT_ANSWER = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENOMEM, errno.EACCES)
+
+
+class FaultyReader(Reader):
+    """Files of which `fault(n, name, arguments)` is called before the n-th operation, from 1.
+
+    It counts operations on what is in `folder`. A read gives at most 7 bytes where `short` is set.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fault: Callable[[int, str, tuple[Any, ...]], None],
+        short: bool = False,
+    ) -> None:
+        self.folder = str(folder)
+        self.fault = fault
+        self.short = short
+        self.count = 0
+
+
+def path_of(file: Any) -> str:
+    """The path of a file that is given by its path or its descriptor."""
+    return os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else str(file)
+
+
+def _faulty_read(name: str) -> Callable[..., Any]:
+    def operation(self: FaultyReader, *args: Any) -> Any:
+        path = path_of(args[0])
+        if path.startswith(self.folder):
+            self.count += 1
+            self.fault(self.count, name, (path, *args[1:]))
+            if self.short and name == "read":
+                args = (args[0], args[1][:7], args[2])
+        return getattr(Reader, name)(self, *args)
+
+    return operation
+
+
+for _name in READS:
+    setattr(FaultyReader, _name, _faulty_read(_name))
+
+
+def unreadable_from(
+    folder: Path, at: int, code: int = errno.ESTALE, for_good: bool = True
+) -> FaultyReader:
+    """Files that cannot be read at the n-th operation, or from it on."""
+
+    def fault(n: int, name: str, args: tuple[Any, ...]) -> None:
+        if n == at or (for_good and n > at):
+            raise OSError(code, os.strerror(code), args[0])
+
+    return FaultyReader(folder, fault)
 
 
 class Died(BaseException):

@@ -344,13 +344,13 @@ def test_little_else_than_the_weights_is_read(
     """A run may hold many times its weights; their export does not need all that memory."""
     train(tmp_path, callbacks=[AveragedWeights(0.5)])
     asked: list[str] = []
-    whole = storage.StreamingReader.read_data
+    whole = storage._read_item
 
-    def read_data(self: Any, plan: Any, planner: Any) -> Any:
-        asked.extend(item.storage_index.fqn for item in plan.items)
-        return whole(self, plan, planner)
+    def read_item(file: Any, entry: Any, item: Any, planner: Any) -> None:
+        asked.append(item.storage_index.fqn)
+        whole(file, entry, item, planner)
 
-    monkeypatch.setattr(storage.StreamingReader, "read_data", read_data)
+    monkeypatch.setattr(storage, "_read_item", read_item)
     export(tmp_path)
     assert asked
     assert {name.split("/")[0] for name in asked} == {"models"}

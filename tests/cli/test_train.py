@@ -125,17 +125,6 @@ def test_a_signal_saves_and_leaves_with_75(paceline, wait_for, tmp_path: Path, n
     assert list((tmp_path / "runs/p/n/checkpoints").glob("step_*/manifest.json"))
 
 
-def test_a_signal_before_training_leaves_with_75_too(paceline, wait_for, tmp_path: Path):
-    code = "import time; open('loading', 'w').close(); time.sleep(60)\n"
-    (tmp_path / "toy.py").write_text(code)
-    process = paceline.start("train", "toy.yaml")
-    wait_for("loading")
-    process.signal(signal.SIGTERM)
-    code, _, err = process.end()
-    assert code == 75
-    assert err == ""
-
-
 SEEDS = ("train", "toy.yaml", "seeds=[1,2,3]")
 
 

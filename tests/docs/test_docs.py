@@ -15,7 +15,7 @@ import paceline
 from blocks import blocks, run_block
 from builders import code_forgotten
 from command import Paceline
-from paceline.cli.main import app
+from paceline.cli.app import app
 from paceline.testing import Ranks
 from paceline.trainer.events import EVENTS
 

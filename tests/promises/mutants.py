@@ -16,6 +16,7 @@ from test_p01_on_ranks import Plan
 from test_p04_every_sample_once import Case as Pass
 from test_p05_a_kill_loses_nothing import DAMAGE, HARMLESS
 
+from paceline import reading
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine, publication, safetensors_file
 from paceline.checkpoint.state import ModelForm
@@ -36,6 +37,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import Window
+from paceline.world.signals import LeaveAtOnce
 from paceline.world.world import World
 from storm_ranks import Kill
 
@@ -348,11 +350,23 @@ MUTANTS = [
         {"damage": DAMAGE["flipped shard-00"], "goes_on_from": 7},
     ),
     Mutant(
+        "what could not be read is taken for damaged",
+        ((reading, "is_answer"),),
+        defects.always,
+        f"{P5}:check_unreadable",
+    ),
+    Mutant(
         "signals are not heard",
         ((StopAgreement, "listen"),),
         defects.always,
         f"{P6}:check_where",
         {"at": "training"},
+    ),
+    Mutant(
+        "a signal before training raises an exception wherever the process is",
+        ((LeaveAtOnce, "__call__"),),
+        defects.leaves_by_exception,
+        f"{P6}:check_before_training",
     ),
     Mutant(
         "a validation is never left",

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from faults import FaultyDisk, QuickDisk
+from faults import DOES_NOT_ANSWER, FaultyDisk, QuickDisk, unreadable_from
 
 import storm
 from builders import Noisy, Regression, loader, make_model
 from endings import ending, saved_steps
-from paceline import Callback, CheckpointPolicy, MetricMonitor
+from paceline import Callback, CheckpointPolicy, MetricMonitor, reading
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, PacelineError
 from paceline.log import sinks
 from paceline.testing import Ranks, Trace
 
@@ -351,3 +351,66 @@ def test_with_every_checkpoint_damaged_the_run_says_so_and_starts_again(
     assert told.count("damaged: ") == 2
     assert "no intact checkpoint" in told
     assert ending(tmp_path / "run") == unbroken.ending
+
+
+# Files that cannot be read
+
+
+def test_a_run_that_cannot_be_read_does_not_start_and_stays_as_it_is(
+    tmp_path: Path, unbroken: Unbroken
+) -> None:
+    check_unreadable(tmp_path, unbroken)
+
+
+def check_unreadable(folder: Path, unbroken: Unbroken | None = None) -> None:
+    """Given a run killed after step 8, whose disk stops to answer at any operation that reads, the
+    start is refused and every file keeps its bytes and its place; later it goes on exactly."""
+    unbroken = unbroken or train_unbroken(folder / "unbroken")
+    killed_after(unbroken.folder, folder / "run", 8)
+    before = files_of(folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PAUSES", (0, 0))
+        for n in itertools.count(1, 7):
+            code = DOES_NOT_ANSWER[n % len(DOES_NOT_ANSWER)]
+            reader = unreadable_from(folder / "run", n, code)
+            patch.setattr(reading, "reader", reader)
+            with pytest.raises(PacelineError, match="could not be read in 3 attempts"):
+                build(folder / "run", StopsAtOnce()).train(seed=11)
+            if (folder / "run/trained").exists():
+                break
+            assert files_of(folder / "run") == before
+    assert n > 30
+    shutil.rmtree(folder / "run")
+    killed_after(unbroken.folder, folder / "run", 8)
+    run(folder / "run", keep_last=None)
+    assert ending(folder / "run") == unbroken.ending
+
+
+class StopsAtOnce(Callback):
+    """Tells that the run has started."""
+
+    def on_train_start(self, trainer: Any) -> None:
+        (trainer.run_dir / "trained").touch()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_ranks_whose_run_cannot_be_read_all_leave_with_an_error(
+    ranks: Ranks, tmp_path: Path, unbroken: Unbroken
+) -> None:
+    killed_after(unbroken.folder, tmp_path / "run", 2)
+    before = files_of(tmp_path / "run")
+    outcomes = ranks.outcomes(train_unreadable, 2, tmp_path / "run")
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    assert all("could not be read" in outcome.output for outcome in outcomes)
+    assert files_of(tmp_path / "run") == before
+
+
+def train_unreadable(folder: Path) -> None:
+    reading.PAUSES = (0,)
+    if os.environ["RANK"] == "0":
+        reading.reader = unreadable_from(folder / "checkpoints/step_00000002/state.json", 1)
+    run(folder)

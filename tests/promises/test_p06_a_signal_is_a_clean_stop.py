@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +22,7 @@ from paceline.checkpoint import load_tree, native_engine
 from paceline.errors import Preempted
 from paceline.testing import Outcome, Ranks
 from paceline.trainer import stop
+from paceline.world.signals import leave_at_once_on_signals
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
@@ -103,6 +107,17 @@ def check_where(
     assert pending == left
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU", "SIGUSR2"])
+def test_so_it_does_when_the_terminal_is_closed_or_a_limit_of_the_batch_system_is_near(
+    ranks: Ranks, unbroken: Any, tmp_path: Path, name: str
+) -> None:
+    """SIGXCPU comes again each second: with loader workers, all of which get it too."""
+    number = getattr(signal, name)
+    again = (number,) * 3 if name == "SIGXCPU" else (number,)
+    sent = Sent("data", again, to="group", pause=1.1 * (len(again) > 1))
+    check_clean_stop(ranks, unbroken, tmp_path, sent, Run(workers=1, slow_sample=0.3))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [TERM, INT, USR1], ids=lambda n: n.name)
 def test_a_signal_to_the_whole_group_while_data_are_waited_for_spares_the_loader_workers(
@@ -129,6 +144,28 @@ def test_a_signal_before_the_first_window_stops_there(
 ) -> None:
     stopped_at = check_clean_stop(ranks, unbroken, tmp_path, Sent(at), Run(pause=0.1), size)
     assert stopped_at == 0 if size == 1 else stopped_at <= 3
+
+
+def test_before_training_it_ends_the_command_whatever_swallows_exceptions_there(
+    ranks: Ranks,
+) -> None:
+    check_before_training(ranks)
+
+
+def check_before_training(ranks: Ranks) -> None:
+    [outcome] = ranks.outcomes(swallow_what_is_raised, 1)
+    assert outcome.code == 75
+    assert outcome.output == (
+        "paceline: SIGTERM before training began: nothing to save; run the command again.\n"
+    )
+
+
+def swallow_what_is_raised() -> None:
+    signal.signal(TERM, signal.SIG_DFL)
+    leave_at_once_on_signals()
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), TERM)
+        time.sleep(2)
 
 
 # In a save only rank 0 can be hit: rank 1 does too little of one.

@@ -23,6 +23,7 @@ from paceline import registry
 from paceline.checkpoint.json_file import read_json
 from paceline.checkpoint.policy import NATIVE, CheckpointPolicy
 from paceline.errors import CheckpointError, ConfigError
+from paceline.reading import names
 from paceline.world.world import World
 
 KIND = "checkpoint_engine"
@@ -153,7 +154,11 @@ class CheckpointEngine(ABC):
     def newest(self) -> Checkpoint | None:
         """The newest intact checkpoint by `save_id`; damaged ones are set aside and reported.
 
+        What cannot be read is not damaged: an engine that meets an OSError tries again, and
+        raises (`paceline.reading.patiently` does both).
+
         Raises:
+            UnreadableError: something could not be read.
             CheckpointError: one is not to be judged by this version, or cannot be set aside.
         """
 
@@ -246,9 +251,11 @@ def recorded_engine(run_dir: Path) -> str | None:
     """The name of the engine that wrote the checkpoints in a run's folder; None without any.
 
     Where run.json does not say, it is the native one.
+
+    Raises:
+        UnreadableError: the folder or run.json could not be read.
     """
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not names(run_dir / "checkpoints"):
         return None
     try:
         record = read_json(run_dir / "run.json")

@@ -23,7 +23,8 @@ from paceline.checkpoint.publication import Manifest
 from paceline.checkpoint.ranks import Ranks, describe
 from paceline.checkpoint.safetensors_file import FileRecord
 from paceline.checkpoint.staging import Staging
-from paceline.errors import CheckpointError, StateError
+from paceline.errors import CheckpointError, StateError, UnreadableError
+from paceline.reading import status
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
 
@@ -343,7 +344,8 @@ class NativeEngine(CheckpointEngine):
         """
         for record in records:
             path = hidden / record.name
-            if not path.is_file() or path.stat().st_size != record.bytes:
+            written = status(path)
+            if written is None or written.st_size != record.bytes:
                 raise CheckpointError(
                     f"{path} differs from what its rank wrote: ranks must share the run folder"
                 )
@@ -379,7 +381,7 @@ class NativeEngine(CheckpointEngine):
                 if checkpoint.save_id not in keep:
                     publication.discard(checkpoint.path, self._disk)
             publication.prune_set_aside(self.folder, self.policy.keep_last, self._disk)
-        except OSError as error:
+        except (OSError, UnreadableError) as error:
             message = f"old checkpoints could not be removed: {describe(error)}"
             self._notices.append(Notice("warning", message))
 

@@ -17,11 +17,13 @@ import re
 import stat
 import zlib
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from paceline import reading
 from paceline.checkpoint.codec import decode, encode
 from paceline.checkpoint.engine import Checkpoint
 from paceline.checkpoint.files import Disk
@@ -142,6 +144,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         CheckpointError: it is missing or broken, or names files outside of its folder.
+        UnreadableError: it could not be read.
     """
     try:
         body = read_json(path / MANIFEST)
@@ -193,14 +196,16 @@ def verify(path: Path) -> Manifest:
 
     Raises:
         CheckpointError: something does not match; the message says what, in one line.
+        UnreadableError: something could not be read, which says nothing about it.
     """
     manifest = read_manifest(path)
     if manifest.checksum != CHECKSUM:
         raise CheckpointError(f"{path}: unknown checksum {manifest.checksum!r:.40}")
     try:
         for file in manifest.files:
-            _verify_file(path / file.name, file)
-        strays = {p.name for p in path.glob("*.safetensors")} - {f.name for f in manifest.files}
+            reading.patiently(partial(_verify_file, path / file.name, file))
+        strays = {n for n in reading.names(path) if n.endswith(".safetensors")}
+        strays -= {file.name for file in manifest.files}
         if strays:
             raise CheckpointError(f"{sorted(strays)[0]} is not in the manifest")
     except OSError as error:
@@ -211,7 +216,7 @@ def verify(path: Path) -> Manifest:
 
 
 def _verify_file(path: Path, record: FileRecord) -> None:
-    status = os.lstat(path)
+    status = reading.reader.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{record.name} is not a regular file")
     if status.st_size != record.bytes:
@@ -223,9 +228,13 @@ def _verify_file(path: Path, record: FileRecord) -> None:
 
 
 def scan(folder: Path) -> tuple[list[Checkpoint], list[tuple[Path, CheckpointError]]]:
-    """The checkpoints in a folder, oldest first, and the folders whose manifest is broken."""
+    """The checkpoints in a folder, oldest first, and the folders whose manifest is broken.
+
+    Raises:
+        UnreadableError: something could not be read, so that nobody knows which is the newest.
+    """
     found, broken = [], []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in _paths(folder):
         if not _STEP.fullmatch(path.name):
             continue
         try:
@@ -235,16 +244,19 @@ def scan(folder: Path) -> tuple[list[Checkpoint], list[tuple[Path, CheckpointErr
     return sorted(found, key=lambda checkpoint: checkpoint.save_id), broken
 
 
+def _paths(folder: Path) -> list[Path]:
+    return [folder / name for name in reading.names(folder)]
+
+
 def highest_save_id(folder: Path) -> int:
     """The largest `save_id` under a folder, among published, hidden and set-aside ones; or 0."""
     highest = 0
     for place in (folder, folder / DAMAGED, folder / ABANDONED):
-        for path in place.iterdir() if place.is_dir() else []:
-            if (path / MANIFEST).is_file():
-                try:
-                    highest = max(highest, read_manifest(path).save_id)
-                except CheckpointError:
-                    continue
+        for path in _paths(place):
+            try:
+                highest = max(highest, read_manifest(path).save_id)
+            except CheckpointError:
+                continue
     return highest
 
 
@@ -327,9 +339,9 @@ def prune_set_aside(folder: Path, keep: int | None, disk: Disk) -> None:
         disk: the file operations.
     """
     for shelf in (folder / DAMAGED, folder / ABANDONED):
-        if keep is None or shelf.is_symlink() or not shelf.is_dir():
+        if keep is None or shelf.is_symlink():
             continue
-        moved = [path for path in shelf.iterdir() if _SET_ASIDE.fullmatch(path.name)]
+        moved = [path for path in _paths(shelf) if _SET_ASIDE.fullmatch(path.name)]
         moved.sort(key=lambda path: (path.lstat().st_ctime_ns, path.name))
         for path in moved[:-keep]:
             disk.remove(path)
@@ -344,18 +356,18 @@ def recover(folder: Path, disk: Disk) -> list[str]:
 
     Returns:
         One line for each thing done.
+
+    Raises:
+        UnreadableError: something could not be read, so that nobody knows whether it is whole.
+        UnknownFormatError: another version of Paceline wrote something.
     """
     done: list[str] = []
-    names = [m for m in map(_HIDDEN.fullmatch, _names(folder)) if m]
+    names = [m for m in map(_HIDDEN.fullmatch, reading.names(folder)) if m]
     for stage in ("gone", "new", "old"):  # new before old: it may be what replaces the old one
         for match in names:
             if match[2] == stage:
                 done += _recover_one(folder, match[1], stage, disk)
     return done
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
 def _recover_one(folder: Path, step_name: str, stage: str, disk: Disk) -> list[str]:
@@ -379,6 +391,8 @@ def _recover_one(folder: Path, step_name: str, stage: str, disk: Disk) -> list[s
 def _is_intact(path: Path) -> bool:
     try:
         verify(path)
+    except UnknownFormatError:
+        raise
     except CheckpointError:
         return False
     return True

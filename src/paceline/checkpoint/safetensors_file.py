@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +17,7 @@ import torch
 from paceline.checkpoint.codec import DTYPES
 from paceline.checkpoint.files import Disk
 from paceline.errors import CheckpointError
+from paceline.reading import File, open_file, patiently
 
 CHECKSUM = "crc32"
 """Recorded in each manifest. crc32 detects every single flipped bit and every burst of up to 32
@@ -41,12 +40,19 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Entry:
-    """The place of a tensor in a file: bytes `begin` to `end`, from the beginning of the file."""
+    """The place of a tensor in a file.
+
+    Attributes:
+        dtype, shape: of the tensor, or of the piece of one that this file holds.
+        begin, end: its bytes, from the beginning of the file.
+        offsets: where the piece begins in the whole tensor.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
     end: int
+    offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -169,10 +175,14 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def checksum_of(path: Path) -> str:
-    """The checksum of an existing file."""
+    """The checksum of an existing file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     value = 0
     buffer = memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
+    with open_file(path) as file:
         while read := file.readinto(buffer):
             value = zlib.crc32(buffer[:read], value)
     return f"{value:08x}"
@@ -185,10 +195,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         CheckpointError: as `read_header`.
     """
     read_header(path)
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        metadata = json.loads(file.read(length)).get("__metadata__", {})
-    return {str(key): str(value) for key, value in metadata.items()}
+
+    def read() -> Any:
+        with open_file(path) as file:
+            return _header(file)[1].get("__metadata__", {})
+
+    return {str(key): str(value) for key, value in patiently(read).items()}
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -196,9 +208,10 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises:
         CheckpointError: the file is not a valid safetensors file.
+        UnreadableError: it could not be read.
     """
     try:
-        return _read_header(path)
+        return patiently(lambda: _read_header(path))
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
@@ -206,28 +219,33 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size < 8:
-            raise CheckpointError("not a safetensors file")
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(status.st_size - 8, _MAX_HEADER):
-            raise CheckpointError(f"its header claims {length} bytes, more than there are")
-        header = json.loads(file.read(length))
+    with open_file(path) as file:
+        start, header = _header(file)
+        size = file.size
     metadata = header.pop("__metadata__", {})
-    entries = {name: _entry(name, raw, 8 + length) for name, raw in header.items()}
-    at = 8 + length
+    sharding = json.loads(metadata[_SHARDING]) if _SHARDING in metadata else None
+    entries = {name: _entry(name, raw, start, sharding) for name, raw in header.items()}
+    at = start
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != at:
             raise CheckpointError("its tensors overlap or leave gaps")
         at = entry.end
-    if at != status.st_size:
-        raise CheckpointError(f"it has {status.st_size} bytes where its header needs {at}")
-    _check_offsets(metadata, entries)
+    if at != size:
+        raise CheckpointError(f"it has {size} bytes where its header needs {at}")
     return entries
 
 
-def _entry(name: str, raw: Any, start: int) -> Entry:
+def _header(file: File) -> tuple[int, Any]:
+    """Where the tensors begin, and the header as it is written."""
+    if file.size < 8:
+        raise CheckpointError("not a safetensors file")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(file.size - 8, _MAX_HEADER):
+        raise CheckpointError(f"its header claims {length} bytes, more than there are")
+    return 8 + length, json.loads(file.read(length))
+
+
+def _entry(name: str, raw: Any, start: int, sharding: Any) -> Entry:
     dtype = DTYPES.get(raw["dtype"])
     if dtype is None:
         raise CheckpointError(f"tensor {name!r:.80} has the unknown dtype {raw['dtype']!r:.20}")
@@ -236,15 +254,8 @@ def _entry(name: str, raw: Any, start: int) -> Entry:
         raise CheckpointError(f"tensor {name!r:.80} has a broken shape or place")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"tensor {name!r:.80} does not have the bytes its shape needs")
-    return Entry(dtype, tuple(shape), start + begin, start + end)
-
-
-def _check_offsets(metadata: Any, entries: dict[str, Entry]) -> None:
-    if _SHARDING not in metadata:
-        return
-    sharding = json.loads(metadata[_SHARDING])
-    for name, entry in entries.items():
-        offsets = sharding[name]["saved_offsets"]
-        whole = all(type(n) is int and 0 <= n < 2**62 for n in offsets)
-        if not whole or len(offsets) != len(entry.shape):
-            raise CheckpointError(f"tensor {name!r:.80} has a broken place in the whole")
+    offsets = [0] * len(shape) if sharding is None else sharding[name]["saved_offsets"]
+    whole = all(type(n) is int and 0 <= n < 2**62 for n in offsets)
+    if not whole or len(offsets) != len(shape):
+        raise CheckpointError(f"tensor {name!r:.80} has a broken place in the whole")
+    return Entry(dtype, tuple(shape), start + begin, start + end, tuple(offsets))

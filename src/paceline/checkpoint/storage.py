@@ -5,28 +5,32 @@ which reads what (a state saved by n ranks loads on m). The bytes take a shorter
 they are streamed from their own memory, while torch's writer first builds each shard in memory. The
 files are the same: `torch.distributed.checkpoint.HuggingFaceStorageReader` reads them.
 
-Writer and planner are called here and not through `dcp.save`: its failures are not `Exception`s,
-and the ranks have to agree on more than it checks.
+Writer and planners are called here and not through `dcp.save`: its failures are not `Exception`s,
+and the ranks have to agree on more than it checks. Torch's reader maps files into memory, where a
+disk that fails ends the process by SIGBUS; here it is an error like others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
+from functools import partial
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
     LoadPlanner,
     ReadItem,
     SavePlan,
@@ -48,6 +52,7 @@ from paceline.checkpoint.safetensors_file import (
     write_stream,
 )
 from paceline.errors import CheckpointError, MismatchError
+from paceline.reading import File, names, open_file, patiently
 
 
 class StreamingWriter(HuggingFaceStorageWriter):
@@ -179,47 +184,6 @@ def write_planned(
     return [record for record in records if record is not None]
 
 
-class StreamingReader(HuggingFaceStorageReader):
-    """Torch's safetensors reader, but it reads whole tensors directly into their memory."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        partial = []
-        by_file: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            path = self.storage_data[item.storage_index].relative_path
-            by_file.setdefault(path, []).append(item)
-        for path, items in by_file.items():
-            entries = read_header(Path(path))
-            with open(path, "rb", buffering=0) as file:
-                partial += [i for i in items if not _read_whole(file, entries, i, planner)]
-        if partial:
-            return super().read_data(LoadPlan(partial), planner)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-
-def _read_whole(file: Any, entries: dict[str, Entry], item: ReadItem, planner: LoadPlanner) -> bool:
-    """Reads a stored piece into contiguous host memory; returns False if that is not possible."""
-    entry = entries[item.storage_index.fqn]
-    target = planner.resolve_tensor(item).detach()
-    simple = target.is_contiguous() and target.device.type == "cpu" and target.dtype == entry.dtype
-    if not simple or tuple(item.lengths) != entry.shape:
-        return False
-    view = raw_bytes(target)
-    file.seek(entry.begin)
-    while view:
-        read = file.readinto(view)
-        if not read:
-            raise CheckpointError(f"{file.name}: ends too early")
-        view = view[read:]
-    planner.commit_tensor(item, target)
-    return True
-
-
 def read_tensors(
     folder: Path,
     into: dict[str, torch.Tensor] | None = None,
@@ -238,26 +202,19 @@ def read_tensors(
 
     Raises:
         MismatchError: a tensor of `into` has another dtype or shape.
-        CheckpointError: the files cannot be read.
+        CheckpointError: the files are not those of a checkpoint.
+        UnreadableError: the files could not be read.
     """
     try:
-        return _read_tensors(folder, into or {}, only)
-    except CheckpointError:
-        raise
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{folder}: {describe(error)}") from error
-    except (AssertionError, MemoryError) as error:
+        return patiently(partial(_read_tensors, folder, into or {}, only))
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, MemoryError) as error:
         raise CheckpointError(f"{folder}: {describe(error)}") from error
 
 
 def _read_tensors(
     folder: Path, into: dict[str, torch.Tensor], only: Collection[str] | None
 ) -> dict[str, torch.Tensor]:
-    for path in sorted(folder.glob("*.safetensors")):
-        read_header(path)  # rejects headers that would make torch's reader allocate absurd memory
-    reader = StreamingReader(folder)
-    metadata = reader.read_metadata()
-    stored = _stored(metadata)
+    pieces, stored = _stored(folder)
     targets: dict[str, Any] = {}
     mismatches = []
     for name, known in stored.items():
@@ -276,24 +233,67 @@ def _read_tensors(
     if mismatches:
         raise MismatchError("the checkpoint does not fit:\n  " + "\n  ".join(mismatches))
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(targets, metadata, True)
-    reader.set_up_storage_reader(metadata, True)
-    plan = reader.prepare_local_plan(planner.create_local_plan())
-    reader.read_data(planner.finish_plan(plan), planner)
+    planner.set_up_planner(targets, Metadata(dict(stored)), True)
+    by_file: dict[Path, list[tuple[Entry, ReadItem]]] = {}
+    for item in planner.finish_plan(planner.create_local_plan()).items:
+        path, entry = pieces[item.storage_index]
+        by_file.setdefault(path, []).append((entry, item))
+    for path, items in by_file.items():
+        with open_file(path) as file:
+            for entry, item in items:
+                _read_item(file, entry, item, planner)
     return targets
+
+
+def _read_item(file: File, entry: Entry, item: ReadItem, planner: LoadPlanner) -> None:
+    """Reads a stored piece, or a part of it, into the tensor where it belongs."""
+    target = planner.resolve_tensor(item).detach()
+    simple = target.is_contiguous() and target.device.type == "cpu" and target.dtype == entry.dtype
+    if simple and tuple(item.lengths) == entry.shape:
+        _read_into(file, entry.begin, target)
+    else:
+        # Of a piece that is shared out anew, the rows that are needed: they lie together.
+        first, rows = (item.storage_offsets[0], item.lengths[0]) if entry.shape else (0, 1)
+        part = torch.empty((rows, *entry.shape[1:]), dtype=entry.dtype)
+        row = part[:1].nbytes if rows else 0
+        _read_into(file, entry.begin + first * row, part)
+        if entry.shape:
+            ranges = zip(item.storage_offsets[1:], item.lengths[1:], strict=True)
+            part = part[(slice(None), *(slice(at, at + length) for at, length in ranges))]
+        target.copy_(part.reshape(target.shape))
+    planner.commit_tensor(item, target)
+
+
+def _read_into(file: File, at: int, target: torch.Tensor) -> None:
+    view = raw_bytes(target)
+    file.seek(at)
+    if file.readinto(view) != len(view):
+        raise CheckpointError(f"{file.name}: ends too early")
 
 
 def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
-def _stored(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    """The stored tensors by name, after checking that their pieces are complete."""
+def _stored(
+    folder: Path,
+) -> tuple[dict[MetadataIndex, tuple[Path, Entry]], dict[str, TensorStorageMetadata]]:
+    """Where each stored piece is, and the tensors by name, whose pieces have to be complete."""
+    pieces: dict[MetadataIndex, tuple[Path, Entry]] = {}
     stored: dict[str, TensorStorageMetadata] = {}
-    for name, known in metadata.state_dict_metadata.items():
-        assert isinstance(known, TensorStorageMetadata)
-        pieces = {tuple(chunk.offsets): math.prod(chunk.sizes) for chunk in known.chunks}
-        if sum(pieces.values()) != math.prod(known.size):
+    for path in [folder / name for name in names(folder) if name.endswith(".safetensors")]:
+        for name, entry in read_header(path).items():
+            pieces[MetadataIndex(name, entry.offsets)] = path, entry
+            properties = TensorProperties(dtype=entry.dtype)
+            known = stored.setdefault(
+                name, TensorStorageMetadata(properties, torch.Size(entry.shape), [])
+            )
+            chunk = ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.shape))
+            known.chunks.append(chunk)
+            ends = map(add, entry.offsets, entry.shape)
+            known.size = torch.Size(map(max, known.size, ends))
+    for name, known in stored.items():
+        covered = {tuple(chunk.offsets): math.prod(chunk.sizes) for chunk in known.chunks}
+        if sum(covered.values()) != math.prod(known.size):
             raise CheckpointError(f"tensor {name!r:.80}: pieces of it are missing")
-        stored[name] = known
-    return stored
+    return pieces, stored

@@ -1,96 +1,14 @@
-"""The command `paceline`. Each subcommand has its own file beside this one."""
+"""Where the command `paceline` begins: with the signals, before anything else is imported."""
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from importlib.metadata import version
-from typing import Annotated
-
-import typer
-
-from paceline.cli.doctor import doctor
-from paceline.cli.export import export
-from paceline.cli.new import new
-from paceline.cli.preflight import preflight
-from paceline.cli.preview import preview
-from paceline.cli.runs import runs
-from paceline.cli.train import train
-from paceline.errors import CheckpointError, ConfigError, PacelineError
-from paceline.exit_codes import FAILED, USAGE
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(train)
-app.command()(runs)
-app.command()(preflight)
-app.command()(export)
-app.command()(preview)
-app.command()(new)
-app.command()(doctor)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"paceline {version('paceline')}")
-        raise typer.Exit
-
-
-@app.callback()
-def paceline(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    """Train PyTorch models from recipes.
-
-    Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 75 stopped by a signal, a time limit or a
-    stop file, and saved: the same command resumes the run.
-    """
+from paceline.world.signals import is_train, leave_at_once_on_signals
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    try:
-        app(prog_name="paceline")
-    except PacelineError as error:
-        _show(error)
-        sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
-    except Exception:
-        if _rank() is None:
-            raise
-        print(f"{_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        sys.exit(FAILED)
+    if is_train():
+        leave_at_once_on_signals()
+    from paceline.cli.app import run
 
-
-def _show(error: PacelineError) -> None:
-    """An error as one message, with the traceback if the user's own code is the cause."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from paceline.runs.text import printable
-
-    console = Console(stderr=True, soft_wrap=True)
-    cause = error.__cause__
-    while isinstance(cause, PacelineError):  # which says what it has to say in its message
-        cause = cause.__cause__
-    of_disk = isinstance(error, CheckpointError) and isinstance(cause, OSError)
-    if cause is not None and not of_disk and not isinstance(error, ConfigError):
-        lines = traceback.format_exception(cause)
-        console.print(Text("".join(lines).rstrip()), style="dim")
-    where = f"{_rank()}: " if _rank() else ""
-    # Mistakes in a recipe need no class name; other errors do.
-    name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    told = "\n".join(map(printable, f"{name}{error}".split("\n")))
-    console.print(Text.assemble((f"{where}error: ", "bold red"), told))
-
-
-def _rank() -> str | None:
-    """`"rank 3"` in a world of several processes, else None."""
-    return f"rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    run()

@@ -73,7 +73,7 @@ def runs(
         _note(many if found else f"there is no run below {folder}.")
     for run in chosen:
         if run.problem is not None:
-            _note(f"{run.folder}: run.json is damaged: {run.problem}.")
+            _note(f"{run.folder}: run.json is {run.status}: {run.problem}.")
 
 
 def _folder_and_filters(words: list[str]) -> tuple[Path, list[str]]:
@@ -110,7 +110,7 @@ def _compare(words: list[str], as_json: bool) -> None:
         _print_table(["", "key", *words], rows, by_key=True)
     for run in (left, right):
         if run.problem is not None:
-            _note(f"{run.folder}: run.json is damaged: {run.problem}.")
+            _note(f"{run.folder}: run.json is {run.status}: {run.problem}.")
         elif not run.recipe:
             _note(f"{run.folder} has no readable recipe.yaml: its settings are not compared.")
 

@@ -16,7 +16,7 @@ import yaml
 
 from paceline.errors import ConfigError, MissingExtraError
 from paceline.exit_codes import DONE, STOPPED
-from paceline.world.signals import handling
+from paceline.world.signals import LeaveAtOnce, handling
 
 
 def submit(name: str, folder: Path, words: Sequence[str], settings: Sequence[str]) -> str:
@@ -95,9 +95,7 @@ class Job:
             warned = True
             signal.raise_signal(signal.SIGUSR1)  # a clean stop for a run
 
-        def leave(number: int, frame: object) -> None:
-            raise SystemExit(STOPPED)
-
+        leave = LeaveAtOnce(lambda: warned and _requeue())
         with handling({signal.SIGUSR2: pass_on, signal.SIGUSR1: leave, signal.SIGTERM: leave}):
             argv, sys.argv = sys.argv, ["paceline", *self.words]
             try:

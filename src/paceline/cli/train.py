@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +13,6 @@ import typer
 
 from paceline.cli.options import Overrides, RecipeFile, Trust
 from paceline.errors import ConfigError
-from paceline.exit_codes import STOPPED
-from paceline.world.signals import handling
 
 if TYPE_CHECKING:  # torch is imported only once it is needed, so that --help is quick
     from paceline.recipe.recipe import Recipe
@@ -66,33 +63,32 @@ def train(
     """Trains a recipe; the same command resumes a run that was stopped."""
     if fresh and resume != "auto":
         raise ConfigError("--fresh and --resume exclude each other.")
-    with _stop_cleanly_before_training():
-        with _nothing_collected():
-            from paceline.recipe.recipe import load_recipe
-            from paceline.trainer.settings import Resume
-            from paceline.world.environment import adopt_slurm, follow_launcher
-            from paceline.world.rendezvous import ONE_MACHINE
+    with _nothing_collected():
+        from paceline.recipe.recipe import load_recipe
+        from paceline.trainer.settings import Resume
+        from paceline.world.environment import adopt_slurm, follow_launcher
+        from paceline.world.rendezvous import ONE_MACHINE
 
-            if nnodes is None:  # else a task of srun is one of the launchers, not of the ranks
-                adopt_slurm()
-            machines = _machines(nnodes, rdzv_endpoint, rdzv_id)
-            started_by_us = follow_launcher()
-            if not started_by_us:
-                _check_launcher(nproc, nnodes, max_restarts)
-            loaded = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
-        if slurm or resume == "must":
-            loaded.check_folder_stays("--slurm" if slurm else "--resume must")
-        here = started_by_us or "WORLD_SIZE" in os.environ
-        if dry_run:
-            _print(loaded)
-        elif slurm:
-            alone = (nproc, nnodes, max_restarts) == (None, None, 0) and not here
-            _submit(loaded, slurm, alone)
-        elif here or (nproc or 1, machines, max_restarts) == (1, ONE_MACHINE, 0):
-            mode = "fresh" if fresh else resume
-            _train(loaded, Resume(mode=mode, accept=tuple(accept or ()), init_from=init_from))
-        else:
-            raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
+        if nnodes is None:  # else a task of srun is one of the launchers, not of the ranks
+            adopt_slurm()
+        machines = _machines(nnodes, rdzv_endpoint, rdzv_id)
+        started_by_us = follow_launcher()
+        if not started_by_us:
+            _check_launcher(nproc, nnodes, max_restarts)
+        loaded = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+    if slurm or resume == "must":
+        loaded.check_folder_stays("--slurm" if slurm else "--resume must")
+    here = started_by_us or "WORLD_SIZE" in os.environ
+    if dry_run:
+        _print(loaded)
+    elif slurm:
+        alone = (nproc, nnodes, max_restarts) == (None, None, 0) and not here
+        _submit(loaded, slurm, alone)
+    elif here or (nproc or 1, machines, max_restarts) == (1, ONE_MACHINE, 0):
+        mode = "fresh" if fresh else resume
+        _train(loaded, Resume(mode=mode, accept=tuple(accept or ()), init_from=init_from))
+    else:
+        raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
 
 
 @contextlib.contextmanager
@@ -178,15 +174,3 @@ def _print(recipe: Recipe) -> None:
     print(recipe.composed.text().rstrip())
     for decision, setting in recipe.plan:
         print(f"plan: {decision}  [{setting}]")
-
-
-def _stop_cleanly_before_training() -> contextlib.AbstractContextManager[None]:
-    """Makes a signal during imports and construction a clean stop too: nothing is lost.
-
-    The trainer has its own handlers while it trains.
-    """
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(STOPPED)
-
-    return handling(dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), leave))

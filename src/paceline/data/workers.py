@@ -12,10 +12,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from paceline.world.orphans import signal_when_parent_dies
+from paceline.world.signals import SAME, STOPS
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SIGTERM_GRACE = 600  # seconds for the main process to close its workers itself
-_SAME = 2.0  # seconds within which a second SIGTERM counts as the first one, sent twice
 
 
 class WorkerInit:
@@ -35,10 +34,10 @@ class WorkerInit:
         self._asked: float | None = None
 
     def __call__(self, worker_id: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         signal_when_parent_dies(signal.SIGKILL)
         if self._then is not None:
             self._then(worker_id)
@@ -48,7 +47,7 @@ class WorkerInit:
         if self._asked is None:
             self._asked = now
             signal.alarm(_SIGTERM_GRACE)
-        elif now - self._asked > _SAME:
+        elif now - self._asked > SAME:
             os._exit(0)
 
 
@@ -82,7 +81,7 @@ def _signals_held() -> Iterator[None]:
 
     Before that, torch's own handlers or Python's would end the worker.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:

@@ -1,11 +1,9 @@
-"""Files that are replaced as a whole, and files of unknown origin that are read with care."""
+"""Files that are replaced as a whole."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -41,22 +39,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def regular(path: str, flags: int) -> int:
-    """An `opener` for `open` that rejects links, and pipes that would block.
-
-    For files of unknown origin.
-
-    Args:
-        path: the file to open.
-        flags: as `open` passes them.
-
-    Raises:
-        OSError: it is not a regular file.
-    """
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return handle

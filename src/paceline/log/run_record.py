@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paceline.log.files import regular, replacing
+from paceline.log.files import replacing
 from paceline.log.floats import as_text, revived
 from paceline.log.provenance import RECORDED_ENVIRONMENT, git_state, hardware, versions
 from paceline.log.secrets import mask_command, masked
+from paceline.reading import patiently, read_file
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -45,6 +46,16 @@ class RunRecord:
     def __init__(self, run_dir: Path | str | None) -> None:
         self.path = None if run_dir is None else Path(run_dir) / RUN_FILE
         self.record: dict[str, Any] = {}
+        self._starts: list[dict[str, Any]] | None = None
+
+    def open(self) -> None:
+        """Reads what earlier starts have left; before anything else of the run is changed.
+
+        Raises:
+            OSError: a damaged file cannot be moved aside.
+            UnreadableError: the file could not be read.
+        """
+        self._starts = self._earlier_starts()
 
     def start(
         self,
@@ -68,10 +79,13 @@ class RunRecord:
 
         Raises:
             OSError: the file cannot be written.
+            UnreadableError: an earlier one could not be read.
         """
         if self.path is None:
             return
-        starts = [] if fresh else self._earlier_starts()
+        if self._starts is None:
+            self.open()
+        starts = [] if fresh else self._starts
         command = list(sys.orig_argv if argv is None else argv)
         self.record = {
             "format": FORMAT,
@@ -132,13 +146,14 @@ class RunRecord:
             )
 
     def _earlier_starts(self) -> list[dict[str, Any]]:
-        assert self.path is not None
+        if self.path is None:
+            return []
         try:
-            old = json.loads(self.path.read_text(encoding="utf-8"))
+            old = patiently(lambda: _read(self.path))
             starts = list(old.pop("starts", []))
         except FileNotFoundError:
             return []
-        except (ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             aside = self.path.with_name("run.damaged.json")
             os.replace(self.path, aside)
             _log.warning("%s is damaged (%s); set aside as %s", self.path, error, aside.name)
@@ -166,18 +181,21 @@ def read_run(run_dir: Path | str) -> dict[str, Any]:
         OSError: it does not exist, or is not a regular file.
         ValueError: it is not a JSON object of a sensible size.
     """
-    with open(Path(run_dir) / RUN_FILE, "rb", opener=regular) as file:
-        text = file.read(_MAX_RECORD + 1)
-    if len(text) > _MAX_RECORD:
-        raise ValueError(f"it has more than {_MAX_RECORD} bytes")
+    record = _read(Path(run_dir) / RUN_FILE)
+    if isinstance(metrics := record.get("metrics"), dict):
+        record["metrics"] = {key: revived(value) for key, value in metrics.items()}
+    return record
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    assert path is not None
+    text = read_file(path, _MAX_RECORD, links=False)
     try:
         record = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
-    if isinstance(metrics := record.get("metrics"), dict):
-        record["metrics"] = {key: revived(value) for key, value in metrics.items()}
     return record
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paceline.errors import CheckpointError, MetricError
-from paceline.log.files import regular, replacing, sync_folder
+from paceline.errors import CheckpointError, MetricError, UnreadableError
+from paceline.log.files import replacing, sync_folder
 from paceline.log.floats import as_text, revived
+from paceline.reading import open_file, patiently, read_at
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -113,12 +114,14 @@ class RowFile:
         self._lock = threading.Lock()  # a background save calls `sync` while rows come in
         self._pending: list[bytes] = []
         self._warned = False
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if fresh:
-            os.ftruncate(self._handle, 0)
-        self._bytes = self._end_of_last_row()
-        os.ftruncate(self._handle, self._bytes)
-        self._rows = _count_rows(path)
+        self._handle = patiently(lambda: os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+        try:
+            if fresh:
+                os.ftruncate(self._handle, 0)
+            self._find_end()
+        except BaseException:
+            os.close(self._handle)
+            raise
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes `row`, or keeps it in memory while the disk fails (one warning per outage)."""
@@ -139,8 +142,9 @@ class RowFile:
         """
         with self._lock:
             try:
+                self._put_back()
                 self._flush()
-            except OSError as error:
+            except (OSError, UnreadableError) as error:
                 raise CheckpointError(
                     f"{self.path}: {len(self._pending)} rows could not be written ({error}). "
                     "They are kept in memory and written with the next row."
@@ -172,7 +176,7 @@ class RowFile:
                 f"{self.path} is shorter than the checkpoint says ({self._bytes} of {wanted} "
                 f"bytes): rows {self._rows + 1} to {rows} are lost{self._where_it_ends()}"
             )
-        if wanted and os.pread(self._handle, 1, wanted - 1) != b"\n":
+        if wanted and patiently(lambda: read_at(self._handle, wanted - 1, 1)) != b"\n":
             return (
                 f"{self.path} was changed: byte {wanted}, the checkpoint's position, is not the "
                 "end of a row"
@@ -190,9 +194,10 @@ class RowFile:
         """Writes the rows in memory and closes the file; reports rows that cannot be written."""
         with self._lock:
             try:
+                self._put_back()
                 self._flush()
                 os.fsync(self._handle)
-            except OSError as error:
+            except (OSError, UnreadableError) as error:
                 lost = len(self._pending)
                 _log.error("%s: the last %d rows could not be written: %s", self.path, lost, error)
             finally:
@@ -232,16 +237,62 @@ class RowFile:
                 return f", everything after step {last['step']}"
         return ""
 
+    def _find_end(self) -> None:
+        """Truncates a row torn by a crash, once everything could be read, and counts the others."""
+        end = patiently(self._end_of_last_row)
+        rows = patiently(lambda: _count_rows(self._handle, end))
+        os.ftruncate(self._handle, end)
+        self._bytes, self._rows = end, rows
+
     def _end_of_last_row(self) -> int:
-        """The length of the file without a row torn by a crash."""
         end = os.fstat(self._handle).st_size
         while end:
             start = max(0, end - 65536)
-            newline = os.pread(self._handle, end - start, start).rfind(b"\n")
+            newline = read_at(self._handle, start, end - start).rfind(b"\n")
             if newline >= 0:
                 return start + newline + 1
             end = start
         return 0
+
+    def _put_back(self) -> None:
+        """Puts the file back where somebody has removed, replaced or shortened it meanwhile.
+
+        Checkpoints count on its rows. Those of a removed file can still be read, as it is open.
+        """
+        here = os.fstat(self._handle)
+        if here.st_size < self._bytes:
+            had = self._rows
+            self._find_end()
+            _log.warning(
+                "%s was shortened while the run goes on: rows %d to %d are lost.",
+                self.path,
+                self._rows + 1,
+                had,
+            )
+        there = os.stat(self.path) if os.path.lexists(self.path) else None
+        if there is not None and os.path.samestat(here, there):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = ""
+        if there is not None:
+            name = self.path.with_suffix(f".replaced{self.path.suffix}")
+            os.replace(self.path, name)
+            aside = f"; the other file is {name.name} now"
+        with replacing(self.path) as file:
+            for at in range(0, self._bytes, 1 << 20):
+                size = min(1 << 20, self._bytes - at)
+                file.buffer.write(read_at(self._handle, at, size))
+        handle = os.open(self.path, os.O_RDWR)
+        os.close(self._handle)
+        self._handle = handle
+        what = "removed" if there is None else "replaced"
+        _log.warning(
+            "%s was %s while the run goes on: its %d rows were written again%s.",
+            self.path,
+            what,
+            self._rows,
+            aside,
+        )
 
 
 class JsonlSink(Sink):
@@ -306,14 +357,15 @@ class JsonlSink(Sink):
                 speeds and durations only cause a warning.
         """
         known = {name: file for name, file in self._files.items() if name in state}
-        problem = METRICS_FILE in known and known[METRICS_FILE].check(state[METRICS_FILE])
+        problems = {name: file.check(state[name]) for name, file in known.items()}
+        problem = problems.get(METRICS_FILE)
         if problem and not self.accept_lost_rows:
             raise CheckpointError(
                 f"{problem}. Restore the file, or resume without those rows with "
                 "JsonlSink(accept_lost_rows=True)."
             )
         for name, file in known.items():
-            if (problem := file.check(state[name])) is None:
+            if (problem := problems[name]) is None:
                 file.cut(state[name])
             else:
                 _log.warning("%s. The run continues without them.", problem)
@@ -354,13 +406,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         MetricError: a whole line is not a JSON object; the message gives its number.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             try:
                 row = {k: revived(v) for k, v in json.loads(line).items()}
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise MetricError(f"{path}, line {number}: not a row: {error}") from error
             yield row
 
@@ -383,8 +435,8 @@ def latest_values(path: Path, within: int = 1 << 16) -> dict[str, Any]:
     Raises:
         OSError: it cannot be read.
     """
-    with open(path, "rb", opener=regular) as file:
-        start = max(0, os.fstat(file.fileno()).st_size - within)
+    with open_file(path, links=False) as file:
+        start = max(0, file.size - within)
         file.seek(start)
         *lines, _ = file.read(within).split(b"\n")
     values: dict[str, Any] = {}
@@ -432,6 +484,6 @@ def _plain(value: Any, path: str) -> Any:
     raise MetricError(f"{path!r} is a {type(value).__name__}: a row holds numbers and strings")
 
 
-def _count_rows(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+def _count_rows(handle: int, end: int) -> int:
+    parts = ((at, min(1 << 20, end - at)) for at in range(0, end, 1 << 20))
+    return sum(read_at(handle, at, size).count(b"\n") for at, size in parts)

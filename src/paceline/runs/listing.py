@@ -1,7 +1,8 @@
 """Finds run folders and reads them: `run.json`, rows, and the recipe's text.
 
 A run folder may come from anywhere. It is read as JSON and YAML of bounded size; nothing in it is
-imported, no link in it is followed, and a broken file makes a run "damaged", not an error.
+imported, no link in it is followed, and a broken file makes a run "damaged", not an error; one
+that the disk does not give makes it "unreadable".
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import Any
 import yaml
 
 from paceline.errors import ConfigError
-from paceline.log.files import regular
 from paceline.log.lock import is_free
 from paceline.log.run_record import RUN_FILE, read_run
 from paceline.log.sinks import METRICS_FILE, latest_values
+from paceline.reading import is_answer, read_file
 
 Value = str | bool | int | float | None
 
@@ -44,8 +45,8 @@ class RunFolder:
         folder: the run folder.
         name: its path below the folder that was searched, e.g. `digits/baseline/seed_1`.
         status: "complete", "stopped", "failed", "running", "killed" (recorded as running, but no
-            process trains there) or "damaged" (`problem` says why).
-        record: the content of `run.json`, empty if damaged.
+            process trains there), "damaged" or "unreadable" (`problem` says why).
+        record: the content of `run.json`, empty if it could not be had.
         metrics: of the last validation; the newest logged values of a run that has not ended.
         problem: what is wrong with `run.json`.
     """
@@ -123,8 +124,9 @@ def read(folder: Path, name: str | None = None) -> RunFolder:
         run = _read(folder, name)
         run.values  # noqa: B018  raises here if it cannot be listed
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        return RunFolder(folder, name, "damaged", problem=str(why))
+        of_disk = isinstance(error, OSError)
+        told = "unreadable" if of_disk and not is_answer(error) else "damaged"
+        return RunFolder(folder, name, told, problem=str(error.strerror if of_disk else error))
     return run
 
 
@@ -229,10 +231,7 @@ def _read_yaml(path: Path) -> Any:
     Raises:
         OSError, ValueError, yaml.YAMLError: it cannot be read, or is not such a file.
     """
-    with open(path, "rb", opener=regular) as file:
-        text = file.read(_MAX_RECIPE + 1)
-    if len(text) > _MAX_RECIPE:
-        raise ValueError(f"it has more than {_MAX_RECIPE} bytes")
+    text = read_file(path, _MAX_RECIPE, links=False)
     depth = 0
     for event in yaml.parse(text, Loader=_YAML):
         depth += isinstance(event, yaml.CollectionStartEvent)

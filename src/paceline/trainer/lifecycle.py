@@ -20,10 +20,11 @@ from paceline.checkpoint.state import Made
 from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize
-from paceline.errors import ConfigError, DataError, Preempted
+from paceline.errors import ConfigError, DataError, Preempted, UnreadableError
 from paceline.log.kept_code import keep, place_of
 from paceline.log.run_record import RunRecord
 from paceline.log.sinks import with_local_rows
+from paceline.reading import status
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data
@@ -127,6 +128,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
         if run.saver is not None and trainer.checkpoint_policy is not None:
             prove(trainer, run)
             prove_first_step(trainer, run)
+    run.stop.listen(begun=True)
 
 
 def _check_one_folder(trainer: TrainerBase, run: Run) -> None:
@@ -280,10 +282,14 @@ def _on_disk(trainer: TrainerBase, work: Callable[[], None]) -> None:
         try:
             work()
         except OSError as error:
-            problem = f"run_dir={str(trainer.run_dir)!r} cannot be written: {error}"
+            where = f"run_dir={str(trainer.run_dir)!r}"
+            advice = "Is it a folder, with space and with the right to write?"
+            problem = f"{where} cannot be written: {error}. {advice}"
+        except UnreadableError as error:
+            problem = str(error)
     problem = trainer.world.broadcast_object(problem)
     if problem is not None:
-        raise ConfigError(f"{problem}. Is it a folder, with space and with the right to write?")
+        raise ConfigError(problem)
 
 
 def _make_folder(trainer: TrainerBase, run: Run, folder: Path) -> None:
@@ -294,10 +300,11 @@ def _make_folder(trainer: TrainerBase, run: Run, folder: Path) -> None:
         return trainer.replica_groups.open_folder(folder)
     run.folder_lock.take(folder, trainer.say)
     run.record = RunRecord(folder)
+    run.record.open()
 
 
 def _move_aside(run: Run, folder: Path) -> None:
-    if not folder.exists():
+    if status(folder) is None:
         return
     count = 1
     while (aside := folder.with_name(f"{folder.name}.{count}")).exists():

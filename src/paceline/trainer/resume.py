@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from paceline.checkpoint.engine import engine_of
 from paceline.data.source import Source
 from paceline.errors import ConfigError, ResumeError
 from paceline.log.run_record import read_run
+from paceline.reading import patiently
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.identity_keys import FIRST_PARTS, Identity
 from paceline.trainer.settings import Resume
@@ -31,12 +33,16 @@ def after_restart(asked: Resume, run_dir: Path | None, world: World) -> Resume:
         asked: by the user.
         run_dir: the run's folder.
         world: the ranks.
+
+    Raises:
+        UnreadableError: the run's record could not be read.
     """
     begun = False
     if run_dir is None or asked.mode == "auto":
         return asked
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        begun = began_before_restart(read_run(run_dir).get("environment") or {})
+        record = patiently(partial(read_run, run_dir))
+        begun = began_before_restart(record.get("environment") or {})
     # Of several machines' launchers, only that of the rank that failed has counted a restart.
     begun = any(world.all_gather_object(begun))
     return replace(asked, mode="auto") if begun else asked

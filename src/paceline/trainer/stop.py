@@ -58,18 +58,17 @@ import torch.distributed as dist
 from paceline.errors import CheckpointError, PeerError
 from paceline.exit_codes import FAILED
 from paceline.trainer.stall import StallReport
+from paceline.world.signals import ASKED, SAME, STOPS, LeaveAtOnce, leave
 from paceline.world.world import World
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-)
 STOP_FILE = "stop file"
+_SIGNAL = "signal "  # before its name, in the reason
 TO_BE_RESUMED = ("time limit", STOP_FILE)  # beside signals
 _POLL = 0.1  # seconds between a watcher's looks
 _PATIENCE = 120.0  # seconds to wait for the other ranks' word
 _PEER_GRACE = 15.0  # seconds a rank may stay in a collective that a failed peer has left
 _LINGER = 5.0  # seconds in which the others may read why rank 0, whose store it is, has failed
-_SAME = 2.0  # seconds within which a second SIGTERM or SIGUSR1 is the first one, passed on
+_NOT_BEGUN = -1  # the point of a rank that has not come to its first
 _runs = 0  # agreements opened in this process's life, equal on all ranks
 
 
@@ -110,7 +109,7 @@ class StopAgreement:
         self._everywhere = False  # every rank has made the request, in the same window
         self._signalled_at: float | None = None
         self._frozen = False
-        self._committed = -1  # the next point at which this rank could stop
+        self._committed = _NOT_BEGUN  # the next point at which this rank could stop
         self._batch = 0  # ... and the validation batch before which it could on the way there
         self._stop_at: int | None = None
         self._stop_batch = 0
@@ -121,6 +120,7 @@ class StopAgreement:
         self._thread: threading.Thread | None = None
         self._store: Any = None  # the main thread's connection, while others may be gone
         self._handlers: dict[int, Any] = {}
+        self._leaves_at_once = False  # where a signal finds that no rank has begun
         self.reason: str | None = None
         self.leaves_draws = False
 
@@ -132,7 +132,7 @@ class StopAgreement:
     @property
     def by_signal(self) -> bool:
         """Whether the run stops for a signal, to this rank or another."""
-        return self.reason is not None and self.reason.startswith("signal ")
+        return self.reason is not None and self.reason.startswith(_SIGNAL)
 
     @property
     def signalled(self) -> bool:
@@ -149,16 +149,25 @@ class StopAgreement:
             pass
         return False
 
-    def listen(self) -> bool:
+    def listen(self, *, begun: bool = False) -> bool:
         """Listens for signals from now on; returns False beside the main thread, where nobody can.
 
         A signal that the process ignores (as a shell's background jobs do Ctrl-C), or that is
-        handled outside of Python, is left alone.
+        handled outside of Python, is left alone. A command that leaves at once goes on doing so,
+        with several ranks once they have agreed.
+
+        Args:
+            begun: whether training begins now.
         """
         if threading.current_thread() is not threading.main_thread():
             return False
-        for number in SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+        for number in STOPS:
+            handler = signal.getsignal(number)
+            leaves = isinstance(handler, LeaveAtOnce)
+            self._leaves_at_once = self._leaves_at_once or leaves
+            waits = leaves and not begun and self._world.size == 1
+            own = number not in ASKED and handler is not signal.SIG_DFL and not leaves
+            if not (waits or own or handler in (signal.SIG_IGN, None, self._on_signal)):
                 self._handlers[number] = signal.signal(number, self._on_signal)
         return True
 
@@ -323,13 +332,15 @@ class StopAgreement:
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if self._signalled_at is not None:
-            if number == signal.SIGINT or now - self._signalled_at > _SAME:
+            if number == getattr(signal, "SIGXCPU", None):
+                return  # it comes each second, until the process has left
+            if number == signal.SIGINT or now - self._signalled_at > SAME:
                 # Asked twice: leave at once, as if nobody had listened.
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         self._signalled_at = now
-        self.request(f"signal {signal.Signals(number).name}")
+        self.request(_SIGNAL + signal.Signals(number).name)
 
     def _watch(self, store: Any, stall: StallReport) -> None:
         while not self._closed.wait(_POLL):
@@ -366,8 +377,21 @@ class StopAgreement:
             if store.check(keys):
                 points = [tuple(map(int, store.get(name).split())) for name in keys]
                 point, self._stop_batch = max(points)
-                self._agree(point, store.get(key + "request").decode())
+                reason = store.get(key + "request").decode()
+                if point == _NOT_BEGUN and self._leaves_at_once and reason.startswith(_SIGNAL):
+                    self._leave_with_all(store, reason.removeprefix(_SIGNAL))
+                self._agree(point, reason)
         return False
+
+    def _leave_with_all(self, store: Any, why: str) -> None:
+        """Ends this process: no rank has begun, so that there is nothing to save."""
+        store.set(f"{self._prefix}leaves/{self._world.rank}", "1")
+        if self._world.is_main:  # whose store it is
+            keys = [f"{self._prefix}leaves/{rank}" for rank in range(self._world.size)]
+            deadline = time.monotonic() + _LINGER
+            while not store.check(keys) and time.monotonic() < deadline:
+                time.sleep(_POLL / 4)
+        leave(why, tell=self._world.is_main)
 
     def _leave(self, why: str) -> None:
         """Ends a process that is stuck where Python cannot reach it, in a collective."""

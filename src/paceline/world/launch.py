@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -25,9 +28,7 @@ from paceline.errors import PacelineError
 from paceline.exit_codes import STOPPED
 from paceline.world.environment import LAUNCHER
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
-from paceline.world.signals import handling
-
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from paceline.world.signals import SAME, STOPS, LeaveAtOnce, handling
 
 # The agent terminates the other ranks as soon as one has exited. After a clean stop ranks exit
 # seconds apart; one that takes longer than this is terminated after all.
@@ -44,8 +45,8 @@ def launch(
 ) -> int:
     """Runs `python -m paceline *argv` in `nproc` processes, which join those of other machines.
 
-    A SIGTERM, SIGINT or SIGUSR1 to this process is forwarded to the workers once; they may then
-    take as long as they need to save. Workers run in sessions of their own, so a Ctrl-C in the
+    A signal that stops a run is forwarded from this process to the workers once; they may then take
+    as long as they need to save. Workers run in sessions of their own, so a Ctrl-C in the
     terminal reaches them only in this way; a second one is forwarded too, and ends them at once.
 
     Args:
@@ -78,6 +79,7 @@ def launch(
             local_addr=parameters.local_addr,
         )
         agent = _Agent(spec, logs_specs=DefaultLogsSpecs(log_dir=logs))
+        agent.leave = LeaveAtOnce(partial(shutil.rmtree, logs, ignore_errors=True))
         try:
             with agent.forwarding(), _meeting(machines):
                 result: RunResult | None = agent.run()  # pyright: ignore[reportAssignmentType] - @prof hides it
@@ -109,6 +111,8 @@ def _meeting(machines: Rendezvous) -> Iterator[None]:
 class _Agent(LocalElasticAgent):
     """torch's agent, but it forwards signals and lets a clean stop finish."""
 
+    leave: LeaveAtOnce
+    _forwarded: float | None = None
     _pids: tuple[int, ...] = ()
     _received: int | None = None
     _first_left: float | None = None
@@ -116,17 +120,19 @@ class _Agent(LocalElasticAgent):
 
     def forwarding(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the first signal to this process is forwarded to every worker."""
-        return handling(dict.fromkeys(FORWARDED, self._on_signal))
+        listened = [n for n in STOPS if signal.getsignal(n) is not signal.SIG_IGN]
+        return handling(dict.fromkeys(listened, self._on_signal))
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._meets:  # there are no workers yet, and the other machines may never join
-            raise SystemExit(STOPPED)
+            self.leave(number, frame)
         # Job schedulers repeat signals; a second Ctrl-C means: exit at once.
         if self._received is None or number == signal.SIGINT:
             self._received = number
             self._forward()
 
     def _forward(self) -> None:
+        self._forwarded = time.monotonic() if self._forwarded is None else -math.inf
         for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, self._received or signal.SIGTERM)
@@ -135,7 +141,7 @@ class _Agent(LocalElasticAgent):
         self._meets = True
         try:
             if self._received is not None:  # it came before the rendezvous began
-                raise SystemExit(STOPPED)
+                self.leave(self._received, None)
             super()._rendezvous(worker_group)  # pyright: ignore
         finally:
             self._meets = False
@@ -155,6 +161,11 @@ class _Agent(LocalElasticAgent):
             if time.monotonic() - self._first_left < _LAST_RANKS_SECONDS:
                 return RunResult(state=State.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore
+        for failure in result.failures.values():
+            # One that listens takes no notice of a second signal so soon: this one did not yet.
+            early = time.monotonic() - (self._forwarded or -math.inf) < SAME
+            if early and failure.exitcode == -(self._received or 0):
+                failure.exitcode = STOPPED
         if result.state is State.FAILED and self._remaining_restarts > 0:
             if self._received is not None or _all_stopped(result.failures):
                 self._remaining_restarts = 0

@@ -1,13 +1,31 @@
-"""Temporary signal handlers."""
+"""Signals that stop a run, before it has begun and while others are to be handled."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
-Handler = Callable[[int, FrameType | None], None]
+from paceline.exit_codes import STOPPED
+
+Handler = Callable[[int, FrameType | None], object]
+
+STOPS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGXCPU", "SIGUSR2")
+    if hasattr(signal, name)
+)
+"""The signals that ask a run to stop: schedulers', the terminal's, and that of a limit of CPU time.
+
+A signal whose handler is not the system's own stays with whoever handles it, except those in ASKED.
+"""
+ASKED = STOPS[:3]
+SAME = 2.0
+"""Seconds within which a second signal is the first one, passed on."""
 
 
 @contextlib.contextmanager
@@ -19,3 +37,87 @@ def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class LeaveAtOnce:
+    """The handler before training: nothing needs saving, so the process leaves with code 75.
+
+    It raises nothing: an exception out of a handler comes up wherever the process happens to be, in
+    an import or in a constructor, where it is swallowed or taken for a mistake in a recipe.
+
+    Args:
+        before: called before the process leaves.
+    """
+
+    def __init__(self, before: Callable[[], object] | None = None) -> None:
+        self._before = before
+        self._process = os.getpid()
+        self._once = threading.Lock()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Leaves; a process that was forked from the one that listens dies as if nobody did."""
+        if os.getpid() != self._process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self._once.acquire(blocking=False):
+            if self._before is not None:
+                self._before()
+            leave(signal.Signals(number).name)
+
+
+def leave(why: str, *, tell: bool = True) -> None:
+    """Ends this process, which has nothing to save.
+
+    Args:
+        why: the signal's name.
+        tell: whether to print a line.
+    """
+    if tell:
+        text = f"paceline: {why} before training began: nothing to save; run the command again.\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # not print: the signal may have come while something does
+    os._exit(STOPPED)
+
+
+def leave_at_once_on_signals(handler: LeaveAtOnce | None = None) -> None:
+    """From now on a signal of STOPS ends this process, until somebody else handles it.
+
+    Also where the interpreter does not come to run a handler, while a library is loaded or a
+    connection is waited for: a thread looks. To be called in the main thread.
+
+    Args:
+        handler: by default one that does nothing else.
+    """
+    handler = handler or LeaveAtOnce()
+    for number in STOPS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, handler)
+    told, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
+    threading.Thread(target=_look, args=(told,), name="paceline-signals", daemon=True).start()
+
+
+def _look(told: int) -> None:
+    while numbers := os.read(told, 64):
+        for number in numbers:
+            handler = signal.getsignal(number)
+            if isinstance(handler, LeaveAtOnce):
+                handler(number, None)
+
+
+def _forget() -> None:
+    """In a forked process, whose signals are not its parent's."""
+    with contextlib.suppress(ValueError):  # beside the main thread it cannot be taken back
+        signal.set_wakeup_fd(-1)
+
+
+def is_train(words: list[str] | None = None) -> bool:
+    """Whether this process is the command `paceline train`.
+
+    Args:
+        words: the command's arguments, by default this process's.
+    """
+    words = sys.argv[1:] if words is None else words
+    return next((word for word in words if not word.startswith("-")), None) == "train"

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.checkpoint import load_tree
-from paceline.cli.main import app
+from paceline.cli.app import app
 from paceline.errors import RecipeError
 from paceline.recipe import load_recipe
 from paceline.testing import bits, rows

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from builders import code_forgotten
-from paceline.cli.main import app
+from paceline.cli.app import app
 from paceline.errors import ConfigError
 
 CODE = """

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from paceline import Callback, Trainer
 from paceline.callbacks import GradientMonitor
-from paceline.cli.main import app
+from paceline.cli.app import app
 from paceline.errors import Preempted
 from paceline.testing import StopAt, bits
 from paceline.tune import RunConfig, run

@@ -1,0 +1,95 @@
+"""A signal before training ends the command at once with 75: there is nothing to save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command import Paceline
+
+# Where a command may be: importing the user's code, in a constructor that swallows whatever is
+# raised, and in one that does not come back to the interpreter.
+PLACES = {
+    "import": 'open("here-import", "w").close(); time.sleep(60)',
+    "swallows": """
+class Swallows(Net):
+    def __init__(self):
+        super().__init__()
+        open("here-swallows", "w").close()
+        for _ in range(600):
+            try:
+                time.sleep(0.1)
+            except BaseException:
+                pass
+""",
+    "in C": """
+class InC(Net):
+    def __init__(self):
+        super().__init__()
+        open("here-in C", "w").close()
+        hashlib.pbkdf2_hmac("sha512", b"", b"", 10**9)
+""",
+}
+CLASSES = {"import": "Net", "swallows": "Swallows", "in C": "InC"}
+SIGNALS = [("import", "SIGTERM"), ("import", "SIGHUP"), ("swallows", "SIGINT")]
+SIGNALS += [("swallows", "SIGUSR2"), ("in C", "SIGUSR1"), ("in C", "SIGXCPU")]
+
+
+def test_wherever_it_comes_the_command_leaves_within_two_seconds_with_one_line(
+    paceline: Paceline, tmp_path: Path, wait_for: Callable[[str], Path]
+) -> None:
+    recipe = (tmp_path / "toy.yaml").read_text()
+    for place, code in PLACES.items():
+        text = (tmp_path / "toy.py").read_text() + "\nimport hashlib\nclass Net(nn.Linear):\n"
+        text += "    def __init__(self):\n        super().__init__(1, 1)\n" + code
+        (tmp_path / f"{CLASSES[place].lower()}.py").write_text(text)
+        (tmp_path / f"{place}.yaml").write_text(
+            recipe.replace("toy", CLASSES[place].lower()).replace(
+                "torch.nn.Linear, in_features: 1, out_features: 1",
+                f"{CLASSES[place].lower()}.{CLASSES[place]}",
+            )
+        )
+    for place, name in SIGNALS:
+        number = getattr(signal, name)
+        command = paceline.start("train", f"{place}.yaml", f"run.name={name}")
+        wait_for(f"here-{place}").unlink()
+        sent = time.monotonic()
+        command.signal(number)
+        code, out, err = command.end()
+        assert time.monotonic() - sent < 2
+        assert (code, out) == (75, "")
+        assert err == (
+            f"paceline: {name} before training began: nothing to save; run the command again.\n"
+        )
+    assert not (tmp_path / "runs").exists()
+
+
+SLOW_START = """
+class SlowStart(Fit):
+    def on_setup(self):
+        open(f"setup{self.world.rank}", "w").close()
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("victims", [[1], [0, 1]], ids=["one", "both"])
+def test_two_ranks_of_which_none_has_begun_leave_together(
+    paceline: Paceline, tmp_path: Path, wait_for: Callable[[str], Path], victims: list[int]
+) -> None:
+    (tmp_path / "toy.py").write_text((tmp_path / "toy.py").read_text() + SLOW_START)
+    command = paceline.start("train", "toy.yaml", "trainer._target_=toy.SlowStart", "--nproc", "2")
+    for rank in (0, 1):
+        wait_for(f"setup{rank}")
+    sent = time.monotonic()
+    for rank in victims:
+        os.kill(command.pids[rank], signal.SIGTERM)
+    ended = command.each()
+    assert time.monotonic() - sent < 2
+    assert [code for code, _, _ in ended] == [75, 75]
+    assert "".join(err for _, _, err in ended).count("SIGTERM before training began") == 1
+    assert not list(tmp_path.rglob("step_*"))
