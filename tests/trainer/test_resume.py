@@ -440,11 +440,9 @@ def test_checkpoint_objects_are_matched_by_name(as_list: bool, tmp_path: Path) -
             self.left.count += 1
             self.right.count += 10
 
-    class Turned(Keeps):
-        order = ("left", "right") if as_list else ("right", "left")
-
     fitted(Keeps, run_dir=tmp_path, epochs=1)
-    trainer = fitted(Turned, run_dir=tmp_path)
+    Keeps.order = ("right", "left")
+    trainer = fitted(Keeps, run_dir=tmp_path)
     assert (trainer.left.count, trainer.right.count) == (10, 100)
 
 
