@@ -273,3 +273,32 @@ def test_a_model_that_is_made_while_training(tmp_path: Path) -> None:
 
     assert len(set(whole.values)) == 1
     assert trainer.values == whole.values[2:]
+
+
+class Fails(Trainer):
+    """Its first validation fails, until it is mended."""
+
+    mended = False
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.mended:
+            raise KeyError("labels")
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_validation_that_fails_loses_no_step(tmp_path: Path) -> None:
+    """Given a first validation that fails after an epoch, when it is mended and resumed."""
+    hand = line()
+    by_hand(hand, torch.optim.SGD(hand.parameters(), lr=0.05, momentum=0.9))
+    given = {"val_dataloader": batches(), "run_dir": tmp_path}
+    with pytest.raises(Exception, match="labels"):
+        Fails(**settings(**given)).fit(seed=1)
+
+    trainer = Fails(**settings(**given))
+    trainer.mended = True
+    first: list[int] = []
+    trainer.on_validation_start = lambda: first.append(trainer.global_step)  # type: ignore
+    trainer.fit(seed=1)
+
+    assert torch.equal(trainer.model.weight, hand.weight)
+    assert first == [5, 10]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.errors import ConfigError
 from paceline.trainer.callback import Callback
-from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.monitor import MetricMonitor, watched_by
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -50,6 +50,8 @@ class EarlyStopping(Callback):
             raise ConfigError(f"EarlyStopping(patience={patience!r}): must be at least 1")
         self.patience = patience
         self._monitor = MetricMonitor(monitor, mode, min_delta, relative)
+        # By it the checkpoint finds the state of the same metric again.
+        self.name = self.name or f"{type(self).__name__} {watched_by(self._monitor)}"
 
     @property
     def out_of_patience(self) -> bool:

@@ -14,6 +14,7 @@
     rank/<r>/validation   what the validation loaders' objects keep, by the loaders' names
     rank/<r>/sums         open metric sums
     rank/0/sinks          byte offsets of the row files
+    settings              what tells callbacks and objects of one name apart; the metric watched
     identity, horizon     the settings that a resumed run is compared with
     identity_parts        which keys of the identity each of its parts gives
     made                  what training has changed of how models and optimizers were made: forms of

@@ -77,6 +77,11 @@ class MetricMonitor:
         self.best_value, self.worse_count = state["best_value"], state["worse_count"]
 
 
+def watched_by(monitor: MetricMonitor) -> str:
+    """What a monitor watches, in words: another metric's best says nothing of this one's."""
+    return f"{monitor.metric_name} ({monitor.mode})"
+
+
 def metric_of(metrics: dict[str, float], name: str) -> float:
     """A validation's metric by its name.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,22 +38,80 @@ def unique_names(things: Iterable[T], name: Callable[[T], str] = own_name) -> di
     return named
 
 
+def settings_of(things: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells things of one name apart.
+
+    Args:
+        things: by the names that `unique_names` gave them.
+
+    Returns:
+        For each, the name that it has by itself, and the plain arguments it was made with, as far
+        as it keeps them.
+    """
+    return {
+        key: {"name": own_name(thing), "made with": _made_with(thing)}
+        for key, thing in things.items()
+    }
+
+
+def _made_with(thing: Any) -> dict[str, Any]:
+    try:
+        arguments = inspect.signature(type(thing)).parameters
+    except (TypeError, ValueError):
+        return {}
+    held = getattr(thing, "__dict__", {})
+    found = {key: held.get(key, held.get(f"_{key}")) for key in arguments}
+    plain = (bool, int, float, str)
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in found.items()
+        if isinstance(value, (*plain, Path))
+    }
+
+
 def load_by_name(
-    kind: str, here: Mapping[str, Any], stored: Mapping[str, Any], say: Callable[[str], None]
+    kind: str,
+    here: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    say: Callable[[str], None],
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Gives things their stored states; a new one starts fresh, and one that is gone is reported.
+
+    Several of one name are told apart by their settings, whatever their order.
 
     Args:
         kind: what they are, for people.
         here: the things by name, with `state_dict` and `load_state_dict`.
         stored: their states by name; a state that is empty need not be there.
         say: takes a line for people.
+        settings: `settings_of` the things whose states were stored.
     """
+    theirs = _matched(settings_of(here), {name: (settings or {}).get(name) for name in stored})
     for name, thing in here.items():
-        if name in stored:
-            thing.load_state_dict(stored[name])
+        if name in theirs:
+            thing.load_state_dict(stored[theirs[name]])
         elif thing.state_dict():
             say(f"the {kind} {name!r} is new in this run: it starts fresh.")
-    for name in stored:
-        if name not in here:
-            say(f"the {kind} {name!r} of the checkpoint is no longer there.")
+    for name in stored.keys() - set(theirs.values()):
+        say(f"the {kind} {name!r} of the checkpoint is no longer there.")
+
+
+def _matched(here: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, str]:
+    """Which stored thing each is: of its own name, and of its settings if there are several."""
+    pairs: dict[str, str] = {}
+    own = {name: (said or {}).get("name", name) for name, said in stored.items()}
+    for base in {settings["name"] for settings in here.values()}:
+        mine = [name for name, settings in here.items() if settings["name"] == base]
+        theirs = [k for k in stored if own[k] == base or (not stored[k] and k in mine)]
+        for name in list(mine):
+            same = [other for other in theirs if stored[other] == here[name]]
+            if same:
+                pairs[name] = name if name in same else same[0]
+                mine.remove(name)
+                theirs.remove(pairs[name])
+        old = [name for name in mine if name in theirs and not stored[name]]
+        pairs |= {name: name for name in old}
+        if len(mine) == len(theirs) == 1 and not old:  # its settings have changed
+            pairs[mine[0]] = theirs[0]
+    return pairs

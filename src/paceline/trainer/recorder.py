@@ -11,7 +11,7 @@ from paceline.errors import MetricError
 from paceline.log.accumulator import Accumulator, merge
 from paceline.log.secrets import masked
 from paceline.log.sinks import RunInfo
-from paceline.trainer.names import load_by_name, unique_names
+from paceline.trainer.names import load_by_name, settings_of, unique_names
 from paceline.trainer.progress import as_number
 from paceline.trainer.run import Run
 
@@ -127,6 +127,7 @@ class Recorder:
         if self._world.leads_part:
             state["sums"] = self.train.state_dict()
         if self._main:
+            state["made with"] = settings_of(unique_names(self.sinks))
             state["sinks"] = {
                 name: kept
                 for name, sink in unique_names(self.sinks).items()
@@ -173,8 +174,8 @@ class Recorder:
     def load_sinks(self, ranks: dict[str, dict[str, Any]]) -> None:
         """Moves the sinks back to their saved positions; to be called when they are open."""
         if self._main:
-            sinks = unique_names(self.sinks)
-            load_by_name("logger", sinks, ranks["0"]["sinks"], self._world.say)
+            sinks, own = unique_names(self.sinks), ranks["0"]
+            load_by_name("logger", sinks, own["sinks"], self._world.say, own.get("made with"))
 
     def close(self, status: str) -> None:
         """Ends the sinks."""

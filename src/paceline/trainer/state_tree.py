@@ -8,6 +8,7 @@ schedule where it would stand had it run from the start.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from paceline.checkpoint.state import (
 )
 from paceline.errors import ResumeError
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.names import load_by_name, unique_names
+from paceline.trainer.monitor import watched_by
+from paceline.trainer.names import load_by_name, settings_of, unique_names
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.resume import check_identity, horizon
 from paceline.trainer.run import Run
@@ -41,6 +43,9 @@ _SCHEDULED = (
     "base_momentum",
     "max_momentum",
 )
+
+# What ReduceLROnPlateau keeps of the metric that it follows.
+_OF_METRIC = ("best", "num_bad_epochs", "cooldown_counter")
 
 
 def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
@@ -85,6 +90,11 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
             if (state := callback.state_dict())
         },
         "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
+        "settings": {
+            "monitor": None if monitor is None else watched_by(monitor),
+            "callbacks": settings_of(unique_names(trainer.callbacks)),
+            "objects": settings_of(trainer.named_objects()),
+        },
         "rank": {str(run.world.rank): rank},
         "identity": run.identity.keys,
         "identity_parts": run.identity.parts,
@@ -103,6 +113,19 @@ def _of_validation(trainer: TrainerBase) -> dict[str, Any]:
 def _asked(data: Any, what: str) -> dict[str, Any]:
     """What a source gives in a method that one of the user's own need not have."""
     return getattr(data, what, dict)()
+
+
+def _load_objects(trainer: TrainerBase, objects: dict[str, Any], tree: dict[str, Any]) -> None:
+    """Those that have a name keep it, whatever their settings."""
+    named = isinstance(trainer.checkpoint_objects, Mapping)
+    settings = None if named else tree.get("settings", {}).get("objects")
+    load_by_name("checkpoint object", objects, tree["objects"], trainer.say, settings)
+
+
+def _another_metric(trainer: TrainerBase, tree: dict[str, Any]) -> bool:
+    """Whether the run watched another metric, whose best says nothing of this one's."""
+    monitor, before = trainer.metric_monitor, tree.get("settings", {}).get("monitor")
+    return monitor is not None and before is not None and before != watched_by(monitor)
 
 
 def _load_objects_of_data(trainer: TrainerBase, own: dict[str, Any]) -> None:
@@ -155,10 +178,17 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     run.progress.load_state_dict(tree["progress"])
     _load_data(trainer, run, tree)
     if trainer.metric_monitor is not None and tree["monitor"] is not None:
-        trainer.metric_monitor.load_state_dict(tree["monitor"])
+        if _another_metric(trainer, tree):
+            trainer.say(
+                f"the metric monitor watches {watched_by(trainer.metric_monitor)} now, and "
+                f"{tree['settings']['monitor']} in the checkpoint: it starts fresh."
+            )
+        else:
+            trainer.metric_monitor.load_state_dict(tree["monitor"])
     callbacks, objects = unique_names(trainer.callbacks), trainer.named_objects()
-    load_by_name("callback", callbacks, tree["callbacks"], trainer.say)
-    load_by_name("checkpoint object", objects, tree["objects"], trainer.say)
+    settings = tree.get("settings", {})
+    load_by_name("callback", callbacks, tree["callbacks"], trainer.say, settings.get("callbacks"))
+    _load_objects(trainer, objects, tree)
     trainer.recorder.load_state_dict(tree["rank"])
     _load_objects_of_data(trainer, tree["rank"].get(str(run.world.rank), {}))
     if trainer.replica_groups is not None:
@@ -201,6 +231,8 @@ def _load_optimizers(
         else:
             for (key, scheduler), state in zip(mine.items(), stored, strict=True):
                 changed = [k.removeprefix(key + ".") for k in accepted if k.startswith(key + ".")]
+                if takes_metric(scheduler) and _another_metric(trainer, tree):
+                    changed += _OF_METRIC
                 load_schedule(scheduler, state, changed)
         _apply(optimizer, wanted, mine if course is None else None)
 

@@ -362,7 +362,7 @@ class Trainer(TrainerBase):
         improved = False
         validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
         if validates and progress.validated_at != step and self.has_validation:
-            metrics = measure(self, run)
+            metrics = self._measure(run)
             if metrics is None:
                 return self._leave(pending=["validation"])
             improved = judge(self, run, metrics)
@@ -376,6 +376,19 @@ class Trainer(TrainerBase):
             self._save(reasons + (["end"] if progress.ended_by else []), best=improved)
         if not run.is_over and run.stop.reached(behind_boundary(step)):
             self._leave(pending=[])
+
+    def _measure(self, run: Run) -> dict[str, float] | None:
+        """Validates; if that fails, the state before it is saved, and a resumed run repeats it."""
+        try:
+            return measure(self, run)
+        except Exception as error:
+            if run.world.size == 1:  # other ranks may wait for this one elsewhere
+                self.progress.pending = ["validation"]
+                try:
+                    self._save(["the validation failed"])
+                except Exception as more:  # noqa: BLE001  the first error is the one to show
+                    error.add_note(f"then, as its state was saved: {type(more).__name__}: {more}")
+            raise
 
     def evaluate(self) -> dict[str, float] | None:
         """Validates: each sample of every validation loader once over all ranks.
