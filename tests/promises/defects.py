@@ -17,6 +17,7 @@ from paceline.parallel.ddp import Replica
 from paceline.recipe.components import Checker
 from paceline.recipe.mistakes import Mistake, Mistakes
 from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.optimization import Optimization
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window
 from paceline.world.seeding import seed_everything
@@ -57,6 +58,15 @@ def always_exchanged(self: Replica, *, exchange: bool) -> None:
 
 def unreduced(self: World, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return tensor
+
+
+def keeps_gradients(self: Optimization, window: Window) -> None:
+    self.guard.begin(window)
+
+
+def announces_openly(run: Any, window: Window) -> None:
+    for hook in run.events.on_train_batch_start:
+        hook(window.batch, window.batch_idx)
 
 
 def floored(self: Layout, start: int, stop: int) -> tuple[int, int]:

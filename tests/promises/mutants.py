@@ -31,6 +31,7 @@ from paceline.recipe.mistakes import Mistakes
 from paceline.trainer import events, recorder, state_tree, window
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
@@ -312,6 +313,18 @@ MUTANTS = [
         defects.nothing,
         f"{P2}:check_watched",
         {"how": "averaged, and validated with the average"},
+    ),
+    Mutant(
+        "gradients of a validation enter the next step",
+        ((Optimization, "begin"),),
+        defects.keeps_gradients,
+        f"{P2}:test_gradients_from_outside_a_window_reach_no_step",
+    ),
+    Mutant(
+        "gradients made as a micro-batch starts enter its step",
+        ((window, "announce"),),
+        defects.announces_openly,
+        f"{P2}:test_gradients_from_outside_a_window_reach_no_step",
     ),
     Mutant(
         "the checkpoint before goes first",

@@ -318,7 +318,7 @@ class Trainer(TrainerBase):
             draw: its micro-batches, from the training data.
         """
         self.window = window = Window(self._at_hand, draw, self.progress.batch)
-        self.optimization.guard.begin(window)
+        self.optimization.begin(window)
         return window
 
     def _close_window(self, run: Run, window: Window) -> None:

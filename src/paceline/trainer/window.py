@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,17 +97,17 @@ class Window:
         count = len(self._draw.sizes)
         for j in range(count):
             batch = self.present(j)
+            seed_everything(mix(key, j))
+            if events.on_train_batch_start and not self.stand_in:
+                announce(run, self)
             for replica in run.placement.replicas:
                 replica.begin(exchange=j == count - 1)
             for shards in run.placement.frozen:
                 shards.begin()
-            seed_everything(mix(key, j))
             if self.stand_in:
                 with buffers_kept(run):
                     yield batch, self._first + j
                 continue
-            for hook in events.on_train_batch_start:
-                hook(batch, self._first + j)
             yield batch, self._first + j
             progress.local_batches += 1
             for hook in events.on_train_batch_end:
@@ -138,6 +139,34 @@ class Window:
         """Counts items that only the batches tell: all of them are read before the first is run."""
         counted = count_window(self._run, self.read(), self._draw.sizes, self.samples)
         self.counts, self.items, self.samples, self._whole, self._shares = counted
+
+
+def announce(run: Run, window: Window) -> None:
+    """Calls who listens to a micro-batch's start; gradients made there are not kept.
+
+    Args:
+        run: whose listeners and optimizers these are.
+        window: the micro-batch is the one at hand.
+    """
+    with gradients_aside(run.components.named_optimizers().values()):
+        for hook in run.events.on_train_batch_start:
+            hook(window.batch, window.batch_idx)
+
+
+@contextmanager
+def gradients_aside(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Within it parameters have no gradients; afterwards they have those of before, and no other.
+
+    Args:
+        optimizers: whose parameters these are.
+    """
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    held = [(parameter, parameter.grad) for group in groups for parameter in group["params"]]
+    for parameter, _ in held:
+        parameter.grad = None
+    yield
+    for parameter, gradient in held:
+        parameter.grad = gradient
 
 
 class buffers_kept:
