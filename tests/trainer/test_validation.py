@@ -136,6 +136,37 @@ def test_validation_changes_no_weight_no_buffer_and_no_mode() -> None:
     assert same(weights(plain), weights(validated))
 
 
+class Taught(Trainer):
+    """Notes the modes of a student, and of a teacher that must not move."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        parts = (part for model in self.model.values() for part in model.modules())
+        self.modes = [part.training for part in parts]
+        x, _ = batch
+        return (self.model["student"](x) - self.model["teacher"](x)).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert not any(part.training for part in self.model["student"].modules())
+
+
+def test_what_its_owner_put_into_eval_mode_stays_so() -> None:
+    """Given a teacher, and a norm of the student, in eval mode, then only the rest trains."""
+    student = nn.Sequential(line(), nn.BatchNorm1d(1), nn.Dropout(0.5))
+    teacher = nn.Sequential(line(), nn.BatchNorm1d(1))
+    student[1].eval()
+    teacher.requires_grad_(False).eval()
+    before = [value.clone() for value in [*student.buffers(), *teacher.buffers()]]
+    trainer = fitted(
+        Taught,
+        model={"student": student, "teacher": teacher},
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.01),
+        val_dataloader=batches(4),
+    )
+    assert trainer.modes == [True, True, False, True, False, False, False]
+    assert all(map(torch.equal, before, [*student.buffers(), *teacher.buffers()]))
+    assert any("eval mode" in str(x) and "student.1, teacher" in str(x) for x in trainer.plan)
+
+
 def test_modes_and_gradients_in_a_validation() -> None:
     seen: list[Any] = []
 
