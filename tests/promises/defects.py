@@ -11,6 +11,7 @@ import torch
 
 from paceline.checkpoint.publication import discard, scan
 from paceline.data import loader
+from paceline.data.fetch import Fetcher
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
 from paceline.parallel.ddp import Replica
@@ -85,6 +86,11 @@ def same_pass(self: Layout, epoch: int, start: int, stop: int) -> Any:
     return [
         (epoch, self.order.slice(epoch, i % length, i % length + 1)) for i in range(start, stop)
     ]
+
+
+def one_stream_a_batch(self: Fetcher, key: int, indices: list[Any]) -> Any:
+    seed_everything(key)
+    return self.dataset.__getitems__(indices)
 
 
 _local = count()

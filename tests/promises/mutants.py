@@ -315,6 +315,12 @@ MUTANTS = [
         {"how": "averaged, and validated with the average"},
     ),
     Mutant(
+        "samples that are asked for together share a random stream",
+        ((fetch.Fetcher, "_several"),),
+        defects.one_stream_a_batch,
+        "test_users_objects:test_a_sample_s_noise_does_not_depend_on_its_batch",
+    ),
+    Mutant(
         "gradients of a validation enter the next step",
         ((Optimization, "begin"),),
         defects.keeps_gradients,

@@ -360,6 +360,13 @@ def _wrong_loaders(trainer: TrainerBase) -> list[str]:
         wrong += _wrong_names(named)
         loaders |= {f"val_dataloader[{name!r}]": loader for name, loader in named.items()}
     for name, loader in loaders.items():
+        if loader is trainer.train_dataloader and hasattr(loader, "state_dict"):
+            if name != "train_dataloader":
+                wrong.append(
+                    f"{name}: it is the training loader itself, whose place in the data a "
+                    "validation would move: give validation a loader of its own."
+                )
+            continue
         if name == "train_dataloader" and is_custom(loader):
             continue
         if _is_count(loader):
