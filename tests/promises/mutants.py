@@ -29,6 +29,7 @@ from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
 from paceline.trainer import events, recorder, state_tree, window
+from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.optimization import Optimization
@@ -450,6 +451,13 @@ MUTANTS = [
         ((loader, "_shuffles"),),
         defects.always,
         f"{P13}:test_a_loader_that_does_not_shuffle_is_not_shuffled",
+    ),
+    Mutant(
+        "a setting that a run has read is assigned without a word",
+        ((TrainerBase, "__setattr__"),),
+        object.__setattr__,
+        f"{P13}:test_what_a_run_has_read_is_not_changed_within_it",
+        {"name": "optimizer"},
     ),
     Mutant(
         "what drop_last leaves out is not said",

@@ -29,7 +29,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import Resume
+from paceline.trainer.settings import Resume, read_already
 from paceline.trainer.slots import TRAINER_SLOTS, slots_of
 from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
@@ -141,6 +141,12 @@ class TrainerBase(Hooks, AbstractTrainer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         slots_of(cls)  # raises for a slot that cannot be
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        run = vars(self).get("_run")
+        if run is not None and name in run.fixed:
+            raise read_already(name)
+        super().__setattr__(name, value)
 
     # Counters
 
@@ -434,6 +440,7 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     def _unwrap_models(self) -> None:
         """Leaves the user with their own modules, after a run. A spread one stays spread."""
+        self._at_hand.fixed = frozenset()
         for name, value in list(vars(self).items()):
             if isinstance(value, Replica):
                 setattr(self, name, value.module)

@@ -25,12 +25,13 @@ from paceline.log.sinks import with_local_rows
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data
-from paceline.trainer.events import Events
+from paceline.trainer.events import EVENTS, Events
 from paceline.trainer.identity import add_own_identity, identity_of
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run, StopBeforeWindow
+from paceline.trainer.settings import READ_BY_OPENING, READ_ONCE, FixedList
 from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.trainer.warm_start import load_weights
 from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
@@ -103,6 +104,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     trainer.optimization = Optimization(run, trainer.recorder)
     if trainer.replica_groups is not None:
         trainer.replica_groups.attach(trainer.recorder, trainer.optimization.guard)
+    _fix(trainer, run)
     for hook in run.events.on_setup:
         hook()
     add_own_identity(trainer, run)
@@ -134,15 +136,6 @@ def _set_determinism(run: Run) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-_READ_BY_OPENING = (
-    "train_dataloader",
-    "val_dataloader",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "epoch_length",
-)
-
-
 def configure(trainer: TrainerBase, run: Run) -> None:
     """Makes the components and opens the data, of which `configure()` may ask how long a run is.
 
@@ -160,7 +153,7 @@ def configure(trainer: TrainerBase, run: Run) -> None:
             check_data(trainer)
             with random_state_kept():  # weights that are made next are the same, asked or not
                 _open_data(trainer, run)
-            opened_with.update({name: getattr(trainer, name) for name in _READ_BY_OPENING})
+            opened_with.update({name: getattr(trainer, name) for name in READ_BY_OPENING})
 
     run.open_data = open_once
     trainer.configure()
@@ -172,6 +165,24 @@ def configure(trainer: TrainerBase, run: Run) -> None:
         )
     check_components(trainer)
     run.open_data()
+    run.fixed = frozenset(READ_BY_OPENING)
+
+
+def _fix(trainer: TrainerBase, run: Run) -> None:
+    """From here on, what the run has read is not assigned anew: nobody would hear of it."""
+    trained = {
+        name
+        for name, model in vars(trainer).items()
+        if isinstance(model, torch.nn.Module) and any(p.requires_grad for p in model.parameters())
+    }
+    steps = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    steppers = {name for name, value in vars(trainer).items() if isinstance(value, steps)}
+    run.fixed = frozenset({*READ_ONCE, *EVENTS, *trained, *steppers})
+    for name in ("callbacks", "loggers"):
+        given = getattr(trainer, name)
+        if isinstance(given, list):
+            vars(trainer)[name] = FixedList(given)
+            run.cleanup.callback(vars(trainer).update, {name: given})
 
 
 def _open_data(trainer: TrainerBase, run: Run) -> None:
@@ -353,7 +364,7 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
 
 
 def write_open_row(trainer: TrainerBase, run: Run) -> None:
-    """Writes the row of the steps since the last one, when training is over.
+    """Writes the row of what was logged since the last one, when training is over.
 
     Args:
         trainer: whose recorder writes it.
@@ -378,6 +389,8 @@ def finish(trainer: TrainerBase, run: Run) -> None:
     if run.progress.ended_by is not None and not run.stopped and run.trained:
         for hook in run.events.on_train_end:
             hook()
+        write_open_row(trainer, run)
+    trainer.recorder.ended = True
     trainer.result = _result(trainer, run)
     run.record.finish(
         _status(trainer.result),

@@ -112,6 +112,7 @@ class Run:
         saved_at: step and pending parts of the last checkpoint.
         saves_in_flight: how many saves have not been reported as saved or failed.
         sinks_state: positions of the sinks in the checkpoint that the run resumed from, by rank.
+        fixed: attributes of the Trainer that the run has read, so that setting them is refused.
         cleanup: what is undone at the end.
     """
 
@@ -149,6 +150,7 @@ class Run:
     saved_at: tuple[int, list[str]] | None = None
     saves_in_flight: int = 0
     sinks_state: dict[str, dict[str, Any]] | None = None
+    fixed: frozenset[str] = frozenset()
     cleanup: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:

@@ -317,7 +317,8 @@ class Trainer(TrainerBase):
         Args:
             draw: its micro-batches, from the training data.
         """
-        self.window = window = Window(self._at_hand, draw, self.progress.batch)
+        window = Window(self._at_hand, draw, self.progress.batch)
+        vars(self)["window"] = window  # each step; assigning it would ask what may be assigned
         self.optimization.begin(window)
         return window
 
