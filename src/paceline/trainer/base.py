@@ -359,6 +359,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         """
         seed = self._asked_seed if seed is None else seed
         self.seed = 0 if seed is None else seed
+        if self.run_dir is not None:
+            self.run_dir = Path(self.run_dir).absolute()  # wherever the process goes meanwhile
         self.plan = type(self.plan)()
         self.progress = Progress()
         self.result = Result(stopped_by="nothing yet", complete=False)

@@ -10,7 +10,7 @@ is read with the next row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -85,12 +85,13 @@ class Optimization:
             clear_gradients(optimizer)
         self.guard.begin(window)
 
-    def backward(self, loss: Any, only: str | None = None) -> None:
+    def backward(self, loss: Any, only: str | Collection[str] | None = None) -> None:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items.
 
         Args:
             loss: the mean over the micro-batch's items, or independent losses by optimizer name.
-            only: the optimizer whose parameters are to get gradients; all, unless given.
+            only: the optimizer, or several, whose parameters are to get gradients; all, unless
+                given.
 
         Raises:
             LossError: it is no loss, or names an optimizer that there is not.
@@ -118,7 +119,7 @@ class Optimization:
         if only is None:
             share.backward()
         else:
-            self._backward_for(only, share)
+            self._backward_for((only,) if isinstance(only, str) else only, share)
         for hook in run.events.on_after_backward:
             hook()
 
@@ -145,7 +146,8 @@ class Optimization:
             check_synchronized(optimizer, name, self._covered, run.components.named_models())
         if not self.compared:
             self._compare_whole_gradients()
-        if run.scaler is not None:
+        scales = run.scaler is not None and any(p.grad is not None for p in _parameters(optimizer))
+        if run.scaler is not None and scales:
             run.scaler.unscale_(optimizer)
             self._scale_is_due = True
         for hook in run.events.on_before_optimizer_step:
@@ -161,7 +163,7 @@ class Optimization:
             self.guard.check_norm(optimizer)
         run.progress.rates[name] = _rates(optimizer.param_groups)
         if self.guard.allows(optimizer):
-            self._advance(optimizer)
+            self._advance(optimizer, scales=scales)
         clear_gradients(optimizer)
         if settings.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
@@ -194,10 +196,10 @@ class Optimization:
         if self._scale_is_due:
             self._update_scale()
 
-    def _backward_for(self, only: str, loss: torch.Tensor) -> None:
+    def _backward_for(self, only: Collection[str], loss: torch.Tensor) -> None:
         """Leaves the gradients of every other optimizer's parameters as they were."""
-        _check_names([only], self.optimizers, "backward")
-        with gradients_aside(o for name, o in self.optimizers.items() if name != only):
+        _check_names(only, self.optimizers, "backward(loss, only=...)")
+        with gradients_aside(o for name, o in self.optimizers.items() if name not in only):
             loss.backward()
 
     def _sum_of_independent(self, losses: dict[str, Any]) -> torch.Tensor:
@@ -224,9 +226,9 @@ class Optimization:
                     "gradients of the others alone."
                 )
 
-    def _advance(self, optimizer: torch.optim.Optimizer) -> None:
+    def _advance(self, optimizer: torch.optim.Optimizer, *, scales: bool) -> None:
         scaler, step = self._run.scaler, optimizer.step
-        if scaler is not None:
+        if scaler is not None and scales:
             step = partial(scaler.step, optimizer)
         if self._several_meshes:
             with groups_by_mesh(optimizer):

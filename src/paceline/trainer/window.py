@@ -10,7 +10,7 @@ import torch
 
 from paceline.data.source import Draw
 from paceline.errors import DataError
-from paceline.trainer.run import Run
+from paceline.trainer.run import KeptBuffers, Run
 from paceline.trainer.weighting import count_window
 from paceline.world.seeding import mix, seed_everything
 
@@ -181,10 +181,8 @@ class buffers_kept:
 
     def __enter__(self) -> None:
         self._run.muted = True
-        self._held = [(buffer, buffer.clone()) for buffer in self._run.buffers()]
+        self._held = KeptBuffers(self._run)
 
     def __exit__(self, *_: Any) -> None:
         self._run.muted = False
-        with torch.no_grad():
-            for buffer, value in self._held:
-                buffer.copy_(value)
+        self._held.put_back()
