@@ -11,12 +11,14 @@ import torch
 
 from paceline.checkpoint.publication import discard, scan
 from paceline.data import loader
+from paceline.data.fetch import Fetcher
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
 from paceline.parallel.ddp import Replica
 from paceline.recipe.components import Checker
 from paceline.recipe.mistakes import Mistake, Mistakes
 from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.optimization import Optimization
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window
 from paceline.world.seeding import seed_everything
@@ -59,6 +61,15 @@ def unreduced(self: World, tensor: torch.Tensor, op: str = "sum") -> torch.Tenso
     return tensor
 
 
+def keeps_gradients(self: Optimization, window: Window) -> None:
+    self.guard.begin(window)
+
+
+def announces_openly(run: Any, window: Window) -> None:
+    for hook in run.events.on_train_batch_start:
+        hook(window.batch, window.batch_idx)
+
+
 def floored(self: Layout, start: int, stop: int) -> tuple[int, int]:
     each = (stop - start) // self._ranks
     return start + self._rank * each, start + (self._rank + 1) * each
@@ -75,6 +86,11 @@ def same_pass(self: Layout, epoch: int, start: int, stop: int) -> Any:
     return [
         (epoch, self.order.slice(epoch, i % length, i % length + 1)) for i in range(start, stop)
     ]
+
+
+def one_stream_a_batch(self: Fetcher, key: int, indices: list[Any]) -> Any:
+    seed_everything(key)
+    return self.dataset.__getitems__(indices)
 
 
 _local = count()

@@ -31,8 +31,10 @@ from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
 from paceline.trainer import events, lifecycle, recorder, saving, state_tree, window
+from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
+from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
@@ -329,6 +331,24 @@ MUTANTS = [
         {"how": "averaged, and validated with the average"},
     ),
     Mutant(
+        "samples that are asked for together share a random stream",
+        ((fetch.Fetcher, "_several"),),
+        defects.one_stream_a_batch,
+        "test_users_objects:test_a_sample_s_noise_does_not_depend_on_its_batch",
+    ),
+    Mutant(
+        "gradients of a validation enter the next step",
+        ((Optimization, "begin"),),
+        defects.keeps_gradients,
+        f"{P2}:test_gradients_from_outside_a_window_reach_no_step",
+    ),
+    Mutant(
+        "gradients made as a micro-batch starts enter its step",
+        ((window, "announce"),),
+        defects.announces_openly,
+        f"{P2}:test_gradients_from_outside_a_window_reach_no_step",
+    ),
+    Mutant(
         "the checkpoint before goes first",
         ((native_engine.NativeEngine, "_begin"),),
         defects.prunes_first,
@@ -458,6 +478,13 @@ MUTANTS = [
         ((loader, "_shuffles"),),
         defects.always,
         f"{P13}:test_a_loader_that_does_not_shuffle_is_not_shuffled",
+    ),
+    Mutant(
+        "a setting that a run has read is assigned without a word",
+        ((TrainerBase, "__setattr__"),),
+        object.__setattr__,
+        f"{P13}:test_what_a_run_has_read_is_not_changed_within_it",
+        {"name": "optimizer"},
     ),
     Mutant(
         "what drop_last leaves out is not said",

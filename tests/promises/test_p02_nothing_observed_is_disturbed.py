@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from builders import Noisy, Regression, loader, make_model
-from paceline import CheckpointPolicy
+from paceline import CheckpointPolicy, Trainer
 from paceline.callbacks import (
     SWA,
     AveragedWeights,
@@ -27,6 +28,7 @@ from paceline.callbacks import (
 from paceline.log.sinks import JsonlSink
 from paceline.log.tensorboard import TensorBoard
 from paceline.testing import Trace, bits
+from small import batches, fitted, line, points
 
 STEPS = 9
 
@@ -121,6 +123,41 @@ def test_watching_changes_no_bit(how: str, tmp_path: Path, alone: Any) -> None:
 def check_watched(folder: Path, how: str, alone: Any = None) -> None:
     settings = {"val_dataloader": loader(Noisy(23), shuffle=False), **copy.deepcopy(WATCHED[how])}
     assert weights(folder, **settings) == (alone or weights(None))
+
+
+class Probing(Trainer):
+    """Looks at the loss's gradients wherever the loop lets it, as saliency maps and attacks do."""
+
+    def probe(self, *_: Any) -> None:
+        with torch.enable_grad():
+            self.loss(points(4).tensors).backward()
+
+    on_train_start = on_train_epoch_start = on_train_batch_start = on_step_end = probe
+    on_validation_start = validation_step = on_validation_end = on_metrics = probe
+    on_train_epoch_end = probe
+
+
+def test_gradients_from_outside_a_window_reach_no_step() -> None:
+    """Given gradients made before `train()`, in validations and in hooks, when the run goes on,
+    then it ends as a loop by hand that makes none."""
+    model, by_hand = line(), line()
+    nn.functional.mse_loss(model(points().tensors[0]), points().tensors[1]).backward()
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(2):
+        for i in range(0, 20, 4):
+            optimizer.zero_grad()
+            for x, y in batches(size=2).dataset[i : i + 2], batches(size=2).dataset[i + 2 : i + 4]:
+                (nn.functional.mse_loss(by_hand(x), y) / 2).backward()
+            optimizer.step()
+    fitted(
+        Probing,
+        model=model,
+        train_dataloader=batches(size=2),
+        gradient_accumulation_steps=2,
+        val_dataloader=batches(8),
+        validate_every=2,
+    )
+    assert torch.equal(model.weight, by_hand.weight)
 
 
 def test_the_check_can_fail(alone: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from builders import Noisy, Regression, loader, make_model
-from paceline import Trainer
+from paceline import Callback, Trainer
+from paceline.errors import ConfigError
 
 
 def make_trainer(**settings: Any) -> Regression:
@@ -50,6 +52,40 @@ def test_a_sampler_of_the_users_own_is_kept_and_said() -> None:
     assert len(seen) == 20
     assert min(seen) >= 90
     assert "WeightedRandomSampler's own" in plan(trainer)
+
+
+@pytest.mark.parametrize("name", ["train_dataloader", "optimizer", "on_nonfinite", "callbacks"])
+def test_what_a_run_has_read_is_not_changed_within_it(name: str) -> None:
+    """Given a run that has begun, when a hook assigns what the run has read, then it is told so
+    and nothing is ignored; afterwards it may be assigned."""
+    trainer, refused = make_trainer(), []
+    value = getattr(trainer, name)
+
+    def assign(metrics: Any) -> None:
+        try:
+            setattr(trainer, name, value)
+        except ConfigError as error:
+            refused.append(str(error))
+
+    trainer.on_step_end = assign
+    trainer.train()
+    assert len(refused) == trainer.global_step
+    assert f"{name}: the run that is open read it at its start" in refused[0]
+    setattr(trainer, name, value)
+
+
+def test_what_is_read_at_each_use_may_be_changed_within_a_run() -> None:
+    trainer = make_trainer()
+    trainer.on_step_end = lambda metrics: setattr(trainer, "max_steps", 3)
+    assert trainer.train().global_step == 3
+
+
+def test_a_callback_that_would_never_be_called_is_not_added() -> None:
+    trainer = make_trainer()
+    trainer.on_train_start = lambda: trainer.callbacks.append(Callback())
+    with pytest.raises(ConfigError, match="callbacks"):
+        trainer.train()
+    trainer.callbacks.append(Callback())  # now it would be
 
 
 def test_every_line_of_the_plan_names_its_setting(tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"train_dataloader": iter(batches())}, "which can be read only once"),
     ({"val_dataloader": (b for b in batches())}, "which can be read only once"),
     ({"val_dataloader": object()}, "cannot be iterated"),
+    ({"val_dataloader": [batches(), batches()]}, "val_dataloader={'near': ..., 'far': ...}"),
+    ({"train_dataloader": {"a": batches()}}, "training reads one: join the datasets"),
     ({"resume": "must"}, "resume='must': a run without run_dir has nothing to resume from"),
     ({"resume": "lates"}, "resume='lates': there is no such checkpoint, and no such mode"),
     ({"resume": Resume(init_from="/nowhere")}, "init_from='/nowhere': there is no such file"),

@@ -296,3 +296,35 @@ def test_a_metric_that_is_not_finite_stops_nothing(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx)
 
     assert fitted(Logs, run_dir=tmp_path, log_every=1).result.complete
+
+
+class Centred(nn.Module):
+    """A line behind a running mean that it assigns anew; it may come with the first batch alone."""
+
+    mean: torch.Tensor | None
+
+    def __init__(self, *, late: bool) -> None:
+        super().__init__()
+        self.line = line()
+        self.register_buffer("mean", None if late else torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = torch.zeros(3) if self.mean is None else self.mean
+        self.mean = 0.5 * before + 0.5 * x.mean(0)
+        return self.line(x)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_skipped_window_moves_no_buffer_that_is_assigned_anew(late: bool) -> None:
+    """Given windows whose first and third are bad, then the mean is that of the others by hand."""
+    trainer = fitted(
+        BadInput,
+        model=Centred(late=late),
+        train_dataloader=data(0, BAD),
+        on_nonfinite="skip",
+        epochs=1,
+    )
+    mean, x = torch.zeros(3), points().tensors[0]
+    for window in (1, 3, 4):
+        mean = 0.5 * mean + 0.5 * x[4 * window : 4 * window + 4].mean(0)
+    assert torch.equal(trainer.model.mean, mean)

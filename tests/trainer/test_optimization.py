@@ -96,6 +96,39 @@ def test_clipping_is_that_of_torch(tmp_path: Path) -> None:
     assert max(norms) > 0.3
 
 
+class Words(nn.Module):
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.words, self.line = nn.Embedding(5, 3, sparse=sparse), line()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.line(self.words(x).mean(1))
+
+
+@pytest.mark.parametrize("changes", [{"max_grad_norm": 0.1}, {"on_nonfinite": "skip"}])
+def test_sparse_gradients_are_clipped_and_checked_as_dense_ones(changes: dict[str, Any]) -> None:
+    """By hand with a dense embedding, and words that a batch has more than once."""
+    x, y = torch.arange(24).reshape(8, 3) % 5, points(8).tensors[1]
+    by_hand = Words(sparse=False)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for i in range(0, 8, 2):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(by_hand(x[i : i + 2]), y[i : i + 2]).backward()
+        if "max_grad_norm" in changes:
+            torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.1)
+        optimizer.step()
+    model = Words(sparse=True)
+    fitted(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        train_dataloader=DataLoader(torch.utils.data.TensorDataset(x, y), 2),
+        epochs=1,
+        **changes,
+    )
+    assert close(model.state_dict(), by_hand.state_dict())
+
+
 def test_clipping_is_no_part_of_a_graph_and_takes_several_dtypes() -> None:
     """Gradients that are differentiated again themselves, in two precisions."""
     clipped: list[list[torch.Tensor]] = []

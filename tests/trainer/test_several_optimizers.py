@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +347,64 @@ def test_lbfgs_works_in_a_step_of_ones_own_and_is_refused_without() -> None:
     assert run(Closure).model.bias.item() == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(ConfigError, match="LBFGS needs a closure; override step"):
         run(Trainer)
+
+
+class Sometimes(Trainer):
+    """Trains the critic in every other window alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        losses = {"near": mse_loss(self.model["near"](x), y)}
+        if batch_idx % 2 == 0:
+            losses["far"] = mse_loss(self.model["far"](x), y)
+        return losses
+
+
+def pair() -> dict[str, nn.Module]:
+    return {"near": line(), "far": line(seed=2)}
+
+
+def descents(models: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    return {name: torch.optim.SGD(m.parameters(), lr=0.1) for name, m in models.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_optimizer_may_have_no_gradients_in_a_window(precision: str) -> None:
+    """Given five windows, when a model has a loss in three of them, then it is trained by these."""
+    models, alone = pair(), pair()["far"]
+    trainer = fitted(
+        Sometimes,
+        model=models,
+        optimizer=descents(models),
+        loss_fn=None,
+        precision=precision,
+        epochs=1,
+    )
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for i, (x, y) in enumerate(batches()):
+        if i % 2 == 0:
+            optimizer.zero_grad()
+            mse_loss(alone(x), y).backward()
+            optimizer.step()
+    assert trainer.global_step == 5
+    # In fp16 the first steps are skipped, in search of a scale.
+    assert precision == "fp16" or torch.equal(models["far"].weight, alone.weight)
+
+
+class Together(Trainer):
+    """One loss for two of three optimizers, which the third made the inputs of."""
+
+    def step(self, window: Window) -> None:
+        for (x, y), _ in window:
+            made = self.model["maker"](x)
+            loss = mse_loss(self.model["near"](made), y) + mse_loss(self.model["far"](made), y)
+            self.backward(loss, only=["near", "far"])
+        self.optimizer_step()
+
+
+def test_a_loss_may_be_for_several_optimizers() -> None:
+    models = {**pair(), "maker": nn.Linear(3, 3)}
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
+    fitted(Together, model=models, optimizer=descents(models), loss_fn=None, epochs=1)
+    moved = {name for name, m in models.items() if not same(m.state_dict(), before[name])}
+    assert moved == {"near", "far"}

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from paceline import Callback, CheckpointPolicy, Trainer
+from paceline.errors import MetricError
 from paceline.log.sinks import JsonlSink, RunInfo, Sink, with_local_rows
 from paceline.testing import Ranks, StopAt, rows
-from small import fitted
+from small import fitted, settings
 
 EACH_STEP = CheckpointPolicy(every_steps=1, asynchronous=False)
 
@@ -157,3 +158,29 @@ def test_an_empty_list_turns_all_rows_off(tmp_path: Path) -> None:
     trainer = fitted(run_dir=tmp_path, loggers=[], log_every=1)
     assert not list(tmp_path.glob("*.jsonl"))
     assert not trainer.recorder.wanted
+
+
+class Scoring(Trainer):
+    """Measures something once it has trained."""
+
+    late = False
+
+    def on_train_end(self) -> None:
+        self.log("final/score", 42.0)
+
+    def on_teardown(self) -> None:
+        if self.late:
+            self.log("too/late", 1.0)
+
+
+def test_what_is_logged_as_training_ends_is_in_the_last_row(tmp_path: Path) -> None:
+    """Also once the complete run was started again; what comes later than that is an error."""
+    for _ in range(2):
+        fitted(Scoring, run_dir=tmp_path)
+        last = rows(tmp_path)[-1]
+        assert (last["step"], last["final/score"]) == (10, 42.0)
+        assert [row["step"] for row in rows(tmp_path)] == [10, 10]
+    trainer = Scoring(**settings())
+    trainer.late = True
+    with pytest.raises(MetricError, match=r"'too/late'.*last row is written"):
+        trainer.fit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,3 +236,14 @@ class Rows:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(batches())
+
+
+def test_a_run_stays_in_its_folder_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    trainer = Trainer(**settings(run_dir="runs/r"))
+    trainer.on_step_end = lambda metrics: os.chdir(tmp_path / "elsewhere")
+    assert trainer.fit().checkpoint == tmp_path / "runs/r/checkpoints/step_00000010"
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
+from paceline.callbacks import EarlyStopping
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError, MetricError
 from paceline.testing import rows
@@ -134,6 +135,37 @@ def test_validation_changes_no_weight_no_buffer_and_no_mode() -> None:
 
     plain, validated = run(), run(val_dataloader=batches(8), validate_every=1)
     assert same(weights(plain), weights(validated))
+
+
+class Taught(Trainer):
+    """Notes the modes of a student, and of a teacher that must not move."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        parts = (part for model in self.model.values() for part in model.modules())
+        self.modes = [part.training for part in parts]
+        x, _ = batch
+        return (self.model["student"](x) - self.model["teacher"](x)).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert not any(part.training for part in self.model["student"].modules())
+
+
+def test_what_its_owner_put_into_eval_mode_stays_so() -> None:
+    """Given a teacher, and a norm of the student, in eval mode, then only the rest trains."""
+    student = nn.Sequential(line(), nn.BatchNorm1d(1), nn.Dropout(0.5))
+    teacher = nn.Sequential(line(), nn.BatchNorm1d(1))
+    student[1].eval()
+    teacher.requires_grad_(False).eval()
+    before = [value.clone() for value in [*student.buffers(), *teacher.buffers()]]
+    trainer = fitted(
+        Taught,
+        model={"student": student, "teacher": teacher},
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.01),
+        val_dataloader=batches(4),
+    )
+    assert trainer.modes == [True, True, False, True, False, False, False]
+    assert all(map(torch.equal, before, [*student.buffers(), *teacher.buffers()]))
+    assert any("eval mode" in str(x) and "student.1, teacher" in str(x) for x in trainer.plan)
 
 
 def test_modes_and_gradients_in_a_validation() -> None:
@@ -309,6 +341,31 @@ def test_a_monitored_metric_that_never_appears_is_named_after_the_first_validati
     ):
         scripted(1, 2, metric_monitor=monitor, run_dir=tmp_path, validate_every=2)
     assert rows(tmp_path)[-1]["val/score"] == 1  # what was measured is not lost
+
+
+class Rarely(Trainer):
+    """Measures its score in every other validation: 1, 0.5 and worse ones."""
+
+    scores = iter(())
+
+    def on_train_start(self) -> None:
+        self.scores = iter([1.0, 0.5, 0.6, 0.7])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", 0.0)
+        if self.current_epoch % 2 == 0:
+            self.log("val/score", next(self.scores))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_validation_without_the_metric_counts_for_nothing(own: bool) -> None:
+    """Given a metric of every other validation, then patience is a number of those that have it."""
+    monitor = {"metric_monitor": MetricMonitor("val/score"), "early_stop": 2}
+    callback = {"callbacks": [EarlyStopping("val/score", patience=2)]}
+    changes: dict[str, Any] = monitor if own else callback
+    trainer = fitted(Rarely, val_dataloader=batches(20, 20), epochs=9, **changes)
+    assert (trainer.current_epoch, trainer.result.stopped_by) == (7, "early stop")
+    assert trainer.result.best == (0.5 if own else None)
 
 
 def test_a_validation_without_data_is_an_error() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from paceline.errors import ConfigError
 from paceline.trainer.callback import Callback
-from paceline.world.dtensors import by_mesh, whole
+from paceline.world.dtensors import by_mesh, dense_part, whole
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -125,8 +125,7 @@ def gradient_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
-    if gradient.is_sparse:
-        gradient = gradient.coalesce().values()  # repeated indices are added first
+    gradient = dense_part(gradient)
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 

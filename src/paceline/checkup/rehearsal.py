@@ -278,7 +278,7 @@ class Reload(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Stops the run: nothing is to be trained or saved again."""
-        trainer.checkpoint_policy = None
+        vars(trainer)["checkpoint_policy"] = None  # which the open run has read; it saves no more
         trainer.request_stop("preflight")
 
 

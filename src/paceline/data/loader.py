@@ -29,12 +29,15 @@ from paceline.errors import ConfigError, DataError, counted
 from paceline.world.seeding import seed_of
 from paceline.world.world import World
 
+# What a loader that is read by position does not get to do: one that has its own is iterated.
+_MADE_ANEW = ("__iter__", "_get_iterator", "_index_sampler")
+
 
 def is_indexed(loader: Any) -> TypeGuard[DataLoader]:
     """Whether the loader's order can be computed: a plain DataLoader over a map-style dataset."""
     return (
         isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
+        and all(getattr(type(loader), own) is getattr(DataLoader, own) for own in _MADE_ANEW)
         and not isinstance(loader.dataset, IterableDataset)
         and not hasattr(loader, "state_dict")
     )

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import Sampler
 
+from paceline.data.fetch import parts_of, tell_pass, told_of_passes
 from paceline.data.kept import Kept, alike
 from paceline.errors import DataError
 from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
@@ -218,12 +220,10 @@ class Sampled(Order):
 
     def _drawn(self, pass_: int) -> list[Any]:
         seed = stream(self._seed, "order", pass_)
-        if hasattr(self._sampler, "set_epoch"):
-            self._sampler.set_epoch(pass_)
-        inner = (self._sampler, getattr(self._sampler, "sampler", None))
+        tell_pass(told_of_passes(self._sampler, Sampler), pass_)
         with random_state_kept():
             seed_everything(seed)
-            for sampler in inner:
+            for sampler in parts_of(self._sampler, Sampler):
                 if isinstance(getattr(sampler, "generator", None), torch.Generator):
                     sampler.generator.manual_seed(seed)  # pyright: ignore
             units = list(self._sampler)

@@ -16,10 +16,13 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any
 
+from torch.utils.data import Dataset, Sampler
+
 from paceline.data.alike import borrowed, check_alike, fingerprint
+from paceline.data.fetch import tell_pass, told_of_passes
 from paceline.data.kept import Kept
 from paceline.data.source import Draw
-from paceline.data.workers import iterate, stop_workers
+from paceline.data.workers import Reading
 from paceline.errors import DataError
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
@@ -69,6 +72,7 @@ class StreamedSource:
         self._in_pass = 0  # batches drawn in this pass
         self._in_epoch = 0  # batches drawn in this epoch
         self._ended = False  # this rank's loader has no more batches in this epoch
+        self._reading = Reading(loader)
         self._iterator: Iterator[Any] | None = None
         self._held: Any = _END  # a batch drawn ahead, to see whether the epoch continues
         self._kept: dict[str, Any] | None = None  # the state before `_held` was drawn
@@ -78,7 +82,7 @@ class StreamedSource:
         # torchdata's loaders save what is in them, but for their generator.
         self._objects = Kept(loader, ("loader",)) if self._stateful else Kept(loader)
         self._at_open: dict[str, Any] = {}  # what they kept as this pass was opened
-        if _keeps_workers(loader):
+        if self._reading.keeps_workers:
             plan.append((_ANEW, "persistent_workers"))
 
     def start_epoch(self, epoch: int) -> None:
@@ -188,20 +192,19 @@ class StreamedSource:
                 self._replay(done)
 
     def close(self) -> None:
-        _close(self._loader, self._iterator)
+        self._reading.close()
         self._iterator = None
 
     def _open(self) -> None:
-        for thing in (self._loader, getattr(self._loader, "dataset", None)):
-            set_epoch = getattr(thing, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(self._pass)
-        if _keeps_workers(self._loader):
-            _close(self._loader, None)
+        dataset = getattr(self._loader, "dataset", None)
+        for thing, kind in ((self._loader, Sampler), (dataset, Dataset)):
+            tell_pass(told_of_passes(thing, kind), self._pass)
+        if self._reading.keeps_workers:
+            self._reading.close()
         self._at_open = {} if self._stateful else self._objects.state()
         # Creating an iterator draws from the global generators; so may the loader's shuffling.
         seed_everything(stream(self._seed, "loader", self._pass))
-        self._iterator, self._begun = iterate(self._loader), True
+        self._iterator, self._begun = self._reading.start(), True
 
     def _pull(self) -> Any:
         """The next batch of this pass, or of the next pass if epochs have a fixed length."""
@@ -271,9 +274,9 @@ class StreamedValidation:
         self._world = world
         self._in_step = world.parallel.partitions_state or world.parallel.context > 1
         self.length = _length(loader)
-        self._reading: Iterator[Any] | None = None
+        self._reading = Reading(loader)
         self._objects = Kept(loader)
-        if _keeps_workers(loader):
+        if self._reading.keeps_workers:
             self.plan.append((f"{label}: {_ANEW}", setting))
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,11 +290,11 @@ class StreamedValidation:
     def batches(self) -> Iterator[tuple[Any, int]]:
         before, abandoned = self._objects.state(), True
         seed_everything(stream(self._seed, "loader", -1))
-        self._reading = iterate(self._loader)
+        reading = self._reading.start()
         try:
             last: Any = _END
             for i in count():
-                batch = next(self._reading, _END)
+                batch = next(reading, _END)
                 if not self._goes_on(batch, first=i == 0):
                     break
                 yield (last, 0) if batch is _END else (batch, -1)
@@ -320,25 +323,10 @@ class StreamedValidation:
         return any(has)
 
     def close(self) -> None:
-        _close(self._loader, self._reading)
-        self._reading = None
+        self._reading.close()
 
 
 _ANEW = "workers start anew with each pass: what they keep could not be restored on resume"
-
-
-def _keeps_workers(loader: Any) -> bool:
-    """Whether a loader's workers would outlive a pass."""
-    return bool(getattr(loader, "persistent_workers", False)) and bool(
-        getattr(loader, "num_workers", 0)
-    )
-
-
-def _close(loader: Any, iterator: Any) -> None:
-    """Closes an iterator and its workers; torch's loaders may keep both for the next pass."""
-    stop_workers(iterator)
-    if getattr(loader, "_iterator", None) is not None:
-        loader._iterator = None
 
 
 def _batch_seed(seed: int, label: str, pass_: int, index: int, world: World) -> int:

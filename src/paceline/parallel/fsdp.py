@@ -93,7 +93,12 @@ class Shards:
                     _shard_experts(part, key, world, compute)
             _shard(unit, world, compute)
         kept = set(module.state_dict())
-        self._buffers = [buffer for key, buffer in module.named_buffers() if key in kept]
+        self._buffers = [
+            (part, key)
+            for name, part in module.named_modules()
+            for key, buffer in part._buffers.items()
+            if buffer is not None and f"{name}.{key}".lstrip(".") in kept
+        ]
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
         self.covered = frozenset(id(p) for p in module.parameters())
         self.delivered = True
@@ -150,7 +155,9 @@ class Shards:
 
     def _note_call(self, module: Any, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
-            send(self._buffers)  # as DDP does: running statistics are rank 0's
+            send(
+                part._buffers[key] for part, key in self._buffers
+            )  # as DDP does: running statistics are rank 0's
         else:
             self.calls.append((module, args, kwargs))
 

@@ -14,7 +14,7 @@ import torch
 from paceline.checkpoint import CheckpointEngine
 from paceline.data.batches import count_first_dimension
 from paceline.data.source import Source, Validation
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, some
 from paceline.log.plan import Plan
 from paceline.parallel.blocks import outermost
 from paceline.parallel.ddp import Replica, Synchronizer, unwrap
@@ -29,7 +29,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import Resume
+from paceline.trainer.settings import Resume, read_already
 from paceline.trainer.slots import TRAINER_SLOTS, slots_of
 from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
@@ -149,9 +149,12 @@ class TrainerBase(Hooks, AbstractTrainer):
         slots_of(cls)  # raises for a slot that cannot be
 
     def __setattr__(self, name: str, value: Any) -> None:
+        run = vars(self).get("_run")
+        if run is not None and name in run.fixed:
+            raise read_already(name)
         super().__setattr__(name, value)
-        if isinstance(value, (torch.nn.Module, dict)) and self._run is not None:
-            self._run.load_waiting(value if isinstance(value, dict) else {name: value})
+        if run is not None and isinstance(value, (torch.nn.Module, dict)):
+            run.load_waiting(value if isinstance(value, dict) else {name: value})
 
     # Counters
 
@@ -364,6 +367,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         """
         seed = self._asked_seed if seed is None else seed
         self.seed = 0 if seed is None else seed
+        if self.run_dir is not None:
+            self.run_dir = Path(self.run_dir).absolute()  # wherever the process goes meanwhile
         self.plan = type(self.plan)()
         self.progress = Progress()
         self.result = Result(stopped_by="nothing yet", complete=False)
@@ -440,11 +445,12 @@ class TrainerBase(Hooks, AbstractTrainer):
             elif isinstance(value, dict):
                 value.update({k: placed[id(v)] for k, v in value.items() if id(v) in placed})
         self.autocast = run.placement.autocast
-        for model in self.named_models().values():
-            model.train()
+        if kept := _train_but_for_eval(self.named_models()):
+            run.plan.add(f"leaves in eval mode what was put into it: {some(kept)}", ".train()")
 
     def _unwrap_models(self) -> None:
         """Leaves the user with their own modules, after a run. A spread one stays spread."""
+        self._at_hand.fixed = frozenset()
         for name, value in list(vars(self).items()):
             if isinstance(value, Replica):
                 setattr(self, name, value.module)
@@ -519,6 +525,31 @@ class TrainerBase(Hooks, AbstractTrainer):
     def say(self, text: str) -> None:
         """Prints a line about the run, on rank 0."""
         self.world.say(text)
+
+
+def _train_but_for_eval(models: Mapping[str, torch.nn.Module]) -> list[str]:
+    """Puts models into train mode, but for the parts that their owner has put into eval mode.
+
+    Args:
+        models: by name.
+
+    Returns:
+        The names of these parts, without the parts of parts.
+    """
+    kept: list[str] = []
+    for model_name, model in models.items():
+        in_eval = [(name, part) for name, part in model.named_modules() if not part.training]
+        model.train()  # one of the model's own may freeze more
+        for name, part in in_eval:
+            part.training = False
+            inside = (
+                name.startswith(f"{other}." if other else "")
+                for other, _ in in_eval
+                if other != name
+            )
+            if not any(inside):
+                kept.append(f"{model_name}.{name}" if name else model_name)
+    return kept
 
 
 def components(holder: object, kind: type | tuple[type, ...]) -> dict[str, Any]:

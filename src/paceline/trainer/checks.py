@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from paceline import registry
 from paceline.checkpoint import CheckpointPolicy, engine_class
@@ -360,9 +361,24 @@ def _wrong_loaders(trainer: TrainerBase) -> list[str]:
         wrong += _wrong_names(named)
         loaders |= {f"val_dataloader[{name!r}]": loader for name, loader in named.items()}
     for name, loader in loaders.items():
+        if loader is trainer.train_dataloader and hasattr(loader, "state_dict"):
+            if name != "train_dataloader":
+                wrong.append(
+                    f"{name}: it is the training loader itself, whose place in the data a "
+                    "validation would move: give validation a loader of its own."
+                )
+            continue
         if name == "train_dataloader" and is_custom(loader):
             continue
-        if _is_count(loader):
+        if _holds_loaders(loader):
+            wrong.append(
+                f"{name}: it holds several loaders, and training reads one: join the datasets "
+                "(torch.utils.data.ConcatDataset), or give an iterable that mixes their batches."
+                if name == "train_dataloader"
+                else f"{name}: several loaders are given by name: "
+                "val_dataloader={'near': ..., 'far': ...}."
+            )
+        elif _is_count(loader):
             wrong.append(f"{name}={loader}: a seed is given by name, train(seed={loader}).")
         elif name == "train_dataloader" and (why := why_no_source(loader)):
             wrong.append(f"{name}: {_say(loader)} {why}.")
@@ -377,6 +393,13 @@ def _wrong_loaders(trainer: TrainerBase) -> list[str]:
                 "object whose __iter__ starts again, such as a DataLoader."
             )
     return wrong
+
+
+def _holds_loaders(loader: Any) -> bool:
+    held = loader.values() if isinstance(loader, Mapping) else loader
+    return isinstance(loader, (Mapping, list, tuple)) and any(
+        isinstance(each, DataLoader) for each in held
+    )
 
 
 def _wrong_names(loaders: Mapping[Any, Any]) -> list[str]:

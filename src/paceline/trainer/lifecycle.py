@@ -28,13 +28,14 @@ from paceline.reading import status
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data
-from paceline.trainer.events import Events
+from paceline.trainer.events import EVENTS, Events
 from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.proof import prove, prove_first_step
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run, StopBeforeWindow
+from paceline.trainer.settings import READ_BY_OPENING, READ_ONCE, FixedList
 from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.trainer.warm_start import load_weights
 from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
@@ -109,6 +110,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     trainer.optimization = Optimization(run, trainer.recorder)
     if trainer.replica_groups is not None:
         trainer.replica_groups.attach(trainer.recorder, trainer.optimization.guard)
+    _fix(trainer, run)
     for hook in run.events.on_setup:
         hook()
     add_own_identity(trainer, run)
@@ -169,15 +171,6 @@ def _set_determinism(run: Run) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-_READ_BY_OPENING = (
-    "train_dataloader",
-    "val_dataloader",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "epoch_length",
-)
-
-
 def configure(trainer: TrainerBase, run: Run) -> None:
     """Makes the components and opens the data, of which `configure()` may ask how long a run is.
 
@@ -195,7 +188,7 @@ def configure(trainer: TrainerBase, run: Run) -> None:
             check_data(trainer)
             with random_state_kept():  # weights that are made next are the same, asked or not
                 _open_data(trainer, run)
-            opened_with.update({name: getattr(trainer, name) for name in _READ_BY_OPENING})
+            opened_with.update({name: getattr(trainer, name) for name in READ_BY_OPENING})
 
     run.open_data = open_once
     trainer.configure()
@@ -207,6 +200,24 @@ def configure(trainer: TrainerBase, run: Run) -> None:
         )
     check_components(trainer)
     run.open_data()
+    run.fixed = frozenset(READ_BY_OPENING)
+
+
+def _fix(trainer: TrainerBase, run: Run) -> None:
+    """From here on, what the run has read is not assigned anew: nobody would hear of it."""
+    trained = {
+        name
+        for name, model in vars(trainer).items()
+        if isinstance(model, torch.nn.Module) and any(p.requires_grad for p in model.parameters())
+    }
+    steps = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    steppers = {name for name, value in vars(trainer).items() if isinstance(value, steps)}
+    run.fixed = frozenset({*READ_ONCE, *EVENTS, *trained, *steppers})
+    for name in ("callbacks", "loggers"):
+        given = getattr(trainer, name)
+        if isinstance(given, list):
+            vars(trainer)[name] = FixedList(given)
+            run.cleanup.callback(vars(trainer).update, {name: given})
 
 
 def _open_data(trainer: TrainerBase, run: Run) -> None:
@@ -393,7 +404,7 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
 
 
 def write_open_row(trainer: TrainerBase, run: Run) -> None:
-    """Writes the row of the steps since the last one, when training is over.
+    """Writes the row of what was logged since the last one, when training is over.
 
     Args:
         trainer: whose recorder writes it.
@@ -418,6 +429,8 @@ def finish(trainer: TrainerBase, run: Run) -> None:
     if run.progress.ended_by is not None and not run.stopped and run.trained:
         for hook in run.events.on_train_end:
             hook()
+        write_open_row(trainer, run)
+    trainer.recorder.ended = True
     trainer.result = _result(trainer, run)
     run.record.finish(
         _status(trainer.result),

@@ -49,8 +49,10 @@ class MetricMonitor:
         """Takes a validation's metrics; returns whether it is the best so far. NaN never is.
 
         Raises:
-            MetricError: the metric is not among them; those that are get listed.
+            MetricError: the metric is not among them, nor was it ever; those that are get listed.
         """
+        if self.is_left_out(metrics):
+            return False
         value = metric_of(metrics, self.metric_name)
         improved = not math.isnan(value) and (
             self.best_value is None
@@ -62,6 +64,14 @@ class MetricMonitor:
         else:
             self.worse_count += 1
         return improved
+
+    def is_left_out(self, metrics: dict[str, float]) -> bool:
+        """Whether this validation leaves out the metric that earlier ones measured.
+
+        It then counts for nothing: neither as better nor as worse.
+        """
+        measured = self.best_value is not None or self.worse_count > 0
+        return measured and self.metric_name not in metrics
 
     def _margin(self, best: float) -> float:
         if math.isinf(best):

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from paceline.checkpoint import encode
 from paceline.data.batches import describe
 from paceline.errors import NonFiniteError, StateError
-from paceline.trainer.run import Run
+from paceline.trainer.run import KeptBuffers, Run
 from paceline.trainer.window import Window
-from paceline.world.dtensors import whole
+from paceline.world.dtensors import dense_part, whole
 
 _REMEMBERED = 4096  # windows whose samples can still be named when a device's verdict is read
 
@@ -55,7 +55,8 @@ class NonFiniteGuard:
         self._bad_step: torch.Tensor | None = None  # on the device: the first bad step, or -1
         self._unread: deque[tuple[int, Callable[[], list[Any]]]] = deque(maxlen=_REMEMBERED)
         self._kept: Path | None = None
-        self._buffers = _BufferCopies(run.buffers()) if policy in ("stop", "skip") else None
+        self._keeps_buffers = policy in ("stop", "skip")
+        self._buffers: KeptBuffers | None = None  # before this window: statistics move in forward
 
     def begin(self, window: Window) -> None:
         """A new window."""
@@ -63,8 +64,8 @@ class NonFiniteGuard:
         self._found, self._norm_bad, self._flag = None, False, None
         if not self._read:
             self._unread.append((self._run.global_step, window.locator()))
-        if self._buffers is not None:
-            self._buffers.take()
+        if self._keeps_buffers:
+            self._buffers = KeptBuffers(self._run)
 
     @property
     def _at_hand(self) -> Window:
@@ -306,24 +307,6 @@ def _write_batch(batch: Any, folder: Path) -> Path | None:
     return folder
 
 
-class _BufferCopies:
-    """The models' buffers as they were before the window (running statistics move in forward)."""
-
-    def __init__(self, buffers: list[torch.Tensor]) -> None:
-        self._buffers = buffers
-        self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
-
-    @torch.no_grad()
-    def take(self) -> None:
-        for copy, buffer in zip(self._copies, self._buffers, strict=True):
-            copy.copy_(buffer)
-
-    @torch.no_grad()
-    def put_back(self, if_bad: torch.Tensor | None = None) -> None:
-        for copy, buffer in zip(self._copies, self._buffers, strict=True):
-            buffer.copy_(copy if if_bad is None else torch.where(if_bad, copy, buffer))
-
-
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer heeds `found_inf` on the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
@@ -352,4 +335,4 @@ def _first_bad_gradient(models: Mapping[str, torch.nn.Module]) -> str | None:
 
 
 def _is_finite(gradient: torch.Tensor) -> bool:
-    return bool(whole(torch.isfinite(gradient).all()))
+    return bool(whole(torch.isfinite(dense_part(gradient)).all()))

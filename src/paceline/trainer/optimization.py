@@ -10,7 +10,7 @@ is read with the next row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.run import Run
 from paceline.trainer.weighting import check_loss, weighted
+from paceline.trainer.window import Window, gradients_aside
 from paceline.world.dtensors import clip_gradients, groups_by_mesh, whole
 from paceline.world.world import World
 
@@ -58,7 +59,6 @@ class Optimization:
         self._splits = parallel.tensor > 1
         self._several_meshes = parallel.tensor * parallel.expert > 1
         self.compared = not self._splits
-        self._pending = False  # gradients were added since the last step
         self._stepping = self._single or ""  # the optimizer whose step is being taken
         self.norms: dict[str, torch.Tensor] = {}
         self._weight: Any = 1.0  # of the last micro-batch that was sent backward
@@ -75,12 +75,23 @@ class Optimization:
     def scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         self._run.scaler = scaler
 
-    def backward(self, loss: Any, only: str | None = None) -> None:
+    def begin(self, window: Window) -> None:
+        """A new window: gradients from before it are no part of it, whoever has made them.
+
+        Args:
+            window: the one at hand from now on.
+        """
+        for optimizer in self.optimizers.values():
+            clear_gradients(optimizer)
+        self.guard.begin(window)
+
+    def backward(self, loss: Any, only: str | Collection[str] | None = None) -> None:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items.
 
         Args:
             loss: the mean over the micro-batch's items, or independent losses by optimizer name.
-            only: the optimizer whose parameters are to get gradients; all, unless given.
+            only: the optimizer, or several, whose parameters are to get gradients; all, unless
+                given.
 
         Raises:
             LossError: it is no loss, or names an optimizer that there is not.
@@ -108,8 +119,7 @@ class Optimization:
         if only is None:
             share.backward()
         else:
-            self._backward_for(only, share)
-        self._pending = True
+            self._backward_for((only,) if isinstance(only, str) else only, share)
         for hook in run.events.on_after_backward:
             hook()
 
@@ -129,7 +139,6 @@ class Optimization:
         self.norms.pop(name, None)
         if run.groups is not None and not run.groups.commit(optimizer):
             clear_gradients(optimizer)
-            self._pending = False
             return
         for replica in self._placement.replicas:
             replica.check_exchanged()
@@ -137,7 +146,8 @@ class Optimization:
             check_synchronized(optimizer, name, self._covered, run.components.named_models())
         if not self.compared:
             self._compare_whole_gradients()
-        if run.scaler is not None:
+        scales = run.scaler is not None and any(p.grad is not None for p in _parameters(optimizer))
+        if run.scaler is not None and scales:
             run.scaler.unscale_(optimizer)
             self._scale_is_due = True
         for hook in run.events.on_before_optimizer_step:
@@ -153,9 +163,8 @@ class Optimization:
             self.guard.check_norm(optimizer)
         run.progress.rates[name] = _rates(optimizer.param_groups)
         if self.guard.allows(optimizer):
-            self._advance(optimizer)
+            self._advance(optimizer, scales=scales)
         clear_gradients(optimizer)
-        self._pending = False
         if settings.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
                 scheduler.step()
@@ -183,24 +192,15 @@ class Optimization:
         return self._placement.zero_loss(self._run.components.named_models())
 
     def end_window(self) -> None:
-        """Leaves nothing of a window behind: a checkpoint holds no gradients."""
-        if self._pending or self._single is None:
-            for optimizer in self.optimizers.values():
-                clear_gradients(optimizer)
-            self._pending = False
+        """Settles the scale for the next window."""
         if self._scale_is_due:
             self._update_scale()
 
-    def _backward_for(self, only: str, loss: torch.Tensor) -> None:
+    def _backward_for(self, only: Collection[str], loss: torch.Tensor) -> None:
         """Leaves the gradients of every other optimizer's parameters as they were."""
-        _check_names([only], self.optimizers, "backward")
-        others = [o for name, o in self.optimizers.items() if name != only]
-        held = [(p, p.grad) for other in others for p in _parameters(other)]
-        for parameter, _ in held:
-            parameter.grad = None
-        loss.backward()
-        for parameter, gradient in held:
-            parameter.grad = gradient
+        _check_names(only, self.optimizers, "backward(loss, only=...)")
+        with gradients_aside(o for name, o in self.optimizers.items() if name not in only):
+            loss.backward()
 
     def _sum_of_independent(self, losses: dict[str, Any]) -> torch.Tensor:
         """One loss from those by optimizer name, whose gradients must not mix."""
@@ -226,9 +226,9 @@ class Optimization:
                     "gradients of the others alone."
                 )
 
-    def _advance(self, optimizer: torch.optim.Optimizer) -> None:
+    def _advance(self, optimizer: torch.optim.Optimizer, *, scales: bool) -> None:
         scaler, step = self._run.scaler, optimizer.step
-        if scaler is not None:
+        if scaler is not None and scales:
             step = partial(scaler.step, optimizer)
         if self._several_meshes:
             with groups_by_mesh(optimizer):

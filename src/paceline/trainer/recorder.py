@@ -28,6 +28,7 @@ class Recorder:
     Attributes:
         train, val: open sums of training and of the validation at hand.
         wanted: whether anybody looks at rows; if not, the loop's own loss is not even added.
+        ended: whether the last row is written.
     """
 
     def __init__(self, run: Run, sinks: list[Any]) -> None:
@@ -39,6 +40,7 @@ class Recorder:
         self.train = Accumulator(reads_are_free=free)
         self.val = Accumulator(reads_are_free=free)
         self.wanted = bool(sinks) or bool(run.events.on_step_end)
+        self.ended = False
         self._timing: dict[str, float] = {}
         self._since = time.perf_counter()
 
@@ -51,13 +53,17 @@ class Recorder:
             weight: items the value is a mean over; None for those of the batch at hand.
 
         Raises:
-            MetricError: every row has something by that name.
+            MetricError: every row has something by that name, or no row follows.
         """
         run = self._run
         if run.muted:
             return
         if weight is None:
             weight = 1.0 if run.batch_items is None else run.batch_items
+        if self.ended:
+            raise MetricError(
+                f"log({name!r}, ...): the run's last row is written; log in on_train_end or before."
+            )
         if name in _RESERVED:
             raise MetricError(f"log({name!r}, ...): every row has its own {name!r}; rename yours.")
         if run.validating:
@@ -168,7 +174,7 @@ class Recorder:
         )
         for sink in self.sinks:
             sink.open(info)
-        if ranks is not None:
+        if ranks is not None and not run.is_over:  # else rows of its end may follow the checkpoint
             self.load_sinks(ranks)
 
     def load_sinks(self, ranks: dict[str, dict[str, Any]]) -> None:

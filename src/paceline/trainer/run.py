@@ -117,6 +117,7 @@ class Run:
         made: how models and optimizers were made, before anything was loaded or trained.
         proven: the optimizers whose state was there when it was last proven that it can be loaded.
         waiting: states of models that the resumed run has not made yet, by name.
+        fixed: attributes of the Trainer that the run has read, so that setting them is refused.
         cleanup: what is undone at the end.
     """
 
@@ -157,6 +158,7 @@ class Run:
     made: Made = field(default_factory=Made)
     proven: set[str] = field(default_factory=set)
     waiting: dict[str, Any] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
     cleanup: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -188,7 +190,7 @@ class Run:
         self.rewinding, self.rewind_step = True, step
 
     def buffers(self) -> list[torch.Tensor]:
-        """Every buffer of the models."""
+        """Every buffer of the models, as it is now: a model may assign them anew."""
         return [b for model in self.components.named_models().values() for b in model.buffers()]
 
     def start_record(self) -> None:
@@ -200,6 +202,46 @@ class Run:
             id=self.id,
             checkpoint_engine=None if self.saver is None else self.saver.policy.engine,
         )
+
+
+class KeptBuffers:
+    """The models' buffers as they are now, to be put back.
+
+    By name: a model may change a buffer in place, or assign another tensor.
+
+    Args:
+        run: whose models these are.
+    """
+
+    def __init__(self, run: Run) -> None:
+        models = run.components.named_models().values()
+        self._held = [
+            (part._buffers, name, buffer, None if buffer is None else buffer.clone())
+            for model in models
+            for part in model.modules()
+            for name, buffer in part._buffers.items()
+        ]
+
+    @torch.no_grad()
+    def put_back(self, if_bad: torch.Tensor | None = None) -> None:
+        """Gives every buffer its tensor and values back.
+
+        Args:
+            if_bad: on the device, whether to do so at all; None for yes.
+        """
+        for owner, name, buffer, value in self._held:
+            now = owner.get(name)
+            if buffer is None or value is None:
+                # A device is asked where a buffer has only come since, which it does once.
+                if now is not None and (if_bad is None or bool(if_bad)):
+                    owner[name] = None
+            elif if_bad is None:
+                buffer.copy_(value)
+                owner[name] = buffer
+            elif now is not None and now.shape == value.shape:
+                now.copy_(torch.where(if_bad, value, now))
+            elif bool(if_bad):
+                owner[name] = value
 
 
 class StopBeforeWindow:

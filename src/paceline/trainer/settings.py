@@ -40,6 +40,56 @@ ELSEWHERE = {
     "early_stopping_config": "early_stop=... with metric_monitor=MetricMonitor(...)",
     "device": "nothing: the device follows from the machine (trainer.device)",
 }
+READ_BY_OPENING = (
+    "train_dataloader",
+    "val_dataloader",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "epoch_length",
+)
+# What a run reads at its start: assigned within it, it would be ignored.
+READ_ONCE = frozenset(
+    {
+        "optimizer",
+        "lr_scheduler",
+        *READ_BY_OPENING,
+        "count_items",
+        "precision",
+        "compile",
+        "deterministic",
+        "on_nonfinite",
+        "checkpoint_policy",
+        "parallel",
+        "callbacks",
+        "loggers",
+        "show_progress",
+        "run_dir",
+        "resume",
+        "seed",
+    }
+)
+
+
+def read_already(name: str) -> ConfigError:
+    """The error for what is changed within a run that would go on with what it has read.
+
+    Args:
+        name: of the Trainer's attribute.
+    """
+    return ConfigError(
+        f"{name}: the run that is open read it at its start, and would ignore the change. Set it "
+        "before train(), or in configure(); a run that is stopped and started again reads it anew."
+    )
+
+
+class FixedList(list[Any]):
+    """A list of the Trainer's that its open run has read."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise read_already("callbacks, loggers")
+
+    append = extend = insert = remove = pop = clear = sort = reverse = _refuse
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
 
 
 @dataclass(frozen=True)

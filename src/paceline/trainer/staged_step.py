@@ -14,7 +14,7 @@ from paceline.trainer.optimization import Optimization
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.run import Run
 from paceline.trainer.weighting import check_loss, weighted
-from paceline.trainer.window import Window, buffers_kept
+from paceline.trainer.window import Window, announce, buffers_kept
 from paceline.world.dtensors import whole
 from paceline.world.seeding import mix, seed_everything
 
@@ -59,12 +59,12 @@ class StagedStep:
         pipeline.share_buffers()
         real: list[int] = []
         for j in range(len(window)):
-            batch = window.present(j)
+            window.present(j)
             self._weights.append(window.weight)
             if not window.stand_in:
                 real.append(j)
-                for hook in run.events.on_train_batch_start:
-                    hook(batch, window.batch_idx)
+                if run.events.on_train_batch_start:
+                    announce(run, window)
         if run.scaler is not None:
             run.scaler.scale(self._losses)  # by which it is made, on stages without a loss too
         for replica in run.placement.replicas:

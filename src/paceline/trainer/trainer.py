@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -253,12 +253,13 @@ class Trainer(TrainerBase):
                 self.backward(loss)
         self.optimizer_step()
 
-    def backward(self, loss: Any, only: str | None = None) -> None:
+    def backward(self, loss: Any, only: str | Collection[str] | None = None) -> None:
         """Adds the gradients of a micro-batch's mean loss, weighted for the window's mean.
 
         Args:
             loss: the mean over the micro-batch's items, or independent losses by optimizer name.
-            only: the optimizer whose parameters are to get gradients; all, unless given.
+            only: the optimizer, or several, whose parameters are to get gradients; all, unless
+                given.
         """
         self.optimization.backward(loss, only)
 
@@ -317,8 +318,9 @@ class Trainer(TrainerBase):
         Args:
             draw: its micro-batches, from the training data.
         """
-        self.window = window = Window(self._at_hand, draw, self.progress.batch)
-        self.optimization.guard.begin(window)
+        window = Window(self._at_hand, draw, self.progress.batch)
+        vars(self)["window"] = window  # each step; assigning it would ask what may be assigned
+        self.optimization.begin(window)
         return window
 
     def _close_window(self, run: Run, window: Window) -> None:

@@ -82,7 +82,8 @@ def judge(trainer: TrainerBase, run: Run, metrics: dict[str, float]) -> bool:
     trainer.recorder.write_validation(metrics)
     monitor = trainer.metric_monitor
     improved = monitor is not None and monitor(metrics)
-    if trainer.lr_scheduler_interval == "metric":
+    left_out = monitor is not None and monitor.is_left_out(metrics)
+    if trainer.lr_scheduler_interval == "metric" and not left_out:
         name = "val/loss" if monitor is None else monitor.metric_name
         trainer.optimization.step_schedulers("metric", metric_of(metrics, name))
     return improved

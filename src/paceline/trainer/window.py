@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from paceline.data.source import Draw
 from paceline.errors import DataError
-from paceline.trainer.run import Run
+from paceline.trainer.run import KeptBuffers, Run
 from paceline.trainer.weighting import count_window
 from paceline.world.seeding import mix, seed_everything
 
@@ -96,17 +97,17 @@ class Window:
         count = len(self._draw.sizes)
         for j in range(count):
             batch = self.present(j)
+            seed_everything(mix(key, j))
+            if events.on_train_batch_start and not self.stand_in:
+                announce(run, self)
             for replica in run.placement.replicas:
                 replica.begin(exchange=j == count - 1)
             for shards in run.placement.frozen:
                 shards.begin()
-            seed_everything(mix(key, j))
             if self.stand_in:
                 with buffers_kept(run):
                     yield batch, self._first + j
                 continue
-            for hook in events.on_train_batch_start:
-                hook(batch, self._first + j)
             yield batch, self._first + j
             progress.local_batches += 1
             for hook in events.on_train_batch_end:
@@ -140,6 +141,34 @@ class Window:
         self.counts, self.items, self.samples, self._whole, self._shares = counted
 
 
+def announce(run: Run, window: Window) -> None:
+    """Calls who listens to a micro-batch's start; gradients made there are not kept.
+
+    Args:
+        run: whose listeners and optimizers these are.
+        window: the micro-batch is the one at hand.
+    """
+    with gradients_aside(run.components.named_optimizers().values()):
+        for hook in run.events.on_train_batch_start:
+            hook(window.batch, window.batch_idx)
+
+
+@contextmanager
+def gradients_aside(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Within it parameters have no gradients; afterwards they have those of before, and no other.
+
+    Args:
+        optimizers: whose parameters these are.
+    """
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    held = [(parameter, parameter.grad) for group in groups for parameter in group["params"]]
+    for parameter, _ in held:
+        parameter.grad = None
+    yield
+    for parameter, gradient in held:
+        parameter.grad = gradient
+
+
 class buffers_kept:
     """Leaves no trace of a stand-in's forward pass: no log entry and no running statistics.
 
@@ -152,10 +181,8 @@ class buffers_kept:
 
     def __enter__(self) -> None:
         self._run.muted = True
-        self._held = [(buffer, buffer.clone()) for buffer in self._run.buffers()]
+        self._held = KeptBuffers(self._run)
 
     def __exit__(self, *_: Any) -> None:
         self._run.muted = False
-        with torch.no_grad():
-            for buffer, value in self._held:
-                buffer.copy_(value)
+        self._held.put_back()

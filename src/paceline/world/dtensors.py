@@ -139,9 +139,15 @@ def by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(groups.values())
 
 
+def dense_part(gradient: torch.Tensor) -> torch.Tensor:
+    """The values of a sparse gradient, each index once; any other gradient as it is."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
 def total_norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     """The 2-norm of all gradients as one vector, like `torch.nn.utils.get_total_norm`."""
-    norms = [whole(get_total_norm(g)) for g in by_mesh(t for t in gradients if t is not None)]
+    dense = (dense_part(gradient) for gradient in gradients if gradient is not None)
+    norms = [whole(get_total_norm(group)) for group in by_mesh(dense)]
     return norms[0] if len(norms) == 1 else get_total_norm(norms)
 
 
@@ -161,7 +167,11 @@ def clip_gradients(
     Returns:
         The norm before clipping, a 0-dim tensor on the device.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    held = [p for p in parameters if p.grad is not None]
+    for parameter in held:
+        if parameter.grad.is_sparse:  # an index may be in it more than once
+            parameter.grad = parameter.grad.coalesce()
+    gradients = [dense_part(p.grad) for p in held]
     norm = norm_of(gradients)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if gradients:

@@ -92,10 +92,34 @@ def seed_everything(seed: int) -> None:
     _instance.gauss_next = None  # the second of a pair that `random.gauss` has drawn
 
 
+RandomState = tuple[torch.Tensor, Any, Any]
+
+
+def random_state() -> RandomState:
+    """Where the CPU's generators of torch, numpy and `random` stand."""
+    return torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
+
+
+def same_state(one: RandomState, other: RandomState) -> bool:
+    """Whether nothing was drawn between two states.
+
+    Args:
+        one: from `random_state`.
+        other: a later one.
+    """
+    numpy, later = ({**held[1], **held[1]["state"], "state": None} for held in (one, other))
+    return (
+        torch.equal(one[0], other[0])
+        and one[2] == other[2]
+        and np.array_equal(numpy.pop("key"), later.pop("key"))
+        and numpy == later
+    )
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Afterwards the generators of the CPU stand where they stood before."""
-    held = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    held = random_state()
     try:
         yield
     finally:
