@@ -12,23 +12,32 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test static durations docs storm layouts bench gpu
+.PHONY: demo check test style types tests-fast tests-all durations docs storm layouts bench gpu
 .DELETE_ON_ERROR:
 
 demo: .venv/.recipes
 	$(BIN)/paceline train recipes/gpt.yaml
 
-check: static
-	$(BIN)/pytest --fast -n 2 --dist worksteal --durations 10 --timeout 60
+# Types are checked beside the tests, on a core that these leave idle now and then.
+check: style
+	$(MAKE) --no-print-directory --jobs 2 types tests-fast
 
-test: static
-	$(BIN)/pytest -n 3 --dist worksteal --durations 10  # on 2 cores: many tests wait
+test: style
+	$(MAKE) --no-print-directory --jobs 2 types tests-all
 
-static: .venv/.dev
+style: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+types: .venv/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests-fast: .venv/.dev
+	$(BIN)/pytest --fast -n 2 --dist worksteal --durations 10 --timeout 60
+
+tests-all: .venv/.dev
+	$(BIN)/pytest -n 3 --dist worksteal --durations 10  # on 2 cores: many tests wait
 
 durations: .venv/.dev
 	$(BIN)/pytest --measure -n 2 --dist worksteal
