@@ -444,7 +444,7 @@ def test_checkpoint_objects_are_matched_by_name(as_list: bool, tmp_path: Path) -
         order = ("left", "right") if as_list else ("right", "left")
 
     fitted(Keeps, run_dir=tmp_path, epochs=1)
-    trainer = fitted(Turned, run_dir=tmp_path)
+    trainer = fitted(Turned, run_dir=tmp_path, resume=Resume(accept=("code",)))
     assert (trainer.left.count, trainer.right.count) == (10, 100)
 
 

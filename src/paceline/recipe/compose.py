@@ -33,12 +33,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from paceline.errors import RecipeError, nearest
 from paceline.log.secrets import MISSING, without_credentials
+from paceline.recipe.interpolation import size
 from paceline.recipe.marks import MAX_DEPTH, drop_duplicates, mark, read_node, shared_keys
 from paceline.recipe.mistakes import Mistakes, Path
 from paceline.recipe.resolvers import asked_once, forget, register_resolvers
 
 # `${name`, `${.name` or `${oc.select:name`: what an interpolation refers to.
 _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
+_LARGEST = 4 << 20  # characters of a recipe with its interpolations resolved
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ class Composed:
 
     def resolve(self, mistakes: Mistakes) -> dict[str, Any]:
         """The tree as plain values; one that cannot be resolved is a mistake and becomes None."""
+        if size(self.tree()) > _LARGEST:
+            mistakes.add((), f"its interpolations make more than {_LARGEST} characters of it.")
+            mistakes.raise_any(self.path)
         with asked_once():
             return {str(k): v for k, v in _resolve_mapping(self.config, (), mistakes).items()}
 

@@ -144,10 +144,13 @@ class _Closure:
             if not isinstance(name, str) or (name != _MAIN and own_file(name) is None):
                 continue
             module = _read(name)
-            if module is None:
+            try:
+                if module is None:
+                    self.unread.add(name)
+                elif found := _definition(module, owner):
+                    self._visit(module, *found)
+            except (SyntaxError, ValueError, RecursionError):  # nested more deeply than can be read
                 self.unread.add(name)
-            elif found := _definition(module, owner):
-                self._visit(module, *found)
 
     def _visit(self, module: _Module, node: ast.AST, enclosing: list[ast.AST]) -> None:
         """Takes in a definition or statement, and all that it uses."""
