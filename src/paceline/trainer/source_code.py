@@ -388,9 +388,10 @@ def _attributes(node: ast.AST) -> dict[str, list[tuple[str, ...]]]:
 
 
 def _drop_docstrings(tree: ast.Module) -> None:
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(tree):
-        if isinstance(node, kinds) and node.body:
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
