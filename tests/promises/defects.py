@@ -31,6 +31,11 @@ def nothing(*_: Any, **__: Any) -> None:
     """In place of something that matters."""
 
 
+def none_of_them(*_: Any, **__: Any) -> tuple[()]:
+    """In place of things that matter."""
+    return ()
+
+
 def same_weight(self: Any, j: int) -> Any:
     batch = _present(self, j)
     self.weight = 1 / len(self)

@@ -30,7 +30,15 @@ from paceline.parallel.ddp import Replica
 from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
-from paceline.trainer import events, lifecycle, recorder, saving, state_tree, window
+from paceline.trainer import (
+    events,
+    identity,
+    lifecycle,
+    recorder,
+    saving,
+    state_tree,
+    window,
+)
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.nonfinite import NonFiniteGuard
@@ -460,6 +468,18 @@ MUTANTS = [
         defects.unchanged,
         f"{RECORD}:test_secrets_are_masked",
         {"argument": "--token=SECRET"},
+    ),
+    Mutant(
+        "a run goes on with components of other arguments",
+        ((identity, "_arguments_of_components"),),
+        defects.none_of_them,
+        f"{ALONE}:test_a_run_resumes_only_as_what_it_was",
+    ),
+    Mutant(
+        "the code that trains a run is not kept",
+        ((lifecycle, "keep"),),
+        defects.nothing,
+        f"{P11}:test_a_run_keeps_the_code_that_trained_it",
     ),
     Mutant(
         "why a run stopped is not kept",

@@ -13,6 +13,7 @@ from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, CheckpointPolicy, MetricMonitor
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import load_tree
+from paceline.errors import ResumeError
 from paceline.testing import Ending, Ranks, StopAt, assert_continues, bits, traced_run
 
 STEPS = 25
@@ -152,3 +153,26 @@ def test_in_new_processes_it_ends_the_same(
     assert expected is not None
     for part in ("models", "optimizers", "schedulers", "callbacks"):
         assert bits(newest[part]) == bits(expected[part]), part
+
+
+def test_a_run_resumes_only_as_what_it_was(tmp_path: Path) -> None:
+    """Given a run that was stopped, when another dropout or data would continue it, it refuses."""
+
+    def trained(dropout: float, noise: float, *callbacks: Callback) -> None:
+        model = make_model(dropout)
+        Regression(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=1e-2),
+            train_dataloader=loader(Noisy(noise=noise)),
+            epochs=1,
+            callbacks=list(callbacks),
+            progress=False,
+            run_dir=tmp_path,
+        ).fit(seed=0)
+
+    trained(0.2, 0.1, StopAt(3))
+    with pytest.raises(ResumeError, match=r"models\.model\.Dropout\.p: 0\.2 then, 0\.5 now"):
+        trained(0.5, 0.1)
+    with pytest.raises(ResumeError, match=r"data\.dataset\.noise: 0\.1 then, 0\.2 now"):
+        trained(0.2, 0.2)
+    trained(0.2, 0.1)

@@ -93,3 +93,9 @@ def test_no_secret_of_the_command_line_is_kept(
     text = (tmp_path / "run.json").read_text()
     assert "api_token" in text
     assert secret not in text
+
+
+def test_a_run_keeps_the_code_that_trained_it(tmp_path: Path) -> None:
+    train(tmp_path, StopAt(3))
+    written = Path(sys.modules[Regression.__module__].__file__ or "").read_text()
+    assert (tmp_path / "code/builders.py").read_text() == written

@@ -211,3 +211,12 @@ def test_aliases_that_multiply_without_end_are_one_mistake(
         path.write_text(bomb(12) + path.read_text())
     with pytest.raises(RecipeError, match=r"aliases \(`\*name`\) make more than 50000 values"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("item", ['["{0}","{0}","{0}"]', "{0}{0}{0}{0}"])
+def test_references_that_multiply_without_end_are_one_mistake(recipe: Write, item: str):
+    path = recipe()
+    lines = ["b0: xxxx", *(f"b{i}: " + item.format(f"${{b{i - 1}}}") for i in range(1, 40))]
+    path.write_text("\n".join(lines) + "\n" + path.read_text())
+    with pytest.raises(RecipeError, match=r"interpolations make more than 4194304 characters"):
+        load_recipe(path)

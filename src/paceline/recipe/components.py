@@ -442,7 +442,8 @@ def as_yaml_writes(hint: Any) -> Any:
         return list[as_yaml_writes(inner[0])]
     if not isinstance(origin, type) or issubclass(origin, Callable):
         return hint
-    return origin[tuple(one if one is ... else as_yaml_writes(one) for one in inner)]
+    generic: Any = origin
+    return generic[tuple(one if one is ... else as_yaml_writes(one) for one in inner)]
 
 
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -33,6 +33,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from paceline.errors import RecipeError, nearest
 from paceline.log.secrets import MISSING, without_credentials
+from paceline.recipe.interpolation import size
 from paceline.recipe.marks import MAX_DEPTH, drop_duplicates, mark, read_node, shared_keys
 from paceline.recipe.mistakes import Mistakes, Path
 from paceline.recipe.resolvers import asked_once, forget, register_resolvers
@@ -42,6 +43,7 @@ _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
 # How Hydra itself would log, launch and help: composing that takes longer than most recipes.
 _HYDRAS_OWN = "output launcher sweeper help hydra_help hydra_logging job_logging env"
 _WITHOUT = [f"~hydra/{group}" for group in _HYDRAS_OWN.split()]
+_LARGEST = 4 << 20  # characters of a recipe with its interpolations resolved
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,9 @@ class Composed:
 
     def resolve(self, mistakes: Mistakes) -> dict[str, Any]:
         """The tree as plain values; one that cannot be resolved is a mistake and becomes None."""
+        if size(self.tree()) > _LARGEST:
+            mistakes.add((), f"its interpolations make more than {_LARGEST} characters of it.")
+            mistakes.raise_any(self.path)
         with asked_once():
             return {str(k): v for k, v in _resolve_mapping(self.config, (), mistakes).items()}
 

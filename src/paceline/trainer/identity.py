@@ -83,7 +83,8 @@ def describe_components(trainer: TrainerBase, run: Run) -> Identity:
     if run.world.is_main:
         found = Identity()
         for part, keys in _arguments_of_components(trainer):
-            found.add(part, keys)
+            # A section of the user's own may have the name of a prefix.
+            found.add(part, {key: value for key, value in keys.items() if key not in found.keys})
         found.code = own_code(_roots(trainer))
         found.add("code", {f"code.{name}": d for name, d in found.code.digests.items()})
         decisions += [
@@ -266,7 +267,7 @@ def _arguments_of_components(trainer: TrainerBase) -> Iterator[tuple[str, dict[s
         yield "model (object)", keys
     for prefix, loader in _loaders(trainer):
         slot = "train_dataloader" if prefix == "data" else "val_dataloader"
-        if slot not in recipe:
+        if slot not in recipe and not is_custom(loader):
             yield f"{prefix} (object)", _of_loaders_parts(prefix, loader)
 
 

@@ -144,10 +144,13 @@ class _Closure:
             if not isinstance(name, str) or (name != _MAIN and own_file(name) is None):
                 continue
             module = _read(name)
-            if module is None:
+            try:
+                if module is None:
+                    self.unread.add(name)
+                elif found := _definition(module, owner):
+                    self._visit(module, *found)
+            except (SyntaxError, ValueError, RecursionError):  # nested more deeply than can be read
                 self.unread.add(name)
-            elif found := _definition(module, owner):
-                self._visit(module, *found)
 
     def _visit(self, module: _Module, node: ast.AST, enclosing: list[ast.AST]) -> None:
         """Takes in a definition or statement, and all that it uses."""
@@ -385,9 +388,10 @@ def _attributes(node: ast.AST) -> dict[str, list[tuple[str, ...]]]:
 
 
 def _drop_docstrings(tree: ast.Module) -> None:
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(tree):
-        if isinstance(node, kinds) and node.body:
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
