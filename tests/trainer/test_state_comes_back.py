@@ -5,10 +5,12 @@ Each expected value is computed by a loop in plain torch that is never stopped.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,6 +57,8 @@ class Keeps(nn.Module):
     Args:
         kind: of what it keeps.
     """
+
+    line: nn.Linear
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -273,6 +277,30 @@ def test_a_model_that_is_made_while_training(tmp_path: Path) -> None:
 
     assert len(set(whole.values)) == 1
     assert trainer.values == whole.values[2:]
+
+
+class Draws(Trainer):
+    """Draws numbers from generators of its own in each step."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.torch, self.numpy = torch.Generator().manual_seed(3), np.random.default_rng(3)
+        self._python = random.Random(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch) * draw(self.torch, self.numpy, self._python)
+
+
+def draw(one: torch.Generator, two: np.random.Generator, three: random.Random) -> float:
+    return float(torch.rand((), generator=one)) + float(two.random()) + three.random()
+
+
+def test_generators_that_are_attributes(tmp_path: Path) -> None:
+    trainer = resumed(lambda: {"model": line()}, tmp_path, 4, kind=Draws)
+
+    by_hand = torch.Generator().manual_seed(3), np.random.default_rng(3), random.Random(3)
+    drawn = [draw(*by_hand) for _ in range(STEPS + 1)]
+    assert draw(trainer.torch, trainer.numpy, trainer._python) == drawn[-1]
 
 
 class Fails(Trainer):

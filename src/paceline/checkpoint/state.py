@@ -11,6 +11,7 @@
     objects/<name>        `Trainer.checkpoint_objects`
     rank/<r>/data         position in this rank's data, if it keeps its own order
     rank/<r>/reader       what this rank's dataset keeps, such as a generator of its own
+    rank/<r>/generators   of random generators that are attributes of the trainer or a callback
     rank/<r>/validation   what the validation loaders' objects keep, by the loaders' names
     rank/<r>/sums         open metric sums
     rank/0/sinks          byte offsets of the row files

@@ -93,11 +93,9 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
     return None
 
 
-def generators_in(thing: Any) -> dict[str, Any]:
-    """The random generators among an object's attributes, each with `state` and `load`."""
-    found = Kept(thing, ())
-    found._add_generators("", thing)
-    return {name.removeprefix("."): takers for name, takers in found._takers.items()}
+def generators_in(thing: Any) -> Kept:
+    """The random generators among an object's own attributes."""
+    return Kept(thing, ("loader",))
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -23,6 +23,7 @@ from paceline.checkpoint.state import (
     parameter_names,
     regroup,
 )
+from paceline.data.kept import Kept, generators_in
 from paceline.errors import ResumeError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import watched_by
@@ -64,6 +65,9 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         rank["data"] = source
     elif kept := _asked(trainer.source, "reader_state"):
         rank["reader"] = kept
+    generators = {name: kept.state() for name, kept in _generators(trainer).items()}
+    if generators:
+        rank["generators"] = generators
     if validation := _of_validation(trainer):
         rank["validation"] = validation
     monitor, scaler, pipeline = trainer.metric_monitor, run.scaler, run.placement.pipeline
@@ -102,6 +106,13 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "made": run.made.changes(models, trainer.named_optimizers()),
         **_of_groups(trainer),
     }
+
+
+def _generators(trainer: TrainerBase) -> dict[str, Kept]:
+    """Random generators that are attributes of the trainer or of a callback, by whose they are."""
+    owners = {"trainer": trainer, **unique_names(trainer.callbacks)}
+    found = {name: generators_in(owner) for name, owner in owners.items()}
+    return {name: kept for name, kept in found.items() if kept.names}
 
 
 def _of_validation(trainer: TrainerBase) -> dict[str, Any]:
@@ -190,6 +201,9 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     load_by_name("callback", callbacks, tree["callbacks"], trainer.say, settings.get("callbacks"))
     _load_objects(trainer, objects, tree)
     trainer.recorder.load_state_dict(tree["rank"])
+    generators = tree["rank"].get(str(run.world.rank), {}).get("generators", {})
+    for name, kept in _generators(trainer).items():
+        kept.load(generators.get(name, {}))
     _load_objects_of_data(trainer, tree["rank"].get(str(run.world.rank), {}))
     if trainer.replica_groups is not None:
         trainer.replica_groups.load_state_dict(tree.get("replica_groups", {}))
