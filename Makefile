@@ -3,7 +3,7 @@
 # make test    the same with every test
 # make durations  measures every test, and writes down which are too slow for `make check`
 # make docs    the documentation as a website, in site/
-# make storm   kills runs at random and compares what becomes of them with undisturbed ones
+# make storm   kills and signals runs, and fails their reads, at random: they end as undisturbed ones
 # make layouts trains runs drawn at random in layouts drawn at random, and compares them
 # make bench   speed beside a hand-written loop and other trainers
 # make gpu     tests and benchmarks that need an accelerator, in at most 8 minutes;

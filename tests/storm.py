@@ -1,7 +1,7 @@
-"""The kill storm: a run that is killed again and again ends as if it had never been killed.
+"""The storm: a run that is killed again and again ends as if it had never been killed.
 
-    python tests/storm.py                    # 100 kills and more, some minutes
-    python tests/storm.py --kills 25 --seed 5
+    python tests/storm.py             # 200 kills, 200 signals, 100 read errors: some minutes
+    python tests/storm.py --kills 25 --signals 5 --reads 5 --seed 5
 
 Each run trains a small network with dropout, shuffling, augmentation, accumulation, averaged
 weights and validation, and saves after every step or two: in the background or not, on one rank or
@@ -18,6 +18,13 @@ What kills:
   taken back, rows end in the middle;
 - "one rank": SIGKILL to one of two ranks; the other has to leave by itself within 30 seconds.
 
+And what else stops a start:
+- "signal": one of those that stop a run, to all ranks or to one, mostly while they start: all leave
+  with 75, within two seconds if none has begun;
+- "read error": the n-th operation that reads fails once, and a SIGKILL comes at any instant;
+- "no answer": from the n-th operation on nothing can be read: the run leaves with 1, and nothing is
+  set aside.
+
 Ranks are forked from this process, which has done the imports: a start costs tens of milliseconds.
 """
 
@@ -27,6 +34,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -49,9 +57,12 @@ from endings import ending, saved_steps
 from paceline.checkpoint import native_engine, storage  # noqa: F401  slow to import
 from paceline.log import sinks
 from paceline.testing import free_port
+from paceline.world.signals import STOPS
 from storm_ranks import PLACES, Beacon, Kill, Scenario, be_a_rank
 
 HANGS = 60.0  # seconds after which an attempt counts as hung
+MEETS = 5.0  # seconds in which ranks that have met stop together
+LEAVES = 2.0  # seconds in which a start has to leave at a signal
 ALONE = 30.0  # seconds in which a rank has to leave once the other was killed
 SCENARIOS = (
     Scenario(1, False, 1),
@@ -74,6 +85,7 @@ class Attempt:
     where: str
     seconds: float
     alone: float = 0.0
+    left: float = 0.0  # seconds from the signal to the end
 
     @property
     def killed(self) -> bool:
@@ -92,6 +104,7 @@ def start(
     port = free_port()
     began = time.monotonic()
     pids: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until a rank listens
     for rank in range(scenario.ranks):
         beacons[rank].reset()
         pid = os.fork()
@@ -100,29 +113,48 @@ def start(
         pids.append(pid)
         with contextlib.suppress(OSError):
             os.setpgid(pid, pids[0])
-    if kill is not None and kill.kind == "any instant":
-        time.sleep(kill.at * usual)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if kill is not None and kill.kind in ("any instant", "read error"):
+        time.sleep(kill.at % 1 * usual)
         os.killpg(pids[0], signal.SIGKILL)
+    sent = began
+    if kill is not None and kill.kind == "signal":
+        time.sleep(kill.at % 1 * usual)
+        sent, number = time.monotonic(), STOPS[int(kill.at)]
+        if kill.rank < scenario.ranks:
+            os.kill(pids[kill.rank], number)
+        else:
+            os.killpg(pids[0], number)
     codes, alone = _wait(pids)
+    left = time.monotonic() - sent
     for beacon in beacons:
         beacon.receive()
     victim = beacons[kill.rank if kill is not None and kill.rank < scenario.ranks else 0]
-    return Attempt(codes, victim.where, time.monotonic() - began, alone)
+    return Attempt(codes, victim.where, time.monotonic() - began, alone, left)
 
 
 def _wait(pids: list[int]) -> tuple[list[int | None], float]:
-    """The exit codes, and how long the others lived on after the first was killed."""
+    """The exit codes, and how long the others lived on after the first was killed.
+
+    A rank that waits for one that left before they had met is told to leave, as by a launcher.
+    """
     began, first_kill, alone = time.monotonic(), None, 0.0
+    first_left = math.inf
     codes: dict[int, int | None] = {}
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid] = os.waitstatus_to_exitcode(found[1])
                 now = time.monotonic()
+                first_left = min(first_left, now if codes[pid] == 75 else math.inf)
                 if codes[pid] == -signal.SIGKILL and first_kill is None:
                     first_kill = now
                 elif first_kill is not None:
                     alone = now - first_kill
+        if time.monotonic() - first_left > MEETS:
+            first_left = math.inf
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGTERM)
         if time.monotonic() - began > HANGS:
             for pid in pids:
                 if pid not in codes:
@@ -239,8 +271,15 @@ class Storm:
         began = self.beacons[0].from_step
         if None in attempt.codes:
             raise StormError(f"{name}: hung in {attempt.where} after {kill}{self._output(name)}")
-        if not (attempt.complete or attempt.killed):
+        # A signal that comes as the run ends leaves the other ranks to end with 0.
+        in_order = {"signal": {0, 75}, "no answer": {1}}.get("" if kill is None else kill.kind, ())
+        if not (attempt.complete or attempt.killed or set(attempt.codes) <= set(in_order)):
             raise StormError(f"{name}: left with {attempt.codes}{self._output(name)}")
+        if 75 in attempt.codes and began < 0 and attempt.left % MEETS > LEAVES:
+            raise StormError(f"{name}: left {attempt.left:.1f} s after {kill}{self._output(name)}")
+        refused = kill is not None and kill.kind == "no answer" and not attempt.complete
+        if refused and "could not be read" not in self._output(name):
+            raise StormError(f"{name}: failed after {kill}{self._output(name)}")
         if 0 <= began < reached:
             raise StormError(f"{name}: went on from step {began}, but step {reached} was saved")
         if attempt.killed and (left := [c for c in attempt.codes if c != -signal.SIGKILL]):
@@ -295,10 +334,24 @@ def plan_kills(storm: Storm, count: int) -> list[Kill]:
     return kills
 
 
+def plan_others(storm: Storm, signals: int, reads: int) -> list[Kill]:
+    """Signals, four of five while the run starts, and operations that read which fail."""
+    chance, ranks = storm.chance, storm.scenario.ranks
+    kills = []
+    for i in range(signals):
+        # Ranks that have not met yet are ended by their launcher, which signals all of them.
+        at, rank = (chance.uniform(0, 0.3), ranks) if i % 5 else (chance.uniform(0.4, 0.9), 0)
+        kills.append(Kill("signal", chance.randrange(len(STOPS)) + at, rank))
+    for i in range(reads):
+        kind = "no answer" if i % 2 else "read error"
+        kills.append(Kill(kind, chance.randint(1, 60) + chance.random(), chance.randrange(ranks)))
+    return kills
+
+
 def report(storms: list[Storm], seconds: float) -> str:
     """The table, for people."""
     lines = [
-        f"{'':35}{'kills':>6}  " + "".join(f"{place:>11}" for place in PLACES) + "   starts  runs",
+        f"{'':35}{'stops':>6}  " + "".join(f"{place:>11}" for place in PLACES) + "   starts  runs",
     ]
     for storm in storms:
         places = Counter[str]()
@@ -315,7 +368,7 @@ def report(storms: list[Storm], seconds: float) -> str:
             kinds[kind] += number
     lines.append("")
     lines.append(
-        f"{kinds.total()} kills in {seconds:.0f} s: "
+        f"{kinds.total()} stops in {seconds:.0f} s: "
         + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     )
     alone = max((storm.longest_alone for storm in storms), default=0.0)
@@ -350,7 +403,9 @@ def warm_up() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=112, help="over all kinds of runs")
+    parser.add_argument("--kills", type=int, default=200, help="over all kinds of runs")
+    parser.add_argument("--signals", type=int, default=200, help="likewise, mostly at the start")
+    parser.add_argument("--reads", type=int, default=100, help="reads that fail, likewise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args(argv)
@@ -358,13 +413,16 @@ def main(argv: list[str] | None = None) -> int:
     began, storms = time.monotonic(), []
     with working_folder() as folder:
         for i, scenario in enumerate(SCENARIOS):
-            share = arguments.kills // len(SCENARIOS) + (i < arguments.kills % len(SCENARIOS))
+            counts = (arguments.kills, arguments.signals, arguments.reads)
+            share, *others = (n // len(SCENARIOS) + (i < n % len(SCENARIOS)) for n in counts)
             storm = Storm(scenario, folder / f"scenario-{i}", random.Random(arguments.seed + i))
             storm.verbose = arguments.verbose
             storms.append(storm)
             try:
                 storm.unbroken()
-                storm.run(plan_kills(storm, share))
+                plan = plan_kills(storm, share) + plan_others(storm, *others)
+                storm.chance.shuffle(plan)
+                storm.run(plan)
             except StormError as error:
                 print(report(storms, time.monotonic() - began))
                 print(f"\nBROKEN ({scenario}, --seed {arguments.seed}): {error}")

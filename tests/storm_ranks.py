@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faults import DOES_NOT_ANSWER, unreadable_from
 
 from builders import Noisy, Regression, loader, make_model
-from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel
+from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel, reading
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine
 from paceline.checkpoint.files import Disk
 from paceline.log import sinks
+from paceline.world.signals import STOPS, leave_at_once_on_signals
 
 STEPS = 24
 PAUSE = 0.005  # seconds a batch, so that not only saves are killed
@@ -31,6 +33,7 @@ OPERATIONS = (
     *("mkdir", "create", "write", "fsync", "close", "rename", "unlink", "rmdir"),
     "fsync_folder",
 )
+COUNTED = ("file operation", "power cut", "one rank")  # which come at an operation that writes
 PLACES = ("start-up", "training", "validation", "save", "end")
 
 
@@ -54,8 +57,8 @@ class Kill:
     """One kill to come.
 
     Attributes:
-        kind: one of the four above.
-        at: the fraction of a usual attempt's time, or the number of the file operation.
+        kind: one of those that `storm.py` describes.
+        at: the fraction of a usual attempt's time, or the number of the operation.
         rank: whose operations are counted.
     """
 
@@ -209,7 +212,7 @@ def train(scenario: Scenario, run_dir: Path, rank: int, kill: Kill | None, beaco
     def after(n: int, name: str) -> None:
         beacon.operations = n
         beacon.send()
-        if kill is None or kill.kind == "any instant" or rank != kill.rank:
+        if kill is None or kill.kind not in COUNTED or rank != kill.rank:
             return
         if beacon.saves >= 2 or kill.kind == "power cut":
             counted[0] += 1
@@ -222,6 +225,11 @@ def train(scenario: Scenario, run_dir: Path, rank: int, kill: Kill | None, beaco
     notes = run_dir / f"notes-{rank}.json" if kill is not None else None
     disk = StormDisk(notes, after)
     native_engine.Disk = lambda: disk  # type: ignore[misc, assignment]
+    reading.PAUSES = (0, 0)
+    if kill is not None and kill.kind in ("read error", "no answer") and rank == kill.rank:
+        code = DOES_NOT_ANSWER[int(kill.at) % len(DOES_NOT_ANSWER)]
+        for_good = kill.kind == "no answer"
+        reading.reader = unreadable_from(run_dir / "run", int(kill.at), code, for_good)
     _watch_saves(beacon)
     trainer = build(scenario, run_dir / "run", Reporter(beacon))
     number = len(list(run_dir.glob(f"ids-{rank}-*")))
@@ -270,6 +278,10 @@ def be_a_rank(
         output = os.open(folder / f"output-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        for number in STOPS:  # as for a command that a shell starts
+            signal.signal(number, signal.SIG_DFL)
+        leave_at_once_on_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         if scenario.ranks > 1:
             os.environ |= {
                 "RANK": str(rank),
@@ -281,6 +293,8 @@ def be_a_rank(
             }
         train(scenario, folder, rank, kill, beacon)
         code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
         traceback.print_exc()
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paceline.errors import MetricError
 from paceline.log.accumulator import Accumulator
 
 KINDS = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -47,3 +48,9 @@ def test_memory_on_a_device_stays_small():
         accumulator.add("loss", torch.ones(()), torch.ones(()))
     held = accumulator._held["loss"]
     assert len(held._values) + len(held._weights) < 2 * 1024
+
+
+@pytest.mark.parametrize(("value", "weight"), [(1.0, -1), (1.0, float("nan")), (10**400, 1)])
+def test_what_cannot_be_weighed_is_refused_with_its_name(value: float, weight: float) -> None:
+    with pytest.raises(MetricError, match="'m'"):
+        Accumulator(reads_are_free=True).add("m", value, weight)

@@ -234,3 +234,9 @@ def test_on_a_terminal_the_plan_is_a_table() -> None:
     plan.show(out)
     assert "order [block 64]" in out.getvalue()
     assert "change it with" in out.getvalue()
+
+
+def test_a_record_nested_deeper_than_python_reads_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    assert started(tmp_path).record["starts"] == []
+    assert (tmp_path / "run.damaged.json").exists()

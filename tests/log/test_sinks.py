@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import os
 import resource
 import struct
 from collections.abc import Iterator
@@ -317,3 +318,29 @@ def test_a_sink_is_told_how_the_run_ended(status: str, written: bool, tmp_path: 
     with pytest.raises(ValueError, match="on purpose") if status == "failed" else nullcontext():
         trainer.fit(seed=1)
     assert told == [status]
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "shortened"])
+def test_rows_that_somebody_takes_away_meanwhile_are_put_back_before_a_checkpoint(
+    tmp_path: Path, how: str
+) -> None:
+    """Then the position that the checkpoint keeps is one to which the file can be cut."""
+    path = tmp_path / "rows.jsonl"
+    file = RowFile(path)
+    for step in (1, 2, 3):
+        file.append({"step": step})
+    if how == "shortened":
+        os.truncate(path, len('{"step": 1}\n') + 4)
+    else:
+        path.unlink()
+        if how == "replaced":
+            path.write_text("mine")
+    file.append({"step": 4})
+    file.sync()
+    file.append({"step": 5})
+    kept = [1, 4, 5] if how == "shortened" else [1, 2, 3, 4, 5]
+    assert [row["step"] for row in read_rows(path)] == kept
+    assert file.position() == {"bytes": path.stat().st_size, "rows": len(kept)}
+    if how == "replaced":
+        assert (tmp_path / "rows.replaced.jsonl").read_text() == "mine"
+    file.close()

@@ -192,3 +192,12 @@ def test_hooks_that_fail_at_the_end_keep_no_other_from_running() -> None:
     with pytest.raises(OSError, match="in on_teardown"):
         fitted(callbacks=[Fails(), Hears()])
     assert heard[2:] == ["teardown"]
+
+
+@pytest.mark.parametrize("count", [float("nan"), -3, "many"], ids=str)
+def test_what_is_no_number_of_items_is_refused(count: object) -> None:
+    class Counting(Trainer):
+        def count_items(self, batch: object) -> object:
+            return count
+
+    assert "count_items(batch) returned" in message(DataError, Counting)

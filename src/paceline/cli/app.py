@@ -16,6 +16,7 @@ from paceline.cli.new import new
 from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
 from paceline.cli.runs import runs
+from paceline.cli.streams import make_lasting
 from paceline.cli.train import train
 from paceline.errors import CheckpointError, ConfigError, PacelineError
 from paceline.exit_codes import FAILED, USAGE
@@ -57,6 +58,7 @@ def paceline(
 
 def run() -> None:
     """Runs the command line and exits with its code."""
+    make_lasting()
     try:
         app(prog_name="paceline")
     except PacelineError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterator
 from itertools import groupby
@@ -39,7 +40,7 @@ class Accumulator:
             weight: the number of items, a number or a tensor of one element.
 
         Raises:
-            MetricError: the value is not a real number.
+            MetricError: the value is not a real number, or the weight no number of items.
         """
         if isinstance(value, torch.Tensor):
             if value.numel() != 1 or value.is_complex():
@@ -63,9 +64,10 @@ class Accumulator:
             weight = weight.item()
         try:
             self._add(name, float(value), float(weight))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise MetricError(
-                f"log({name!r}, ...) got the weight {weight!r}, which is not a number."
+                f"log({name!r}, {value!r:.40}, weight={weight!r:.40}): each is a number that a "
+                "float can hold."
             ) from error
 
     def sums(self) -> dict[str, tuple[float, float]]:
@@ -91,6 +93,10 @@ class Accumulator:
     def _add(self, name: str, value: float, weight: float) -> None:
         if weight == 0:
             return
+        if not 0 < weight < math.inf:
+            raise MetricError(
+                f"log({name!r}, ...) got the weight {weight}: it is a number of items, not below 0."
+            )
         pair = self._sums.get(name)
         if pair is None:
             self._sums[name] = [value * weight, weight]

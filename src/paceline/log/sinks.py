@@ -131,7 +131,7 @@ class RowFile:
             try:
                 self._flush()
                 self._warned = False
-            except OSError as error:
+            except (OSError, UnreadableError) as error:
                 self._warn(error)
 
     def sync(self) -> None:
@@ -204,6 +204,8 @@ class RowFile:
                 os.close(self._handle)
 
     def _flush(self) -> None:
+        if self._pending:
+            self._follow_end()
         while self._pending:
             line = self._pending[0]
             try:
@@ -220,7 +222,7 @@ class RowFile:
             self._bytes += len(line)
             self._rows += 1
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, error: Exception) -> None:
         if not self._warned:
             _log.warning(
                 "%s cannot be written (%s). Training continues; rows are kept in memory and tried "
@@ -254,21 +256,23 @@ class RowFile:
             end = start
         return 0
 
+    def _follow_end(self) -> None:
+        """Goes back where somebody has shortened the file meanwhile."""
+        if os.fstat(self._handle).st_size >= self._bytes:
+            return
+        had = self._rows
+        self._find_end()
+        first = self._rows + 1
+        told = "%s was shortened while the run goes on: rows %d to %d are lost."
+        _log.warning(told, self.path, first, had)
+
     def _put_back(self) -> None:
-        """Puts the file back where somebody has removed, replaced or shortened it meanwhile.
+        """Puts the file back where somebody has removed or replaced it meanwhile.
 
         Checkpoints count on its rows. Those of a removed file can still be read, as it is open.
         """
+        self._follow_end()
         here = os.fstat(self._handle)
-        if here.st_size < self._bytes:
-            had = self._rows
-            self._find_end()
-            _log.warning(
-                "%s was shortened while the run goes on: rows %d to %d are lost.",
-                self.path,
-                self._rows + 1,
-                had,
-            )
         there = os.stat(self.path) if os.path.lexists(self.path) else None
         if there is not None and os.path.samestat(here, there):
             return

@@ -6,6 +6,7 @@ A trainer that configures nothing has everything looked at in one go.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +21,14 @@ from paceline.checkpoint import CheckpointPolicy, engine_class
 from paceline.checkpoint.engine import engine_of, recorded_engine
 from paceline.checkpoint.policy import NATIVE
 from paceline.data.custom import is_custom, makes_sources, why_no_source
-from paceline.errors import ConfigError, MissingExtraError, counted, nearest, some
+from paceline.errors import (
+    ConfigError,
+    MissingExtraError,
+    UnreadableError,
+    counted,
+    nearest,
+    some,
+)
 from paceline.parallel import context_parallel
 from paceline.parallel.float8 import missing
 from paceline.parallel.materialize import without_a_way
@@ -59,7 +67,8 @@ def check_settings(trainer: TrainerBase) -> None:
     """
     wrong = wrong_settings(trainer)
     wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer) + _wrong_with_groups(trainer)
-    wrong += _wrong_engine(trainer)
+    with contextlib.suppress(UnreadableError):  # then `check_engine` says so, to all ranks
+        wrong += _wrong_engine(trainer)
     if not trainer.is_overridden("configure"):
         wrong += _wrong_components(trainer)
     _refuse(wrong)
@@ -219,6 +228,17 @@ def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
         if value is not None and not isinstance(value, kind):
             wrong.append(f"{name}={_say(value)}: expected a {kind.__name__}(...).")
     return wrong
+
+
+def check_engine(trainer: TrainerBase) -> None:
+    """Checks, once the ranks have met, that the run's checkpoints are those of its engine.
+
+    Raises:
+        ConfigError: another engine wrote them.
+        UnreadableError: who wrote them could not be read.
+    """
+    if wrong := _wrong_engine(trainer):
+        raise ConfigError(wrong[0])
 
 
 def _wrong_engine(trainer: TrainerBase) -> list[str]:

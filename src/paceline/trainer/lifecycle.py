@@ -27,7 +27,7 @@ from paceline.log.sinks import with_local_rows
 from paceline.reading import status
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.checks import check_components, check_data
+from paceline.trainer.checks import check_components, check_data, check_engine
 from paceline.trainer.events import EVENTS, Events
 from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
@@ -88,14 +88,17 @@ def start(trainer: TrainerBase, run: Run) -> None:
     Raises:
         PacelineError: the run cannot start; nothing has been trained.
     """
+    cleared = run.stop.clear_file()
     run.world.open()
-    _check_one_folder(trainer, run)
-    trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
-    if run.stop.clear_file():
-        trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
+    # At once: a rank that still left alone at a signal would leave the others behind.
     run.stop.watch(partial(error_context.whereabouts, trainer, run))
     if not run.stop.listen():
         run.plan.add("signals are ignored outside the main thread", "request_stop(...)")
+    if cleared:
+        trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
+    _check_one_folder(trainer, run)
+    trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
+    check_engine(trainer)
     if trainer.deterministic:
         _set_determinism(run)
     seed_everything(run.seed)

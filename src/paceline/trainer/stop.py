@@ -292,6 +292,8 @@ class StopAgreement:
             first = self._publish(error)
         except Exception:  # noqa: BLE001  no store (yet, or any more): rank 0 may have left with it
             first = self._peer_error
+        if _is_lost_connection(error):
+            self._leave_if_none_has_begun()
         return PeerError(first) if first is not None and _is_lost_connection(error) else None
 
     def _publish(self, error: BaseException) -> str | None:
@@ -353,6 +355,7 @@ class StopAgreement:
                     return
                 stall.look(store, (self._committed, self._batch))
             except Exception as error:  # noqa: BLE001  the store went with its host
+                self._leave_if_none_has_begun()
                 if not self._closed.wait(_PEER_GRACE):
                     self._leave(f"the process group's store is gone ({error}).")
                 return
@@ -382,6 +385,11 @@ class StopAgreement:
                     self._leave_with_all(store, reason.removeprefix(_SIGNAL))
                 self._agree(point, reason)
         return False
+
+    def _leave_if_none_has_begun(self) -> None:
+        """Ends this process if it was signalled, as those were that have left already."""
+        if self.signalled and self._leaves_at_once and self._committed == _NOT_BEGUN:
+            leave((self._request or "").removeprefix(_SIGNAL), tell=self._world.is_main)
 
     def _leave_with_all(self, store: Any, why: str) -> None:
         """Ends this process: no rank has begun, so that there is nothing to save."""

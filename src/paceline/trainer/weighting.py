@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from paceline.data.batches import count_first_dimension, samples_in
-from paceline.errors import LossError
+from paceline.errors import DataError, LossError
 from paceline.trainer.progress import as_number
 from paceline.trainer.run import Run
 
@@ -48,7 +48,8 @@ def count_window(run: Run, batches: list[Any], sizes: list[int], samples: int) -
     counted = iter([count_items(batch) for batch in real])
     counts = [next(counted) if size != 0 else 0 for size in sizes]
     if run.world.reads_are_free:
-        counts = [as_number(count) for count in counts]
+        read = as_number if run.count_items is None else _checked
+        counts = [read(count) for count in counts]
     items: Any = sum(counts)
     seen: Any = sum(map(samples_in, real)) if samples < 0 else samples
     shares = run.world.dp_size
@@ -70,6 +71,21 @@ def count_window(run: Run, batches: list[Any], sizes: list[int], samples: int) -
     else:
         whole = items or 1
     return Counts(counts, items, seen, whole, shares)
+
+
+def _checked(count: Any) -> Any:
+    """A count as a number.
+
+    Raises:
+        DataError: it is none, or below 0.
+    """
+    try:
+        number = as_number(count)
+        if number >= 0:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DataError(f"count_items(batch) returned {count!r:.80}; it returns a number of items.")
 
 
 def weighted(loss: torch.Tensor, weight: Any) -> torch.Tensor:
