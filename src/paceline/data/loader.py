@@ -233,7 +233,7 @@ def _order(
     ):
         name = type(loader.batch_sampler).__name__
         return (
-            _shared(Sampled(loader.batch_sampler, seed), name, world),
+            _shared(Sampled(loader.batch_sampler, seed, n), name, world),
             True,
             [(f"batches come from {name}, drawn once a pass under (seed, pass)", "batch_sampler")],
         )
@@ -245,7 +245,7 @@ def _order(
     if shuffle is None:
         name = type(sampler).__name__
         plan.append((f"order: {name}'s own, drawn once a pass under (seed, pass)", "sampler"))
-        order = _shared(Sampled(sampler, seed), name, world)
+        order = _shared(Sampled(sampler, seed, n), name, world)
         return _trimmed(order, loader, plan), False, plan
     text = "a new permutation each pass, from (seed, pass)" if shuffle else "as stored"
     plan.append((f"order: {text} (the loader says shuffle={shuffle})", "shuffle"))
