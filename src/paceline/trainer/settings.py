@@ -133,7 +133,7 @@ class FixedList(list[Any]):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise read_already("callbacks, loggers")
 
-    append = extend = insert = remove = pop = clear = sort = reverse = _refuse
+    append = extend = insert = remove = pop = clear = reverse = _refuse
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
 
 
