@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel, Resume, Trainer
 from paceline.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     LossError,
     MetricError,
     MismatchError,
@@ -259,12 +262,14 @@ class Returns(Trainer):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda loss: None, "returned None of type NoneType"),
+        (lambda loss: None, "training_step returned nothing: return the mean loss"),
         (lambda loss: loss.item(), "of type float; it returns the mean loss"),
+        (lambda loss: loss.backward(), "The loop calls backward() and the optimizer"),
+        (lambda loss: {"loss": loss, "accuracy": 1.0}, "return the loss itself, and log what"),
         (lambda loss: (loss, 1), "of type tuple"),
         (lambda loss: loss.detach(), "a loss without a gradient"),
         (lambda loss: loss * torch.ones(3), "a tensor of shape (3,); the loss is one number"),
-        (lambda loss: {"optimizer": None}, "of type NoneType"),
+        (lambda loss: {"optimizer": None}, "returned nothing for 'optimizer'"),
         (lambda loss: {"optimizer": loss.detach()}, "without a gradient for 'optimizer'"),
         (lambda loss: {}, "no loss"),
     ],
@@ -399,3 +404,46 @@ def test_no_space_for_a_checkpoint_is_said_before_the_first_step(
     with pytest.raises(CheckpointError, match="are free"):
         trainer.fit()
     assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("train_step", "training_step"),
+        ("compute_loss", "loss"),
+        ("configure_optimizers", "configure"),
+        ("validation_stpe", "validation_step"),
+        ("_train_epoch", "epoch"),
+    ],
+)
+def test_a_method_of_another_system_s_name_is_told_ours(name: str, ours: str) -> None:
+    """Given a method that means one of ours, then it is refused, unless another one calls it."""
+    kind = type("Migrated", (Trainer,), {name: lambda self, *_: torch.zeros(())})
+    assert f"Migrated defines {name}, which nothing calls; here it is {ours}." in message(
+        ConfigError, kind
+    )
+
+
+class Helped(Trainer):
+    def compute_loss(self, batch: Any) -> torch.Tensor:
+        return self.loss(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.compute_loss(batch)
+
+
+def test_a_helper_keeps_its_name() -> None:
+    assert fitted(Helped).global_step == 10
+
+
+class Endless(Sampler):
+    """Orders that follow each other, as samplers for runs of so many steps have them."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield from range(20)
+
+
+def test_an_endless_sampler_is_refused_before_it_fills_the_memory() -> None:
+    loader = batches(sampler=Endless())
+    assert "Endless yields more than 10080" in message(DataError, train_dataloader=loader)

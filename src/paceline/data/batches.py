@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -41,17 +43,29 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 
 
 def each_leaf(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """Replaces what is no list, tuple or dictionary in a batch.
+    """Replaces what is no list, tuple, dictionary or dataclass in a batch.
 
     Args:
-        batch: lists, tuples and dictionaries of any depth.
+        batch: lists, tuples, dictionaries and dataclasses of any depth.
         change: gives what takes a leaf's place.
 
     Returns:
         The batch, in containers of the same types.
     """
     if isinstance(batch, dict):
-        return type(batch)((key, each_leaf(value, change)) for key, value in batch.items())
+        changed = ((key, each_leaf(value, change)) for key, value in batch.items())
+        if type(batch) is dict:
+            return dict(changed)
+        other = copy.copy(batch)  # with what its type has beside the items, as a default
+        other.update(list(changed))
+        return other
+    if is_dataclass(batch) and not isinstance(batch, type) and not hasattr(batch, "to"):
+        other = copy.copy(batch)
+        for each in fields(batch):
+            if hasattr(batch, each.name):
+                value = each_leaf(getattr(batch, each.name), change)
+                object.__setattr__(other, each.name, value)  # it may be frozen
+        return other
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(each_leaf(value, change) for value in batch))
     if isinstance(batch, (list, tuple)):
@@ -103,6 +117,8 @@ def _first_tensor(batch: Any) -> torch.Tensor | None:
     if isinstance(batch, torch.Tensor):
         return batch
     values = batch.values() if isinstance(batch, Mapping) else batch
+    if is_dataclass(batch) and not isinstance(batch, type):
+        values = [getattr(batch, each.name) for each in fields(batch)]
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         return None
     return next((t for value in values if (t := _first_tensor(value)) is not None), None)

@@ -234,7 +234,7 @@ def _order(
     ):
         name = type(loader.batch_sampler).__name__
         return (
-            _shared(Sampled(loader.batch_sampler, seed), name, world),
+            _shared(Sampled(loader.batch_sampler, seed, n), name, world),
             True,
             [(f"batches come from {name}, drawn once a pass under (seed, pass)", "batch_sampler")],
         )
@@ -245,7 +245,7 @@ def _order(
     shuffle = _shuffles(sampler)
     if shuffle is None:
         name = type(sampler).__name__
-        order = _shared(Sampled(sampler, seed), name, world)
+        order = _shared(Sampled(sampler, seed, n), name, world)
         kept = "and its state_dict" if order.follows else "without a state_dict to restore"
         plan.append(
             (f"order: {name}'s own, drawn once a pass under (seed, pass), {kept}", "sampler")

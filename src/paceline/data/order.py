@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import Sampler
 
 from paceline.data.fetch import parts_of, tell_pass, told_of_passes
 from paceline.data.kept import Kept, alike
-from paceline.errors import DataError
+from paceline.errors import DataError, counted
 from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
 
 ORDER_VERSION = 1  # recorded in checkpoints: another algorithm would give another order
@@ -132,13 +133,19 @@ class Sampled(Order):
     A sampler with a `state_dict` may follow training. Then a pass is drawn as it begins, and again
     with the state of that time.
 
+    Args:
+        sampler: the user's.
+        seed: the run's seed.
+        samples: in the dataset. Far more units than that in a pass mean that it never ends.
+
     Attributes:
-        follows: whether it has one.
+        follows: whether the sampler has a `state_dict`.
     """
 
-    def __init__(self, sampler: Any, seed: int) -> None:
+    def __init__(self, sampler: Any, seed: int, samples: int) -> None:
         self._sampler = sampler
         self._seed = seed
+        self._samples = samples
         self._pass = -1
         self._units: list[Any] = []
         self._lengths: dict[int, int] = {}
@@ -226,7 +233,14 @@ class Sampled(Order):
             for sampler in parts_of(self._sampler, Sampler):
                 if isinstance(getattr(sampler, "generator", None), torch.Generator):
                     sampler.generator.manual_seed(seed)  # pyright: ignore
-            units = list(self._sampler)
+            most = 4 * max(self._samples, _length(self._sampler)) + 10_000
+            units = list(islice(self._sampler, most + 1))
+        if len(units) > most:
+            raise DataError(
+                f"{type(self._sampler).__name__} yields more than {most} units in a pass over "
+                f"{counted(self._samples, 'sample')}, and may never end. End it with the pass: "
+                "passes follow each other till max_steps. One that is as long has a __len__."
+            )
         if not units:
             raise DataError(f"{type(self._sampler).__name__} yields nothing: the loader is empty.")
         return units
@@ -248,6 +262,13 @@ _REMEMBERED = 2  # passes: workers may be reading the next one already
 
 def _digest(units: list[Any]) -> str:
     return hashlib.sha256(_text(units).encode()).hexdigest()
+
+
+def _length(sampler: Any) -> int:
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        return 0
 
 
 def _text(units: list[Any]) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from paceline.trainer.callback import Callback
 from paceline.trainer.events import misspelt_hooks
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
-from paceline.trainer.settings import MODES
+from paceline.trainer.settings import METHODS_ELSEWHERE, MODES
 from paceline.world import quorum
 from paceline.world.environment import replica_group
 from paceline.world.layout import Parallel
@@ -55,6 +56,19 @@ _COUNTS = (
     "early_stop",
     "gradient_accumulation_steps",
     "log_every",
+)
+
+
+# What a Trainer's author overrides.
+_OVERRIDDEN = (
+    "training_step",
+    "validation_step",
+    "get_val_metrics",
+    "count_items",
+    "evaluate",
+    "configure",
+    "checkpoint_objects",
+    "run_identity",
 )
 
 
@@ -212,7 +226,7 @@ def _wrong_stages(trainer: TrainerBase, parallel: Parallel) -> list[str]:
 
 
 def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
-    wrong = misspelt_hooks(trainer)
+    wrong = misspelt_hooks(trainer) + _never_called(trainer)
     for callback in trainer.callbacks:
         if isinstance(callback, Callback):
             wrong += misspelt_hooks(callback)
@@ -239,6 +253,41 @@ def check_engine(trainer: TrainerBase) -> None:
     """
     if wrong := _wrong_engine(trainer):
         raise ConfigError(wrong[0])
+
+
+def _never_called(trainer: TrainerBase) -> list[str]:
+    """Methods of the user's that mean one of ours, by other systems' names or misspelt.
+
+    One that another method of theirs refers to is a helper, and left alone.
+    """
+    ours = [base for base in type(trainer).__mro__ if base.__module__.startswith("paceline.")]
+    known = {name for base in ours for name in vars(base)}
+    own = {
+        name: value
+        for base in type(trainer).__mro__
+        if base not in ours and base is not object
+        for name, value in vars(base).items()
+        if inspect.isfunction(value)
+    }
+    used = {name for method in own.values() for name in _names_in(inspect.unwrap(method).__code__)}
+    methods = [name for name in known if name[0] != "_" and not name.startswith("on_")]
+    wrong: list[str] = []
+    for name in sorted(own.keys() - known - used):
+        bare = name.lstrip("_")
+        near = get_close_matches(bare, _OVERRIDDEN, n=1, cutoff=0.88)
+        if bare in METHODS_ELSEWHERE or near or (name != bare and bare in methods):
+            meant = METHODS_ELSEWHERE.get(bare) or (near[0] if near else bare)
+            wrong.append(
+                f"{type(trainer).__name__} defines {name}, which nothing calls; here it is "
+                f"{meant}. If it is your own, rename it."
+            )
+    return wrong
+
+
+def _names_in(code: Any) -> set[str]:
+    """The names that a function's code refers to, in functions within it too."""
+    inner = [each for each in code.co_consts if hasattr(each, "co_names")]
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def _wrong_engine(trainer: TrainerBase) -> list[str]:

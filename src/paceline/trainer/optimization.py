@@ -204,6 +204,12 @@ class Optimization:
 
     def _sum_of_independent(self, losses: dict[str, Any]) -> torch.Tensor:
         """One loss from those by optimizer name, whose gradients must not mix."""
+        if "loss" not in self.optimizers and "loss" in losses:
+            raise LossError(
+                "training_step returned a dictionary with a 'loss': return the loss itself, and "
+                "log what else there is with self.log(name, value). A dictionary holds losses by "
+                "optimizer name."
+            )
         _check_names(losses, self.optimizers, "training_step")
         for name, part in losses.items():
             check_loss(part, f" for {name!r}")

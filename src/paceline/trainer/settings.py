@@ -40,6 +40,51 @@ ELSEWHERE = {
     "early_stopping_config": "early_stop=... with metric_monitor=MetricMonitor(...)",
     "device": "nothing: the device follows from the machine (trainer.device)",
 }
+METHODS_ELSEWHERE = {
+    "train_step": "training_step",
+    "training_loss": "loss",
+    "compute_loss": "loss",
+    "loss_function": "loss",
+    "get_loss": "loss",
+    "shared_step": "loss",
+    "forward": "loss",
+    "forward_step": "loss",
+    "val_step": "validation_step",
+    "valid_step": "validation_step",
+    "eval_step": "validation_step",
+    "evaluation_step": "validation_step",
+    "prediction_step": "validation_step",
+    "test_step": "validation_step",
+    "predict_step": "validation_step",
+    "validation_step_end": "on_validation_batch_end",
+    "training_step_end": "on_train_batch_end",
+    "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "get_val_metrics",
+    "compute_metrics": "get_val_metrics",
+    "validate": "evaluate",
+    "evaluation_loop": "evaluate",
+    "val_epoch": "evaluate",
+    "train_epoch": "epoch",
+    "training_epoch": "epoch",
+    "run_epoch": "epoch",
+    "train_one_epoch": "epoch",
+    "train_loop": "train",
+    "training_loop": "train",
+    "optimizer_zero_grad": "step",
+    "configure_optimizers": "configure",
+    "configure_model": "configure",
+    "create_optimizer": "configure",
+    "create_scheduler": "configure",
+    "create_optimizer_and_scheduler": "configure",
+    "build_model": "configure",
+    "build_optimizer": "configure",
+    "configure_callbacks": "callbacks=[...]",
+    "get_train_dataloader": "train_dataloader=...",
+    "get_eval_dataloader": "val_dataloader=...",
+    "val_dataloaders": "val_dataloader=...",
+    "get_dataloaders": "train_dataloader=... and val_dataloader=...",
+    "save_checkpoint": "checkpoint",
+}
 READ_BY_OPENING = (
     "train_dataloader",
     "val_dataloader",
@@ -88,7 +133,7 @@ class FixedList(list[Any]):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise read_already("callbacks, loggers")
 
-    append = extend = insert = remove = pop = clear = sort = reverse = _refuse
+    append = extend = insert = remove = pop = clear = reverse = _refuse
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
 
 

@@ -111,6 +111,12 @@ def check_loss(loss: Any, which: str = "", giver: str = "training_step") -> None
     Raises:
         LossError: it is not one number, or has no gradient.
     """
+    if loss is None:
+        raise LossError(
+            f"{giver} returned nothing{which}: return the mean loss over the batch's items. The "
+            "loop calls backward() and the optimizer; to do so yourself, override step(window) "
+            "with self.backward(loss) and self.optimizer_step()."
+        )
     if not isinstance(loss, torch.Tensor):
         raise LossError(
             f"{giver} returned {loss!r:.80}{which} of type {type(loss).__name__}; it returns "

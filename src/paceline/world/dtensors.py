@@ -167,11 +167,12 @@ def clip_gradients(
     Returns:
         The norm before clipping, a 0-dim tensor on the device.
     """
-    held = [p for p in parameters if p.grad is not None]
-    for parameter in held:
-        if parameter.grad.is_sparse:  # an index may be in it more than once
-            parameter.grad = parameter.grad.coalesce()
-    gradients = [dense_part(p.grad) for p in held]
+    gradients: list[torch.Tensor] = []
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            if gradient.is_sparse:  # an index may be in it more than once
+                parameter.grad = gradient = gradient.coalesce()
+            gradients.append(dense_part(gradient))
     norm = norm_of(gradients)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if gradients:
