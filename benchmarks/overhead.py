@@ -7,7 +7,8 @@ times stand in the JSON file. First, every contestant trains without shuffling, 
 with the hand-written loop's weights.
 
 With `--before`, Paceline of another checkout is measured in the same rounds, before a change of the
-loop, say. Ratios are taken pair by pair, within a round; their interval holds the median with 95 %.
+loop, say, and the results are `overhead_before`. Ratios are taken pair by pair, within a round;
+their interval holds the median with 95 %.
 
     python benchmarks/overhead.py [--rounds 7] [--tasks tiny cnn gpt] [--only NAME ...]
                                   [--before FOLDER]
@@ -181,7 +182,13 @@ def main() -> None:
             print(tables[-1], flush=True)
     title = "## A training step beside a hand-written loop\n\nMedians (quartiles) of interleaved "
     title += "rounds, CPU time; one thread, no workers, SGD, shuffled TensorDatasets."
-    common.save("overhead", "\n\n".join([title, *tables]), data, at)
+    if options.before is not None:
+        from paceline.log.provenance import git_state
+
+        data["before"] = git_state(options.before)
+        title += f" Before: {(data['before'] or {}).get('commit')}."
+    name = "overhead" if options.before is None else "overhead_before"
+    common.save(name, "\n\n".join([title, *tables]), data, at)
 
 
 if __name__ == "__main__":

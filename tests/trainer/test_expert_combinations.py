@@ -231,6 +231,7 @@ def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks)
 LAYOUTS = [
     Parallel(tensor=2, expert=2),
     Parallel(tensor=2, expert=2, dp_shard=2, plan=Net.tp_plan | Net.ep_plan),
+    Parallel(context=2, expert=2),
     Parallel(context=2, expert=4),
     Parallel(context=2, expert=2, dp_shard=2),
     Parallel(context=2, expert=2, context_attention="ring"),

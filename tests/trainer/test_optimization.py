@@ -81,6 +81,35 @@ def test_accumulation_goes_on_after_a_validation() -> None:
     assert steps == [5, 10, 15]
 
 
+class CountsClears(torch.optim.SGD):
+    """Has a `zero_grad` of its own, which leaves zeros as torch once did."""
+
+    clears = 0
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        self.clears += 1
+        super().zero_grad(set_to_none=False)
+
+
+def test_gradients_go_after_each_step_by_an_optimizers_own_zero_grad() -> None:
+    """Torch's own leaves None; one that is overridden, or put on the object, is called."""
+    model = line()
+    plain = fitted(model=model)
+    assert plain.global_step == 10
+    assert all(p.grad is None for p in model.parameters())
+    model = line()
+    own = fitted(model=model, optimizer=CountsClears(model.parameters(), lr=0.05, momentum=0.9))
+    assert own.optimizer.clears == 10
+    assert [p.grad.abs().sum().item() for p in model.parameters()] == [0, 0]
+    assert same(weights(own), weights(plain))
+    model, calls = line(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    clear = optimizer.zero_grad
+    optimizer.zero_grad = lambda: (calls.append(1), clear())
+    fitted(model=model, optimizer=optimizer)
+    assert len(calls) == 10
+
+
 def test_clipping_is_that_of_torch(tmp_path: Path) -> None:
     trainer = fitted(max_grad_norm=0.3, epochs=1, run_dir=tmp_path, log_every=1)
     model = line()

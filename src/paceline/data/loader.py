@@ -81,8 +81,8 @@ def open_training(
     plan.append(
         (
             f"each optimizer step sees {window} {'batches' if batched else 'samples'}: "
-            f"{accumulation} x {batch_size} on "
-            f"{counted(world.dp_size, 'rank')}; an epoch has {layout.units(0)}",
+            f"{accumulation} x {batch_size} on {counted(world.dp_size, 'rank')}; "
+            f"an epoch has {layout.units(0)}",
             "batch_size, gradient_accumulation_steps, global_batch_size, epoch_length",
         )
     )

@@ -72,10 +72,9 @@ class Materializer:
         unfilled += [names[key] for key, tensor in empty.items() if tensor.is_meta]
         if unfilled:
             raise ConfigError(
-                f"made on the meta device, and given no values: {some(unfilled)}. A "
-                "module there needs a "
-                "reset_parameters() that fills all of its parameters and buffers, or "
-                "init_weights() that fills its parts' too."
+                f"made on the meta device, and given no values: {some(unfilled)}. "
+                "A module there needs a reset_parameters() that fills all of its parameters and "
+                "buffers, or init_weights() that fills its parts' too."
             )
 
     def _move(self, unit: torch.nn.Module) -> None:

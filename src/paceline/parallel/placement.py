@@ -399,8 +399,8 @@ def check_synchronized(
     known = parameter_names(models)
     names = [known.get(id(p), f"a parameter of {name!r}") for p in alone]
     raise ConfigError(
-        f"only this rank has the gradient of {some(names)}: what is trained was "
-        "made, or set to require a gradient, after the models were placed. Make it in configure(); "
+        f"only this rank has the gradient of {some(names)}: what is trained was made, or "
+        "set to require a gradient, after the models were placed. Make it in configure(); "
         "what is to be trained later starts as trainable, in a group whose lr is 0 until then."
     )
 

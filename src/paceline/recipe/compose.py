@@ -40,9 +40,6 @@ from paceline.recipe.resolvers import asked_once, forget, register_resolvers
 
 # `${name`, `${.name` or `${oc.select:name`: what an interpolation refers to.
 _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
-# How Hydra itself would log, launch and help: composing that takes longer than most recipes.
-_HYDRAS_OWN = "output launcher sweeper help hydra_help hydra_logging job_logging env"
-_WITHOUT = [f"~hydra/{group}" for group in _HYDRAS_OWN.split()]
 _LARGEST = 4 << 20  # characters of a recipe with its interpolations resolved
 
 
@@ -253,7 +250,7 @@ def _compose(file: FilePath, taken: list[Taken], noted: Mistakes) -> tuple[DictC
 
 def _hydra(file: FilePath, taken: Sequence[Taken], noted: Mistakes) -> DictConfig:
     with _config_loader(file, noted):
-        return hydra_compose(file.name, [*_WITHOUT, *(each.lenient for each in taken)])
+        return hydra_compose(file.name, [each.lenient for each in taken])
 
 
 def _without_missing(
@@ -413,7 +410,7 @@ def _resolve(parent: DictConfig | ListConfig, key: Any, path: Path, mistakes: Mi
 def _marks(composed: Composed) -> dict[Path, str]:
     """Where each value comes from: `file:line`, or the override. Later ones win, as in Hydra."""
     marks: dict[Path, str] = {}
-    lenient = [*_WITHOUT, *(each.lenient for each in composed.overrides)]
+    lenient = [each.lenient for each in composed.overrides]
     try:
         with _config_loader(composed.path, Mistakes(str)) as loader:
             parts = loader.compute_defaults_list(composed.path.name, lenient, RunMode.RUN).defaults
