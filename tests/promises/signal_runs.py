@@ -60,23 +60,23 @@ class Sender:
     """Does what is to be done, if it has never been done in this folder."""
 
     def __init__(self, sent: Sent, folder: Path, main: int) -> None:
-        self.sent, self.folder, self.main = sent, folder, main
+        self.what, self.where, self.process = sent, folder, main
 
     def __call__(self, at: str) -> None:
-        if at != self.sent.at or os.environ.get("RANK", "0") != str(self.sent.rank):
+        if at != self.what.at or os.environ.get("RANK", "0") != str(self.what.rank):
             return
         try:
-            os.close(os.open(self.folder / "sent", os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self.where / "sent", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
-        while self.sent.behind not in (None, *saved_steps(self.folder / "run")):
+        while self.what.behind not in (None, *saved_steps(self.where / "run")):
             time.sleep(0.01)
-        for number in self.sent.numbers:
-            if self.sent.to == "group":
-                os.killpg(os.getpgid(self.main), number)
+        for number in self.what.numbers:
+            if self.what.to == "group":
+                os.killpg(os.getpgid(self.process), number)
             else:
-                os.kill(self.main, number)
-            time.sleep(self.sent.pause)
+                os.kill(self.process, number)
+            time.sleep(self.what.pause)
 
 
 class Rows(Noisy):
@@ -158,7 +158,7 @@ class SendingDisk(Disk):
     def _note(self, path: Path | None) -> None:
         if self.count or (path is not None and "step_00000008" in str(path)):
             self.count += 1
-        if self.count == self.send.sent.operation:
+        if self.count == self.send.what.operation:
             self.send("save")
 
 

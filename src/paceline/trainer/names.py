@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def settings_of(things: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         For each, the name that it has by itself, and the plain arguments it was made with, as far
-        as it keeps them.
+        as it keeps them. Paths are left out: a run may move.
     """
     return {
         key: {"name": own_name(thing), "made with": _made_with(thing)}
@@ -61,11 +61,11 @@ def _made_with(thing: Any) -> dict[str, Any]:
         return {}
     held = getattr(thing, "__dict__", {})
     found = {key: held.get(key, held.get(f"_{key}")) for key in arguments}
-    plain = (bool, int, float, str)
     return {
-        key: str(value) if isinstance(value, Path) else value
+        key: value
         for key, value in found.items()
-        if isinstance(value, (*plain, Path))
+        if isinstance(value, (bool, int, float))
+        or (isinstance(value, str) and not os.path.isabs(value))
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from paceline.errors import ConfigError, ResumeError
 from paceline.log.run_record import read_run
 from paceline.reading import patiently
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.identity_keys import FIRST_PARTS, Identity
+from paceline.trainer.identity_keys import FIRST_PARTS, SEEN_IN_MODELS, Identity
 from paceline.trainer.settings import Resume
 from paceline.world.environment import began_before_restart
 from paceline.world.world import World
@@ -99,9 +99,45 @@ def horizon(trainer: TrainerBase) -> dict[str, int | None]:
     return {"epochs": trainer.epochs, "max_steps": trainer.max_steps}
 
 
-def check_identity(
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between a run and a checkpoint.
+
+    Attributes:
+        accepted: the keys that differ and may.
+        refused: those that may not, each with what it was then and is now.
+        unknown: the parts that only one of both knows, which could not be compared.
+        weights_say_more: whether what is refused comes of models and code alone, so that names and
+            shapes of weights that do not fit say more of it.
+    """
+
+    accepted: list[str]
+    refused: dict[str, tuple[str, str]]
+    unknown: list[str]
+    weights_say_more: bool
+
+    def check(self) -> None:
+        """Raises ResumeError, listing every key that may not differ but does."""
+        if not self.refused:
+            return
+        lines = [f"{key}: {old} then, {new} now" for key, (old, new) in self.refused.items()]
+        names = list(self.refused)[:_MOST]
+        flags = " ".join(f"--accept {name}" for name in names)
+        hint = ""
+        if any(key.startswith("code.") for key in self.refused):
+            hint = "\nThe code that has trained it until now is in the run's folder, in code."
+        raise ResumeError(
+            "this run cannot resume with other settings than it began with:\n  "
+            + "\n  ".join(lines)
+            + "\nPut them back, start anew beside the old run (another run_dir), move the old run "
+            f"aside (resume='fresh', --fresh), or accept the change (Resume(accept="
+            f"{tuple(names)!r}), {flags}).{hint}"
+        )
+
+
+def compare(
     now: Identity, horizon: dict[str, int | None], stored: dict[str, Any], resume: Resume
-) -> tuple[list[str], list[str]]:
+) -> Comparison:
     """Compares a run with a checkpoint's settings.
 
     Args:
@@ -109,13 +145,6 @@ def check_identity(
         horizon: where it ends.
         stored: the checkpoint's state tree.
         resume: with the keys that may differ.
-
-    Returns:
-        The accepted keys that differ, and the parts that only one of both knows, which could not be
-        compared.
-
-    Raises:
-        ResumeError: listing every key that may not differ but does.
     """
     then, parts = stored["identity"], stored.get("identity_parts")
     if parts is None:  # of a version that knew no more
@@ -133,21 +162,8 @@ def check_identity(
             changed[key] = (repr(before), repr(value))
     accepted = [key for key in changed if _accepted(key, resume.accept)]
     refused = {key: values for key, values in changed.items() if key not in accepted}
-    if refused:
-        lines = [f"{key}: {old} then, {new} now" for key, (old, new) in refused.items()]
-        names = list(refused)[:_MOST]
-        flags = " ".join(f"--accept {name}" for name in names)
-        hint = ""
-        if any(key.startswith("code.") for key in refused):
-            hint = "\nThe code that has trained it until now is in the run's folder, in code."
-        raise ResumeError(
-            "this run cannot resume with other settings than it began with:\n  "
-            + "\n  ".join(lines)
-            + "\nPut them back, start anew beside the old run (another run_dir), move the old run "
-            f"aside (resume='fresh', --fresh), or accept the change (Resume(accept="
-            f"{tuple(names)!r}), {flags}).{hint}"
-        )
-    return accepted, sorted(unknown)
+    of_weights = {key for p in (parts, now.parts) for name in SEEN_IN_MODELS for key in p.get(name, ())}
+    return Comparison(accepted, refused, sorted(unknown), refused.keys() <= of_weights)
 
 
 def _shown(identity: dict[str, Any], key: str) -> str:

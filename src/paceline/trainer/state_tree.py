@@ -29,7 +29,7 @@ from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import watched_by
 from paceline.trainer.names import load_by_name, settings_of, unique_names
 from paceline.trainer.optimization import takes_metric
-from paceline.trainer.resume import check_identity, horizon
+from paceline.trainer.resume import compare, horizon
 from paceline.trainer.run import Run
 from paceline.world.dtensors import reshard
 
@@ -71,6 +71,8 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     if validation := _of_validation(trainer):
         rank["validation"] = validation
     monitor, scaler, pipeline = trainer.metric_monitor, run.scaler, run.placement.pipeline
+    callbacks = unique_names(trainer.callbacks)
+    states = {name: state for name, one in callbacks.items() if (state := one.state_dict())}
     optimizers = {
         name: optimizer_state(optimizer, names)
         for name, optimizer in trainer.named_optimizers().items()
@@ -88,15 +90,11 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "progress": run.progress.state_dict(),
         "data": None if trainer.source.per_rank else source,
         "monitor": None if monitor is None else monitor.state_dict(),
-        "callbacks": {
-            name: state
-            for name, callback in unique_names(trainer.callbacks).items()
-            if (state := callback.state_dict())
-        },
+        "callbacks": states,
         "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
         "settings": {
             "monitor": None if monitor is None else watched_by(monitor),
-            "callbacks": settings_of(unique_names(trainer.callbacks)),
+            "callbacks": settings_of({name: callbacks[name] for name in states}),
             "objects": settings_of(trainer.named_objects()),
         },
         "rank": {str(run.world.rank): rank},
@@ -168,11 +166,15 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     Raises:
         MismatchError, ResumeError: it does not fit; nothing that could be checked was changed.
     """
-    accepted, unknown = check_identity(run.identity, horizon(trainer), tree, trainer.resume)
-    if unknown:
-        run.plan.add(f"not compared with the checkpoint, which lacks it: {', '.join(unknown)}")
+    found = compare(run.identity, horizon(trainer), tree, trainer.resume)
     made, changes = run.made, tree.get("made", {})
+    if not found.weights_say_more:
+        found.check()
     _check_fits(trainer, tree, made, changes)
+    found.check()
+    if found.unknown:
+        missing = ", ".join(found.unknown)
+        run.plan.add(f"not compared with the checkpoint, which lacks it: {missing}")
     models = trainer.named_models()
     run.waiting = {name: state for name, state in tree["models"].items() if name not in models}
     for name, model in models.items():
@@ -183,7 +185,7 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
             made.models[name].switch(model, changes.get("models", {}).get(name, {}))
     for name, optimizer in trainer.named_optimizers().items():
         regroup(optimizer, tree["optimizers"][name]["groups"], models)
-    _load_optimizers(trainer, tree, accepted, parameter_names(models))
+    _load_optimizers(trainer, tree, found.accepted, parameter_names(models))
     if run.scaler is not None and tree["scaler"] is not None:
         run.scaler.load_state_dict(tree["scaler"])
     run.progress.load_state_dict(tree["progress"])
