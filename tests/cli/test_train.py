@@ -135,7 +135,7 @@ def test_seeds_with_a_signal_stop_as_one_and_go_on_with_the_same_command(pacelin
     code, _, err = process.end()
     assert code == 75, err
     assert "seed 2" not in err
-    code, out, err = paceline(*SEEDS, "trainer.epochs=3")
+    code, out, err = paceline(*SEEDS, "trainer.epochs=3", "--accept", "trainer.pause")
     assert code == 0, err
     assert [line.split()[0] for line in out.splitlines()[-6:]] == [
         "seed",

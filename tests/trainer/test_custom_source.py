@@ -14,7 +14,7 @@ from custom_runs import EPOCHS, Sent, train, trainer_of
 
 from builders import code_forgotten
 from endings import ending, saved_steps
-from paceline import CheckpointPolicy, Draw, StopCollecting
+from paceline import CheckpointPolicy, Draw, Resume, StopCollecting
 from paceline.checkpoint import load_tree
 from paceline.checkup import fits, preview
 from paceline.errors import ConfigError, DataError, ResumeError
@@ -242,6 +242,7 @@ def trainer_of_again(folder: Path) -> Any:
     """The run, gone on to its end."""
     trainer = trainer_of(folder)
     trainer.train_dataloader = Fixed()
+    trainer.resume = Resume(accept=("code",))
     trainer.train()
     return trainer
 

@@ -66,8 +66,8 @@ class Accumulator:
             self._add(name, float(value), float(weight))
         except (TypeError, ValueError, OverflowError) as error:
             raise MetricError(
-                f"log({name!r}, {value!r:.40}, weight={weight!r:.40}): each is a number that a "
-                "float can hold."
+                f"log({name!r}, ...) got {value!r:.40} with the weight {weight!r:.40}: each is a "
+                "number that a float can hold."
             ) from error
 
     def sums(self) -> dict[str, tuple[float, float]]:

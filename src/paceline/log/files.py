@@ -32,6 +32,12 @@ def replacing(path: Path) -> Iterator[TextIO]:
     sync_folder(path.parent)
 
 
+def shown(path: Path | str | None) -> str:
+    """A path as people write it: from the working folder on, if it is in there."""
+    working, given = Path.cwd(), Path(str(path))
+    return str(given.relative_to(working) if given.is_relative_to(working) else given)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in `folder` (a rename, a new file) durable."""
     handle = os.open(folder, os.O_RDONLY)

@@ -153,7 +153,7 @@ class RunRecord:
             starts = list(old.pop("starts", []))
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             aside = self.path.with_name("run.damaged.json")
             os.replace(self.path, aside)
             _log.warning("%s is damaged (%s); set aside as %s", self.path, error, aside.name)

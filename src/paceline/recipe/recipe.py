@@ -11,7 +11,7 @@ from omegaconf import ListConfig, OmegaConf
 
 from paceline.errors import RecipeError
 from paceline.log.kept_code import CODE_FOLDER
-from paceline.log.secrets import remember_credentials, without_credentials
+from paceline.log.secrets import masked, remember_credentials
 from paceline.recipe.code import find_code, load_code
 from paceline.recipe.combinations import check_combinations
 from paceline.recipe.components import HORIZON, Checker, Component, signature_of
@@ -72,8 +72,8 @@ class Recipe:
 
     @property
     def tree(self) -> dict[str, Any]:
-        """The same as plain data."""
-        return without_credentials(self._kept.tree())
+        """The recipe as plain data, with its credentials masked."""
+        return masked(self._kept.tree())
 
     @property
     def _kept(self) -> Composed:

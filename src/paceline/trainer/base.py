@@ -79,7 +79,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         window: the window at hand.
         replica_groups: the replica groups of torchft, one of which this process is.
         result: what the last run came to.
-        resolved_recipe: what recipe.yaml holds, as plain data; None for a trainer built in Python.
+        resolved_recipe: the recipe as plain data, with its credentials masked; None for a trainer
+            built in Python.
         recipe_identity: the arguments of the components that a recipe describes, by section and
             dotted key; None for a trainer built in Python.
         recipe_targets: the classes and functions that it names.

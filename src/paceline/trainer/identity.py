@@ -91,8 +91,10 @@ def describe_components(trainer: TrainerBase, run: Run) -> Identity:
             (f"the code of {name} is not compared at a resume: it has no file", "code in a file")
             for name in found.code.unread
         ]
+        # Without a folder, users may keep `state_dict()` themselves.
+        writes_nothing = trainer.run_dir is not None and trainer.checkpoint_policy is None
         for prefix, loader in _loaders(trainer):
-            if is_custom(loader):  # which says itself what it is
+            if is_custom(loader) or writes_nothing:  # the former says itself what it is
                 continue
             content, why = content_of(loader)
             if content is not None:
@@ -173,11 +175,17 @@ def _optimizers(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for name, optimizer in trainer.named_optimizers().items():
         keys[f"{name}.class"] = type(optimizer).__name__
-        keys |= {f"{name}.{key}": value for key, value in _plain(optimizer.defaults).items()}
-        # Some optimizers count in their groups as well.
         arguments = inspect.signature(type(optimizer)).parameters
+        # torch adds it to the settings of others' optimizers when their state is loaded.
+        defaults = {
+            key: value
+            for key, value in optimizer.defaults.items()
+            if key != "differentiable" or key in arguments
+        }
+        keys |= {f"{name}.{key}": value for key, value in _plain(defaults).items()}
+        # Some optimizers count in their groups as well.
         for i, group in enumerate(optimizer.param_groups):
-            own = {k: v for k, v in group.items() if k in optimizer.defaults and k in arguments}
+            own = {k: v for k, v in group.items() if k in defaults and k in arguments}
             if "initial_lr" in group:
                 own["lr"] = group["initial_lr"]
             for key, value in _plain(own).items():

@@ -13,8 +13,8 @@ FIRST_PARTS = ("settings", "loss", "data", "optimizers", "slots", "said")
 """The parts that every checkpoint knows."""
 ARGUMENTS = (" (recipe)", " (object)")
 """How the names of parts end that are the arguments of components."""
-SEEN_IN_MODELS = ("model (object)", "code")
-"""The parts that are read off the models and their code: where weights do not fit, that says more."""
+READ_OFF = ("model (object)", "code", "content of ")
+"""How the names of parts begin that are read off objects."""
 
 
 @dataclass

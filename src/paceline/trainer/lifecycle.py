@@ -21,6 +21,7 @@ from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize
 from paceline.errors import ConfigError, DataError, Preempted, UnreadableError
+from paceline.log.files import shown
 from paceline.log.kept_code import keep, place_of
 from paceline.log.run_record import RunRecord
 from paceline.log.sinks import with_local_rows
@@ -36,6 +37,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run, StopBeforeWindow
 from paceline.trainer.settings import READ_BY_OPENING, READ_ONCE, FixedList
+from paceline.trainer.state_tree import settings_of_parts
 from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.trainer.warm_start import load_weights
 from paceline.world.seeding import mix, random_state_kept, seed_everything, stream
@@ -95,7 +97,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     if not run.stop.listen():
         run.plan.add("signals are ignored outside the main thread", "request_stop(...)")
     if cleared:
-        trainer.say(f"removed {trainer.run_dir}/STOP, which was there before this start.")
+        trainer.say(f"removed {shown(trainer.run_dir)}/STOP, which was there before this start.")
     _check_one_folder(trainer, run)
     trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
     check_engine(trainer)
@@ -117,6 +119,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     for hook in run.events.on_setup:
         hook()
     add_own_identity(trainer, run)
+    run.made_with = settings_of_parts(trainer)
     run.made = Made.of(trainer.named_models(), trainer.named_optimizers())
     _load(trainer, run)
     if trainer.replica_groups is not None:
@@ -383,7 +386,7 @@ def _describe(trainer: TrainerBase, run: Run) -> None:
         run.saver.check_space(trainer.state_dict())
     _on_disk(trainer, run.start_record)
     if run.is_over:
-        trainer.say(f"the run in {trainer.run_dir} is complete ({run.progress.ended_by}).")
+        trainer.say(f"the run in {shown(trainer.run_dir)} is complete ({run.progress.ended_by}).")
     elif trainer.show_progress and run.world.is_main:
         plan.show()
 
@@ -450,7 +453,8 @@ def _status(result: Result) -> str:
 
 
 def _say_how_it_ended(trainer: TrainerBase) -> None:
-    result, where = trainer.result, "" if trainer.run_dir is None else f" in {trainer.run_dir}"
+    result = trainer.result
+    where = "" if trainer.run_dir is None else f" in {shown(trainer.run_dir)}"
     if not result.complete:
         saved = f"; saved{where}: the same call resumes from there" if result.checkpoint else where
         trainer.say(f"stopped at step {result.global_step} ({result.stopped_by}){saved}.")

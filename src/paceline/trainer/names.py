@@ -46,7 +46,7 @@ def settings_of(things: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         For each, the name that it has by itself, and the plain arguments it was made with, as far
-        as it keeps them. Paths are left out: a run may move.
+        as it keeps them. What is state too is left out, and paths: a run may move.
     """
     return {
         key: {"name": own_name(thing), "made with": _made_with(thing)}
@@ -60,7 +60,9 @@ def _made_with(thing: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {}
     held = getattr(thing, "__dict__", {})
-    found = {key: held.get(key, held.get(f"_{key}")) for key in arguments}
+    state = thing.state_dict() if hasattr(thing, "state_dict") else {}
+    names = arguments.keys() - (state.keys() if isinstance(state, Mapping) else ())
+    found = {key: held.get(key, held.get(f"_{key}")) for key in sorted(names)}
     return {
         key: value
         for key, value in found.items()
@@ -74,7 +76,8 @@ def load_by_name(
     here: Mapping[str, Any],
     stored: Mapping[str, Any],
     say: Callable[[str], None],
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any],
+    stored_settings: Mapping[str, Any] | None,
 ) -> None:
     """Gives things their stored states; a new one starts fresh, and one that is gone is reported.
 
@@ -85,9 +88,11 @@ def load_by_name(
         here: the things by name, with `state_dict` and `load_state_dict`.
         stored: their states by name; a state that is empty need not be there.
         say: takes a line for people.
-        settings: `settings_of` the things whose states were stored.
+        settings: `settings_of` the things, from before they had a state to change them.
+        stored_settings: those of the things whose states were stored, if they are known.
     """
-    theirs = _matched(settings_of(here), {name: (settings or {}).get(name) for name in stored})
+    before = stored_settings or {}
+    theirs = _matched(dict(settings), {name: before.get(name) for name in stored})
     for name, thing in here.items():
         if name in theirs:
             thing.load_state_dict(stored[theirs[name]])

@@ -36,6 +36,7 @@ class Recorder:
         self._world = run.world
         self._main = run.world.is_main
         self.sinks = sinks
+        self._made_with = settings_of(unique_names(sinks))
         free = run.world.reads_are_free
         self.train = Accumulator(reads_are_free=free)
         self.val = Accumulator(reads_are_free=free)
@@ -133,7 +134,7 @@ class Recorder:
         if self._world.leads_part:
             state["sums"] = self.train.state_dict()
         if self._main:
-            state["made with"] = settings_of(unique_names(self.sinks))
+            state["made with"] = self._made_with
             state["sinks"] = {
                 name: kept
                 for name, sink in unique_names(self.sinks).items()
@@ -181,7 +182,8 @@ class Recorder:
         """Moves the sinks back to their saved positions; to be called when they are open."""
         if self._main:
             sinks, own = unique_names(self.sinks), ranks["0"]
-            load_by_name("logger", sinks, own["sinks"], self._world.say, own.get("made with"))
+            before = own.get("made with")
+            load_by_name("logger", sinks, own["sinks"], self._world.say, self._made_with, before)
 
     def close(self, status: str) -> None:
         """Ends the sinks."""

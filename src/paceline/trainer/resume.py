@@ -15,7 +15,7 @@ from paceline.errors import ConfigError, ResumeError
 from paceline.log.run_record import read_run
 from paceline.reading import patiently
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.identity_keys import FIRST_PARTS, SEEN_IN_MODELS, Identity
+from paceline.trainer.identity_keys import FIRST_PARTS, READ_OFF, Identity
 from paceline.trainer.settings import Resume
 from paceline.world.environment import began_before_restart
 from paceline.world.world import World
@@ -107,8 +107,8 @@ class Comparison:
         accepted: the keys that differ and may.
         refused: those that may not, each with what it was then and is now.
         unknown: the parts that only one of both knows, which could not be compared.
-        weights_say_more: whether what is refused comes of models and code alone, so that names and
-            shapes of weights that do not fit say more of it.
+        weights_say_more: whether what is refused is read off models, code and samples alone, so
+            that names and shapes of weights that do not fit say more of it.
     """
 
     accepted: list[str]
@@ -162,8 +162,13 @@ def compare(
             changed[key] = (repr(before), repr(value))
     accepted = [key for key in changed if _accepted(key, resume.accept)]
     refused = {key: values for key, values in changed.items() if key not in accepted}
-    of_weights = {key for p in (parts, now.parts) for name in SEEN_IN_MODELS for key in p.get(name, ())}
-    return Comparison(accepted, refused, sorted(unknown), refused.keys() <= of_weights)
+    read_off = {
+        key
+        for name, keys in (*parts.items(), *now.parts.items())
+        if name.startswith(READ_OFF)
+        for key in keys
+    }
+    return Comparison(accepted, refused, sorted(unknown), refused.keys() <= read_off)
 
 
 def _shown(identity: dict[str, Any], key: str) -> str:

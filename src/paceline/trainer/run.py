@@ -117,6 +117,7 @@ class Run:
         made: how models and optimizers were made, before anything was loaded or trained.
         proven: the optimizers whose state was there when it was last proven that it can be loaded.
         waiting: states of models that the resumed run has not made yet, by name.
+        made_with: the settings of callbacks and checkpoint objects at the run's start.
         fixed: attributes of the Trainer that the run has read, so that setting them is refused.
         cleanup: what is undone at the end.
     """
@@ -158,6 +159,7 @@ class Run:
     made: Made = field(default_factory=Made)
     proven: set[str] = field(default_factory=set)
     waiting: dict[str, Any] = field(default_factory=dict)
+    made_with: dict[str, Any] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     cleanup: ExitStack = field(default_factory=ExitStack)
 

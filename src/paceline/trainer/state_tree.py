@@ -71,8 +71,11 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     if validation := _of_validation(trainer):
         rank["validation"] = validation
     monitor, scaler, pipeline = trainer.metric_monitor, run.scaler, run.placement.pipeline
-    callbacks = unique_names(trainer.callbacks)
-    states = {name: state for name, one in callbacks.items() if (state := one.state_dict())}
+    states = {
+        name: state
+        for name, callback in unique_names(trainer.callbacks).items()
+        if (state := callback.state_dict())
+    }
     optimizers = {
         name: optimizer_state(optimizer, names)
         for name, optimizer in trainer.named_optimizers().items()
@@ -94,8 +97,8 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
         "settings": {
             "monitor": None if monitor is None else watched_by(monitor),
-            "callbacks": settings_of({name: callbacks[name] for name in states}),
-            "objects": settings_of(trainer.named_objects()),
+            "callbacks": {name: run.made_with["callbacks"].get(name) for name in states},
+            "objects": run.made_with["objects"],
         },
         "rank": {str(run.world.rank): rank},
         "identity": run.identity.keys,
@@ -103,6 +106,14 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "horizon": horizon(trainer),
         "made": run.made.changes(models, trainer.named_optimizers()),
         **_of_groups(trainer),
+    }
+
+
+def settings_of_parts(trainer: TrainerBase) -> dict[str, Any]:
+    """What tells callbacks, and checkpoint objects, of one class apart; a run may change it."""
+    return {
+        "callbacks": settings_of(unique_names(trainer.callbacks)),
+        "objects": settings_of(trainer.named_objects()),
     }
 
 
@@ -124,11 +135,16 @@ def _asked(data: Any, what: str) -> dict[str, Any]:
     return getattr(data, what, dict)()
 
 
-def _load_objects(trainer: TrainerBase, objects: dict[str, Any], tree: dict[str, Any]) -> None:
-    """Those that have a name keep it, whatever their settings."""
-    named = isinstance(trainer.checkpoint_objects, Mapping)
-    settings = None if named else tree.get("settings", {}).get("objects")
-    load_by_name("checkpoint object", objects, tree["objects"], trainer.say, settings)
+def _load_by_name(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
+    """Callbacks, and checkpoint objects, of which those that were given a name keep it."""
+    callbacks, objects = unique_names(trainer.callbacks), trainer.named_objects()
+    before, named = tree.get("settings", {}), isinstance(trainer.checkpoint_objects, Mapping)
+    for kind, part, things in (
+        ("callback", "callbacks", callbacks),
+        ("checkpoint object", "objects", objects),
+    ):
+        theirs = None if named and part == "objects" else before.get(part)
+        load_by_name(kind, things, tree[part], trainer.say, run.made_with[part], theirs)
 
 
 def _another_metric(trainer: TrainerBase, tree: dict[str, Any]) -> bool:
@@ -198,10 +214,7 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
             )
         else:
             trainer.metric_monitor.load_state_dict(tree["monitor"])
-    callbacks, objects = unique_names(trainer.callbacks), trainer.named_objects()
-    settings = tree.get("settings", {})
-    load_by_name("callback", callbacks, tree["callbacks"], trainer.say, settings.get("callbacks"))
-    _load_objects(trainer, objects, tree)
+    _load_by_name(trainer, run, tree)
     trainer.recorder.load_state_dict(tree["rank"])
     generators = tree["rank"].get(str(run.world.rank), {}).get("generators", {})
     for name, kept in _generators(trainer).items():
