@@ -46,7 +46,7 @@ def settings_of(things: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         For each, the name that it has by itself, and the plain arguments it was made with, as far
-        as it keeps them. What is state too is left out, and paths: a run may move.
+        as it keeps them. Paths are left out: a run may move.
     """
     return {
         key: {"name": own_name(thing), "made with": _made_with(thing)}
@@ -60,9 +60,7 @@ def _made_with(thing: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return {}
     held = getattr(thing, "__dict__", {})
-    state = thing.state_dict() if hasattr(thing, "state_dict") else {}
-    names = arguments.keys() - (state.keys() if isinstance(state, Mapping) else ())
-    found = {key: held.get(key, held.get(f"_{key}")) for key in sorted(names)}
+    found = {key: held.get(key, held.get(f"_{key}")) for key in arguments}
     return {
         key: value
         for key, value in found.items()
@@ -91,8 +89,12 @@ def load_by_name(
         settings: `settings_of` the things, from before they had a state to change them.
         stored_settings: those of the things whose states were stored, if they are known.
     """
+    state = {key for one in stored.values() if isinstance(one, Mapping) for key in one}
     before = stored_settings or {}
-    theirs = _matched(dict(settings), {name: before.get(name) for name in stored})
+    theirs = _matched(
+        {name: _without(state, settings[name]) for name in here},
+        {name: _without(state, before.get(name)) for name in stored},
+    )
     for name, thing in here.items():
         if name in theirs:
             thing.load_state_dict(stored[theirs[name]])
@@ -100,6 +102,14 @@ def load_by_name(
             say(f"the {kind} {name!r} is new in this run: it starts fresh.")
     for name in stored.keys() - set(theirs.values()):
         say(f"the {kind} {name!r} of the checkpoint is no longer there.")
+
+
+def _without(state: set[str], settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Settings without what is state, and so has changed since."""
+    if settings is None:
+        return None
+    made_with = {key: value for key, value in settings["made with"].items() if key not in state}
+    return {**settings, "made with": made_with}
 
 
 def _matched(here: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, str]:
