@@ -324,3 +324,31 @@ def test_code_is_compared_as_far_as_the_run_uses_it(
     finally:
         for name in FILES:
             sys.modules.pop(name, None)
+
+
+def test_a_credential_of_an_object_reaches_no_file_and_may_change(tmp_path: Path) -> None:
+    class Fetched(Scaled):
+        def __init__(self, hf_token: str) -> None:
+            super().__init__()
+            self.hf_token = hf_token
+
+    class Reports(Callback):
+        def __init__(self, api_key: str) -> None:
+            self.api_key, self.sent = api_key, 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"sent": self.sent}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.sent = state["sent"]
+
+    for epochs, secret in enumerate(["horse" * 3, "staple" * 3], start=1):
+        fitted(
+            train_dataloader=DataLoader(Fetched(secret), 4),
+            callbacks=[Reports(secret)],
+            run_dir=tmp_path / "run",
+            epochs=epochs,
+        )
+    written = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert b"horsehorse" not in written
+    assert b"staplestaple" not in written

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paceline.errors import ConfigError
+from paceline.log.secrets import without_credentials
 from paceline.trainer.source_code import OwnCode
 
 FIRST_PARTS = ("settings", "loss", "data", "optimizers", "slots", "said")
@@ -32,7 +33,7 @@ class Identity:
     code: OwnCode = field(default_factory=lambda: OwnCode({}, {}, []))
 
     def add(self, part: str, keys: Mapping[str, Any]) -> None:
-        """Adds a part's keys.
+        """Adds a part's keys; a credential among them is not kept, and may change.
 
         Args:
             part: its name.
@@ -47,7 +48,9 @@ class Identity:
                 f"the identity key {min(twice)!r} is given twice: rename it in the run_identity() "
                 "that gives it."
             )
-        self.keys.update(keys)
+        self.keys.update(
+            {key: without_credentials(v, key.rpartition(".")[2]) for key, v in keys.items()}
+        )
         self.parts.setdefault(part, []).extend(keys)
 
     def leave_out(self, keys: Collection[str]) -> None:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from paceline.log.secrets import without_credentials
+
 T = TypeVar("T")
 
 
@@ -62,7 +64,7 @@ def _made_with(thing: Any) -> dict[str, Any]:
     held = getattr(thing, "__dict__", {})
     found = {key: held.get(key, held.get(f"_{key}")) for key in arguments}
     return {
-        key: value
+        key: without_credentials(value, key)
         for key, value in found.items()
         if isinstance(value, (bool, int, float))
         or (isinstance(value, str) and not os.path.isabs(value))
