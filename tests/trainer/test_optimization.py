@@ -91,7 +91,9 @@ class CountsClears(torch.optim.SGD):
         super().zero_grad(set_to_none=False)
 
 
-def test_gradients_go_after_each_step_by_an_optimizers_own_zero_grad() -> None:
+def test_gradients_go_before_each_window_and_after_each_step_by_an_optimizers_own_zero_grad() -> (
+    None
+):
     """Torch's own leaves None; one that is overridden, or put on the object, is called."""
     model = line()
     plain = fitted(model=model)
@@ -99,7 +101,7 @@ def test_gradients_go_after_each_step_by_an_optimizers_own_zero_grad() -> None:
     assert all(p.grad is None for p in model.parameters())
     model = line()
     own = fitted(model=model, optimizer=CountsClears(model.parameters(), lr=0.05, momentum=0.9))
-    assert own.optimizer.clears == 10
+    assert own.optimizer.clears == 2 * 10
     assert [p.grad.abs().sum().item() for p in model.parameters()] == [0, 0]
     assert same(weights(own), weights(plain))
     model, calls = line(), []
@@ -107,7 +109,7 @@ def test_gradients_go_after_each_step_by_an_optimizers_own_zero_grad() -> None:
     clear = optimizer.zero_grad
     optimizer.zero_grad = lambda: (calls.append(1), clear())
     fitted(model=model, optimizer=optimizer)
-    assert len(calls) == 10
+    assert len(calls) == 2 * 10
 
 
 def test_clipping_is_that_of_torch(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Recorder:
         self._world = run.world
         self._main = run.world.is_main
         self.sinks = sinks
-        self._made_with = settings_of(unique_names(sinks))
+        self._made_with: dict[str, Any] = {}
         free = run.world.reads_are_free
         self.train = Accumulator(reads_are_free=free)
         self.val = Accumulator(reads_are_free=free)
@@ -173,6 +173,7 @@ class Recorder:
             recipe=None if recipe is None else masked(recipe),
             resumed=ranks is not None,
         )
+        self._made_with = settings_of(unique_names(self.sinks))
         for sink in self.sinks:
             sink.open(info)
         if ranks is not None and not run.is_over:  # else rows of its end may follow the checkpoint
