@@ -102,13 +102,30 @@ def serve(answer: Callable[..., Any]) -> None:
     os.dup2(nowhere, 1)
     if not os.environ.get("BENCHMARK_VERBOSE"):
         os.dup2(nowhere, 2)
-    for line in sys.stdin:
+
+    def give(reply: dict[str, Any]) -> None:
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+    global _give
+    _give = give
+    while line := sys.stdin.readline():
         try:
             reply: dict[str, Any] = {"value": answer(**json.loads(line))}
         except Exception:  # noqa: BLE001  whatever it was, the parent says which contestant failed
             reply = {"error": traceback.format_exc()}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+        give(reply)
+
+
+def give_way(value: Any) -> None:
+    """Within an answer: gives a value to the parent, and waits until it asks on."""
+    assert _give is not None
+    _give({"value": value})
+    if not sys.stdin.readline():
+        sys.exit("the benchmark has ended")
+
+
+_give: Callable[[dict[str, Any]], None] | None = None
 
 
 _TOLD = "BENCHMARK_TELLS"  # the variable with the file that `tell` writes to

@@ -1,16 +1,16 @@
 """The cost of a training step beside a hand-written loop and other trainers.
 
-Each contestant runs in a process of its own, with one thread, and is asked in turn. The cost of a
-step is the slope between a short and a long run, so that neither start nor end counts. It is given
-in CPU time, which other work on the machine disturbs less than the clock on the wall; the wall's
-times stand in the JSON file. First, every contestant trains without shuffling, and all must end
-with the hand-written loop's weights.
+Each contestant runs in a process of its own, with one thread. All train at once, in turn: a few
+steps of one, then of the next, so that whatever else the machine does falls on all alike. Start and
+end of a run do not count. A step's cost is given in CPU time; the wall's times stand in the JSON
+file. First, every contestant trains without shuffling, and all must end with the hand-written
+loop's weights.
 
-With `--before`, Paceline of another checkout is measured in the same rounds, before a change of the
+With `--before`, Paceline of another checkout is measured in the same turns, before a change of the
 loop, say, and the results are `overhead_before`. Ratios are taken pair by pair, within a round;
 their interval holds the median with 95 %.
 
-    python benchmarks/overhead.py [--rounds 7] [--tasks tiny cnn gpt] [--only NAME ...]
+    python benchmarks/overhead.py [--rounds 12] [--tasks tiny cnn gpt] [--only NAME ...]
                                   [--before FOLDER]
 """
 
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ CHECKED_BATCHES = {"tiny": 60, "cnn": 12, "gpt": 2}
 
 def answer(
     contestant: str, task: str, steps: int, batches: int, shuffle: bool, weights: str | None
-) -> dict[str, float]:
-    """In a contestant's process: one run, timed; its weights go to a file if asked for."""
+) -> None:
+    """In a contestant's process: a run whose weights go to a file, or one that takes turns."""
     import numpy as np
     import torch
     from contestants import CONTESTANTS, silence
@@ -51,18 +52,32 @@ def answer(
 
     torch.set_num_threads(1)
     silence()
-    loader = TASKS[task].loader(batches, shuffle=shuffle)
+    todo = TASKS[task]
+    if weights is None:
+        todo = replace(todo, model=lambda: in_turns(TASKS[task].model(), todo.steps))
+    loader = todo.loader(batches, shuffle=shuffle)
     with tempfile.TemporaryDirectory() as folder:
         gc.collect()
-        cpu, wall = time.process_time(), time.perf_counter()
-        model = CONTESTANTS[contestant.removesuffix(BEFORE)][0](
-            TASKS[task], loader, steps, Path(folder)
-        )
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        model = CONTESTANTS[contestant.removesuffix(BEFORE)][0](todo, loader, steps, Path(folder))
     if weights is not None:
         flat = torch.cat([p.detach().flatten() for p in model.parameters()])
         np.save(weights, flat.numpy())
-    return {"cpu": cpu, "wall": wall}
+
+
+def in_turns(model: Any, steps: int) -> Any:
+    """A model that gives way after so many of its steps, and says what they have taken."""
+    done, cpu, wall = 0, 0.0, 0.0
+
+    def count(*_: Any) -> None:
+        nonlocal done, cpu, wall
+        if done % steps == 0:
+            took = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+            common.give_way(took)
+            cpu, wall = time.process_time(), time.perf_counter()
+        done += 1
+
+    model.register_forward_pre_hook(count)
+    return model
 
 
 def check_weights(workers: dict[str, Worker], task: str) -> dict[str, Any]:
@@ -101,32 +116,46 @@ def measure(
     """Microseconds a step of each contestant, one value a round."""
     from tasks import TASKS
 
-    short, long = TASKS[task].lengths
-    slopes: dict[str, dict[str, list[float]]] = {n: {"cpu": [], "wall": []} for n in workers}
-    for i in range(rounds + 1):
+    turns, steps = TASKS[task].turns, TASKS[task].steps
+    # The first turn warms up, and the run ends in one of its own; no epoch ends in between.
+    length = (turns + 1) * steps + 1
+    found: dict[str, dict[str, list[float]]] = {n: {"cpu": [], "wall": []} for n in workers}
+    for i in range(rounds):
         names = list(workers)
         names = names[i % len(names) :] + names[: i % len(names)]
+        spent = {name: {"cpu": 0.0, "wall": 0.0} for name in names}
         for name in names:
-            request = {"contestant": name, "task": task, "shuffle": True, "weights": None}
-            first = workers[name].ask(steps=short, batches=long, **request)
-            second = workers[name].ask(steps=long, batches=long, **request)
-            if i > 0:  # the first round warms up
-                for clock, values in slopes[name].items():
-                    values.append((second[clock] - first[clock]) / (long - short) * 1e6)
-    return slopes
+            workers[name].ask(
+                contestant=name,
+                task=task,
+                steps=length,
+                batches=length,
+                shuffle=True,
+                weights=None,
+            )
+        for turn in range(turns + 1):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                took = workers[name].ask()
+                for clock in took if turn > 0 else ():
+                    spent[name][clock] += took[clock]
+        for name in names:
+            workers[name].ask()
+            for clock, seconds in spent[name].items():
+                found[name][clock].append(seconds / (turns * steps) * 1e6)
+    return found
 
 
-def describe(task: str, slopes: dict[str, dict[str, list[float]]]) -> str:
+def describe(task: str, times: dict[str, dict[str, list[float]]]) -> str:
     """The table of one task."""
-    base = slopes[BASE]["cpu"]
+    base = times[BASE]["cpu"]
     rows = []
-    for name, times in slopes.items():
-        over = [mine - theirs for mine, theirs in zip(times["cpu"], base, strict=True)]
-        ratio = [mine / theirs for mine, theirs in zip(times["cpu"], base, strict=True)]
+    for name, of_one in times.items():
+        over = [mine - theirs for mine, theirs in zip(of_one["cpu"], base, strict=True)]
+        ratio = [mine / theirs for mine, theirs in zip(of_one["cpu"], base, strict=True)]
         rows.append(
             [
                 name,
-                common.spread(times["cpu"]),
+                common.spread(of_one["cpu"]),
                 "0" if name == BASE else common.spread(over),
                 f"{common.summary(ratio)['median']:.2f}",
             ]
@@ -135,20 +164,20 @@ def describe(task: str, slopes: dict[str, dict[str, list[float]]]) -> str:
     return f"### {task}\n\n{common.table(head, rows)}"
 
 
-def compare(slopes: dict[str, dict[str, list[float]]]) -> str:
+def compare(times: dict[str, dict[str, list[float]]]) -> str:
     """Paceline beside the fastest loop and its own earlier state: ratios with their intervals."""
     pairs = [(name, f"{name}{BEFORE}") for name in OURS] + [(OURS[0], INDEXED)]
     rows = []
     for name, other in pairs:
-        if name in slopes and other in slopes:
-            both = zip(slopes[name]["cpu"], slopes[other]["cpu"], strict=True)
+        if name in times and other in times:
+            both = zip(times[name]["cpu"], times[other]["cpu"], strict=True)
             median, low, high = common.median_interval([mine / theirs for mine, theirs in both])
             rows.append([name, other, f"{median:.3f}", f"{low:.3f} to {high:.3f}"])
     return common.table(["", "beside", "ratio", "95 % interval"], rows) if rows else ""
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, rounds=7)
+    parser = common.arguments(__doc__, rounds=12)
     parser.add_argument("--tasks", nargs="+", default=["tiny", "cnn", "gpt"])
     parser.add_argument("--only", nargs="+", default=None, help="contestants beside the loop")
     parser.add_argument("--before", type=Path, help="a checkout of Paceline to compare with")
@@ -175,13 +204,12 @@ def main() -> None:
             # What a longer step hides is measured once, on the tiny model.
             workers = {n: w for n, w in everybody.items() if task == "tiny" or n not in TINY_ONLY}
             distances = check_weights(workers, task)
-            rounds = options.rounds if task == "tiny" else max(3, options.rounds - 2)
-            slopes = measure(workers, task, rounds)
-            data["tasks"][task] = {"weights apart by": distances, "us a step": slopes}
-            tables.append("\n\n".join(filter(None, [describe(task, slopes), compare(slopes)])))
+            times = measure(workers, task, options.rounds)
+            data["tasks"][task] = {"weights apart by": distances, "us a step": times}
+            tables.append("\n\n".join(filter(None, [describe(task, times), compare(times)])))
             print(tables[-1], flush=True)
     title = "## A training step beside a hand-written loop\n\nMedians (quartiles) of interleaved "
-    title += "rounds, CPU time; one thread, no workers, SGD, shuffled TensorDatasets."
+    title += "turns, CPU time; one thread, no workers, SGD, shuffled TensorDatasets."
     if options.before is not None:
         from paceline.log.provenance import git_state
 

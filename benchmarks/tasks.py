@@ -1,4 +1,7 @@
-"""What is trained: three small tasks, the same for every contestant."""
+"""What is trained: three small tasks, the same for every contestant.
+
+All turns of a run together are a multiple of 50 steps: Paceline writes a row every 50.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,16 @@ class Task:
         loss_fn: mean loss of `(outputs, targets)`.
         sample: makes n inputs and n targets from a generator.
         batch_size: samples a step.
-        lengths: steps of a short and a long run, whose difference is what counts.
+        turns: how many turns a run takes with the others' runs.
+        steps: in each turn.
     """
 
     model: Callable[[], nn.Module]
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     sample: Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
     batch_size: int
-    lengths: tuple[int, int]
+    turns: int
+    steps: int
 
     def make(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model with the same weights in every process, and its optimizer."""
@@ -120,7 +125,7 @@ def _token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 TASKS = {
-    "tiny": Task(_tiny, nn.functional.mse_loss, _numbers, 32, (300, 1300)),
-    "cnn": Task(_cnn, nn.functional.cross_entropy, _digits, 64, (40, 340)),
-    "gpt": Task(GPT, _token_loss, _text, 8, (2, 12)),
+    "tiny": Task(_tiny, nn.functional.mse_loss, _numbers, 32, turns=10, steps=100),
+    "cnn": Task(_cnn, nn.functional.cross_entropy, _digits, 64, turns=15, steps=10),
+    "gpt": Task(GPT, _token_loss, _text, 8, turns=25, steps=2),
 }
