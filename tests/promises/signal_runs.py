@@ -84,12 +84,12 @@ class Rows(Noisy):
 
     def __init__(self, send: Sender, seconds: float) -> None:
         super().__init__()
-        self.send, self.seconds = send, seconds
+        self.tell, self.wait = send, seconds  # by other names: no part of what the run is
 
     def __getitem__(self, index: int) -> Any:
         if index == 40:
-            self.send("data")
-            time.sleep(self.seconds)
+            self.tell("data")
+            time.sleep(self.wait)
         return super().__getitem__(index)
 
 
