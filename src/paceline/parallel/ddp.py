@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import re
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -50,11 +52,13 @@ class Replica(DistributedDataParallel):
         delivered: whether all that it was told in this window has reached that gradient.
         whole_way: whether ranks exchange something within the model too, so that the backward pass
             of a loss of zero has to take the whole way.
+        exchanged: the parameters whose gradients it exchanges, in torch's order.
     """
 
     called = False
     delivered = True
     whole_way = False
+    exchanged: list[torch.nn.Parameter]
     _probes: list[torch.Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +116,37 @@ class Replica(DistributedDataParallel):
             "the computation into its forward()."
         )
 
+    def finish_exchange(self) -> list[torch.nn.Parameter]:
+        """Exchanges, as zeros, the gradients that this rank's backward passes did not reach.
+
+        torch waits for all of them; until then it exchanges nothing that shares a bucket with one.
+
+        Returns:
+            Those parameters without any gradient in this window.
+
+        Raises:
+            RuntimeError: torch does not say which they are.
+        """
+        missing = self._unreached()
+        left_out = [p for p in missing if p.grad is None]
+        if missing:
+            with trainable(missing), hooks_off(missing):
+                zero_loss(missing).backward()
+        return left_out
+
+    def _unreached(self) -> list[torch.nn.Parameter]:
+        try:
+            self.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            if (
+                named := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            ) is None:
+                raise
+            return [self.exchanged[int(index)] for index in named[1].split()]
+        if self.called and all(p.grad is None for p in self.exchanged):
+            return self.exchanged  # no loss of this rank has reached it, one of another may have
+        return []
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -137,8 +172,10 @@ def replicate(
     """
     device_ids = None if device.type == "cpu" else [device]
     replica = Replica(module, device_ids=device_ids, process_group=group)
-    _fix_buckets(replica)
-    vars(replica)["whole_way"] = whole_way
+    exchanged = [p for p in module.parameters() if p.requires_grad]
+    vars(replica).update(whole_way=whole_way, exchanged=exchanged)
+    with hooks_off(exchanged):
+        _fix_buckets(replica)
     return replica
 
 
@@ -149,8 +186,7 @@ def _fix_buckets(replica: Replica) -> None:
     partial sums: a run wrapped anew in the middle would round differently from one that went on.
     Two backward passes of a zero loss over all parameters, in their order, settle it.
     """
-    module = replica.module
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    module, parameters = replica.module, replica.exchanged
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     own = vars(module).get("forward")
@@ -173,6 +209,35 @@ def _fix_buckets(replica: Replica) -> None:
 def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """A loss of zero that depends on every parameter: each gets a gradient of zeros."""
     return torch.stack([(p * 0).sum().float() for p in parameters if p.requires_grad]).sum()
+
+
+@contextmanager
+def trainable(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within it parameters require gradients, also those that were frozen since."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    yield
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+@contextmanager
+def hooks_off(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within it the user's hooks on parameters hear of no gradient."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    held: list[tuple[Any, str, Any]] = [
+        (parameter, name, hooks)
+        for parameter in parameters
+        for name in names
+        if (hooks := getattr(parameter, name))
+    ]
+    for parameter, name, _ in held:
+        setattr(parameter, name, None)
+    yield
+    for parameter, name, hooks in held:
+        setattr(parameter, name, hooks)
 
 
 def probes(outputs: Any) -> list[torch.Tensor]:
