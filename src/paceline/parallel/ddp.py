@@ -12,8 +12,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from paceline.errors import LossError
+from paceline.errors import ConfigError, LossError
 from paceline.world.dtensors import local_part
+
+_NONE: frozenset[int] = frozenset()
 
 
 class Synchronizer(Protocol):
@@ -53,12 +55,14 @@ class Replica(DistributedDataParallel):
         whole_way: whether ranks exchange something within the model too, so that the backward pass
             of a loss of zero has to take the whole way.
         exchanged: the parameters whose gradients it exchanges, in torch's order.
+        sparse: the `id` of each whose gradient is sparse.
     """
 
     called = False
     delivered = True
     whole_way = False
     exchanged: list[torch.nn.Parameter]
+    sparse: frozenset[int] = _NONE
     _probes: list[torch.Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,8 +83,8 @@ class Replica(DistributedDataParallel):
 
     @cached_property
     def sentinel(self) -> torch.nn.Parameter:
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return min(parameters, key=torch.Tensor.numel)
+        dense = [p for p in self.exchanged if id(p) not in self.sparse]
+        return min(dense or self.exchanged, key=torch.Tensor.numel)
 
     def attach(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
         """Adds zero, or NaN, to a loss, so that the sentinel gets it as its gradient.
@@ -89,6 +93,10 @@ class Replica(DistributedDataParallel):
             loss: a scalar.
             poison: zero, or NaN if the loss is not finite; a number or a scalar.
         """
+        if id(self.sentinel) in self.sparse:  # there is no other
+            row = torch.zeros(1, dtype=torch.int64, device=loss.device)
+            looked_up = torch.nn.functional.embedding(row, self.sentinel, sparse=True)
+            return loss + (looked_up * poison).sum()
         return loss + (self.sentinel * poison).sum()
 
     def verdict(self) -> torch.Tensor | None:
@@ -98,7 +106,7 @@ class Replica(DistributedDataParallel):
 
     def zero_loss(self) -> torch.Tensor:
         """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""
-        zero = zero_loss(self.module.parameters())
+        zero = zero_loss(self.module.parameters(), self.sparse)
         return zero + zero_of(self._probes) if self.whole_way else zero
 
     def check_exchanged(self) -> None:
@@ -131,7 +139,7 @@ class Replica(DistributedDataParallel):
         left_out = [p for p in missing if p.grad is None]
         if missing:
             with trainable(missing), hooks_off(missing):
-                zero_loss(missing).backward()
+                zero_loss(missing, self.sparse).backward()
         return left_out
 
     def _unreached(self) -> list[torch.nn.Parameter]:
@@ -173,7 +181,8 @@ def replicate(
     device_ids = None if device.type == "cpu" else [device]
     replica = Replica(module, device_ids=device_ids, process_group=group)
     exchanged = [p for p in module.parameters() if p.requires_grad]
-    vars(replica).update(whole_way=whole_way, exchanged=exchanged)
+    sparse = frozenset(sparse_parameters(module))
+    vars(replica).update(whole_way=whole_way, exchanged=exchanged, sparse=sparse)
     with hooks_off(exchanged):
         _fix_buckets(replica)
     return replica
@@ -190,7 +199,7 @@ def _fix_buckets(replica: Replica) -> None:
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     own = vars(module).get("forward")
-    module.forward = partial(zero_loss, parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    module.forward = partial(zero_loss, parameters, replica.sparse)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         for _ in range(2):
             replica().backward()
@@ -206,9 +215,38 @@ def _fix_buckets(replica: Replica) -> None:
             buffer.copy_(value)
 
 
-def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """A loss of zero that depends on every parameter: each gets a gradient of zeros."""
-    return torch.stack([(p * 0).sum().float() for p in parameters if p.requires_grad]).sum()
+def zero_loss(parameters: Iterable[torch.nn.Parameter], sparse: Set[int] = _NONE) -> torch.Tensor:
+    """A loss of zero that depends on every parameter: each gets a gradient of zeros.
+
+    Args:
+        parameters: those that require no gradient are left out.
+        sparse: the `id` of each whose gradient is sparse.
+    """
+    return torch.stack([times_zero(p, sparse) for p in parameters if p.requires_grad]).sum()
+
+
+def times_zero(parameter: torch.nn.Parameter, sparse: Set[int]) -> torch.Tensor:
+    """Zero, with a gradient of the kind that the parameter's module makes.
+
+    Args:
+        parameter: of any shape.
+        sparse: the `id` of each parameter whose gradient is sparse.
+    """
+    if id(parameter) not in sparse:
+        return (parameter * 0).sum().float()
+    row = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+    return (torch.nn.functional.embedding(row, parameter, sparse=True) * 0).sum().float()
+
+
+def sparse_parameters(module: torch.nn.Module) -> dict[int, str]:
+    """The names of the trainable parameters whose gradients are sparse, by their `id`."""
+    return {
+        id(part.weight): f"{name}.weight".lstrip(".")
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag)
+        and part.sparse
+        and part.weight.requires_grad
+    }
 
 
 @contextmanager
@@ -243,12 +281,38 @@ def hooks_off(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 def probes(outputs: Any) -> list[torch.Tensor]:
     """One element of each output, copied: the output itself is free to go."""
     return [
-        local_part(leaf).reshape(-1)[:1].sum().float()
-        for leaf in tree_leaves(outputs)
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        local_part(tensor).reshape(-1)[:1].sum().float()
+        for tensor in tensors_in(outputs)
+        if tensor.requires_grad
     ]
 
 
+def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """The tensors in containers, and in the attributes of objects such as dataclasses.
+
+    Args:
+        value: anything.
+        depth: how deep objects may lie within one another.
+    """
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, (torch.nn.Module, type)):
+            names = getattr(leaf, "__slots__", ())
+            slots = [getattr(leaf, n, None) for n in ([names] if isinstance(names, str) else names)]
+            for inner in (*getattr(leaf, "__dict__", {}).values(), *slots):
+                yield from tensors_in(inner, depth - 1)
+
+
 def zero_of(probes: list[torch.Tensor]) -> torch.Tensor:
-    """A loss of zero whose backward pass goes through all that has made these."""
+    """A loss of zero whose backward pass goes through all that has made these.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not probes:
+        raise ConfigError(
+            "a rank without samples in this window takes part with the outputs of its model, in "
+            "which there is no tensor with a gradient: return tensors, containers or dataclasses."
+        )
     return torch.stack([probe * 0 for probe in probes]).nan_to_num(0, 0, 0).sum()

@@ -130,6 +130,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
             _on_disk(trainer, partial(_keep_code, trainer, run))
         for hook in run.events.on_train_start:
             hook()
+        run.placement.check_hooks(trainer.named_models())
         if run.saver is not None and trainer.checkpoint_policy is not None:
             prove(trainer, run)
             prove_first_step(trainer, run)
