@@ -159,6 +159,12 @@ MUTANTS = [
         f"{P3}:test_gradients_that_nobody_exchanged_are_refused",
     ),
     Mutant(
+        "an exchange that waits for gradients that never come is left open",
+        ((Replica, "_unreached"),),
+        defects.none_of_them,
+        "test_p03_unused_parameters:test_what_a_rank_leaves_out_is_trained_by_the_others",
+    ),
+    Mutant(
         "what ranks cannot share evenly is left out",
         ((Layout, "share"),),
         defects.floored,

@@ -154,7 +154,8 @@ def backward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
                 "unused parameters",
                 "FAIL" if every else "WARN",
                 f"no gradient {steps}: {some(never)}. Is the loss computed from them? Several "
-                "processes (DDP) reject such a model; freeze them with requires_grad_(False)",
+                "processes (DDP) then exchange in each window which parameters have gradients; "
+                "freeze what is not trained with requires_grad_(False)",
             )
         )
     zero = [name for name, p in found.items() if p.arrived and p.finite and not p.nonzero]

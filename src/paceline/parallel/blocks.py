@@ -17,13 +17,15 @@ def repeated_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
     """The parts of a model that are sharded, compiled and recomputed one by one.
 
     Those are the children of its outermost `ModuleList`, `ModuleDict` and `Sequential` containers
-    whose class is there more than once and whose parameters nobody else uses.
+    whose class is there more than once and whose parameters nobody else uses. In place of a child
+    without a `forward`, such as a list within a list, its own children are taken.
     """
     uses = _uses(module)
     blocks = []
     for container in _containers(module):
-        classes = Counter(type(child) for child in container.children())
-        for child in container.children():
+        children = list(_called_children(container))
+        classes = Counter(map(type, children))
+        for child in children:
             own = _uses(child)
             if classes[type(child)] > 1 and own and all(uses[p] == n for p, n in own.items()):
                 blocks.append(child)
@@ -89,6 +91,14 @@ def _containers(module: torch.nn.Module) -> Iterable[torch.nn.Module]:
             yield child
         else:
             yield from _containers(child)
+
+
+def _called_children(container: torch.nn.Module) -> Iterable[torch.nn.Module]:
+    for child in container.children():
+        if "forward" in vars(child) or type(child).forward is not torch.nn.Module.forward:
+            yield child
+        else:
+            yield from _called_children(child)
 
 
 def _holds_blocks(module: torch.nn.Module) -> bool:

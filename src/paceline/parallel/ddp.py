@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import re
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -10,8 +12,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from paceline.errors import LossError
+from paceline.errors import ConfigError, LossError
 from paceline.world.dtensors import local_part
+
+_NONE: frozenset[int] = frozenset()
 
 
 class Synchronizer(Protocol):
@@ -50,11 +54,15 @@ class Replica(DistributedDataParallel):
         delivered: whether all that it was told in this window has reached that gradient.
         whole_way: whether ranks exchange something within the model too, so that the backward pass
             of a loss of zero has to take the whole way.
+        exchanged: the parameters whose gradients it exchanges, in torch's order.
+        sparse: the `id` of each whose gradient is sparse.
     """
 
     called = False
     delivered = True
     whole_way = False
+    exchanged: list[torch.nn.Parameter]
+    sparse: frozenset[int] = _NONE
     _probes: list[torch.Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,8 +83,8 @@ class Replica(DistributedDataParallel):
 
     @cached_property
     def sentinel(self) -> torch.nn.Parameter:
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return min(parameters, key=torch.Tensor.numel)
+        dense = [p for p in self.exchanged if id(p) not in self.sparse]
+        return min(dense or self.exchanged, key=torch.Tensor.numel)
 
     def attach(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
         """Adds zero, or NaN, to a loss, so that the sentinel gets it as its gradient.
@@ -85,6 +93,10 @@ class Replica(DistributedDataParallel):
             loss: a scalar.
             poison: zero, or NaN if the loss is not finite; a number or a scalar.
         """
+        if id(self.sentinel) in self.sparse:  # there is no other
+            row = torch.zeros(1, dtype=torch.int64, device=loss.device)
+            looked_up = torch.nn.functional.embedding(row, self.sentinel, sparse=True)
+            return loss + (looked_up * poison).sum()
         return loss + (self.sentinel * poison).sum()
 
     def verdict(self) -> torch.Tensor | None:
@@ -94,7 +106,7 @@ class Replica(DistributedDataParallel):
 
     def zero_loss(self) -> torch.Tensor:
         """A loss of zero whose backward pass takes part in the exchange of this micro-batch."""
-        zero = zero_loss(self.module.parameters())
+        zero = zero_loss(self.module.parameters(), self.sparse)
         return zero + zero_of(self._probes) if self.whole_way else zero
 
     def check_exchanged(self) -> None:
@@ -111,6 +123,37 @@ class Replica(DistributedDataParallel):
             "window at least. On several ranks call the model itself, self.model(...), and put "
             "the computation into its forward()."
         )
+
+    def finish_exchange(self) -> list[torch.nn.Parameter]:
+        """Exchanges, as zeros, the gradients that this rank's backward passes did not reach.
+
+        torch waits for all of them; until then it exchanges nothing that shares a bucket with one.
+
+        Returns:
+            Those parameters without any gradient in this window.
+
+        Raises:
+            RuntimeError: torch does not say which they are.
+        """
+        missing = self._unreached()
+        left_out = [p for p in missing if p.grad is None]
+        if missing:
+            with trainable(missing), hooks_off(missing):
+                zero_loss(missing, self.sparse).backward()
+        return left_out
+
+    def _unreached(self) -> list[torch.nn.Parameter]:
+        try:
+            self.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            if (
+                named := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            ) is None:
+                raise
+            return [self.exchanged[int(index)] for index in named[1].split()]
+        if self.called and all(p.grad is None for p in self.exchanged):
+            return self.exchanged  # no loss of this rank has reached it, one of another may have
+        return []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -137,8 +180,11 @@ def replicate(
     """
     device_ids = None if device.type == "cpu" else [device]
     replica = Replica(module, device_ids=device_ids, process_group=group)
-    _fix_buckets(replica)
-    vars(replica)["whole_way"] = whole_way
+    exchanged = [p for p in module.parameters() if p.requires_grad]
+    sparse = frozenset(sparse_parameters(module))
+    vars(replica).update(whole_way=whole_way, exchanged=exchanged, sparse=sparse)
+    with hooks_off(exchanged):
+        _fix_buckets(replica)
     return replica
 
 
@@ -149,12 +195,11 @@ def _fix_buckets(replica: Replica) -> None:
     partial sums: a run wrapped anew in the middle would round differently from one that went on.
     Two backward passes of a zero loss over all parameters, in their order, settle it.
     """
-    module = replica.module
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    module, parameters = replica.module, replica.exchanged
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     own = vars(module).get("forward")
-    module.forward = partial(zero_loss, parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    module.forward = partial(zero_loss, parameters, replica.sparse)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         for _ in range(2):
             replica().backward()
@@ -170,20 +215,104 @@ def _fix_buckets(replica: Replica) -> None:
             buffer.copy_(value)
 
 
-def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """A loss of zero that depends on every parameter: each gets a gradient of zeros."""
-    return torch.stack([(p * 0).sum().float() for p in parameters if p.requires_grad]).sum()
+def zero_loss(parameters: Iterable[torch.nn.Parameter], sparse: Set[int] = _NONE) -> torch.Tensor:
+    """A loss of zero that depends on every parameter: each gets a gradient of zeros.
+
+    Args:
+        parameters: those that require no gradient are left out.
+        sparse: the `id` of each whose gradient is sparse.
+    """
+    return torch.stack([times_zero(p, sparse) for p in parameters if p.requires_grad]).sum()
+
+
+def times_zero(parameter: torch.nn.Parameter, sparse: Set[int]) -> torch.Tensor:
+    """Zero, with a gradient of the kind that the parameter's module makes.
+
+    Args:
+        parameter: of any shape.
+        sparse: the `id` of each parameter whose gradient is sparse.
+    """
+    if id(parameter) not in sparse:
+        return (parameter * 0).sum().float()
+    row = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+    return (torch.nn.functional.embedding(row, parameter, sparse=True) * 0).sum().float()
+
+
+def sparse_parameters(module: torch.nn.Module) -> dict[int, str]:
+    """The names of the trainable parameters whose gradients are sparse, by their `id`."""
+    return {
+        id(part.weight): f"{name}.weight".lstrip(".")
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag)
+        and part.sparse
+        and part.weight.requires_grad
+    }
+
+
+@contextmanager
+def trainable(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within it parameters require gradients, also those that were frozen since."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    yield
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+@contextmanager
+def hooks_off(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within it the user's hooks on parameters hear of no gradient."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    held: list[tuple[Any, str, Any]] = [
+        (parameter, name, hooks)
+        for parameter in parameters
+        for name in names
+        if (hooks := getattr(parameter, name))
+    ]
+    for parameter, name, _ in held:
+        setattr(parameter, name, None)
+    yield
+    for parameter, name, hooks in held:
+        setattr(parameter, name, hooks)
 
 
 def probes(outputs: Any) -> list[torch.Tensor]:
     """One element of each output, copied: the output itself is free to go."""
     return [
-        local_part(leaf).reshape(-1)[:1].sum().float()
-        for leaf in tree_leaves(outputs)
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        local_part(tensor).reshape(-1)[:1].sum().float()
+        for tensor in tensors_in(outputs)
+        if tensor.requires_grad
     ]
 
 
+def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """The tensors in containers, and in the attributes of objects such as dataclasses.
+
+    Args:
+        value: anything.
+        depth: how deep objects may lie within one another.
+    """
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, (torch.nn.Module, type)):
+            names = getattr(leaf, "__slots__", ())
+            slots = [getattr(leaf, n, None) for n in ([names] if isinstance(names, str) else names)]
+            for inner in (*getattr(leaf, "__dict__", {}).values(), *slots):
+                yield from tensors_in(inner, depth - 1)
+
+
 def zero_of(probes: list[torch.Tensor]) -> torch.Tensor:
-    """A loss of zero whose backward pass goes through all that has made these."""
+    """A loss of zero whose backward pass goes through all that has made these.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not probes:
+        raise ConfigError(
+            "a rank without samples in this window takes part with the outputs of its model, in "
+            "which there is no tensor with a gradient: return tensors, containers or dataclasses."
+        )
     return torch.stack([probe * 0 for probe in probes]).nan_to_num(0, 0, 0).sum()

@@ -11,7 +11,7 @@ precise as the model was made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, some
 from paceline.parallel.blocks import repeated_blocks
 from paceline.parallel.ddp import probes, zero_of
 from paceline.parallel.expert_parallel import distribute_experts, expert_modules, shard_dimension
@@ -91,14 +91,8 @@ class Shards:
             for key, part in experts.items():
                 if any(part is inner for inner in unit.modules()):
                     _shard_experts(part, key, world, compute)
+            _check_dtypes(unit, name, module, compute)
             _shard(unit, world, compute)
-        kept = set(module.state_dict())
-        self._buffers = [
-            (part, key)
-            for name, part in module.named_modules()
-            for key, buffer in part._buffers.items()
-            if buffer is not None and f"{name}.{key}".lstrip(".") in kept
-        ]
         self.renewed = {id(before[key]): p for key, p in module.named_parameters()}
         self.covered = frozenset(id(p) for p in module.parameters())
         self.delivered = True
@@ -155,9 +149,7 @@ class Shards:
 
     def _note_call(self, module: Any, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
-            send(
-                part._buffers[key] for part, key in self._buffers
-            )  # as DDP does: running statistics are rank 0's
+            send(_kept_buffers(module))  # as DDP does: running statistics are rank 0's
         else:
             self.calls.append((module, args, kwargs))
 
@@ -341,6 +333,14 @@ class StageShards:
             _shard(unit, self._world, self._compute, reshard_after_forward=False)
 
 
+def _kept_buffers(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The buffers that checkpoints hold, as they are now: a model may assign them anew."""
+    for part in module.modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and key not in part._non_persistent_buffers_set:
+                yield buffer
+
+
 def _forget_calls(module: Any) -> None:
     """Drops the list of calls that torch keeps until a backward pass ends, and there may be none.
 
@@ -369,6 +369,15 @@ def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: 
             f"the model {name!r} is spread already, by an earlier run or by yourself: build "
             "it anew; parallel=Parallel(...) decides how it is spread."
         )
+    renews = world.parts * world.parallel.tensor > 1
+    hooked = [key for key, p in parameters.items() if _has_hooks(p)] if renews else []
+    if hooked:
+        names = some([f"{name}.{key}" for key in hooked])
+        raise ConfigError(
+            f"{names}: has hooks on its gradient, which would not be called: this layout "
+            "replaces a model's parameters. Change gradients in "
+            "on_before_optimizer_step, or train on replicas (parallel.dp_shard=1, tensor=1)."
+        )
     scalars = [key for key, p in parameters.items() if p.dim() == 0]
     frozen = not any(p.requires_grad for p in parameters.values())
     if scalars and world.parts > 1:
@@ -377,6 +386,59 @@ def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: 
             f"parallel.dp_shard={world.parallel.dp_shard}: the parameters "
             f"{', '.join(scalars)} of {name!r} have no dimension to shard: give them the "
             f"shape [1].{whole}"
+        )
+
+
+def _has_hooks(parameter: Any) -> bool:
+    """Whether there are hooks of the user's on a parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def check_hooks(models: Mapping[str, torch.nn.Module]) -> None:
+    """Refuses hooks on sharded parameters' gradients that torch never calls.
+
+    Args:
+        models: by name, placed.
+
+    Raises:
+        ConfigError: there are some, made after the models were placed.
+    """
+    hooked = [
+        f"{name}.{key}"
+        for name, model in models.items()
+        if isinstance(model, FSDPModule)
+        for key, parameter in model.named_parameters()
+        if parameter._backward_hooks
+    ]
+    if hooked:
+        raise ConfigError(
+            f"{some(hooked)}: torch calls no register_hook of a sharded parameter. Use "
+            "register_post_accumulate_grad_hook, or on_before_optimizer_step."
+        )
+
+
+def _check_dtypes(
+    unit: torch.nn.Module, name: str, whole: torch.nn.Module, compute: torch.dtype | None
+) -> None:
+    """Refuses trained parameters of several dtypes in what is gathered at once.
+
+    Raises:
+        ConfigError: naming one of each.
+    """
+    names = {id(p): f"{name}.{key}" for key, p in whole.named_parameters()}
+    kinds: dict[torch.dtype, str] = {}
+    norms = _norms(unit) if compute is not None else []
+    apart = {id(p) for norm in norms for p in norm.parameters()}
+    for parameter in unit.parameters():
+        if parameter.requires_grad and not is_dtensor(parameter) and id(parameter) not in apart:
+            kinds.setdefault(parameter.dtype, names.get(id(parameter), name))
+    if len(kinds) > 1:
+        said = " and ".join(
+            f"{key} is {str(dtype).removeprefix('torch.')}" for dtype, key in kinds.items()
+        )
+        raise ConfigError(
+            f"parallel.dp_shard: {said}, and FSDP2 gathers one dtype at a time: give the model "
+            "one dtype (precision='bf16' computes in bfloat16), or train it on replicas."
         )
 
 
@@ -420,16 +482,20 @@ def _shard(
     if world.parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
     if compute is not None:
-        norms: list[torch.nn.Module] = [
-            part
-            for part in unit.modules()
-            if isinstance(part, _BatchNorm) and part.affine and not isinstance(part, FSDPModule)
-        ]
-        if norms:
+        if norms := _norms(unit):
             fully_shard(norms, **options)
         options["mp_policy"] = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32)
     if not isinstance(unit, FSDPModule):
         fully_shard(unit, **options)
+
+
+def _norms(unit: torch.nn.Module) -> list[torch.nn.Module]:
+    """A unit's batch norms, which are gathered apart where a lower precision is."""
+    return [
+        part
+        for part in unit.modules()
+        if isinstance(part, _BatchNorm) and part.affine and not isinstance(part, FSDPModule)
+    ]
 
 
 def call_again(calls: list[Call]) -> None:

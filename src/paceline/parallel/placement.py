@@ -16,7 +16,7 @@ from paceline.errors import ConfigError, some
 from paceline.log.plan import Plan
 from paceline.parallel.compile_blocks import memory_budget
 from paceline.parallel.context_parallel import Sequences, part_of, ring_attention
-from paceline.parallel.ddp import Replica, Synchronizer, replicate, zero_loss
+from paceline.parallel.ddp import Replica, Synchronizer, replicate, sparse_parameters, zero_loss
 from paceline.parallel.float8 import Float8Layers, float8_layers
 from paceline.parallel.materialize import Materializer
 from paceline.world.dtensors import total_norm
@@ -129,6 +129,8 @@ class Placement:
             ConfigError: a model cannot be placed so.
         """
         self._compile = compile
+        if self._parallel.partitions_state:
+            _check_apart(models)
         self._enter_contexts()
         self.float8 = float8_layers(self._precision, self._world, self._plan)
         placed = {id(m): self._placed(m, name, optimizers) for name, m in models.items()}
@@ -180,10 +182,19 @@ class Placement:
                 "the model is wrapped in DistributedDataParallel already: give the module itself; "
                 "parallel=Parallel(...) decides how it is spread."
             )
+        if self._world.size > 1:
+            _check_buffers(module, name)
         materializer = Materializer(module, name, self._device, self._seed)
         trained = any(p.requires_grad for p in module.parameters())
         staged = trained and self._parallel.pipeline > 1
         sharded = self._parallel.partitions_state if trained else self._shards_frozen(module, name)
+        if trained and self._parallel.partitions_state and (sparse := sparse_parameters(module)):
+            names = some([f"{name}.{key}" for key in sparse.values()])
+            raise ConfigError(
+                f"{names}: an Embedding with sparse=True has sparse gradients, which torch "
+                "exchanges between replicas only: leave sparse=True out, or do not shard, split or "
+                "cut the model."
+            )
         if not materializer.needed and not staged:
             module.to(self._device)
         if self.float8 is not None and trained:
@@ -316,7 +327,9 @@ class Placement:
         called: list[Any] = [replica for replica in self.replicas if replica.called]
         losses = [each.zero_loss() for each in (*called, *self.frozen) if each.called]
         if not called:
-            losses.append(zero_loss(p for model in models.values() for p in model.parameters()))
+            sparse = set().union(*map(sparse_parameters, models.values()))
+            parameters = (p for model in models.values() for p in model.parameters())
+            losses.append(zero_loss(parameters, sparse))
         return torch.stack(losses).sum()
 
     def share_buffers(self, models: Mapping[str, torch.nn.Module]) -> None:
@@ -345,6 +358,20 @@ class Placement:
             for replica in replicas:
                 replica.require_forward_param_sync = True
 
+    def check_hooks(self, models: Mapping[str, torch.nn.Module]) -> None:
+        """Refuses hooks on parameters that this layout would never call.
+
+        Args:
+            models: by name, placed.
+
+        Raises:
+            ConfigError: naming the parameters.
+        """
+        if self._parallel.partitions_state:
+            from paceline.parallel.fsdp import check_hooks
+
+            check_hooks(models)
+
     def call_again(self) -> None:
         """Calls the models as the validation batch before did, where other ranks wait for it."""
         if self._parallel.calls_together:
@@ -369,6 +396,46 @@ class Placement:
         if self.recomputed:
             line = f"{len(self.recomputed)} blocks compute their forward pass twice"
             yield line, "parallel.activation_checkpointing"
+
+
+def _check_apart(models: Mapping[str, torch.nn.Module]) -> None:
+    """Refuses parameters that two models share: where they are replaced, each gets its own.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    owners: dict[int, str] = {}
+    for name, model in models.items():
+        own = {id(p): f"{name}.{key}" for key, p in model.named_parameters()}
+        if shared := [f"{owners[key]} = {path}" for key, path in own.items() if key in owners]:
+            raise ConfigError(
+                f"two models share parameters ({some(shared)}), which this layout would make two: "
+                "put both into one module, whose forward computes what both do, or train on "
+                "replicas (parallel.dp_shard=1, tensor=1, expert=1, pipeline=1)."
+            )
+        owners |= own
+
+
+def _check_buffers(module: torch.nn.Module, name: str) -> None:
+    """Refuses buffers whose elements share memory: no rank can be sent another's.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    expanded = [
+        f"{name}.{key}"
+        for key, buffer in module.named_buffers()
+        if any(n > 1 and step == 0 for n, step in zip(buffer.shape, _strides(buffer), strict=False))
+    ]
+    if expanded:
+        raise ConfigError(
+            f"{some(expanded)}: a buffer that was expanded: its elements share memory, and ranks "
+            "cannot be sent into it. Register expand(...).clone()."
+        )
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout is torch.strided else ()
 
 
 def check_synchronized(

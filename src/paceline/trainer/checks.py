@@ -386,6 +386,12 @@ def _wrong_components(trainer: TrainerBase) -> list[str]:
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not trainer.is_overridden("step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
+        if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+            wrong.append(
+                f"{name}: each rank of a ZeroRedundancyOptimizer has other state, which no "
+                "checkpoint holds: give the optimizer that it wraps, and shard its state and the "
+                "model's with parallel.dp_shard."
+            )
     wrong += _wrong_modes(trainer, optimizers)
     known = [id(optimizer) for optimizer in optimizers.values()]
     for name, scheduler in schedulers.items():

@@ -33,6 +33,11 @@ from paceline.trainer.events import EVENTS, Events
 from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.proof import prove, prove_first_step
+from paceline.trainer.ranks_alike import (
+    check_components_alike,
+    check_data_alike,
+    check_settings_alike,
+)
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run, StopBeforeWindow
@@ -99,6 +104,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     if cleared:
         trainer.say(f"removed {shown(trainer.run_dir)}/STOP, which was there before this start.")
     _check_one_folder(trainer, run)
+    check_settings_alike(trainer, run)
     trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
     check_engine(trainer)
     if trainer.deterministic:
@@ -133,6 +139,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
             _on_disk(trainer, partial(_keep_code, trainer, run))
         for hook in run.events.on_train_start:
             hook()
+        run.placement.check_hooks(trainer.named_models())
         if run.saver is not None and trainer.checkpoint_policy is not None:
             prove(trainer, run)
             prove_first_step(trainer, run)
@@ -192,6 +199,7 @@ def configure(trainer: TrainerBase, run: Run) -> None:
     def open_once() -> None:
         if not opened_with:
             check_data(trainer)
+            check_data_alike(trainer, run)
             with random_state_kept():  # weights that are made next are the same, asked or not
                 _open_data(trainer, run)
             opened_with.update({name: getattr(trainer, name) for name in READ_BY_OPENING})
@@ -205,6 +213,7 @@ def configure(trainer: TrainerBase, run: Run) -> None:
             "train_batches, which opens the data: assign the data's settings first."
         )
     check_components(trainer)
+    check_components_alike(trainer, run)
     run.open_data()
     run.fixed = frozenset(READ_BY_OPENING)
 

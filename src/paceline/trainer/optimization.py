@@ -10,13 +10,17 @@ is read with the next row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
-from paceline.errors import ConfigError, LossError
+from paceline.checkpoint.state import parameter_names
+from paceline.errors import ConfigError, LossError, some
+from paceline.parallel.ddp import Replica
 from paceline.parallel.placement import check_synchronized
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.recorder import Recorder
@@ -54,6 +58,19 @@ class Optimization:
             self._schedulers[name].append(scheduler)
         replicas = self._placement.replicas
         self._covered = frozenset().union(*(replica.covered for replica in replicas))
+        self._copies = {
+            name: [
+                replica
+                for replica in replicas
+                if isinstance(replica, Replica)
+                and not replica.covered.isdisjoint(map(id, _parameters(optimizer)))
+            ]
+            for name, optimizer in self.optimizers.items()
+        }
+        # The optimizers whose parameters may be without a gradient on every rank; None: not known.
+        always = parallel.find_unused_parameters
+        self._leaves_out = dict.fromkeys(self.optimizers, True if always else None)
+        self._stood_in: set[int] = set()  # parameters with a gradient from stand-ins alone
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._found_independent = False  # losses by optimizer name have been checked
         self._splits = parallel.tensor > 1
@@ -83,6 +100,7 @@ class Optimization:
         """
         for optimizer in self.optimizers.values():
             clear_gradients(optimizer)
+        self._stood_in.clear()
         self.guard.begin(window)
 
     def backward(self, loss: Any, only: str | Collection[str] | None = None) -> None:
@@ -142,6 +160,8 @@ class Optimization:
             return
         for replica in self._placement.replicas:
             replica.check_exchanged()
+        if self._copies[name]:
+            self._finish_exchange(name)
         if run.world.parts > 1:
             check_synchronized(optimizer, name, self._covered, run.components.named_models())
         if not self.compared:
@@ -189,7 +209,53 @@ class Optimization:
 
     def _zero_loss(self) -> torch.Tensor:
         """In the place of a loss over no items, which may be anything."""
+        window = self.guard.window
+        if any(self._copies.values()) and window is not None and window.stand_in:
+            parameters = chain.from_iterable(map(_parameters, self.optimizers.values()))
+            self._stood_in.update(id(p) for p in parameters if p.grad is None)
         return self._placement.zero_loss(self._run.components.named_models())
+
+    def _finish_exchange(self, name: str) -> None:
+        """Completes the exchange of gradients; what has one on no rank is left without.
+
+        Raises:
+            LossError: this rank has none for some parameters, which the first window did not show.
+        """
+        run, known = self._run, self._leaves_out[name]
+        left_out = [p for replica in self._copies[name] for p in replica.finish_exchange()]
+        if known is None:
+            told = run.world.all_gather_object(self._names(left_out))
+            known = self._leaves_out[name] = any(told)
+            if known:
+                names = some(list(dict.fromkeys(chain.from_iterable(told))))
+                line = f"exchanges in each window which parameters have gradients: not all {names}"
+                run.plan.add(line, "parallel.find_unused_parameters")
+                run.world.say(f"plan: {line}  [parallel.find_unused_parameters]")
+                with suppress(OSError):  # it is written again at the end
+                    run.record.update(plan=run.plan.as_list())
+        if known:
+            self._drop_unused(name, {id(p) for p in left_out} | self._stood_in)
+        elif left_out:
+            raise LossError(
+                f"step {run.global_step + 1}: no loss of rank {run.world.rank} reached "
+                f"{some(self._names(left_out))}, as all did in the first window. Set "
+                "parallel.find_unused_parameters=True to exchange in each window which parameters "
+                "have gradients."
+            )
+
+    def _drop_unused(self, name: str, unused_here: Set[int]) -> None:
+        parameters = _parameters(self.optimizers[name])
+        used = torch.tensor([p.grad is not None and id(p) not in unused_here for p in parameters])
+        everywhere = self._run.world.all_reduce(used.to(torch.uint8), "max")
+        for parameter, is_used in zip(parameters, everywhere.tolist(), strict=True):
+            if not is_used:
+                parameter.grad = None
+
+    def _names(self, parameters: list[torch.nn.Parameter]) -> list[str]:
+        if not parameters:
+            return []
+        known = parameter_names(self._run.components.named_models())
+        return [known.get(id(p), "a parameter of no model") for p in parameters]
 
     def end_window(self) -> None:
         """Settles the scale for the next window."""

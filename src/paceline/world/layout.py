@@ -52,6 +52,9 @@ class Parallel:
             ParallelStyle of torch. With None the model decides: its `parallelize(mesh)` or
             `tp_plan`. With `expert`: the name of a module of experts -> "experts"; with None, the
             model's `ep_plan`.
+        find_unused_parameters: with replicas (DDP), exchange in each window which parameters have a
+            gradient on any process. Without it the first window decides whether that is done; if it
+            finds a gradient for each parameter, a later one without is an error.
         timeout: seconds that a process waits for the others, at the start and in each collective,
             before it raises an error.
     """
@@ -67,6 +70,7 @@ class Parallel:
     frozen: Literal["shard", "replicate"] = "shard"
     cpu_offload: bool = False
     plan: dict[str, Any] | None = None
+    find_unused_parameters: bool = False
     timeout: float = 600.0
 
     def __post_init__(self) -> None:

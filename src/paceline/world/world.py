@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -122,6 +123,7 @@ class World:
             _join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
             self._owns_group = True
         self.control_group = self.new_group()
+        self._check_one_layout()
         if self.parts < self.size:
             step, size = self.parallel.tensor, self._stage_size
             self._parts_group, _ = dist.new_subgroups_by_enumeration(
@@ -144,6 +146,20 @@ class World:
             # torch sets another timeout
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), group)
         return self
+
+    def _check_one_layout(self) -> None:
+        """Checks that the ranks are about to make the same groups.
+
+        Raises:
+            ConfigError: on every rank, their layouts differ.
+        """
+        layouts = self.all_gather_object(repr(replace(self.parallel, plan=None)))
+        if len(set(layouts)) > 1:
+            other = next(rank for rank, each in enumerate(layouts) if each != layouts[0])
+            raise ConfigError(
+                f"parallel has to be the same on every rank, and is {layouts[0]} on rank 0, "
+                f"{layouts[other]} on rank {other}."
+            )
 
     def _make_mesh(self) -> DeviceMesh:
         copies, shards = self._copies_and_shards()

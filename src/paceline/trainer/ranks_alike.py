@@ -1,0 +1,142 @@
+"""Ranks that were given other settings, components or data than each other, found at the start.
+
+They would wait for each other for ever, or train different models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from paceline.data.loader import loaders_by_name
+from paceline.errors import ConfigError
+from paceline.trainer.base import TrainerBase
+from paceline.trainer.run import Run
+from paceline.world.world import World
+
+_SHOWN = 5  # differences in a message
+_SETTINGS = (
+    "epochs",
+    "max_steps",
+    "epoch_length",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "lr_scheduler_interval",
+    "max_grad_norm",
+    "check_gradients",
+    "precision",
+    "compile",
+    "deterministic",
+    "validate_every",
+    "early_stop",
+    "on_nonfinite",
+    "log_every",
+)
+_OVERRIDDEN = ("train", "epoch", "step", "evaluate", "count_items", "checkpoint")
+
+
+def check_settings_alike(trainer: TrainerBase, run: Run) -> None:
+    """Raises ConfigError, on every rank, if the settings of a run differ between ranks.
+
+    Args:
+        trainer: with the settings of this rank.
+        run: whose ranks have met.
+    """
+    monitor = trainer.metric_monitor
+    _check_alike(
+        run.world,
+        {
+            **{name: getattr(trainer, name) for name in _SETTINGS},
+            "train(seed=...)": run.seed,
+            "checkpoint": trainer.checkpoint_policy,
+            "resume": (trainer.resume.mode, trainer.resume.init_from),
+            "metric_monitor": monitor and (monitor.metric_name, monitor.mode),
+            "Trainer": type(trainer).__qualname__,
+            "overrides": [name for name in _OVERRIDDEN if trainer.is_overridden(name)],
+        },
+    )
+
+
+def check_data_alike(trainer: TrainerBase, run: Run) -> None:
+    """The same for the loaders, before they are opened.
+
+    Args:
+        trainer: with the loaders of this rank.
+        run: whose ranks have met.
+    """
+    loaders = {
+        "val_dataloader" + ("" if name is None else f"[{name!r}]"): loader
+        for name, loader in loaders_by_name(trainer.val_dataloader).items()
+    }
+    _check_alike(
+        run.world,
+        {
+            "train_dataloader": _described(trainer.train_dataloader),
+            "val_dataloader": None if trainer.val_dataloader is None else "given",
+            **{name: _described(loader) for name, loader in loaders.items()},
+        },
+    )
+
+
+def check_components_alike(trainer: TrainerBase, run: Run) -> None:
+    """The same for models, optimizers and schedulers, before they are placed.
+
+    Args:
+        trainer: with the components of this rank.
+        run: whose ranks have met.
+    """
+    found: dict[str, Any] = {}
+    for name, model in trainer.named_models().items():
+        found[name] = type(model).__qualname__
+        for key, p in model.named_parameters():
+            found[f"{name}.{key}"] = (tuple(p.shape), str(p.dtype), p.requires_grad)
+        for key, buffer in model.named_buffers():
+            found[f"{name}.{key}"] = (tuple(buffer.shape), str(buffer.dtype))
+    for name, optimizer in trainer.named_optimizers().items():
+        found[name] = type(optimizer).__qualname__
+        for i, group in enumerate(optimizer.param_groups):
+            for key, value in group.items():
+                found[f"{name}.param_groups[{i}].{key}"] = len(value) if key == "params" else value
+    for name, scheduler in (trainer.named_schedulers() or {}).items():
+        found[name] = type(scheduler).__qualname__
+    _check_alike(run.world, found)
+
+
+def _described(loader: Any) -> Any:
+    """What all ranks' loaders have in common; those that are no DataLoader may have their own."""
+    if not isinstance(loader, DataLoader):
+        return type(loader).__qualname__
+    kept = [type(loader).__qualname__, f"batch_size={loader.batch_size}"]
+    kept += [f"drop_last={loader.drop_last}", type(loader.sampler).__qualname__]
+    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        return ", ".join(kept)
+    return ", ".join([*kept, f"{len(loader.dataset)} samples"])  # pyright: ignore[reportArgumentType]
+
+
+def _check_alike(world: World, given: Mapping[str, Any]) -> None:
+    if world.size == 1:
+        return
+    said = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in given.items()}
+    digests = world.all_gather_object(hashlib.sha256(repr(said).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    everywhere = world.all_gather_object(said if world.rank in (0, other) else None)
+    first, second = everywhere[0], everywhere[other]
+    lines = [
+        f"{name}: {first.get(name, 'not there')} on rank 0, "
+        f"{second.get(name, 'not there')} on rank {other}"
+        for name in {**first, **second}
+        if first.get(name) != second.get(name)
+    ]
+    more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    raise ConfigError(
+        "the ranks of a run are given the same settings, data and components, and these differ:"
+        + "".join(f"\n  {line}" for line in lines[:_SHOWN])
+        + more
+    )
