@@ -361,19 +361,20 @@ class Trainer(TrainerBase):
         if not (by_step or saves or last or ending):
             return
         run.stop.hold(behind_boundary(step))
-        improved = False
+        improved = kept = False
         validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
         if validates and progress.validated_at != step and self.has_validation:
             metrics = self._measure(run)
             if metrics is None:
                 return self._leave(pending=["validation"])
             improved = judge(self, run, metrics)
+            kept = improved or decisions.worth_keeping(self, run)
         if last:
             self._end_epoch()
         if ending or decisions.out_of_patience(self):
             progress.ended_by = ending or "early stop"
             lifecycle.write_open_row(self, run)
-        reasons = decisions.save_reasons(self, run, epoch_ended=last, improved=improved)
+        reasons = decisions.save_reasons(self, run, epoch_ended=last, improved=kept)
         if reasons or progress.ended_by:
             self._save(reasons + (["end"] if progress.ended_by else []), best=improved)
         if not run.is_over and run.stop.reached(behind_boundary(step)):
