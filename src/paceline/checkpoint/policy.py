@@ -6,12 +6,24 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, refuses_unknown
 
 NATIVE = "native"
 """The name of the checkpoint engine that ships with Paceline."""
 
 
+@refuses_unknown(
+    save_every_n_steps="every_steps",
+    save_every_n_epochs="every_epochs",
+    permanent_save_every_n_steps="keep_every_steps",
+    save_last_k="keep_last",
+    checkpoint_every_n_epochs="every_epochs",
+    checkpoint_every_n_train_steps="every_steps",
+    keep_top_k="keep_best",
+    save_top_k="keep_best",
+    monitor="Trainer(metric_monitor=MetricMonitor(...))",
+    enable="Trainer(checkpoint=None) for no checkpoints",
+)
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy:
     """When a run saves checkpoints, and which of them it keeps.
