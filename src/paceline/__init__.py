@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from paceline.trainer.identity import HasRunIdentity
     from paceline.trainer.monitor import MetricMonitor
     from paceline.trainer.result import Result
-    from paceline.trainer.settings import Resume
+    from paceline.trainer.settings import Resume, ValidationPolicy
     from paceline.trainer.trainer import Trainer
     from paceline.trainer.window import Window
     from paceline.world.device_parameters import DeviceParameters
@@ -37,6 +37,7 @@ _WHERE = {
     "Source": "paceline.data.source",
     "StopCollecting": "paceline.data.source",
     "Trainer": "paceline.trainer.trainer",
+    "ValidationPolicy": "paceline.trainer.settings",
     "Window": "paceline.trainer.window",
     "WindowSize": "paceline.data.source",
     "World": "paceline.world.world",
@@ -57,6 +58,7 @@ __all__ = [
     "Source",
     "StopCollecting",
     "Trainer",
+    "ValidationPolicy",
     "Window",
     "WindowSize",
     "World",

@@ -8,10 +8,14 @@ whatever happens to a run that has started is one of the other classes (exit cod
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
 
 from paceline.exit_codes import STOPPED
+
+T = TypeVar("T")
 
 __all__ = [
     "CheckpointError",
@@ -115,6 +119,53 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_settings(
+    call: str, names: Iterable[str], known: Iterable[str], elsewhere: Mapping[str, str]
+) -> ConfigError:
+    """The error for keywords that a call does not have.
+
+    Args:
+        call: as the user wrote it, such as "Trainer(...)".
+        names: the unknown keywords.
+        known: the keywords there are, of which the nearest is suggested.
+        elsewhere: what other systems' keywords are here.
+    """
+    known = list(known)
+    lines = [
+        f"{name}: "
+        + (
+            f"here it is {elsewhere[name]}."
+            if name in elsewhere
+            else f"no such setting{nearest(name, known)}"
+        )
+        for name in names
+    ]
+    return ConfigError(f"{call} got what it does not have:\n  " + "\n  ".join(lines))
+
+
+def refuses_unknown(**elsewhere: str) -> Callable[[type[T]], type[T]]:
+    """A class decorator: a keyword that a dataclass does not have is refused with a suggestion.
+
+    Args:
+        **elsewhere: what other systems' keywords are here.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        make = cls.__init__
+        known = [p for p in inspect.signature(make).parameters if p != "self"]
+
+        @wraps(make)
+        def checked(self: T, *args: Any, **settings: Any) -> None:
+            if unknown := [name for name in settings if name not in known]:
+                raise unknown_settings(f"{cls.__name__}(...)", unknown, known, elsewhere)
+            make(self, *args, **settings)
+
+        cls.__init__ = checked
+        return cls
+
+    return decorate
 
 
 def some(names: Iterable[object], most: int = 8) -> str:

@@ -87,6 +87,22 @@ def test_without_validation_it_is_refused() -> None:
         run(1, 2, val_dataloader=None)
 
 
+def test_patience_mode_and_delta_may_come_in_this_order() -> None:
+    """As in pytorch_template: two epochs improve the loss by 0.6, which is less than 0.7."""
+
+    def ends(stopping: EarlyStopping) -> int:
+        class Told(Trainer):
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                self.log("val/loss", -0.3 * self.current_epoch)
+
+        made = settings(val_dataloader=batches(8), callbacks=[stopping], epochs=9)
+        return Told(**made).train(seed=1).epoch
+
+    assert ends(EarlyStopping(2, "min", 0.7)) == 3
+    assert ends(EarlyStopping(2, "min")) == 9
+    assert ends(EarlyStopping(2, "max")) == 3
+
+
 @pytest.mark.parametrize(
     "wrong", [{"patience": 0}, {"mode": "lower"}, {"min_delta": -1.0}, {"min_delta": float("nan")}]
 )

@@ -283,8 +283,13 @@ def test_the_policy_says_when_and_all_its_mistakes_at_once() -> None:
     never = CheckpointPolicy(every_epochs=None, save_best=False)
     assert reasons_due(never, step=10, epochs_done=1, improved=True) == []
     with pytest.raises(ConfigError) as caught:
-        CheckpointPolicy(every_steps=0, keep_last=True, save_best="yes")  # type: ignore[arg-type]
-    assert all(name in str(caught.value) for name in ("every_steps", "keep_last", "save_best"))
+        CheckpointPolicy(every_steps=0, keep_last=True, keep_best=0, save_best="yes")  # type: ignore[arg-type]
+    for name in ("every_steps", "keep_last", "keep_best", "save_best"):
+        assert name in str(caught.value)
+    with pytest.raises(ConfigError) as unknown:
+        CheckpointPolicy(save_last_k=3, keep_lst=2)  # type: ignore[call-arg]
+    assert "save_last_k: here it is keep_last." in str(unknown.value)
+    assert "keep_lst: no such setting; did you mean 'keep_last'?" in str(unknown.value)
     assert to_keep(CheckpointPolicy(keep_last=None), []) == set()
 
 

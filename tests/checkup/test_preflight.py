@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +20,7 @@ class Kept(NamedTuple):
     save_id: int
     step: int
     best: bool
+    info: dict[str, Any]
 
 
 def found(report: PreflightReport, name: str) -> tuple[str, str]:
@@ -289,7 +290,7 @@ def test_no_run_ever_has_more_checkpoints_than_that(
         improved = step in better and (ended is not None or step == steps)
         due = reasons_due(policy, step=step, epochs_done=ended, improved=improved)
         if due or step == steps:
-            held.append(Kept(step, step, improved))
+            held.append(Kept(step, step, improved, {"reasons": due}))
             most = max(most, len(held))
             kept = to_keep(policy, held)
             held = [c for c in held if c.save_id in kept]

@@ -80,18 +80,19 @@ def test_a_batch_of_which_inputs_and_targets_are_not_known(batch: Any, shown: st
 
 
 def test_a_first_batch_that_the_model_cannot_take_is_described() -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
         fitted(train_dataloader=wide())
-    text = str(caught.value)
-    assert "training_step failed on its first batch with RuntimeError: mat1 and mat2" in text
-    assert "step 1, batch 0 of epoch 0, rank 0" in text
+    (text,) = caught.value.__notes__
+    assert "training_step failed on its first batch: step 1, batch 0 of epoch 0, rank 0" in text
     assert "list[(4, 4) float32, (4, 1) float32]; samples [0, 1, 2, 3]" in text
-    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "Do the shapes, the dtypes" in text
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError, IndexError, KeyError])
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "loss", "step"])
-def test_what_counts_as_a_batch_that_does_not_fit(kind: type[Exception], where: str) -> None:
+def test_an_error_at_the_first_batch_keeps_its_type_and_describes_the_batch(
+    kind: type[Exception], where: str
+) -> None:
     def fails(*_: Any) -> None:
         raise kind("odd")
 
@@ -101,8 +102,11 @@ def test_what_counts_as_a_batch_that_does_not_fit(kind: type[Exception], where: 
 
     body = step if where == "step" else fails
     trainer = type("Mine", (Trainer,), {where: body})
-    text = message(DataError, trainer, val_dataloader=batches(8))
-    assert f"failed on its first batch with {kind.__name__}" in text
+    with pytest.raises(kind, match="odd") as caught:
+        trainer(**settings(val_dataloader=batches(8))).fit()
+    assert type(caught.value) is kind, "an error keeps its type, whatever the batch"
+    text = caught.value.__notes__[0]
+    assert "failed on its first batch: " in text
     assert "(4, 3) float32" in text
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer
+from paceline import Callback, CheckpointPolicy, MetricMonitor, Trainer, ValidationPolicy
 from paceline.callbacks import EarlyStopping
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, DataError, MetricError
@@ -388,3 +388,42 @@ def test_validation_outside_a_run_is_refused() -> None:
     trainer = Trainer(**settings(val_dataloader=batches(8)))
     with pytest.raises(ConfigError, match=r"evaluate.*within a run"):
         trainer.evaluate()
+
+
+def test_a_validation_may_be_limited_to_the_first_batches(capsys: Any) -> None:
+    """Given 20 samples in batches of 4, when 2 batches are read of them, then the loss is that of
+    the first 8 samples, and the plan says what is left out."""
+    policy = ValidationPolicy(every=4, max_batches=2)
+    trainer = fitted(val_dataloader=batches(20), validate_every=policy, progress=True)
+    x, y = points(20).tensors
+    expected = nn.functional.mse_loss(trainer.model(x[:8]), y[:8]).item()
+    assert trainer.result.final_val_loss == pytest.approx(expected)
+    said = capsys.readouterr().out
+    assert "validates on 2 of 5 batches a rank: 3 left out" in said
+    assert "validates every 4" in said
+
+
+def limited() -> float | None:
+    policy = ValidationPolicy(max_batches=1)
+    return fitted(val_dataloader=batches(20), validate_every=policy, lr=0.0).result.final_val_loss
+
+
+def test_a_limit_counts_the_batches_of_each_rank(ranks: Any) -> None:
+    """One batch of four on each of two ranks: the first eight samples."""
+    x, y = points(20).tensors
+    with torch.no_grad():
+        expected = nn.functional.mse_loss(line()(x[:8]), y[:8]).item()
+    assert ranks(limited, 2) == [pytest.approx(expected)] * 2
+
+
+def test_a_limit_of_no_batches_is_no_validation() -> None:
+    none = ValidationPolicy(max_batches=0)
+    trainer = fitted(val_dataloader=batches(20), validate_every=none)
+    assert (trainer.result.metrics, trainer.has_validation) == ({}, False)
+    monitor = {"metric_monitor": MetricMonitor()}
+    with pytest.raises(ConfigError, match="metric_monitor: nothing is ever validated"):
+        fitted(val_dataloader=batches(20), validate_every=none, early_stop=1, **monitor)
+    with pytest.raises(ConfigError, match=r"max_batches=-1\): expected a number of batches"):
+        ValidationPolicy(max_batches=-1)
+    with pytest.raises(ConfigError, match=r"validate_every='step': expected 'epoch' or a number"):
+        fitted(validate_every=ValidationPolicy("step"))  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
 
+_PATIENCE = 10
+
+
 class EarlyStopping(Callback):
     """Ends training after `patience` validations in a row without improvement.
 
@@ -26,7 +29,9 @@ class EarlyStopping(Callback):
     rank decides the same.
 
     Args:
-        monitor: the metric's key among the validation's metrics.
+        monitor: the metric's key among the validation's metrics. A number here is the patience, and
+            what follows the mode is `min_delta`: `EarlyStopping(3, "min", 1e-4)` watches
+            "val/loss".
         mode: whether lower ("min") or higher ("max") is better.
         patience: validations, not epochs.
         min_delta: the least improvement on the best value that counts, in the metric's own unit.
@@ -40,14 +45,19 @@ class EarlyStopping(Callback):
 
     def __init__(
         self,
-        monitor: str = "val/loss",
+        monitor: str | int = "val/loss",
         mode: Literal["min", "max"] = "min",
-        patience: int = 10,
+        patience: int | float = _PATIENCE,
         min_delta: float = 0.0,
         relative: bool = False,
     ) -> None:
-        if patience < 1:
-            raise ConfigError(f"EarlyStopping(patience={patience!r}): must be at least 1")
+        if not isinstance(monitor, str):
+            third = min_delta if patience == _PATIENCE else patience
+            monitor, patience, min_delta = "val/loss", monitor, third
+        if type(patience) is not int or patience < 1:
+            raise ConfigError(
+                f"EarlyStopping(patience={patience!r}): must be a whole number of at least 1"
+            )
         self.patience = patience
         self._monitor = MetricMonitor(monitor, mode, min_delta, relative)
         # By it the checkpoint finds the state of the same metric again.

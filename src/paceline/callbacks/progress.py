@@ -89,7 +89,9 @@ class Progress(Callback):
     def on_validation_start(self, trainer: Trainer) -> None:
         """Opens the validation's bar."""
         # This rank's share of the loaders; an evaluate() of the user's own has none.
-        self._validated, self._validation_length = 0, batches_in(trainer.validation) or None
+        self._validated = 0
+        most = trainer.max_val_batches
+        self._validation_length = batches_in(trainer.validation, most) or None
         if self._rows_only:
             self._due = time.monotonic() + _SECONDS_IN_VALIDATION
         elif self._view is not None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, refuses_unknown
 
 NATIVE = "native"
 """The name of the checkpoint engine that ships with Paceline."""
 
 
+@refuses_unknown(
+    save_every_n_steps="every_steps",
+    save_every_n_epochs="every_epochs",
+    permanent_save_every_n_steps="keep_every_steps",
+    save_last_k="keep_last",
+    checkpoint_every_n_epochs="every_epochs",
+    checkpoint_every_n_train_steps="every_steps",
+    keep_top_k="keep_best",
+    save_top_k="keep_best",
+    monitor="Trainer(metric_monitor=MetricMonitor(...))",
+    enable="Trainer(checkpoint=None) for no checkpoints",
+)
 @dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy:
     """When a run saves checkpoints, and which of them it keeps.
@@ -21,10 +33,13 @@ class CheckpointPolicy:
     Args:
         every_epochs: save at the end of every n-th epoch; None for never.
         every_steps: save after every n-th optimizer step; None for never.
-        keep_last: how many of the newest checkpoints to keep; None for all. The same limit applies
-            to checkpoints set aside as damaged, and to those set aside as abandoned.
+        keep_last: how many of the newest checkpoints to keep; None for all. Those saved only
+            because the metric improved do not count. The same limit applies to checkpoints set
+            aside as damaged, and to those set aside as abandoned.
         keep_every_steps: also keep, permanently, checkpoints at multiples of this many steps.
         save_best: save when the monitored metric improves, and keep the best checkpoint.
+        keep_best: how many of the best checkpoints to keep, by the monitored metric; with more
+            than one, each validation among the best so far is saved.
         asynchronous: write in the background while training continues. Takes host memory for one
             copy of the state.
         engine: what stores the checkpoints: "native", or a `CheckpointEngine` of your own by the
@@ -39,6 +54,7 @@ class CheckpointPolicy:
     keep_last: int | None = 1
     keep_every_steps: int | None = None
     save_best: bool = True
+    keep_best: int = 1
     asynchronous: bool = True
     engine: str = NATIVE
 
@@ -50,6 +66,11 @@ class CheckpointPolicy:
                 mistakes.append(
                     f"{name} must be a whole number of at least 1 or None, not {value!r}"
                 )
+        if type(self.keep_best) is not int or self.keep_best < 1:
+            mistakes.append(
+                f"keep_best must be a whole number of at least 1, not {self.keep_best!r} "
+                "(save_best=False keeps none)"
+            )
         for name in ("save_best", "asynchronous"):
             if type(getattr(self, name)) is not bool:
                 mistakes.append(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -68,6 +89,8 @@ class Kept(Protocol):
     def step(self) -> int: ...
     @property
     def best(self) -> bool: ...
+    @property
+    def info(self) -> Mapping[str, Any]: ...
 
 
 def reasons_due(
@@ -83,7 +106,7 @@ def reasons_due(
         policy: the settings.
         step: optimizer steps done.
         epochs_done: epochs done, if one has just ended; None in the middle of an epoch.
-        improved: whether the monitored metric has just improved.
+        improved: whether the monitored metric has just become one of the best.
 
     Returns:
         Some of `"step"`, `"epoch"`, `"best"`, in this order; empty if no checkpoint is due.
@@ -98,6 +121,19 @@ def reasons_due(
     return reasons
 
 
+def among_best(score: Mapping[str, Any], checkpoints: Iterable[Kept], count: int) -> bool:
+    """Whether a validation is among the best of those that have a checkpoint.
+
+    Args:
+        score: the monitored `metric`, its `mode` and its `value`, as in a checkpoint's `info`.
+        checkpoints: those that exist.
+        count: how many are the best.
+    """
+    others = [c.info["score"] for c in checkpoints if _comparable(c, score)]
+    better = [one for one in others if _rank(one) < _rank(score)]
+    return len(better) < count
+
+
 def to_keep(
     policy: CheckpointPolicy, checkpoints: Iterable[Kept], also: Collection[int] = ()
 ) -> set[int]:
@@ -109,10 +145,32 @@ def to_keep(
         also: further `save_id`s to keep.
     """
     by_age = sorted(checkpoints, key=lambda checkpoint: checkpoint.save_id)
-    newest = by_age if policy.keep_last is None else by_age[-policy.keep_last :]
-    keep = {checkpoint.save_id for checkpoint in newest} | set(also)
+    counted = [c for c in by_age if c.info.get("reasons") != ["best"]]
+    newest = counted if policy.keep_last is None else counted[-policy.keep_last :]
+    keep = {checkpoint.save_id for checkpoint in [*newest, *by_age[-1:]]} | set(also)
     if policy.save_best:
-        keep |= {checkpoint.save_id for checkpoint in [c for c in by_age if c.best][-1:]}
+        keep |= {checkpoint.save_id for checkpoint in _best(by_age)[: policy.keep_best]}
     if policy.keep_every_steps is not None:
         keep |= {c.save_id for c in by_age if c.step % policy.keep_every_steps == 0}
     return keep
+
+
+def _best(by_age: Sequence[Kept]) -> list[Kept]:
+    """The best first: the last one marked best, then by what the same metric was at its step."""
+    marked = [c for c in by_age if c.best][-1:]
+    latest = next((c.info["score"] for c in reversed(by_age) if c.info.get("score")), None)
+    if latest is None:
+        return marked
+    scored = [c for c in by_age if c not in marked and _comparable(c, latest)]
+    return [*marked, *sorted(scored, key=lambda c: _rank(c.info["score"]))]
+
+
+def _comparable(checkpoint: Kept, score: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was saved after a validation that measured the same metric."""
+    own = checkpoint.info.get("score")
+    return own is not None and (own["metric"], own["mode"]) == (score["metric"], score["mode"])
+
+
+def _rank(score: Mapping[str, Any]) -> float:
+    """The lower the better."""
+    return score["value"] if score["mode"] == "min" else -score["value"]

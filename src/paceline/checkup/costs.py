@@ -59,13 +59,13 @@ def most_checkpoints(policy: CheckpointPolicy, length: Length, *, monitored: boo
     Returns:
         Their number, or None if it depends on a length that is unknown.
     """
-    best = policy.save_best and monitored
+    best = policy.keep_best if policy.save_best and monitored else 0
     known = length.steps is not None and length.epochs is not None
     saves: int | None = None
     if known and length.validations is not None:
         assert length.steps is not None
         assert length.epochs is not None
-        saves = 1 + best * length.validations  # the last one, and each that may be the best
+        saves = 1 + bool(best) * length.validations  # the last one, and each that may be the best
         saves += length.steps // policy.every_steps if policy.every_steps else 0
         saves += length.epochs // policy.every_epochs if policy.every_epochs else 0
     if policy.keep_last is None:

@@ -26,7 +26,7 @@ from paceline.data.source import batches_in
 from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError, PacelineError, some
 from paceline.recipe.builder import build_trainer, origin
 from paceline.recipe.recipe import Recipe
-from paceline.trainer.settings import Resume
+from paceline.trainer.settings import Resume, ValidationPolicy
 from paceline.world.environment import adopt_slurm, refuse_replica_groups
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class _Preflight:
     @property
     def _length(self) -> Length:
         assert self.trainer is not None
-        return length_of(self.trainer, self.recipe.setting("validate_every"))
+        return length_of(self.trainer, _every(self.recipe))
 
     def _verdicts(self, until: str | None) -> None:
         """Adds the checks of every stage before `until`."""
@@ -231,7 +231,7 @@ class _Preflight:
         report.checks.append(Check("speed", "PASS", detail))
         validating = None
         if seen.validation_seconds is not None:
-            batches = batches_in(trainer.validation)
+            batches = batches_in(trainer.validation, trainer.max_val_batches)
             if batches is not None and length.validations is not None:
                 validating = seen.validation_seconds * batches * length.validations
         if length.steps is not None:
@@ -300,3 +300,9 @@ def _scratch_beside(run_dir: Path) -> Iterator[Path]:
         raise ConfigError(f"run.dir: nothing can be written in {place}: {error}") from error
     with folder as name:
         yield Path(name)
+
+
+def _every(recipe: Recipe) -> str | int:
+    """When a recipe validates."""
+    setting = recipe.setting("validate_every")
+    return setting.every if isinstance(setting, ValidationPolicy) else setting

@@ -224,7 +224,15 @@ class Validation(Protocol):
     def close(self) -> None: ...
 
 
-def batches_in(validation: Mapping[str | None, Validation]) -> int | None:
-    """This rank's micro-batches in all of the validation data, or None if one does not say."""
+def batches_in(validation: Mapping[str | None, Validation], most: int | None = None) -> int | None:
+    """This rank's micro-batches in all of the validation data, or None if one does not say.
+
+    Args:
+        validation: the data of each loader.
+        most: micro-batches that are read of each; None for all.
+    """
     lengths = [data.length for data in validation.values()]
-    return None if None in lengths else sum(length for length in lengths if length is not None)
+    known = [length for length in lengths if length is not None]
+    if len(known) < len(lengths):
+        return None
+    return sum(known) if most is None else sum(min(length, most) for length in known)

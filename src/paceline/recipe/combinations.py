@@ -25,6 +25,7 @@ from paceline.recipe.schema import Schema
 from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validation
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
+from paceline.trainer.settings import ValidationPolicy
 from paceline.trainer.slots import slots_of
 from paceline.trainer.trainer import Trainer
 
@@ -100,6 +101,9 @@ def _stand_in(
     held |= {"loss_fn": sections.get("loss_fn"), "callbacks": sections.get("callbacks", ())}
     if isinstance(monitor := held["metric_monitor"], Mapping):
         held["metric_monitor"] = MetricMonitor(**monitor)
+    if isinstance(policy := held["validate_every"], Mapping):
+        policy = ValidationPolicy(**policy)
+        held |= {"validate_every": policy.every, "max_val_batches": policy.max_batches}
     loader = sections.get("val_dataloader")
     one = None if loader is None else ()
     held["val_dataloader"] = loader if is_several("val_dataloader", loader) else one

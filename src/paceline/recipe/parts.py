@@ -14,6 +14,7 @@ from paceline.recipe.mistakes import Path, suggestion
 from paceline.recipe.schema import Schema
 from paceline.recipe.targets import KINDS, Kind, kind_of, returned_class
 from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.settings import ValidationPolicy
 from paceline.trainer.slots import Slot, slots_of
 from paceline.trainer.trainer import Trainer
 from paceline.world.layout import Parallel
@@ -70,6 +71,9 @@ def check_trainer(
     if isinstance(node.get("metric_monitor"), Mapping):
         where = (*path, "metric_monitor")
         node["metric_monitor"] = settings(MetricMonitor, node["metric_monitor"], where, checker)
+    if isinstance(node.get("validate_every"), Mapping):
+        where = (*path, "validate_every")
+        node["validate_every"] = settings(ValidationPolicy, node["validate_every"], where, checker)
     arguments, args = arguments_of(node)
     return target, checker.call(target, arguments, path, kind, filled=elsewhere, args=args)
 

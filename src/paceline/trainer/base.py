@@ -111,6 +111,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     compile: bool | Literal["blocks"]
     deterministic: bool
     validate_every: Literal["epoch"] | int
+    max_val_batches: int | None = None
     metric_monitor: MetricMonitor | None
     early_stop: int | None
     on_nonfinite: str
@@ -296,8 +297,12 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is something to validate with: a loader, or an overridden `evaluate`."""
-        return self.val_dataloader is not None or self.is_overridden("evaluate")
+        """Whether there is something to validate with: a loader, or an overridden `evaluate`.
+
+        None with `ValidationPolicy(max_batches=0)`.
+        """
+        given = self.val_dataloader is not None or self.is_overridden("evaluate")
+        return given and self.max_val_batches != 0
 
     @property
     def val_name(self) -> str | None:

@@ -6,8 +6,10 @@ Each decision is a function of values that are equal on every rank.
 from __future__ import annotations
 
 from paceline.checkpoint import reasons_due
+from paceline.checkpoint.policy import among_best
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
+from paceline.trainer.saving import wait_for_saves
 
 
 def out_of_patience(trainer: TrainerBase) -> bool:
@@ -32,6 +34,21 @@ def ending(trainer: TrainerBase, run: Run, *, epoch_ends: bool) -> str | None:
     if trainer.max_steps is not None and progress.global_step >= trainer.max_steps:
         return "max_steps"
     return None
+
+
+def worth_keeping(trainer: TrainerBase, run: Run) -> bool:
+    """Whether the validation just made is among the `keep_best` best, of which there are several.
+
+    Args:
+        trainer: with the policy and the monitor.
+        run: at the boundary.
+    """
+    policy, monitor = trainer.checkpoint_policy, trainer.metric_monitor
+    if run.saver is None or policy is None or policy.keep_best == 1 or monitor is None:
+        return False
+    score = monitor.score(run.progress.metrics)
+    wait_for_saves(run)  # the one in flight counts too
+    return score is not None and among_best(score, run.saver.list(), policy.keep_best)
 
 
 def save_reasons(

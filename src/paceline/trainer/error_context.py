@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from paceline.data.batches import describe
-from paceline.errors import DataError, NonFiniteError, PacelineError
+from paceline.errors import NonFiniteError, PacelineError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
 
@@ -37,8 +37,8 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
     return f"step {step + 1}, batch {trainer.window.batch_idx} of epoch {trainer.current_epoch}"
 
 
-def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
-    """The error to raise instead: a DataError at the first batch, else itself with a note.
+def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> None:
+    """Notes on an error which batch it is about; at the first batch, what to look at too.
 
     Args:
         trainer: whose window may be at hand.
@@ -46,9 +46,9 @@ def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseExc
         error: what its training raised.
     """
     if run.batch_items is None or not isinstance(error, Exception):
-        return error
+        return
     if isinstance(error, NonFiniteError):
-        return error  # says all of this itself
+        return  # says all of this itself
     window = trainer.window
     where = (
         f"{whereabouts(trainer, run)}, rank {run.world.rank}: {describe(window.batch)}; "
@@ -57,15 +57,13 @@ def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseExc
     steps: list[Callable[..., Any]] = [trainer.training_step]
     if trainer.is_overridden("step"):
         steps.append(trainer.step)
-    if trainer.local_batches == 0 and _passed_through(error, steps):
-        return _misfit(error, "training_step", where)
-    error.add_note(f"in {where}")
-    return error
+    first = trainer.local_batches == 0 and _passed_through(error, steps)
+    _note(error, "training_step", where, first)
 
 
 def in_validation(
     trainer: TrainerBase, run: Run, error: Exception, batch: Any, batch_idx: int
-) -> Exception:
+) -> None:
     """The same for a batch of a validation.
 
     Args:
@@ -78,20 +76,25 @@ def in_validation(
     rank = run.world.rank
     where = f"{whereabouts(trainer, run)}, batch {batch_idx}, rank {rank}: {describe(batch)}"
     first = batch_idx == 0 and run.progress.validated_at < 0
-    if first and _passed_through(error, [trainer.validation_step]):
-        return _misfit(error, "validation_step", where)
-    error.add_note(f"in {where}")
-    return error
+    first = first and _passed_through(error, [trainer.validation_step])
+    _note(error, "validation_step", where, first)
 
 
-def _misfit(error: Exception, step: str, where: str) -> Exception:
-    if isinstance(error, (PacelineError, torch.OutOfMemoryError)) or not isinstance(
-        error, _MISFITS
-    ):
+def _note(error: Exception, step: str, where: str, first: bool) -> None:
+    """Adds to an error, which keeps its type, what its batch was.
+
+    Args:
+        error: the error.
+        step: the method that was given the batch.
+        where: the batch, in words.
+        first: whether the step raised it for its first batch.
+    """
+    known = isinstance(error, (PacelineError, torch.OutOfMemoryError))
+    if not first or known or not isinstance(error, _MISFITS):
         error.add_note(f"in {where}")
-        return error
-    return DataError(
-        f"{step} failed on its first batch with {type(error).__name__}: {error}\n  {where}\n"
+        return
+    error.add_note(
+        f"{step} failed on its first batch: {where}\n"
         "Do the shapes, the dtypes and the order of what the loader yields fit the model and the "
         "loss?"
     )

@@ -19,8 +19,8 @@ from paceline.checkpoint.policy import NATIVE
 from paceline.checkpoint.state import Made
 from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
-from paceline.data.source import Validation, WindowSize
-from paceline.errors import ConfigError, DataError, Preempted, UnreadableError
+from paceline.data.source import Validation, WindowSize, batches_in
+from paceline.errors import ConfigError, DataError, Preempted, UnreadableError, counted
 from paceline.log.files import shown
 from paceline.log.kept_code import keep, place_of
 from paceline.log.run_record import RunRecord
@@ -408,6 +408,8 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
     yield f"seed {run.seed}", "train(seed=...)"
     if trainer.has_validation:
         yield f"validates every {trainer.validate_every}", "validate_every"
+    if trainer.max_val_batches is not None:
+        yield _left_out(trainer), "validate_every"
     if trainer.checkpoint_policy is None:
         yield "saves no checkpoint: a run that is stopped starts anew", "checkpoint"
     elif run.saver is not None:
@@ -416,6 +418,17 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
     fused = (getattr(each, "_step_supports_amp_scaling", False) for each in optimizers)
     if not run.on_cpu and not all(fused):
         yield "an unfused optimizer waits for the device each step", "optimizer(fused=True)"
+
+
+def _left_out(trainer: TrainerBase) -> str:
+    """What `ValidationPolicy(max_batches=...)` leaves out of the validation data, counted."""
+    most = trainer.max_val_batches
+    assert most is not None
+    whole, used = batches_in(trainer.validation), batches_in(trainer.validation, most)
+    if whole is None or used is None:
+        return f"validates on at most {counted(most, 'batch', 'es')} of each loader a rank"
+    left = whole - used
+    return f"validates on {used} of {counted(whole, 'batch', 'es')} a rank: {left} left out"
 
 
 def write_open_row(trainer: TrainerBase, run: Run) -> None:
@@ -497,10 +510,11 @@ def fail(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
         error: why.
 
     Returns:
-        The error to raise: a PeerError if it only comes of another rank's, a DataError if the
-        first batch is what it comes of, or itself.
+        The error to raise: a PeerError if it only comes of another rank's, or itself.
     """
-    shown = run.stop.fail(error) or error_context.in_training(trainer, run, error)
+    shown = run.stop.fail(error) or error
+    if shown is error:
+        error_context.in_training(trainer, run, error)
     why = f"{type(shown).__name__}: {shown}"
     run.record.finish("failed", stopped_by=why, **_position(trainer, run))
     _call_each([partial(hook, shown) for hook in run.events.on_exception], shown)

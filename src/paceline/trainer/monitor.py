@@ -65,6 +65,17 @@ class MetricMonitor:
             self.worse_count += 1
         return improved
 
+    def score(self, metrics: dict[str, float]) -> dict[str, Any] | None:
+        """The metric, its mode and its value, by which checkpoints are ranked; None without one.
+
+        Args:
+            metrics: of a validation.
+        """
+        value = metrics.get(self.metric_name, math.nan)
+        if math.isnan(value):
+            return None
+        return {"metric": self.metric_name, "mode": self.mode, "value": float(value)}
+
     def is_left_out(self, metrics: dict[str, float]) -> bool:
         """Whether this validation leaves out the metric that earlier ones measured.
 

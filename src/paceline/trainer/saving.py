@@ -26,7 +26,8 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     if run.rewinding:
         return  # a bad step has come to light: back to a checkpoint from before it
     last = bool({"stop", "end"} & set(reasons))
-    here = (progress.global_step, progress.pending)
+    step = progress.global_step
+    here = (step, progress.pending)
     if reasons == ["stop"] and run.saved_at == here and wait_for_saves(run) is None:
         return
     run.placement.share_buffers(trainer.named_models())
@@ -39,8 +40,11 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     )
     metrics = dict(progress.metrics)
     info = {"reasons": reasons, "metrics": metrics, "window": window, "run_id": run.id}
+    monitor = trainer.metric_monitor
+    if monitor is not None and progress.validated_at == step:
+        info["score"] = monitor.score(metrics)
     # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
-    rows, step = trainer.recorder.sync, progress.global_step
+    rows = trainer.recorder.sync
     wait_for_saves(run)  # while the checkpoint before is still there
     run.saves_in_flight += 1
     saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)

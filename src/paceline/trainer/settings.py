@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from paceline.errors import ConfigError, nearest
+from paceline.errors import ConfigError, refuses_unknown, unknown_settings
 
 MODES = ("auto", "never", "must", "fresh")
 ELSEWHERE = {
@@ -35,8 +35,21 @@ ELSEWHERE = {
     "permanent_save_every_n_steps": "checkpoint=CheckpointPolicy(keep_every_steps=...)",
     "save_every_n_epochs": "checkpoint=CheckpointPolicy(every_epochs=...)",
     "save_last_k": "checkpoint=CheckpointPolicy(keep_last=...)",
+    "checkpoint_dir": "run_dir, which holds checkpoints/",
     "resume_from_checkpoint": "resume",
+    "auto_reusme_from_latest_ckpt": "nothing: a run resumes by itself (resume)",
     "project_dir": "run_dir",
+    "exp_dir": "run_dir",
+    "config_dict": "nothing: a recipe's run keeps recipe.yaml, any run its settings in run.json",
+    "logging_config": "loggers",
+    "even_batches": "nothing: each sample counts once, on any number of ranks",
+    "warmup_params": "lr_scheduler=WarmupCosine(optimizer, total_steps=..., warmup=...)",
+    "dump_config": "`paceline train RECIPE --dry-run`",
+    "dl_train": "train_dataloader",
+    "dl_val": "val_dataloader",
+    "val_steps_per_epoch": "validate_every=ValidationPolicy(max_batches=...)",
+    "limit_val_batches": "validate_every=ValidationPolicy(max_batches=...)",
+    "seed": "train(seed=...)",
     "early_stopping_config": "early_stop=... with metric_monitor=MetricMonitor(...)",
     "device": "nothing: the device follows from the machine (trainer.device)",
 }
@@ -137,6 +150,34 @@ class FixedList(list[Any]):
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
 
 
+@refuses_unknown(
+    every_n_steps="every", val_steps_per_epoch="max_batches", limit_val_batches="max_batches"
+)
+@dataclass(frozen=True)
+class ValidationPolicy:
+    """When to validate, and on how much: what `validate_every` takes besides "epoch" and a number.
+
+    Args:
+        every: "epoch", or a number of optimizer steps.
+        max_batches: the first batches of each rank from each loader; None for all of them, 0 for
+            no validation.
+
+    Raises:
+        ConfigError: `max_batches` is no number of batches.
+    """
+
+    every: Literal["epoch"] | int = "epoch"
+    max_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        count = self.max_batches
+        if count is not None and (type(count) is not int or count < 0):
+            raise ConfigError(
+                f"ValidationPolicy(max_batches={count!r}): expected a number of batches, or None "
+                "for all."
+            )
+
+
 @dataclass(frozen=True)
 class Resume:
     """What a run does that finds an earlier one in its folder.
@@ -168,13 +209,4 @@ def unknown_keyword(names: dict[str, Any], trainer: type) -> ConfigError:
         trainer: the class, whose constructor's keywords are suggested.
     """
     known = [name for name in inspect.signature(trainer).parameters if name != "unknown"]
-    lines = [
-        f"{name}: "
-        + (
-            f"here it is {ELSEWHERE[name]}."
-            if name in ELSEWHERE
-            else f"no such setting{nearest(name, known)}"
-        )
-        for name in names
-    ]
-    return ConfigError("Trainer(...) got what it does not have:\n  " + "\n  ".join(lines))
+    return unknown_settings("Trainer(...)", names, known, ELSEWHERE)

@@ -13,7 +13,7 @@ import torch
 from paceline.checkpoint import CheckpointPolicy
 from paceline.data.batches import inputs_and_targets
 from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, unknown_settings
 from paceline.trainer import decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.callback import Callback
@@ -23,7 +23,7 @@ from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import Resume, unknown_keyword
+from paceline.trainer.settings import ELSEWHERE, Resume, ValidationPolicy, unknown_keyword
 from paceline.trainer.staged_step import StagedStep
 from paceline.trainer.state_tree import gather_state, load_state
 from paceline.trainer.stop import behind_boundary, behind_window
@@ -32,6 +32,7 @@ from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 
 _EACH_EPOCH = CheckpointPolicy()
+_OF_TRAIN = ("train_dataloader", "val_dataloader", "epochs", "seed")
 
 
 class Trainer(TrainerBase):
@@ -64,7 +65,7 @@ class Trainer(TrainerBase):
             kept as they were made; sharded ones are gathered in the lower precision.
         compile: compile models in place, or their repeated "blocks", as sharded ones always are.
         deterministic: use deterministic algorithms only.
-        validate_every: "epoch", or a number of optimizer steps.
+        validate_every: "epoch", a number of optimizer steps, or a `ValidationPolicy`.
         metric_monitor: which metric decides what is best.
         early_stop: end training after this many validations without a better metric.
         on_nonfinite: what a loss or gradient norm that is not finite leads to.
@@ -99,7 +100,7 @@ class Trainer(TrainerBase):
         precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32",
         compile: bool | Literal["blocks"] = False,
         deterministic: bool = False,
-        validate_every: Literal["epoch"] | int = "epoch",
+        validate_every: Literal["epoch"] | int | ValidationPolicy = "epoch",
         metric_monitor: MetricMonitor | None = None,
         early_stop: int | None = None,
         on_nonfinite: Literal["raise", "stop", "skip", "rewind"] = "raise",
@@ -135,7 +136,9 @@ class Trainer(TrainerBase):
         self.precision = precision
         self.compile = compile
         self.deterministic = deterministic
-        self.validate_every = validate_every
+        policy = validate_every
+        policy = policy if isinstance(policy, ValidationPolicy) else ValidationPolicy(policy)
+        self.validate_every, self.max_val_batches = policy.every, policy.max_batches
         self.metric_monitor = metric_monitor
         self.early_stop = early_stop
         self.on_nonfinite = on_nonfinite
@@ -199,12 +202,14 @@ class Trainer(TrainerBase):
         epochs: int | None = None,
         *,
         seed: int | None = None,
+        **unknown: Any,
     ) -> Result:
         """Trains to the end, from the run folder's newest checkpoint if there is one.
 
         Args:
             train_dataloader, val_dataloader, epochs: in place of the constructor's.
             seed: of every random stream of the run; 0 unless given.
+            **unknown: refused, with our names for them.
 
         Returns:
             What came of it.
@@ -212,6 +217,8 @@ class Trainer(TrainerBase):
         Raises:
             Preempted: a signal stopped the run, which was saved (a SystemExit with code 75).
         """
+        if unknown:
+            raise unknown_settings("train(...)", unknown, _OF_TRAIN, ELSEWHERE)
         if train_dataloader is not None:
             self.train_dataloader = train_dataloader
         if val_dataloader is not None:
@@ -361,19 +368,20 @@ class Trainer(TrainerBase):
         if not (by_step or saves or last or ending):
             return
         run.stop.hold(behind_boundary(step))
-        improved = False
+        improved = kept = False
         validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
         if validates and progress.validated_at != step and self.has_validation:
             metrics = self._measure(run)
             if metrics is None:
                 return self._leave(pending=["validation"])
             improved = judge(self, run, metrics)
+            kept = improved or decisions.worth_keeping(self, run)
         if last:
             self._end_epoch()
         if ending or decisions.out_of_patience(self):
             progress.ended_by = ending or "early stop"
             lifecycle.write_open_row(self, run)
-        reasons = decisions.save_reasons(self, run, epoch_ended=last, improved=improved)
+        reasons = decisions.save_reasons(self, run, epoch_ended=last, improved=kept)
         if reasons or progress.ended_by:
             self._save(reasons + (["end"] if progress.ended_by else []), best=improved)
         if not run.is_over and run.stop.reached(behind_boundary(step)):

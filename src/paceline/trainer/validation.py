@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -147,7 +148,10 @@ def _run_batches(trainer: TrainerBase, run: Run, data: Validation, first: int) -
     step, placement = run.progress.global_step, run.placement
     key = stream(seed_of(run.val_name, run.seed), "val", step, run.world.part)
     events, samples = run.events, 0
-    for batch_idx, (batch, size) in enumerate(data.batches()):
+    most = trainer.max_val_batches
+    if most is not None and data.length is not None and data.length <= most:
+        most = None  # it is read to its end
+    for batch_idx, (batch, size) in enumerate(islice(data.batches(), most)):
         if run.stop.abandons(behind_boundary(step), first + batch_idx):
             return None
         batch = placement.local_batch(batch)
@@ -168,9 +172,7 @@ def _run_batches(trainer: TrainerBase, run: Run, data: Validation, first: int) -
             with trainer.autocast:
                 trainer.validation_step(batch, batch_idx)
         except Exception as error:
-            shown = in_validation(trainer, run, error, batch, batch_idx)
-            if shown is not error:
-                raise shown from error
+            in_validation(trainer, run, error, batch, batch_idx)
             raise
         for hook in events.on_validation_batch_end:
             hook(batch, batch_idx)

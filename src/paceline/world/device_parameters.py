@@ -8,12 +8,27 @@ from typing import Any, Literal
 
 import torch
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, refuses_unknown
 from paceline.world.layout import Parallel
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+@refuses_unknown(
+    reduce_dtype="nothing: gradients are summed in float32",
+    error_if_nonfinite="Trainer(on_nonfinite=...)",
+    force_fsdp="DeviceParameters.FSDP()",
+    force_ddp="DeviceParameters.DDP()",
+    async_tensor_parallel="nothing: the compiler may overlap what it can",
+    compiled_autograd="nothing: the forward and backward passes are compiled",
+    loss_parallel='a module of Parallel(plan=...) as "colwise_loss"',
+    comm="Parallel(timeout=...)",
+    _dp_shard="dp_shard",
+    _dp_replicate="dp_replicate",
+    _tensor_parallel="tensor_parallel",
+    _context_parallel="context_parallel",
+    _pipeline_parallel="pipeline_parallel",
+)
 @dataclass(frozen=True, kw_only=True)
 class DeviceParameters:
     """Layout, precision and compilation of a run.
@@ -29,7 +44,9 @@ class DeviceParameters:
         cpu_offload: keep sharded parameters, their gradients and optimizer state in host memory.
         dp_replicate: replicas of the model's state; `"auto"` for as many as the processes allow.
         dp_shard: processes over which each replica is sharded (FSDP2); `"auto"` for all.
-        tensor_parallel, context_parallel, pipeline_parallel: further sizes of the layout.
+        tensor_parallel: processes over which modules are split; `"auto"` for those that a number
+            for `dp_shard` leaves, and 1 if `dp_shard` or `dp_replicate` is to take all.
+        context_parallel, pipeline_parallel: further sizes of the layout.
 
     Raises:
         ConfigError: the layout or dtype does not exist.
@@ -42,7 +59,7 @@ class DeviceParameters:
     cpu_offload: bool = False
     dp_replicate: int | Literal["auto"] = "auto"
     dp_shard: int | Literal["auto"] = 1
-    tensor_parallel: int = 1
+    tensor_parallel: int | Literal["auto"] = 1
     context_parallel: int = 1
     pipeline_parallel: int = 1
 
@@ -69,16 +86,24 @@ class DeviceParameters:
         return Parallel(
             dp_replicate=self.dp_replicate,
             dp_shard=self._all_but_copies() if self.dp_shard == "auto" else self.dp_shard,
-            tensor=self.tensor_parallel,
+            tensor=self._tensor(),
             context=self.context_parallel,
             pipeline=self.pipeline_parallel,
             activation_checkpointing="full" if self.checkpoint_activations else budget,
             cpu_offload=self.cpu_offload,
         )
 
+    def _tensor(self) -> int:
+        if self.tensor_parallel != "auto":
+            return self.tensor_parallel
+        if self.dp_replicate == "auto" or self.dp_shard == "auto":
+            return 1  # models say how they are split, and most do not
+        others = self.dp_replicate * self.dp_shard * self.context_parallel * self.pipeline_parallel
+        return max(1, _processes() // max(1, others))
+
     def _all_but_copies(self) -> int:
         assert self.dp_replicate != "auto"
-        others = self.dp_replicate * self.tensor_parallel * self.context_parallel
+        others = self.dp_replicate * self._tensor() * self.context_parallel
         return max(1, _processes() // max(1, others * self.pipeline_parallel))
 
     def settings(self) -> dict[str, Any]:

@@ -6,11 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from paceline.errors import ConfigError, counted
+from paceline.errors import ConfigError, counted, refuses_unknown
 
 _SIZES = ("dp_replicate", "dp_shard", "context", "tensor", "pipeline")
 
 
+@refuses_unknown(
+    data="dp_replicate",
+    tensor_parallel="tensor",
+    context_parallel="context",
+    pipeline_parallel="pipeline",
+    expert_parallel="expert",
+)
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """The layout of a run over its processes.

@@ -165,6 +165,48 @@ def test_AH_10_the_best_outlives_newer_ones(tmp_path: Path) -> None:
     assert result.best == 3.0
 
 
+def test_AH_10_what_is_saved_as_the_best_alone_pushes_out_no_other(tmp_path: Path) -> None:
+    """Better at each of the validations at 3, 6, ... 30, saved every 8: three of these, the end,
+    and the best."""
+
+    class Improving(Example):
+        def get_val_metrics(self) -> dict[str, float]:
+            return {"score": float(self.global_step if self.global_step < 30 else 0)}
+
+    policy = CheckpointPolicy(every_epochs=None, every_steps=8, keep_last=3)
+    monitor = MetricMonitor("score", "max")
+    make(
+        tmp_path, Improving, metric_monitor=monitor, validate_every=3, checkpoint=policy, epochs=3
+    ).train()
+    assert steps_kept(tmp_path) == [16, 24, 27, 30]
+
+
+@pytest.mark.parametrize("broken_at", [None, 16])
+def test_the_k_best_are_kept_beside_the_newest(tmp_path: Path, broken_at: int | None) -> None:
+    """Validated at 4, 8, ... 28: the three lowest are at 8, 24 and 16, and 30 is the newest."""
+    scores = {4: 9.0, 8: 1.0, 12: 8.0, 16: 3.0, 20: 7.0, 24: 2.0, 28: float("nan"), 30: 6.0}
+
+    class Scored(Example):
+        def get_val_metrics(self) -> dict[str, float]:
+            return {"score": scores[self.global_step]}
+
+    def run(*callbacks: Any) -> None:
+        make(
+            tmp_path,
+            Scored,
+            metric_monitor=MetricMonitor("score", "min"),
+            validate_every=4,
+            checkpoint=CheckpointPolicy(every_epochs=None, keep_best=3),
+            callbacks=callbacks,
+        ).train()
+
+    if broken_at is not None:
+        run(StopAt(broken_at))
+    run()
+    assert steps_kept(tmp_path) == [8, 16, 24, 30]
+    assert (tmp_path / "checkpoints" / "best").read_text().strip() == "step_00000008"
+
+
 def test_AH_11_the_newest_by_progress_are_kept(tmp_path: Path) -> None:
     """Two of all triggers together, newest by training progress, beside best and permanent ones."""
 

@@ -41,6 +41,31 @@ def test_DT_27_presets_take_all_processes_there_are(monkeypatch: pytest.MonkeyPa
         assert (world.dp_size, repr(preset)) == (size, before)
 
 
+def test_DT_27_tensor_parallelism_takes_what_a_number_of_shards_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dream's own default is taken; beside another "auto" it is 1, since models have to say how
+    they are split (Dream: as many as a machine has)."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for preset, sizes in (
+        (DeviceParameters.FSDP(tensor_parallel="auto"), (1, 8, 1)),
+        (DeviceParameters.FSDP(dp_shard=4, tensor_parallel="auto"), (1, 4, 2)),
+        (DeviceParameters.HSDP(4, tensor_parallel="auto"), ("auto", 4, 1)),
+    ):
+        layout = preset.parallel
+        assert (layout.dp_replicate, layout.dp_shard, layout.tensor) == sizes
+
+
+def test_an_unknown_device_parameter_is_named_with_ours() -> None:
+    with pytest.raises(ConfigError) as caught:
+        DeviceParameters.FSDP(_dp_replicate=2, compile_modl=True)
+    assert str(caught.value).splitlines() == [
+        "DeviceParameters(...) got what it does not have:",
+        "  _dp_replicate: here it is dp_replicate.",
+        "  compile_modl: no such setting; did you mean 'compile_model'?",
+    ]
+
+
 @pytest.mark.parametrize(
     ("preset", "size", "numbers"),
     [

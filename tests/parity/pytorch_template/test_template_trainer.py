@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from paceline import Callback, Trainer
 from paceline.callbacks import GradientMonitor
 from paceline.cli.app import app
-from paceline.errors import Preempted
+from paceline.errors import ConfigError, Preempted
 from paceline.testing import StopAt, bits
 from paceline.tune import RunConfig, run
 from small import batches, fitted, line, same, settings, weights
@@ -80,6 +80,15 @@ def test_PT_06_callbacks_come_by_priority_and_ties_as_given() -> None:
     one = ["early", "late", "tie"]
     assert [label for label, _ in heard] == one * 3
     assert [event for _, event in heard] == ["on_train_start"] * 3 + ["on_train_epoch_end"] * 6
+
+
+def test_loaders_by_other_names_are_told_ours() -> None:
+    trainer = Trainer(**settings(train_dataloader=None))
+    with pytest.raises(ConfigError) as caught:
+        trainer.train(dl_train=batches(), dl_val=batches(4), epochs=1)
+    assert "dl_train: here it is train_dataloader." in str(caught.value)
+    assert "dl_val: here it is val_dataloader." in str(caught.value)
+    assert trainer.train(batches(), batches(4), 1).global_step == 5
 
 
 def test_PT_07_a_callback_can_change_the_gradients_before_the_step() -> None:
