@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from paceline.data.batches import describe
-from paceline.errors import DataError, NonFiniteError, PacelineError
+from paceline.errors import DataError, NonFiniteError, PacelineError, PeerError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
+from paceline.trainer.stop import is_lost_connection, timed_out
 
 # What a model raises that gets a batch it is not made for.
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
@@ -38,14 +39,25 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
 
 
 def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
-    """The error to raise instead: a DataError at the first batch, else itself with a note.
+    """The error to raise instead: a DataError at the first batch, a PeerError where a collective has
+    timed out, else itself with a note.
 
     Args:
         trainer: whose window may be at hand.
         run: that fails.
         error: what its training raised.
     """
+    if timed_out(error):
+        return PeerError(
+            f"{whereabouts(trainer, run)}: rank {run.world.rank} has waited in a collective for "
+            f"{run.world.timeout:g} s (parallel.timeout), and another rank has not joined it: do "
+            "all ranks call the same models equally often? The report above, of some rank, says "
+            f"where each of them was. ({error})"
+        )
     if run.batch_items is None or not isinstance(error, Exception):
+        return error
+    if is_lost_connection(error):
+        error.add_note(f"in {whereabouts(trainer, run)}, rank {run.world.rank}")
         return error
     if isinstance(error, NonFiniteError):
         return error  # says all of this itself
@@ -75,6 +87,8 @@ def in_validation(
         batch: that the step was given.
         batch_idx: its index.
     """
+    if is_lost_connection(error):
+        return error
     rank = run.world.rank
     where = f"{whereabouts(trainer, run)}, batch {batch_idx}, rank {rank}: {describe(batch)}"
     first = batch_idx == 0 and run.progress.validated_at < 0
