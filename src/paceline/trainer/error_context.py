@@ -39,7 +39,7 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
 
 
 def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
-    """The error to raise instead: a DataError at the first batch, a PeerError where a collective has
+    """The error to raise instead: a DataError at the first batch, a PeerError if a collective has
     timed out, else itself with a note.
 
     Args:

@@ -186,6 +186,7 @@ def _summary(tensor: torch.Tensor) -> str:
     """What tells different tensors apart: a hash, or on a device, without a copy, sums of bytes."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.device.type == "cpu":
-        return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data.numpy()).hexdigest()}"
+        digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+        return f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
     whole = data[: len(data) // 8 * 8].view(-1, 8).sum(0, dtype=torch.int64)
     return f"{tensor.dtype} {tuple(tensor.shape)} {whole.tolist()}"
