@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from paceline import CheckpointPolicy, Parallel, Trainer
-from paceline.errors import ConfigError
+from paceline import Callback, CheckpointPolicy, Parallel, Trainer
+from paceline.errors import ConfigError, StateError
 from paceline.testing import Ranks
 from small import batches, line, settings
 
@@ -58,3 +59,68 @@ def test_what_differs_between_ranks_is_named_on_each(ranks: Ranks) -> None:
         assert "parallel has to be the same on every rank" in layout
         assert "optimizer.param_groups[0].lr: 0.1 on rank 0, 0.2 on rank 1" in rate
         assert alike == "trained"
+
+
+class Seen(Callback):
+    """Has a tensor of its own on each rank, in its state or under the rank's key."""
+
+    def __init__(self, *, by_rank: bool, since: int = 0) -> None:
+        self.by_rank, self.since = by_rank, since
+        self.seen = torch.zeros(3)
+
+    def on_train_start(self, trainer: Any) -> None:
+        self.change(trainer)
+
+    def on_step_end(self, trainer: Any, metrics: Any) -> None:
+        self.change(trainer)
+
+    def change(self, trainer: Any) -> None:
+        if trainer.global_step >= self.since:
+            self.seen += 1 + trainer.world.rank
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.by_rank else {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+    def on_save_checkpoint(self, trainer: Any, state: dict[str, Any]) -> None:
+        if self.by_rank:
+            state["rank"][str(trainer.world.rank)]["seen"] = self.seen
+
+    def on_load_checkpoint(self, trainer: Any, state: dict[str, Any]) -> None:
+        self.seen = state["rank"][str(trainer.world.rank)]["seen"]
+
+
+def saved(folder: Path, *, by_rank: bool, since: int = 0) -> Any:
+    seen = Seen(by_rank=by_rank, since=since)
+    policy = CheckpointPolicy(every_steps=1)
+    for steps in (2, 3):
+        try:
+            given = settings(max_steps=steps, epochs=None, callbacks=[seen], checkpoint=policy)
+            Trainer(**given, run_dir=folder).fit()
+        except StateError as error:
+            return str(error)
+        if steps == 2:
+            seen = Seen(by_rank=by_rank, since=since)
+    return seen.seen.tolist()
+
+
+def save_all(folder: Path) -> list[Any]:
+    return [
+        saved(folder / "refused", by_rank=False),
+        saved(folder / "later", by_rank=False, since=2),
+        saved(folder / "kept", by_rank=True),
+    ]
+
+
+def test_state_that_differs_by_rank_is_each_ranks_own_or_refused(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Given a callback with another tensor on each rank, when the run saves and resumes, then each
+    rank has its own back from the key `rank`; in the state of all it is refused."""
+    for rank, (refused, later, kept) in enumerate(ranks(save_all, 2, tmp_path)):
+        assert "callbacks.Seen.seen: differs between rank 0 and rank 1" in refused
+        assert "callbacks.Seen.seen: differs between rank 0 and rank 1" in later
+        assert kept == [5.0 * (1 + rank)] * 3  # two starts and three steps
+    assert not (tmp_path / "refused" / "checkpoints" / "step_00000001").exists()

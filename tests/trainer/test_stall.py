@@ -93,6 +93,7 @@ def test_a_hang_is_reported_with_what_each_rank_was_doing(ranks: Ranks) -> None:
     )
     assert [outcome.code for outcome in outcomes] == [1, 1]
     assert "Timed out" in outcomes[0].output
+    assert "PeerError: step 3, batch 2 of epoch 0: rank 0 has waited in a col" in outcomes[0].output
     assert max(outcome.seconds for outcome in outcomes) < 30
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from paceline.data.batches import describe
-from paceline.errors import NonFiniteError, PacelineError
+from paceline.errors import NonFiniteError, PacelineError, PeerError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
+from paceline.trainer.stop import is_lost_connection, timed_out
 
 # What a model raises that gets a batch it is not made for.
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
@@ -37,18 +38,30 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
     return f"step {step + 1}, batch {trainer.window.batch_idx} of epoch {trainer.current_epoch}"
 
 
-def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> None:
-    """Notes on an error which batch it is about; at the first batch, what to look at too.
+def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
+    """The error to raise instead: a PeerError if a collective has timed out, else itself.
+
+    A note on it says which batch it is about; at the first batch, what to look at too.
 
     Args:
         trainer: whose window may be at hand.
         run: that fails.
         error: what its training raised.
     """
+    if timed_out(error):
+        return PeerError(
+            f"{whereabouts(trainer, run)}: rank {run.world.rank} has waited in a collective for "
+            f"{run.world.timeout:g} s (parallel.timeout), and another rank has not joined it: do "
+            "all ranks call the same models equally often? The report above, of some rank, says "
+            f"where each of them was. ({error})"
+        )
     if run.batch_items is None or not isinstance(error, Exception):
-        return
+        return error
+    if is_lost_connection(error):
+        error.add_note(f"in {whereabouts(trainer, run)}, rank {run.world.rank}")
+        return error
     if isinstance(error, NonFiniteError):
-        return  # says all of this itself
+        return error  # says all of this itself
     window = trainer.window
     where = (
         f"{whereabouts(trainer, run)}, rank {run.world.rank}: {describe(window.batch)}; "
@@ -59,6 +72,7 @@ def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> None:
         steps.append(trainer.step)
     first = trainer.local_batches == 0 and _passed_through(error, steps)
     _note(error, "training_step", where, first)
+    return error
 
 
 def in_validation(
@@ -73,6 +87,8 @@ def in_validation(
         batch: that the step was given.
         batch_idx: its index.
     """
+    if is_lost_connection(error):
+        return
     rank = run.world.rank
     where = f"{whereabouts(trainer, run)}, batch {batch_idx}, rank {rank}: {describe(batch)}"
     first = batch_idx == 0 and run.progress.validated_at < 0

@@ -512,9 +512,7 @@ def fail(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
     Returns:
         The error to raise: a PeerError if it only comes of another rank's, or itself.
     """
-    shown = run.stop.fail(error) or error
-    if shown is error:
-        error_context.in_training(trainer, run, error)
+    shown = run.stop.fail(error) or error_context.in_training(trainer, run, error)
     why = f"{type(shown).__name__}: {shown}"
     run.record.finish("failed", stopped_by=why, **_position(trainer, run))
     _call_each([partial(hook, shown) for hook in run.events.on_exception], shown)

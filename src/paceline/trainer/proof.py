@@ -27,6 +27,7 @@ from paceline.checkpoint.state import (
 from paceline.errors import StateError, some
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.names import unique_names
+from paceline.trainer.ranks_alike import check_state_alike
 from paceline.trainer.run import Run
 from paceline.world.dtensors import copied, local_part, reshard
 
@@ -75,7 +76,10 @@ def prove(trainer: TrainerBase, run: Run) -> None:
     """
     reshard(trainer.named_models().values())
     _check_made(trainer, run)
-    for part in _parts(trainer, run):
+    parts = list(_parts(trainer, run))
+    of_users = [part for part in parts if part.path[0] in ("callbacks", "objects")]
+    check_state_alike(run, {".".join(p.path): (p.holder, p.state()) for p in of_users})
+    for part in parts:
         _prove(part, staged=run.placement.pipeline is not None)
     run.proven = _with_moments(trainer)
 

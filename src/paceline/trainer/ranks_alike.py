@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from paceline.checkpoint import encode
 from paceline.data.loader import loaders_by_name
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, StateError, some
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
+from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
 
 _SHOWN = 5  # differences in a message
@@ -140,3 +142,51 @@ def _check_alike(world: World, given: Mapping[str, Any]) -> None:
         + "".join(f"\n  {line}" for line in lines[:_SHOWN])
         + more
     )
+
+
+def check_state_alike(run: Run, states: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuses state of the user's objects of which a checkpoint would keep one rank's for all.
+
+    Args:
+        run: whose ranks these are.
+        states: each object and its state, by the state's path in the tree.
+
+    Raises:
+        StateError: on every rank; some differ.
+    """
+    if run.world.size == 1 or run.placement.pipeline is not None:
+        return
+    found: dict[str, str] = {}
+    for path, (owner, state) in states.items():
+        if type(owner).__module__.startswith("paceline."):
+            continue
+        tensors, skeleton = encode(state, tuple(path.split(".", 1)))
+        found[path] = hashlib.sha256(repr(skeleton).encode()).hexdigest()
+        for name, tensor in tensors.items():
+            if not is_dtensor(tensor):
+                found[name.replace("/", ".")] = _summary(tensor)
+    everywhere = run.world.all_gather_object(found)
+    differing = {
+        path: rank
+        for rank, other in enumerate(everywhere)
+        for path in {**everywhere[0], **other}
+        if everywhere[0].get(path) != other.get(path)
+    }
+    if differing:
+        paths = sorted(differing)
+        raise StateError(
+            f"{some(paths)}: differs between rank 0 and rank {differing[paths[0]]}, and a "
+            "checkpoint keeps one rank's for all. What differs by rank is saved in "
+            'on_save_checkpoint, under state["rank"][str(trainer.world.rank)], and read from there '
+            "in on_load_checkpoint."
+        )
+
+
+def _summary(tensor: torch.Tensor) -> str:
+    """What tells different tensors apart: a hash, or on a device, without a copy, sums of bytes."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.device.type == "cpu":
+        digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+        return f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
+    whole = data[: len(data) // 8 * 8].view(-1, 8).sum(0, dtype=torch.int64)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {whole.tolist()}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from paceline.errors import CheckpointError, ConfigError
 from paceline.trainer.base import TrainerBase
+from paceline.trainer.names import unique_names
 from paceline.trainer.proof import prove_what_is_new
+from paceline.trainer.ranks_alike import check_state_alike
 from paceline.trainer.resume import window_info
 from paceline.trainer.run import Run
 
@@ -35,6 +38,7 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     tree = trainer.state_dict()
     for hook in run.events.on_save_checkpoint:
         hook(tree)
+    _check_alike(trainer, run, tree)
     window = window_info(
         trainer.source, trainer.train_dataloader, trainer.gradient_accumulation_steps
     )
@@ -50,6 +54,19 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)
     run.saved_at = (step, list(progress.pending))
     report(run)
+
+
+def _check_alike(trainer: TrainerBase, run: Run, tree: Mapping[str, Any]) -> None:
+    """Checks that what the user's objects give is the same on every rank."""
+    if run.world.size > 1:
+        owners = {"callbacks": unique_names(trainer.callbacks), "objects": trainer.named_objects()}
+        states = {
+            f"{kind}.{name}": (owner, tree[kind][name])
+            for kind, named in owners.items()
+            for name, owner in named.items()
+            if name in tree[kind]
+        }
+        check_state_alike(run, states)
 
 
 def report(run: Run) -> None:

@@ -292,16 +292,18 @@ class StopAgreement:
             first = self._publish(error)
         except Exception:  # noqa: BLE001  no store (yet, or any more): rank 0 may have left with it
             first = self._peer_error
-        if _is_lost_connection(error):
+        if is_lost_connection(error):
             self._leave_if_none_has_begun()
-        return PeerError(first) if first is not None and _is_lost_connection(error) else None
+        return PeerError(first) if first is not None and is_lost_connection(error) else None
 
     def _publish(self, error: BaseException) -> str | None:
         """Publishes the error unless another rank has; returns that rank's."""
         store = self._store
         if store is None:  # it failed before the ranks had met
             return None
-        how = "lost its connections" if _is_lost_connection(error) else "failed"
+        how = "lost its connections" if is_lost_connection(error) else "failed"
+        if timed_out(error):
+            how = "has waited in a collective that another rank has not joined"
         own = f"rank {self._world.rank} {how}: {type(error).__name__}: {error}"
         first = store.compare_set(self._prefix + "error", "", own).decode()
         store.set(f"{self._prefix}knows/{self._world.rank}", "1")
@@ -408,12 +410,17 @@ class StopAgreement:
         os._exit(FAILED)
 
 
-def _is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether an error is what a failed peer leads to, and no failure of this rank's own."""
     if isinstance(error, dist.DistError):
         return True
     if isinstance(error, CheckpointError) and error.__cause__ is not None:  # met while saving
-        return _is_lost_connection(error.__cause__)
+        return is_lost_connection(error.__cause__)
     return type(error) is RuntimeError and bool(
         re.search(r"gloo|NCCL|[Cc]onnection|[Pp]eer|process group", str(error))
     )
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether an error is that of a collective which another rank has not joined in time."""
+    return is_lost_connection(error) and bool(re.search(r"[Tt]imed out|[Tt]imeout", str(error)))
