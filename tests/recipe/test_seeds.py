@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from paceline.checkpoint import load_tree
+from paceline.cli.app import app
 from paceline.errors import ConfigError, RecipeError
 from paceline.recipe import build_trainer, load_recipe
 from paceline.recipe.seeds import Seeds, train_recipe, train_seeds
@@ -173,3 +175,54 @@ def test_values_that_are_not_finite_or_not_there_have_no_deviation():
 
 def test_one_run_is_trained_by_the_same_function(recipe: Write):
     assert train_recipe(load_recipe(recipe()), Resume()).complete
+
+
+BREAKS = """
+class Breaks(Callback):
+    def on_step_end(self, trainer, metrics):
+        if trainer.seed == 2 and trainer.global_step == 2:
+            raise KeyError("a bug")
+
+class Ends(Trainer):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", float("nan") if self.seed == 3 else float(self.seed))
+"""
+
+
+def test_a_seed_that_fails_keeps_no_other_from_training(
+    recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Given seeds of which 2 raises and 3 measures NaN, then 1 and 5 count alone: their mean is 3,
+    their deviation the root of 8, the files have no bare NaN, and the command answers 1."""
+    path = recipe(callbacks=[{"_target_": "toy.Breaks"}], **VALIDATED)
+    code = tmp_path / "toy.py"
+    code.write_text("from paceline import Trainer\n" + code.read_text() + BREAKS)
+    words = ["seeds=[1,2,3,5]", "trainer._target_=toy.Ends"]
+    seeds = train(path, *words)
+    assert seeds.metrics == {1: {"val/loss": 1.0}, 5: {"val/loss": 5.0}}
+    assert seeds.failed == {2: "KeyError: 'a bug'", 3: "ended with val/loss = nan"}
+
+    def no_constant(name: str) -> None:
+        pytest.fail(f"a bare {name}")
+
+    kept = json.loads((RUNS / "seeds.json").read_text(), parse_constant=no_constant)
+    assert kept["failed"] == {"2": "KeyError: 'a bug'", "3": "ended with val/loss = nan"}
+    assert (kept["mean"], kept["std"]) == ({"val/loss": 3.0}, {"val/loss": 8**0.5})
+    for seed in (1, 2, 3, 5):
+        json.loads((RUNS / f"seed_{seed}/run.json").read_text(), parse_constant=no_constant)
+    assert json.loads((RUNS / "seed_2/run.json").read_text())["status"] == "failed"
+    shown = capsys.readouterr()
+    assert "seed 2 failed:" in shown.err
+    assert 'raise KeyError("a bug")' in shown.err
+    assert "failed: ended with val/loss = nan" in shown.out
+    done = CliRunner().invoke(app, ["train", str(path), *words])
+    assert done.exit_code == 1
+
+
+def test_if_every_seed_fails_the_first_error_is_raised(recipe: Write, tmp_path: Path):
+    path = recipe(callbacks=[{"_target_": "toy.Breaks"}])
+    code = tmp_path / "toy.py"
+    code.write_text("from paceline import Trainer\n" + code.read_text() + BREAKS)
+    with pytest.raises(KeyError, match="a bug"):
+        train(path, "seeds=[2]")
+    assert json.loads((RUNS / "seeds.json").read_text())["failed"] == {"2": "KeyError: 'a bug'"}

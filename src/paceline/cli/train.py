@@ -13,6 +13,7 @@ import typer
 
 from paceline.cli.options import Overrides, RecipeFile, Trust
 from paceline.errors import ConfigError
+from paceline.exit_codes import FAILED
 
 if TYPE_CHECKING:  # torch is imported only once it is needed, so that --help is quick
     from paceline.recipe.recipe import Recipe
@@ -165,7 +166,8 @@ def _train(recipe: Recipe, resume: Resume) -> None:
     from paceline.recipe.seeds import train_recipe, train_seeds
 
     if recipe.seeds:
-        train_seeds(recipe, resume)
+        if train_seeds(recipe, resume).failed:
+            raise typer.Exit(FAILED)
     else:
         train_recipe(recipe, resume)
 

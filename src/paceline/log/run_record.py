@@ -169,6 +169,8 @@ class RunRecord:
         written = dict(self.record)
         if "metrics" in written:
             written["metrics"] = {name: as_text(v) for name, v in written["metrics"].items()}
+        if isinstance(written.get("best"), float):
+            written["best"] = as_text(written["best"])
         text = json.dumps(written, indent=2, default=str)
         with replacing(self.path) as file:
             file.write(text + "\n")
@@ -184,6 +186,8 @@ def read_run(run_dir: Path | str) -> dict[str, Any]:
     record = _read(Path(run_dir) / RUN_FILE)
     if isinstance(metrics := record.get("metrics"), dict):
         record["metrics"] = {key: revived(value) for key, value in metrics.items()}
+    if "best" in record:
+        record["best"] = revived(record["best"])
     return record
 
 

@@ -8,8 +8,9 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from paceline.errors import ConfigError
 from paceline.exit_codes import STOPPED
 from paceline.log.files import replacing
+from paceline.log.floats import as_text
 from paceline.log.kept_code import RECIPE_FILE
 from paceline.log.run_record import read_run
 from paceline.recipe.builder import build_trainer
@@ -44,14 +46,16 @@ class Seeds:
 
     Attributes:
         metric: the metric that is compared: the monitored one, else "val/loss".
-        metrics: each seed's final validation metrics, in the order of the recipe.
+        metrics: each finished seed's final validation metrics, in the order of the recipe.
+        failed: why a seed failed, for those that did; they count in no mean.
     """
 
     metric: str
     metrics: dict[int, dict[str, float]]
+    failed: dict[int, str] = field(default_factory=dict)
 
     def mean(self, name: str) -> float | None:
-        """The mean of a metric over the seeds; None if one of them did not measure it."""
+        """The mean of a metric over the finished seeds; None if one did not measure it."""
         values = self._values(name)
         return statistics.fmean(values) if values else None
 
@@ -70,6 +74,7 @@ class Seeds:
         lines = [f"{'seed':<8}{self.metric}"]
         for seed, metrics in self.metrics.items():
             lines.append(f"{seed:<8}{_shown(metrics.get(self.metric))}")
+        lines += [f"{seed:<8}failed: {why}" for seed, why in self.failed.items()]
         lines += [
             f"{'mean':<8}{_shown(self.mean(self.metric))}",
             f"{'std':<8}{_shown(self.std(self.metric))}",
@@ -81,13 +86,14 @@ class Seeds:
         names = sorted({name for metrics in self.metrics.values() for name in metrics})
         content = {
             "metric": self.metric,
-            "seeds": {str(seed): metrics for seed, metrics in self.metrics.items()},
-            "mean": {name: self.mean(name) for name in names},
-            "std": {name: self.std(name) for name in names},
+            "seeds": {str(seed): _plain(metrics) for seed, metrics in self.metrics.items()},
+            "failed": {str(seed): why for seed, why in self.failed.items()},
+            "mean": _plain({name: self.mean(name) for name in names}),
+            "std": _plain({name: self.std(name) for name in names}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / SEEDS_FILE) as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+            file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def _values(self, name: str) -> list[float]:
         values = [metrics[name] for metrics in self.metrics.values() if name in metrics]
@@ -115,8 +121,9 @@ def train_recipe(recipe: Recipe, resume: Resume, build: Build | None = None) -> 
 def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> Seeds:
     """Trains one run per seed, one after the other, in `seed_<n>` below the recipe's folder.
 
-    A complete run is skipped, and a stopped one is resumed. When all are done, the results of this
-    recipe's seeds are printed and written to `seeds.json`.
+    A complete run is skipped, and a stopped one is resumed. One that fails, or whose metric is not
+    finite in the end, is recorded as failed and keeps no other from training. When all are done,
+    the results of this recipe's seeds are printed and written to `seeds.json`.
 
     Args:
         recipe: one with `seeds`.
@@ -126,6 +133,7 @@ def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> S
     Raises:
         ConfigError: `resume` names one checkpoint, but each seed has its own; or this process is a
             replica group.
+        Exception: the first seed's, if every seed failed.
         SystemExit: with code 75, if a run was stopped; the same call resumes it.
     """
     refuse_replica_groups("several `seeds` do")
@@ -134,20 +142,63 @@ def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> S
             f"--resume {resume.mode}: each seed has its own run. Leave the option out to resume "
             "those that were stopped, or train one of them with `~seeds seed=...`."
         )
-    runs = [recipe.of_seed(seed) for seed in recipe.seeds]
-    metrics: dict[int, dict[str, float]] = {}
-    for i, run in enumerate(runs):
+    runs = {seed: recipe.of_seed(seed) for seed in recipe.seeds}
+    monitor = recipe.setting("metric_monitor")
+
+    def train(seed: int) -> dict[str, float]:
+        run = runs[seed]
         found = None if resume.mode == "fresh" else finished(run)
         done = "" if found is None else " is already complete"
-        _say(f"seed {run.seed}, {i + 1} of {len(runs)}, in {run.run_dir}{done}")
-        metrics[run.seed] = found if found is not None else train_recipe(run, resume, build).metrics
-        gc.collect()  # frees the run's tensors before the next run
-    monitor = recipe.setting("metric_monitor")
-    seeds = Seeds("val/loss" if monitor is None else monitor.metric_name, metrics)
+        place = list(runs).index(seed) + 1
+        _say(f"seed {seed}, {place} of {len(runs)}, in {run.run_dir}{done}")
+        return found if found is not None else train_recipe(run, resume, build).metrics
+
+    name = "val/loss" if monitor is None else monitor.metric_name
+    seeds = each_seed(list(runs), train, name, recipe.run_dir)
     if World().is_main:
-        seeds.write(recipe.run_dir)
         print(seeds.table(), flush=True)
     return seeds
+
+
+def each_seed(
+    seeds: Sequence[int], train: Callable[[int], dict[str, float]], metric: str, folder: Path
+) -> Seeds:
+    """Trains one seed after the other, and writes their results to `seeds.json`.
+
+    Args:
+        seeds: the seeds.
+        train: trains one, and returns its final validation metrics.
+        metric: the metric that is compared; a seed whose value is not finite has failed.
+        folder: of all seeds.
+
+    Raises:
+        ConfigError: the settings are wrong, for every seed alike.
+        Exception: the first seed's, if every seed failed.
+    """
+    outcome, errors = Seeds(metric, {}), []
+    for seed in seeds:
+        try:
+            metrics = train(seed)
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001  the other seeds have their turn
+            errors.append(error)
+            why = f"{type(error).__name__}: {error}"
+            if len(seeds) > 1:
+                _say(f"seed {seed} failed:\n{''.join(traceback.format_exception(error))}")
+        else:
+            value = metrics.get(metric, 0.0)
+            why = "" if math.isfinite(value) else f"ended with {metric} = {value}"
+            if not why:
+                outcome.metrics[seed] = metrics
+        if why:
+            outcome.failed[seed] = why.splitlines()[0]
+        gc.collect()  # frees the run's tensors before the next run
+    if World().is_main:
+        outcome.write(folder)
+    if len(errors) == len(seeds):
+        raise errors[0]
+    return outcome
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -171,6 +222,11 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 def _say(text: str) -> None:
     if World().is_main:
         print(f"paceline: {text}", file=sys.stderr, flush=True)
+
+
+def _plain(values: Mapping[str, float | None]) -> dict[str, Any]:
+    """Values as JSON has them."""
+    return {name: None if v is None else as_text(v) for name, v in values.items()}
 
 
 def _shown(value: float | None) -> str:

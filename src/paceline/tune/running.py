@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from paceline.callbacks import EarlyStopping
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, Preempted
-from paceline.recipe.seeds import Seeds
+from paceline.recipe.seeds import each_seed
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.settings import Resume
@@ -34,7 +35,8 @@ def run(
     """Trains one run per seed, in `runs/<project>/<group>/seed_<n>`.
 
     A complete run is skipped, and a stopped one is resumed; other settings have other folders. The
-    results of the seeds are written to `seeds.json` there.
+    results of the seeds are written to `seeds.json` there. A seed that fails, or ends with a loss
+    that is not finite, is recorded as failed there and keeps no other from training.
 
     Args:
         config: the settings.
@@ -44,11 +46,13 @@ def run(
         **settings: further keywords of the Trainer, such as `callbacks` or `progress`.
 
     Returns:
-        The mean over the seeds of the last validation's loss.
+        The mean over the finished seeds of the last validation's loss; NaN if none has one that is
+        finite.
 
     Raises:
         ConfigError: only one of the loaders is given, no validation loss was logged, or this
             process is a replica group.
+        Exception: the first seed's, if every seed failed.
         Preempted: a run was stopped and saved; the same call resumes it.
     """
     refuse_replica_groups("runs for several seeds do")
@@ -63,19 +67,23 @@ def run(
             print(f"paceline: warning: {warning}", file=sys.stderr, flush=True)
         config.folder.mkdir(parents=True, exist_ok=True)
         config.to_yaml(config.folder / CONFIG_FILE)
-    metrics: dict[int, dict[str, float]] = {}
-    for seed in config.seeds:
+
+    def train(seed: int) -> dict[str, float]:
         one = _trainer_of(config, seed, trainer, {**settings, "resume": resume})
         result = one.train(dl_train, dl_val, seed=seed)
         if not result.complete:
             raise Preempted(result)
-        metrics[seed] = result.metrics
-    seeds = Seeds("val/loss", metrics)
+        return result.metrics
+
+    seeds = each_seed(config.seeds, train, "val/loss", config.folder)
+    for seed, why in seeds.failed.items():
+        if main:
+            print(f"paceline: warning: seed {seed} failed: {why}", file=sys.stderr, flush=True)
+    if not seeds.metrics:
+        return math.nan
     mean = seeds.mean("val/loss")
     if mean is None:
         raise ConfigError('run(...) returns a mean of "val/loss", which no validation has logged.')
-    if main:
-        seeds.write(config.folder)
     return mean
 
 

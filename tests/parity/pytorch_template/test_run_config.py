@@ -368,8 +368,26 @@ def test_14_a_seed_that_diverged_is_not_complete() -> None:
     conf = config(optimizer="torch.optim.SGD", optimizer_config={"lr": 1e38})
     with pytest.raises(NonFiniteError):
         trained(conf)
+    kept = json.loads((conf.folder / "seeds.json").read_text())
+    assert (kept["seeds"], list(kept["failed"])) == ({}, ["1", "2"])
+    for seed in (1, 2):
+        assert read_run(conf.folder / f"seed_{seed}")["status"] == "failed"
+
+
+def test_14_one_seed_that_diverges_does_not_keep_the_other_from_training() -> None:
+    """The mean is that of the seed that finished."""
+
+    class Once(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.seed == 1 else loss
+
+    conf = config()
+    mean = trained(conf, trainer=Once)
     assert read_run(conf.folder / "seed_1")["status"] == "failed"
-    assert not (conf.folder / "seeds.json").exists()
+    assert read_run(conf.folder / "seed_2")["metrics"]["val/loss"] == mean
+    kept = json.loads((conf.folder / "seeds.json").read_text())
+    assert kept["failed"]["1"].startswith("NonFiniteError")
 
 
 def test_33_early_stopping_is_relative_and_ends_a_seed_as_complete() -> None:
