@@ -67,10 +67,14 @@ class WeightAverage(ExchangedWeights):
         """Adds unfrozen parameters; until now their average equals their weights."""
         self._adopt()
 
-    @torch.no_grad()
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Updates the average, if an update is due."""
-        if not self._is_due(trainer.global_step) or not self._average:
+        if self._is_due(trainer.global_step):
+            self._update()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if not self._average:
             return
         average = [local_part(mean) for mean in self._average.values()]
         live = [
