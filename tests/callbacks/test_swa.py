@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fake_trainer import FakeTrainer
 from real_runs import build
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from builders import loader
+from paceline import Trainer
 from paceline.callbacks import SWA
 from paceline.checkpoint.export import export
 from paceline.errors import CheckpointError, ConfigError
 from paceline.log.run_record import read_run
 from paceline.testing import StopAt, bits
-from small import batches, line
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -29,8 +34,6 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     [
         (SWA(3), [3, 4, 5, 6, 7, 8, 9]),
         (SWA(4, 3), [4, 7]),
-        (SWA(1, unit="epoch"), [3, 6, 9]),  # epochs of 3 steps
-        (SWA(2, 2, unit="epoch"), [6]),
     ],
 )
 def test_the_average_is_the_mean_of_the_weights_at_those_steps(swa: SWA, taken: list[int]) -> None:
@@ -84,17 +87,76 @@ def test_statistics_that_are_not_the_averages_are_in_the_plan(tmp_path: Path) ->
     torch.testing.assert_close(model[0].running_mean, data.mean(0))
 
 
-def test_epochs_of_unknown_length_cannot_be_counted() -> None:
-    from paceline import Trainer
-    from small import settings
+class OwnLengths:
+    """Passes of 4, 3, 5 and 3 batches of the same twelve samples."""
 
-    class Stream:
-        def __iter__(self):
-            return iter(batches())
+    def __init__(self) -> None:
+        self.passes = 0
 
-    made = settings(model=line(), train_dataloader=Stream(), callbacks=[SWA(1, unit="epoch")])
-    with pytest.raises(ConfigError, match="count steps"):
-        Trainer(**made).train()
+    def set_epoch(self, epoch: int) -> None:
+        self.passes = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number = (4, 3, 5, 3)[self.passes]
+        cuts = [round(12 * k / number) for k in range(number + 1)]
+        return iter([list(range(a, b)) for a, b in itertools.pairwise(cuts)])
+
+
+class Streamed(OwnLengths):
+    """The same batches as a stream, whose length nobody knows."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(POINTS[rows], ROWS[rows]) for rows in super().__iter__()])
+
+
+POINTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+ROWS = POINTS.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("validates", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_epochs_end_where_their_pass_over_the_data_does(
+    streamed: bool, validates: bool, tmp_path: Path
+) -> None:
+    """Given epochs that end at steps 4, 7, 12 and 15, the mean is that of the weights there."""
+    torch.manual_seed(0)
+    hand = nn.Linear(4, 1)
+    given = copy.deepcopy(hand.state_dict())
+    sgd, sampler = torch.optim.SGD(hand.parameters(), lr=0.05), OwnLengths()
+    taken: list[torch.Tensor] = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        for rows in sampler:
+            sgd.zero_grad()
+            nn.functional.mse_loss(hand(POINTS[rows]), ROWS[rows]).backward()
+            sgd.step()
+        taken.append(hand.weight.detach().clone())
+
+    def run(*stops: Any) -> tuple[SWA, Any, nn.Linear]:
+        model, swa = nn.Linear(4, 1), SWA(start=2, unit="epoch")
+        model.load_state_dict(given)
+        data = TensorDataset(POINTS, ROWS)
+        loader: Any = Streamed() if streamed else DataLoader(data, batch_sampler=OwnLengths())  # pyright: ignore[reportArgumentType]
+        trainer = Trainer(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+            loss_fn=nn.functional.mse_loss, train_dataloader=loader, epochs=4, progress=False,
+            val_dataloader=[(POINTS, ROWS)] if validates else None, callbacks=[swa, *stops],
+            run_dir=tmp_path,
+        )  # fmt: skip
+        return swa, trainer.train(seed=0), model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the stream is read again
+        run(StopAt(7))
+        swa, result, model = run()
+    assert result.global_step == 15
+    assert torch.equal(model.weight, hand.weight)
+    mean = torch.stack(taken[1:]).mean(0)
+    torch.testing.assert_close(swa.averaged_state_dict()["weight"], mean)
+    if validates:
+        bias = swa.averaged_state_dict()["bias"]
+        loss = nn.functional.mse_loss(POINTS @ mean.T + bias, ROWS)
+        assert result.metrics["val/loss"] == pytest.approx(loss.item())
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,14 @@ def train(folder: Path, model: nn.Module | None = None, **settings: Any) -> Regr
     trainer = Regression(
         model=model,
         train_dataloader=loader(Noisy()),
-        val_dataloader=loader(Noisy(20), shuffle=False),
         max_steps=5,
-        validate_every=2,
         progress=False,
         run_dir=folder,
         **{
             "optimizer": torch.optim.SGD(trainable, lr=0.1),
             "checkpoint": CheckpointPolicy(every_steps=2, keep_last=None),
+            "val_dataloader": loader(Noisy(20), shuffle=False),
+            "validate_every": 2,
             **settings,
         },
     )
@@ -95,6 +95,21 @@ def test_averaged_weights_are_those_of_the_callback(tmp_path: Path) -> None:
     assert bits(expected) != bits(trainer.model.state_dict())
 
 
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_the_weights_are_those_that_the_metrics_are_of(tmp_path: Path, evaluate: bool) -> None:
+    """Given averages, when nothing is asked for, the export measures what the run reported."""
+    rows = torch.randn(20, 8), torch.randn(20, 1), torch.arange(20)
+    average = AveragedWeights(0.5, evaluate=evaluate)
+    train(tmp_path, val_dataloader=[rows], validate_every=5, callbacks=[average])
+    [file] = export(tmp_path)
+    told = read_metadata(file.path)
+    assert told["weights"] == file.weights == ("averaged" if evaluate else "live")
+    fresh = make_model().eval()
+    fresh.load_state_dict(load_file(file.path))
+    loss = (fresh(rows[0]) - rows[1]).square().mean().item()
+    assert json.loads(told["metrics"])["val/loss"] == pytest.approx(loss)
+
+
 def test_a_mean_over_the_last_steps_is_an_average_too(tmp_path: Path) -> None:
     average = SWA(start=2)
     train(tmp_path, Tied(), callbacks=[average])
@@ -108,7 +123,7 @@ def test_a_schedule_free_run_is_exported_at_the_point_to_be_judged(tmp_path: Pat
     model = make_model()
     optimizer = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
     trainer = train(tmp_path, model, optimizer=optimizer, callbacks=[ScheduleFree()])
-    [live], [judged] = export(tmp_path), export(tmp_path, weights="averaged")
+    [live], [judged] = export(tmp_path, weights="live"), export(tmp_path)
     assert bits(load_file(judged.path)) == bits(trainer.model.state_dict())
     assert bits(load_file(live.path)) != bits(load_file(judged.path))
 
@@ -342,7 +357,7 @@ def test_little_else_than_the_weights_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run may hold many times its weights; their export does not need all that memory."""
-    train(tmp_path, callbacks=[AveragedWeights(0.5)])
+    train(tmp_path, callbacks=[AveragedWeights(0.5, evaluate=False)])
     asked: list[str] = []
     whole = storage._read_item
 

@@ -69,7 +69,7 @@ def test_a_batch_without_a_tensor_cannot_be_counted() -> None:
     [
         ({"x": torch.ones(4, 3), "y": torch.ones(4, 1)}, "a dict with 'x', 'y'"),
         ({"labels": torch.ones(4), "targets": torch.ones(4)}, "a dict with 'labels', 'targets'"),
-        ([torch.ones(4, 3)] * 3, "a list of 3"),
+        ((torch.ones(4, 3),) * 3, "a tuple of 3"),
         (torch.ones(2, 3), "a Tensor"),
     ],
     ids=["no targets", "two targets", "three", "a tensor of two rows"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from paceline import Trainer, Window
 from paceline.data.batches import count_first_dimension, describe, to_device
@@ -53,13 +55,96 @@ def test_items_are_the_weight_of_what_is_logged() -> None:
     assert seen[0]["after"] == 5.0
 
 
-def test_the_items_of_a_batch_are_its_first_tensors_rows() -> None:
-    assert count_first_dimension(torch.ones(3, 2)) == 3
-    assert count_first_dimension({"ids": ["a"], "x": torch.ones(4)}) == 4
-    assert count_first_dimension(["text", (torch.ones(5), torch.ones(9))]) == 5
+def test_the_items_of_a_batch_are_the_rows_that_its_tensors_share() -> None:
+    x, y = torch.ones(4, 3), torch.ones(4)
+    assert count_first_dimension(x) == 4
+    for batch in ([x, y], (x, x), {"ids": ["a"], "x": x}, [(x, x), y], ((x, x), (y, y)), ("a", x)):
+        assert count_first_dimension(batch) == 4
     for nothing in (["a", "b"], {}, 3, torch.tensor(1.0), None):
         with pytest.raises(DataError, match="override count_items"):
             count_first_dimension(nothing)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [torch.ones(3, 2, 2)] * 4,
+        [torch.ones(3, 2, 2)] * 2,
+        [torch.ones(5), torch.ones(7), torch.ones(2)],
+        [{"x": torch.ones(3)}] * 4,
+        [(torch.ones(3), torch.ones(3))] * 4,
+        ((torch.ones(3, 2, 2), torch.ones(3, 2, 2)), ({"boxes": torch.ones(1, 4)}, {})),
+    ],
+    ids=["images", "two images", "sequences", "mappings", "pairs", "images and boxes"],
+)
+def test_a_batch_whose_items_cannot_be_told_is_asked_about(batch: Any) -> None:
+    with pytest.raises(DataError, match=r"cannot count the items .*: override count_items"):
+        count_first_dimension(batch)
+
+
+class Images(IterableDataset):
+    """Ten images of three channels."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([torch.full((3, 2, 2), float(i)) for i in range(10)])
+
+
+class MeanOfImages(Trainer):
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.stack([self.model(image.mean().view(1)) for image in batch]).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/mean", torch.stack([image.mean() for image in batch]).mean())
+
+
+class CountedImages(MeanOfImages):
+    def count_items(self, batch: Any) -> int:
+        return len(batch)
+
+
+def test_a_stream_of_lists_weighs_what_the_user_counts() -> None:
+    """Given ten streamed images in lists of 4, 4 and 2, the mean of 0 to 9 is 4.5."""
+    given: dict[str, Any] = {
+        "train_dataloader": DataLoader(Images(), 4, collate_fn=list),
+        "val_dataloader": DataLoader(Images(), 4, collate_fn=list),
+        "gradient_accumulation_steps": 3,
+        "epochs": 1,
+        "progress": False,
+    }
+    for kind in (MeanOfImages, CountedImages):
+        model = torch.nn.Linear(1, 1)
+        before = model.weight.item()
+        trainer = kind(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.125), **given
+        )
+        if kind is MeanOfImages:
+            with pytest.raises(DataError, match="list of 4 samples"):
+                trainer.fit()
+            continue
+        result = trainer.fit()
+        assert model.weight.item() == pytest.approx(before - 0.125 * 4.5)
+        assert result.metrics["val/mean"] == pytest.approx(4.5)
+        assert trainer.progress.samples == 10
+
+
+def test_a_stream_that_torch_stacks_counts_its_rows() -> None:
+    """Three tensors of one shape, which torch's collate_fn gives as a list, are no samples."""
+
+    class Three(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([(torch.ones(1), torch.ones(1), torch.ones(1))] * 10)
+
+    class Mine(Trainer):
+        def loss(self, batch: Any) -> torch.Tensor:
+            return self.model(batch[0]).mean()
+
+    model = torch.nn.Linear(1, 1)
+    trainer = Mine(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), progress=False,
+        train_dataloader=DataLoader(Three(), 4), val_dataloader=DataLoader(Three(), 4), epochs=1,
+    )  # fmt: skip
+    trainer.fit()
+    assert trainer.progress.samples == 10
 
 
 def test_a_batch_is_described_by_shapes_and_dtypes() -> None:

@@ -91,12 +91,13 @@ class ScheduleFree(ExchangedWeights):
     def _average(self) -> dict[str, Any]:
         own = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
         return {
+            "validated": True,
             "average": {
                 f"{model_name}.{name}": parameter.detach().clone()
                 for model_name, model in self._models.items()
                 for name, parameter in model.named_parameters()
                 if id(parameter) in own
-            }
+            },
         }
 
     def _exchange(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.callbacks.exchanged_weights import note_batch_norm
 from paceline.callbacks.weight_average import WeightAverage
@@ -32,12 +32,12 @@ class SWA(WeightAverage):
     Args:
         start: the first step or epoch whose weights enter the mean.
         every: steps or epochs between updates.
-        unit: what `start` and `every` count: "step" (optimizer steps) or "epoch".
+        unit: what `start` and `every` count: "step" (optimizer steps) or "epoch" (each as long
+            as its pass over the data turns out to be).
         evaluate: validate with the averaged weights (and so choose the best checkpoint by them).
 
     Raises:
-        ConfigError: an argument is out of range or, at the start of the run, `unit` is "epoch" but
-            the length of an epoch is unknown until the data ends.
+        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -56,24 +56,46 @@ class SWA(WeightAverage):
         self.start = start
         self.every = every
         self.unit = unit
-        self._steps_a_unit = 1
+        self._counted = 0  # epochs that have ended, the last of which may still be validated
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Allocates the average's tensors and computes the steps of an epoch."""
+        """Allocates the average's tensors."""
         super().on_setup(trainer)
+        self._counted = 0
         note_batch_norm(trainer, "the average")
-        if self.unit == "epoch":
-            windows = trainer.source.windows_per_epoch
-            if windows is None:
-                raise ConfigError(
-                    "SWA(unit='epoch'): the length of an epoch is not known in advance: count "
-                    "steps (unit='step'), or give the trainer an epoch_length."
-                )
-            self._steps_a_unit = windows
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Updates the average, if it counts steps and an update is due."""
+        if self.unit == "step":
+            super().on_step_end(trainer, metrics)
+
+    def on_validation_start(self, trainer: Trainer) -> None:
+        """Updates the average at an epoch's end, and swaps it in."""
+        self._count_epoch(trainer)
+        super().on_validation_start(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer) -> None:
+        """Updates the average, unless the validation before has done so."""
+        self._count_epoch(trainer)
+
+    def _count_epoch(self, trainer: Trainer) -> None:
+        done = trainer.current_epoch + 1
+        if self.unit == "epoch" and trainer.progress.epoch_ends and done != self._counted:
+            self._counted = done
+            if self._is_due(done):
+                self._update()
 
     def _is_due(self, step: int) -> bool:
-        done, within = divmod(step, self._steps_a_unit)
-        return within == 0 and done >= self.start and (done - self.start) % self.every == 0
+        return step >= self.start and (step - self.start) % self.every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `WeightAverage` keeps, and the epochs counted."""
+        return {**super().state_dict(), "epochs": self._counted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        super().load_state_dict(state)
+        self._counted = state.get("epochs", 0)
 
     def _share(self) -> float:
         return 1.0 / (self._updates + 1)

@@ -55,6 +55,11 @@ class WeightAverage(ExchangedWeights):
             self._models, self._live, self._average = models, {}, {}
             self._updates, self._started = 0, False
         self._adopt()
+        if self.evaluate:
+            trainer.plan.add(
+                "metrics, export and load_model are of the averaged weights",
+                f"{type(self).__name__}(evaluate=False)",
+            )
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Starts from the current weights, unless there already is an average."""
@@ -67,10 +72,14 @@ class WeightAverage(ExchangedWeights):
         """Adds unfrozen parameters; until now their average equals their weights."""
         self._adopt()
 
-    @torch.no_grad()
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Updates the average, if an update is due."""
-        if not self._is_due(trainer.global_step) or not self._average:
+        if self._is_due(trainer.global_step):
+            self._update()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        if not self._average:
             return
         average = [local_part(mean) for mean in self._average.values()]
         live = [
@@ -85,7 +94,9 @@ class WeightAverage(ExchangedWeights):
 
         An average without an update is left out, so that it cannot be exported.
         """
-        average = {"average": dict(self._average)} if self._is_of_use() else {}
+        average: dict[str, Any] = {}
+        if self._is_of_use():
+            average = {"average": dict(self._average), "validated": self.evaluate}
         return {"updates": self._updates, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -21,13 +21,19 @@ from paceline.checkpoint import publication
 from paceline.checkpoint.codec import DTYPES
 from paceline.checkpoint.engine import Checkpoint, recorded_engine
 from paceline.checkpoint.files import Disk
+from paceline.checkpoint.json_file import read_json
 from paceline.checkpoint.native_engine import load_tree
 from paceline.checkpoint.policy import NATIVE
 from paceline.checkpoint.ranks import describe
 from paceline.checkpoint.safetensors_file import Part, header_of, read_header, write_stream
 from paceline.errors import CheckpointError, ConfigError, nearest
 
-Weights = Literal["live", "averaged"]
+Weights = Literal["validated", "live", "averaged"]
+"""Which weights of a checkpoint.
+
+"live" are the trained ones, "averaged" those that `AveragedWeights`, `SWA` or `ScheduleFree` kept,
+and "validated" those that the run's metrics are of: the averaged ones if it validated with them.
+"""
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDE = (torch.float64, *EXPORT_DTYPES.values())
@@ -42,12 +48,14 @@ class Exported:
     Attributes:
         path: the file.
         model: the model's name in the trainer.
+        weights: "live" or "averaged".
         tensors, bytes: the number of tensors, and the file's size.
         checkpoint: where the weights come from.
     """
 
     path: Path
     model: str
+    weights: str
     tensors: int
     bytes: int
     checkpoint: Checkpoint
@@ -57,7 +65,7 @@ def export(
     source: Path | str,
     *,
     to: Path | str | None = None,
-    weights: Weights = "live",
+    weights: Weights = "validated",
     checkpoint: str = "latest",
     model: str | None = None,
     dtype: str | None = None,
@@ -70,8 +78,8 @@ def export(
     Args:
         source: a run folder, or a checkpoint in it.
         to: a file ending in `.safetensors`, or a folder; by default the run's `exports` folder.
-        weights: "live" for the trained weights, "averaged" for those that `AveragedWeights`, `SWA`
-            or `ScheduleFree` kept.
+        weights: "validated" for those that the run's metrics are of, "live" for the trained ones,
+            "averaged" for those that `AveragedWeights`, `SWA` or `ScheduleFree` kept.
         checkpoint: in a run folder, "latest", "best" or a name such as "step_00000120".
         model: the name of one of several models; None for all.
         dtype: "fp32", "bf16" or "fp16" for the floating-point tensors; None keeps their own.
@@ -88,6 +96,7 @@ def export(
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(EXPORT_DTYPES)}.")
     found = find_checkpoint(source, checkpoint)
+    weights = chosen_weights(found, weights)
     models = read_weights(found, weights, None if dtype is None else EXPORT_DTYPES[dtype])
     if model is not None:
         if model not in models:
@@ -157,22 +166,45 @@ def _none_in(path: Path) -> str:
     return f"{path} holds no checkpoint; {hint}."
 
 
+def chosen_weights(found: Checkpoint, weights: Weights) -> Literal["live", "averaged"]:
+    """ "live" or "averaged", also where "validated" was asked for.
+
+    Args:
+        found: an intact checkpoint.
+        weights: which of its weights are wanted.
+
+    Raises:
+        ConfigError: there are no such weights.
+    """
+    if weights not in get_args(Weights):
+        raise ConfigError(
+            f"weights={weights!r}: choose one of {', '.join(map(repr, get_args(Weights)))}."
+        )
+    if weights != "validated":
+        return weights
+    state = read_json(found.path / publication.STATE)  # which holds no tensors
+    tree = state.get("tree") if isinstance(state, dict) else None
+    callbacks = tree.get("callbacks") if isinstance(tree, dict) else None
+    kept = callbacks.values() if isinstance(callbacks, dict) else ()
+    judged = (isinstance(state, dict) and state.get("validated") is True for state in kept)
+    return "averaged" if any(judged) else "live"
+
+
 def read_weights(
-    found: Checkpoint, weights: Weights = "live", dtype: torch.dtype | None = None
+    found: Checkpoint, weights: Weights = "validated", dtype: torch.dtype | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Reads the models' state dictionaries, by model name, into host memory.
 
     Args:
         found: an intact checkpoint, of any number of ranks.
-        weights: "live" or "averaged".
+        weights: which of its weights.
         dtype: for all floating-point tensors; None keeps their own.
 
     Raises:
         CheckpointError: there are no averaged weights, or an entry is not a tensor or is out of the
             range of `dtype`.
     """
-    if weights not in ("live", "averaged"):
-        raise ConfigError(f"weights={weights!r}: choose 'live' or 'averaged'.")
+    weights = chosen_weights(found, weights)
     parts = ("models", "callbacks") if weights == "averaged" else ("models",)
     tree = load_tree(found.path, parts=parts)
     models = tree.get("models")
@@ -222,7 +254,10 @@ def _average(found: Checkpoint, callbacks: Any) -> dict[str, torch.Tensor]:
         )
     if len(kept) > 1:
         names = ", ".join(kept)
-        raise CheckpointError(f"{found.path} holds several averages ({names}), not one to export.")
+        raise CheckpointError(
+            f"{found.path} holds several averages ({names}), not one to export: take the live "
+            "weights (weights='live', --weights live)."
+        )
     return next(iter(kept.values()))
 
 
@@ -330,7 +365,7 @@ def _write(
     except BaseException:
         _remove(disk, hidden)
         raise
-    return Exported(path, facts["model"], len(kept), written.bytes, found)
+    return Exported(path, facts["model"], facts["weights"], len(kept), written.bytes, found)
 
 
 def _remove(disk: Disk, path: Path) -> None:

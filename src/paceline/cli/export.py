@@ -12,6 +12,7 @@ import typer
 class Weights(StrEnum):
     """Which weights of a checkpoint to export."""
 
+    validated = "validated"
     live = "live"
     averaged = "averaged"
 
@@ -30,8 +31,12 @@ def export(
         typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False),
     ],
     weights: Annotated[
-        Weights, typer.Option(help="The trained weights, or the average that a callback kept.")
-    ] = Weights.live,
+        Weights,
+        typer.Option(
+            help="The trained weights, the average that a callback kept, or those that the run "
+            "validated with."
+        ),
+    ] = Weights.validated,
     checkpoint: Annotated[
         str, typer.Option(metavar="latest|best|step_00000120", help="The run's checkpoint.")
     ] = "latest",
@@ -58,5 +63,5 @@ def export(
         dtype=None if dtype is None else dtype.value,
     )  # fmt: skip
     for file in written:
-        told = f"{file.path}: {file.tensors} {weights.value} tensors of {file.model!r}"
+        told = f"{file.path}: {file.tensors} {file.weights} tensors of {file.model!r}"
         typer.echo(printable(f"{told}, {file.bytes:,} bytes, from {file.checkpoint.path.name}"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from paceline.errors import DataError
 
@@ -93,35 +94,86 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def samples_in(batch: Any) -> int:
-    """The number of samples in a batch; 1 if it holds no tensor that says."""
-    found = _first_tensor(batch)
-    return 1 if found is None or found.dim() == 0 else found.shape[0]
+    """The number of samples in a batch, as far as it can be told: what progress and rows show."""
+    try:
+        return count_first_dimension(batch)
+    except DataError:
+        if isinstance(batch, (list, tuple)) and _lists_samples(batch):
+            return len(batch)
+        found = next(_tensors(batch), None)
+        return 1 if found is None else found.shape[0]
 
 
 def count_first_dimension(batch: Any) -> int:
-    """The leading dimension of the first tensor in a batch: its number of samples.
+    """The leading dimension that the tensors of a batch share: its number of samples.
 
     Raises:
-        DataError: there is no tensor in it.
+        DataError: they share none, or it is a list that may be one of samples.
     """
-    found = _first_tensor(batch)
-    if found is None or found.dim() == 0:
-        raise DataError(
-            f"cannot count the items of a batch of type {type(batch).__name__}, which holds no "
-            "tensor with a leading dimension: override count_items(batch)."
-        )
-    return found.shape[0]
+    if isinstance(batch, torch.Tensor) and batch.dim():
+        return batch.shape[0]
+    own = {tensor.shape[0] for tensor in _tensors(batch, below=False)}
+    sizes = own or {tensor.shape[0] for tensor in _tensors(batch)}
+    listed = type(batch) is list and _lists_samples(batch)
+    if len(sizes) == 1 and not listed:
+        return sizes.pop()
+    if listed:
+        what = f"may be a list of {len(batch)} samples, or of {len(batch)} tensors of a batch each"
+    elif sizes:
+        what = f"holds tensors with the leading dimensions {', '.join(map(str, sorted(sizes)))}"
+    else:
+        what = "holds no tensor with a leading dimension"
+    raise DataError(
+        f"cannot count the items of a batch of type {type(batch).__name__}, which {what}: override "
+        "count_items(batch), e.g. to return its number of samples."
+    )
 
 
-def _first_tensor(batch: Any) -> torch.Tensor | None:
+def stacked_by_torch(loader: Any) -> bool:
+    """Whether a loader makes its batches with torch's own `default_collate`.
+
+    The leading dimension of each of their tensors is then the number of samples.
+    """
+    batched = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        batched = loader.batch_size is not None
+    return batched and loader.collate_fn is default_collate
+
+
+def first_dimension(batch: Any) -> int:
+    """The leading dimension of the first tensor in a batch, or -1."""
+    found = next(_tensors(batch), None)
+    return -1 if found is None else found.shape[0]
+
+
+def _lists_samples(batch: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether the parts of a batch are so much alike that each may be a sample."""
+    if len(batch) < 2:
+        return False
+    if all(isinstance(part, torch.Tensor) for part in batch):
+        return len({part.shape for part in batch}) == 1
+    return all(isinstance(part, (Mapping, list, tuple)) or is_dataclass(part) for part in batch)
+
+
+def _tensors(batch: Any, *, below: bool = True) -> Iterator[torch.Tensor]:
+    """The tensors in a batch that have a leading dimension.
+
+    Args:
+        batch: tensors in containers of any depth.
+        below: also those within a list or tuple that is itself part of the batch.
+    """
     if isinstance(batch, torch.Tensor):
-        return batch
+        if batch.dim():
+            yield batch
+        return
     values = batch.values() if isinstance(batch, Mapping) else batch
     if is_dataclass(batch) and not isinstance(batch, type):
         values = [getattr(batch, each.name) for each in fields(batch)]
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        return None
-    return next((t for value in values if (t := _first_tensor(value)) is not None), None)
+        return
+    for value in values:
+        if below or not isinstance(value, (list, tuple)):
+            yield from _tensors(value, below=below)
 
 
 def describe(batch: Any) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from paceline.data.alike import borrowed, check_alike, fingerprint
+from paceline.data.batches import first_dimension, stacked_by_torch
 from paceline.data.fetch import tell_pass, told_of_passes
 from paceline.data.kept import Kept
 from paceline.data.source import Draw
@@ -72,6 +73,7 @@ class StreamedSource:
         self._in_pass = 0  # batches drawn in this pass
         self._in_epoch = 0  # batches drawn in this epoch
         self._ended = False  # this rank's loader has no more batches in this epoch
+        self._size = first_dimension if stacked_by_torch(loader) else _untold
         self._reading = Reading(loader)
         self._iterator: Iterator[Any] | None = None
         self._held: Any = _END  # a batch drawn ahead, to see whether the epoch continues
@@ -105,7 +107,8 @@ class StreamedSource:
             if self._in_epoch == 0:
                 raise DataError("the training loader yields no batch.")
             return None
-        return Draw([-1] * drawn + [0] * (longest - drawn), -1, batches.__getitem__, lambda j: [])
+        sizes = [self._size(batch) for batch in batches[:drawn]] + [0] * (longest - drawn)
+        return Draw(sizes, -1, batches.__getitem__, lambda j: [])
 
     def _level(self, batches: list[Any]) -> int:
         """Adds stand-ins until this rank has as many batches as any other; returns that number."""
@@ -274,6 +277,7 @@ class StreamedValidation:
         self._world = world
         self._in_step = world.parallel.partitions_state or world.parallel.context > 1
         self.length = _length(loader)
+        self._size = first_dimension if stacked_by_torch(loader) else _untold
         self._reading = Reading(loader)
         self._objects = Kept(loader)
         if self._reading.keeps_workers:
@@ -297,7 +301,7 @@ class StreamedValidation:
                 batch = next(reading, _END)
                 if not self._goes_on(batch, first=i == 0):
                     break
-                yield (last, 0) if batch is _END else (batch, -1)
+                yield (last, 0) if batch is _END else (batch, self._size(batch))
                 last = last if batch is _END else batch
                 seed_everything(_batch_seed(self._seed, "val-sample", 0, i + 1, self._world))
             abandoned = False
@@ -327,6 +331,10 @@ class StreamedValidation:
 
 
 _ANEW = "workers start anew with each pass: what they keep could not be restored on resume"
+
+
+def _untold(batch: Any) -> int:
+    return -1
 
 
 def _batch_seed(seed: int, label: str, pass_: int, index: int, world: World) -> int:

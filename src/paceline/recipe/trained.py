@@ -26,7 +26,7 @@ from paceline.world.seeding import seed_everything
 def load_model(
     run_dir: Path | str,
     *,
-    weights: Weights = "live",
+    weights: Weights = "validated",
     checkpoint: str = "latest",
     model: str | None = None,
     trust: Collection[str] = (),
@@ -40,8 +40,9 @@ def load_model(
 
     Args:
         run_dir: the run folder.
-        weights: "live" for the trained weights, "averaged" for those that a callback such as
-            `AveragedWeights` kept.
+        weights: "validated" for those that the run's metrics are of, which are the averaged ones if
+            it validated with them; "live" for the trained weights, "averaged" for those that a
+            callback such as `AveragedWeights` kept.
         checkpoint: "latest", "best" or a name such as "step_00000120".
         model: the model's name, if the recipe has several.
         trust: as for `load_recipe`.

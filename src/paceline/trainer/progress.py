@@ -14,6 +14,9 @@ def as_number(count: Any) -> Any:
     return int(number) if number == int(number) else number
 
 
+_PASSING = frozenset({"local_batches", "epoch_ends"})  # what is no part of the state
+
+
 @dataclass
 class Progress:
     """The counters of a run; they move only between windows.
@@ -32,6 +35,7 @@ class Progress:
         metrics: the last validation's metrics.
         rates: the learning rates of the last window, one a parameter group, by optimizer.
         local_batches: batches this process has trained on since it started; no part of the state.
+        epoch_ends: whether the boundary at hand is the epoch's last; no part of the state.
     """
 
     epoch: int = 0
@@ -47,17 +51,17 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     rates: dict[str, list[Any]] = field(default_factory=dict)
     local_batches: int = 0
+    epoch_ends: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         """Every counter, as plain numbers."""
         rates = {name: list(map(float, rates)) for name, rates in self.rates.items()}
         counts = {"samples": int(self.samples), "items": as_number(self.items)}
         state = {**asdict(self), **counts, "rates": rates}
-        del state["local_batches"]
-        return state
+        return {name: value for name, value in state.items() if name not in _PASSING}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         state = {"begun": state["batch"] > 0, **state}  # older checkpoints do not say
-        for name in {*self.__dataclass_fields__} - {"local_batches"}:
+        for name in {*self.__dataclass_fields__} - _PASSING:
             setattr(self, name, state[name])

@@ -368,6 +368,7 @@ class Trainer(TrainerBase):
         if not (by_step or saves or last or ending):
             return
         run.stop.hold(behind_boundary(step))
+        progress.epoch_ends = last
         improved = kept = False
         validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
         if validates and progress.validated_at != step and self.has_validation:
@@ -423,7 +424,7 @@ class Trainer(TrainerBase):
         for hook in self._at_hand.events.on_train_epoch_end:
             hook()
         self.progress.epoch += 1
-        self.progress.begun, self.progress.batch = False, 0
+        self.progress.begun, self.progress.epoch_ends, self.progress.batch = False, False, 0
 
     def checkpoint(self, reasons: Sequence[str] = ("asked for",), *, best: bool = False) -> None:
         """Saves all state at this boundary or, if called within a window, at the next one.

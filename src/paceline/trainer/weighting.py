@@ -38,20 +38,24 @@ def count_window(run: Run, batches: list[Any], sizes: list[int], samples: int) -
     """Counts a window's items from its batches, and adds them up over the ranks.
 
     Args:
-        run: with the user's `count_items`, if there is one; else the first dimension counts.
+        run: with the user's `count_items`, if there is one; else samples are items.
         batches: this rank's micro-batches, as read.
-        sizes: samples of each; 0 for a stand-in, which has no items.
+        sizes: samples of each; 0 for a stand-in, which has no items, -1 if only the batch tells.
         samples: of all ranks in the window, or -1 if only the batches tell.
     """
     count_items = run.count_items or count_first_dimension
-    real = [batch for batch, size in zip(batches, sizes, strict=True) if size != 0]
-    counted = iter([count_items(batch) for batch in real])
-    counts = [next(counted) if size != 0 else 0 for size in sizes]
+    counts = [
+        size if size == 0 or (size > 0 and run.count_items is None) else count_items(batch)
+        for batch, size in zip(batches, sizes, strict=True)
+    ]
     if run.world.reads_are_free:
         read = as_number if run.count_items is None else _checked
         counts = [read(count) for count in counts]
     items: Any = sum(counts)
-    seen: Any = sum(map(samples_in, real)) if samples < 0 else samples
+    seen: Any = samples
+    if samples < 0:
+        known = zip(batches, sizes, strict=True)
+        seen = sum(samples_in(batch) if size < 0 else size for batch, size in known)
     shares = run.world.dp_size
     if run.world.parts > 1:
         shares = run.world.parts
