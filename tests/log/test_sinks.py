@@ -264,6 +264,48 @@ def test_the_csv_can_be_derived_from_a_run_that_was_killed(tmp_path: Path) -> No
     assert write_csv(tmp_path).read_text() == "step\n1\n"
 
 
+def test_the_table_is_there_while_the_run_goes_on(tmp_path: Path) -> None:
+    """A line per step, which the validation's row joins, and new columns when they first come."""
+    file, sink = tmp_path / "metrics.csv", opened(tmp_path)
+    sink.write({"step": 1, "epoch": 0, "loss": 0.5})
+    assert file.read_text() == "step,epoch,loss\n1,0,0.5\n"
+    sink.write({"step": 1, "epoch": 0, "val/loss": math.inf})
+    sink.write({"step": 2, "epoch": 1, "loss": 0.25})
+    assert file.read_text() == "step,epoch,loss,val/loss\n1,0,0.5,inf\n2,1,0.25,\n"
+    sink.write({"step": 2, "epoch": 2, "val/loss": 0.125})
+    live = file.read_text()
+    assert live == "step,epoch,loss,val/loss\n1,0,0.5,inf\n2,1,0.25,0.125\n"
+    assert write_csv(tmp_path).read_text() == live
+    sink.close("complete")
+    assert file.read_text() == live
+
+
+def test_a_resumed_table_goes_on_where_the_rows_do(tmp_path: Path) -> None:
+    sink = opened(tmp_path)
+    sink.write({"step": 1, "loss": 0.5})
+    state = sink.state_dict()
+    sink.write({"step": 2, "loss": 0.25, "later": 1})
+    sink.close("failed")
+    again = JsonlSink()
+    again.open(RunInfo(tmp_path, "abc", resumed=True))
+    again.load_state_dict(state)
+    again.write({"step": 2, "loss": 0.125})
+    assert (tmp_path / "metrics.csv").read_text() == "step,loss\n1,0.5\n2,0.125\n"
+    again.close("complete")
+
+
+def test_a_table_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.csv").mkdir()
+    sink = opened(tmp_path)
+    sink.write({"step": 1})
+    sink.write({"step": 2})
+    assert caplog.text.count("metrics.csv cannot be written") == 1
+    sink.close("complete")
+    assert len(list(read_rows(tmp_path / "metrics.jsonl"))) == 2
+
+
 def test_a_damaged_row_is_named_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')

@@ -53,6 +53,18 @@ def run(run_dir: Path, *callbacks: Callback, **changes: Any) -> Any:
     return trainer.train(seed=5)
 
 
+def hyperparameters(run_dir: Path) -> dict[str, Any]:
+    """The settings that TensorBoard's tab HPARAMS shows of the run."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    reader = EventAccumulator(str(run_dir / "tensorboard"))
+    reader.Reload()
+    data: Any = HParamsPluginData
+    told = reader.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    found = data.FromString(told).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()}
+
+
 def files(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "tensorboard").iterdir())
 
@@ -63,6 +75,8 @@ def written(run_dir: Path) -> list[tuple[str, int, float]]:
     for path in files(run_dir):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
+                if value.tag.startswith("_hparams_/"):
+                    continue
                 number = value.tensor.float_val[0] if value.HasField("tensor") else None
                 found.append((value.tag, event.step, number))
     return found
@@ -261,3 +275,23 @@ def test_a_recipe_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     del sys.modules["board_data"]
     assert lookup("logger", "tensorboard") is TensorBoard
     assert {step for tag, step, _ in shown(Path("out")) if tag == "train/loss"} == {1, 2}
+
+
+def test_AH_28_the_settings_are_the_runs_hyperparameters(tmp_path: Path) -> None:
+    """Given the sink itself, when a run is stopped and resumed, then they are there and as before;
+    `written` finds each scalar once."""
+    run(tmp_path, StopAt(5))
+    first = hyperparameters(tmp_path)
+    run(tmp_path)
+    assert first == hyperparameters(tmp_path)
+    assert (first["optimizer.lr"], first["seed"], first["data.samples"]) == (0.01, 5.0, 97.0)
+
+
+def test_AH_28_a_recipes_hyperparameters_are_its_keys(tmp_path: Path) -> None:
+    sink = TensorBoard()
+    recipe = {"optimizer": {"lr": 0.1, "name": "x"}, "flags": [1, 2], "seed": 3, "none": None}
+    sink.open(RunInfo(tmp_path, "abc", identity={"a": 1}, recipe=recipe))
+    sink.write({"step": 1, "loss": 0.5})
+    sink.close("complete")
+    kept = {"optimizer.lr": 0.1, "optimizer.name": "x", "flags": "[1, 2]", "seed": 3.0}
+    assert hyperparameters(tmp_path) == kept

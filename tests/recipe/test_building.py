@@ -223,3 +223,44 @@ def test_warmup_cosine_refuses_numbers_that_make_no_schedule(wrong: dict):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError):
         WarmupCosine(optimizer, **({"total_steps": 10} | wrong))
+
+
+SAMPLERS = [
+    {"sampler": {"_target_": "torch.utils.data.RandomSampler", "num_samples": 7}},
+    {"sampler": {"_target_": "torch.utils.data.SequentialSampler"}},
+    {
+        "batch_sampler": {
+            "_target_": "torch.utils.data.BatchSampler",
+            "sampler": {"_target_": "torch.utils.data.SequentialSampler"},
+            "batch_size": 4,
+            "drop_last": False,
+        },
+        "batch_size": 1,
+    },
+]
+
+
+@pytest.mark.parametrize("given", SAMPLERS, ids=["random", "sequential", "in batches"])
+def test_a_sampler_gets_the_data_set_of_its_loader(recipe, given):
+    loader = {
+        "_target_": "torch.utils.data.DataLoader",
+        "dataset": {"_target_": "toy.Points", "n": 10},
+        "batch_size": 4,
+        **given,
+    }
+    made = build_trainer(load_recipe(recipe(train_dataloader=loader))).train_dataloader
+    sampler = made.sampler if "sampler" in given else made.batch_sampler.sampler
+    assert sampler.data_source is made.dataset
+    assert sum(len(batch[0]) for batch in made) == (7 if "num_samples" in str(given) else 10)
+
+
+def test_a_project_may_have_brackets_in_its_name(recipe):
+    """As a study's trials have in pytorch_template; the run is found again at a resume."""
+    path = recipe(run={"project": "Opt[0]", "name": "b[1]"})
+    trainer = build_trainer(load_recipe(path))
+    trainer.train()
+    assert trainer.result.checkpoint.parts[-5:-1] == ("runs", "Opt[0]", "b[1]", "checkpoints")
+    again = build_trainer(load_recipe(path, ["trainer.epochs=3"]))
+    again.train()
+    assert (again.global_step, trainer.global_step) == (9, 6)
+    assert again.local_batches == 3

@@ -162,3 +162,28 @@ def test_an_error_in_the_code_names_its_line(recipe: Write, tmp_path: Path):
     assert len(lines) == 3  # that toy.Net is unknown follows from it, and is not told as well
     assert "toy.yaml:1: code: its import failed" in text
     assert "toy.py:3: NameError" in text
+
+
+THEIRS = {
+    "save_last_k": "`checkpoint.keep_last`",
+    "even_batches": "nothing: each sample counts once",
+    "logging_config": "`loggers:`",
+    "warmup_params": "`lr_scheduler: {type: warmup_cosine",
+    "dump_config": "the command's `--dry-run`",
+    "exp_dir": "`run.dir`",
+    "config_dict": "nothing: the run's folder keeps recipe.yaml",
+}
+
+
+def test_keys_of_another_system_name_ours_wherever_they_stand(recipe):
+    """At the top level, under `trainer:` and, as far as they belong there, under `checkpoint:`."""
+    top = [f"+{name}=1" for name in THEIRS]
+    trainer = [f"+trainer.{name}=1" for name in THEIRS]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe(), [*top, *trainer, "+checkpoint.save_last_k=2"])
+    lines = str(caught.value).splitlines()
+    for name, ours in THEIRS.items():
+        for key in (f" {name}:", f" trainer.{name}:"):
+            [line] = [line for line in lines if key in line]
+            assert ours in line
+    assert any("checkpoint.save_last_k: " in x and "`checkpoint.keep_last`" in x for x in lines)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.errors import CheckpointError, MetricError, UnreadableError
+from paceline.log.csv_table import CsvTable, lines
 from paceline.log.files import replacing, sync_folder
 from paceline.log.floats import as_text, revived
 from paceline.reading import open_file, patiently, read_at
@@ -300,7 +301,10 @@ class RowFile:
 
 
 class JsonlSink(Sink):
-    """Writes `metrics.jsonl` and `timing.jsonl` in the run folder, and `metrics.csv` at the end.
+    """Writes `metrics.jsonl` and `timing.jsonl` in the run folder, and `metrics.csv` beside them.
+
+    The table has one line for each step that has a row: what was trained and what a validation
+    after it measured. It is there while the run goes on.
 
     Floats are written so that they are read back bit by bit; since JSON has no non-finite
     numbers, those are the strings "nan", "inf" and "-inf" (`read_rows` returns floats).
@@ -313,6 +317,7 @@ class JsonlSink(Sink):
         self.accept_lost_rows = accept_lost_rows
         self._folder: Path | None = None
         self._files: dict[str, RowFile] = {}
+        self._table: CsvTable | None = None
 
     def open(self, run: RunInfo) -> None:
         """See `Sink.open`. In a resumed run, existing rows stay and new ones follow them; a last
@@ -325,6 +330,8 @@ class JsonlSink(Sink):
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, TIMING_FILE):
             self._files[name] = RowFile(self._folder / name, fresh=not run.resumed)
+        if not run.resumed:  # else once its rows are those of the checkpoint
+            self._open_table()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """See `Sink.write`.
@@ -333,7 +340,11 @@ class JsonlSink(Sink):
             MetricError: a value cannot be written as JSON.
         """
         if self._files:
+            if self._table is None:
+                self._open_table()
             self._files[METRICS_FILE].append(row)
+            assert self._table is not None
+            self._table.add(_plain(row, ""))
 
     def write_timing(self, row: Mapping[str, Any]) -> None:
         """See `Sink.write_timing`.
@@ -360,6 +371,8 @@ class JsonlSink(Sink):
             CheckpointError: metrics.jsonl is shorter than that; neither file was changed. Lost
                 speeds and durations only cause a warning.
         """
+        if not self._files:
+            return
         known = {name: file for name, file in self._files.items() if name in state}
         problems = {name: file.check(state[name]) for name, file in known.items()}
         problem = problems.get(METRICS_FILE)
@@ -373,10 +386,21 @@ class JsonlSink(Sink):
                 file.cut(state[name])
             else:
                 _log.warning("%s. The run continues without them.", problem)
+        self._open_table()
+
+    def _open_table(self) -> None:
+        """Begins metrics.csv with the rows that there are."""
+        assert self._folder is not None
+        if self._table is not None:
+            self._table.close()
+        self._table = CsvTable(self._folder / CSV_FILE, read_rows(self._folder / METRICS_FILE))
 
     def close(self, status: str) -> None:
         """Writes the rows in memory, derives metrics.csv and closes the files."""
         del status
+        if self._table is not None:
+            self._table.close()
+            self._table = None
         for file in self._files.values():
             file.close()
         if self._files and self._folder is not None:
@@ -451,7 +475,9 @@ def latest_values(path: Path, within: int = 1 << 16) -> dict[str, Any]:
 
 
 def write_csv(run_dir: Path) -> Path:
-    """Derives `metrics.csv` from `metrics.jsonl`: one column per key, in order of appearance.
+    """Derives `metrics.csv` from `metrics.jsonl`: a line per step, a column per key.
+
+    Columns are in order of appearance; rows of one step share a line.
 
     Returns:
         The file written. A run without rows gets an empty file.
@@ -469,7 +495,7 @@ def write_csv(run_dir: Path) -> Path:
         table = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
         if columns:
             table.writeheader()
-        table.writerows(read_rows(source))  # floats by repr: as exact as in the rows
+        table.writerows(lines(read_rows(source)))  # floats by repr: as exact as in the rows
     return target
 
 

@@ -29,6 +29,9 @@ class TensorBoard(Sink):
     resumed run truncates them, so that each step has every scalar once, with the value that an
     uninterrupted run would have written (rounded to float32, as TensorBoard stores it).
 
+    The run's settings are its hyperparameters (TensorBoard's tab HPARAMS): those of the recipe, or
+    without one those that a resumed run must find unchanged.
+
     Counters (epoch, samples, items) and timing rows are only in the run folder's own files. Those
     are the authoritative record and this is a copy: if it cannot be written, a warning is logged
     and the run continues.
@@ -48,10 +51,12 @@ class TensorBoard(Sink):
         self._step = -1  # of the last row
         self._resumed_at: int | None = None
         self._warned = False
+        self._settings: dict[str, Any] = {}
 
     def open(self, run: RunInfo) -> None:
         """See `Sink.open`."""
         self._folder = None if run.folder is None else run.folder / FOLDER
+        self._settings = _flat(run.identity if run.recipe is None else run.recipe)
         self._file, self._step, self._resumed_at, self._warned = None, -1, None, False
         if self._folder is None:
             return
@@ -122,7 +127,7 @@ class TensorBoard(Sink):
         # TensorBoard reads a folder's files in the order of their names.
         name = f"events.out.tfevents.{seconds:010d}.{count:05d}.{socket.gethostname()}"
         self._file = self._folder / name
-        records = _record(_event(version=True))
+        records = _record(_event(version=True)) + _hyperparameters(self._settings)
         if self._resumed_at is not None:
             # A running TensorBoard discards the truncated part.
             records += _record(_event(step=self._resumed_at + 1, start=True))
@@ -141,6 +146,33 @@ class TensorBoard(Sink):
                 if before == 0:
                     self._file = None
                 raise
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted keys; what is no number, text or truth value is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[f"{prefix}{key}"] = value
+        elif value is not None:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _hyperparameters(settings: Mapping[str, Any]) -> bytes:
+    """The records from which TensorBoard's tab HPARAMS shows settings."""
+    if not settings:
+        return b""
+    from tensorboard.compat.proto import event_pb2
+    from torch.utils.tensorboard.summary import hparams
+
+    messages: Any = event_pb2
+    now = time.time()
+    summaries = hparams(dict(settings), {})
+    events = [messages.Event(wall_time=now, summary=summary) for summary in summaries]
+    return b"".join(_record(event.SerializeToString()) for event in events)
 
 
 def _event_files(folder: Path) -> list[Path]:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
 
+_SAMPLERS = ("sampler", "batch_sampler")
+
+
 @dataclass(frozen=True)
 class Builder:
     """Builds Components and names the one that fails.
@@ -51,7 +54,7 @@ class Builder:
             RecipeError: its constructor failed, or returned an object of another kind.
         """
         args = [self._value(value) for value in component.args]
-        kwargs = {name: self._value(value) for name, value in component.kwargs.items()}
+        kwargs = self._arguments(component)
         kwargs |= {name: v for name, v in given.items() if name in component.parameters}
         if component.kind.is_value and not inspect.isclass(component.target):
             plain = not (args or kwargs)
@@ -72,6 +75,25 @@ class Builder:
                 f"{with_article(component.kind.name)}."
             )
         return made
+
+    def _arguments(self, component: Component) -> dict[str, Any]:
+        """A component's keyword arguments; a sampler among them gets the `dataset` beside it."""
+        plain = {k: v for k, v in component.kwargs.items() if k not in _SAMPLERS}
+        made = {name: self._value(value) for name, value in plain.items()}
+        for name in [k for k in component.kwargs if k in _SAMPLERS]:
+            value = component.kwargs[name]
+            is_one = isinstance(value, Component) and "dataset" in made
+            made[name] = self._sampler(value, made["dataset"]) if is_one else self._value(value)
+        return made
+
+    def _sampler(self, component: Component, dataset: Any) -> Any:
+        """A sampler of a data set, unless the recipe says of what it is."""
+        kwargs = dict(component.kwargs)
+        inner = kwargs.get("sampler")  # that of a BatchSampler
+        if isinstance(inner, Component):
+            kwargs["sampler"] = self._sampler(inner, dataset)
+        given = {} if "data_source" in kwargs or component.args else {"data_source": dataset}
+        return self.build(replace(component, kwargs=kwargs), **given)
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, Component):

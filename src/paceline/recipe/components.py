@@ -39,7 +39,11 @@ _SLOTS = {
 }
 # Arguments of such components that mean "optimizer steps in the whole run": they can be counted.
 HORIZON = ("num_training_steps", "total_steps", "T_max")
-_NESTED = {"schedulers": {"given": ("optimizer",), "filled": HORIZON}}
+_NESTED = {
+    "schedulers": {"given": ("optimizer",), "filled": HORIZON},
+    "sampler": {"filled": ("data_source",)},  # the loader's data set; see builder.py
+    "batch_sampler": {"filled": ("data_source",)},
+}
 _TAKES_FUNCTIONS = ("LambdaLR", "MultiplicativeLR")
 _MISTAKEN = object()  # in the place of a component that has mistakes
 _FORBIDDEN = "Hydra only composes recipes, so its options for instantiation do not exist here"

@@ -8,10 +8,10 @@ from typing import Any
 
 from paceline.checkpoint import CheckpointPolicy, engine_class
 from paceline.errors import ConfigError
-from paceline.recipe.components import Checker, Component, arguments_of, is_component
+from paceline.recipe.components import Checker, Component, arguments_of, is_component, signature_of
 from paceline.recipe.groups import Group, check_groups
 from paceline.recipe.mistakes import Path, suggestion
-from paceline.recipe.schema import Schema
+from paceline.recipe.schema import Schema, foreign
 from paceline.recipe.targets import KINDS, Kind, kind_of, returned_class
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.settings import ValidationPolicy
@@ -68,6 +68,7 @@ def check_trainer(
         place = {"run_dir": "is `run.dir`", "resume": "is `--resume`"}.get(name, place)
         checker.mistakes.add((*path, name), f"{place}; it does not belong under `trainer:`.")
         del node[name]
+    _name_ours(node, cls, path, checker)
     if isinstance(node.get("metric_monitor"), Mapping):
         where = (*path, "metric_monitor")
         node["metric_monitor"] = settings(MetricMonitor, node["metric_monitor"], where, checker)
@@ -76,6 +77,14 @@ def check_trainer(
         node["validate_every"] = settings(ValidationPolicy, node["validate_every"], where, checker)
     arguments, args = arguments_of(node)
     return target, checker.call(target, arguments, path, kind, filled=elsewhere, args=args)
+
+
+def _name_ours(node: dict[str, Any], cls: type, path: Path, checker: Checker) -> None:
+    """Takes out the keys of other systems that have no namesake here; each mistake names ours."""
+    known = signature_of(cls).named
+    for name in [n for n in node if n not in known and foreign(n) is not None]:
+        checker.mistakes.add((*path, name), f"there is no such key; here it is {foreign(name)}.")
+        del node[name]
 
 
 def trainer_class(target: Callable[..., Any]) -> type[Trainer]:
@@ -219,7 +228,9 @@ def check_settings(schema: Schema, checker: Checker) -> dict[str, Any]:
         text = f"expected a mapping, or null for no checkpoints, got {schema.checkpoint!r}"
         checker.mistakes.add(("checkpoint",), text)
     elif schema.checkpoint:
-        policy = settings(CheckpointPolicy, schema.checkpoint, ("checkpoint",), checker)
+        node = dict(schema.checkpoint)
+        _name_ours(node, CheckpointPolicy, ("checkpoint",), checker)
+        policy = settings(CheckpointPolicy, node, ("checkpoint",), checker)
         found["checkpoint"] = policy
         if policy is not None:
             try:

@@ -14,6 +14,21 @@ from paceline.trainer.slots import slots_of
 from paceline.trainer.trainer import Trainer
 
 _ELSEWHERE = {
+    "save_every_n_steps": "`checkpoint.every_steps`",
+    "permanent_save_every_n_steps": "`checkpoint.keep_every_steps`",
+    "save_every_n_epochs": "`checkpoint.every_epochs`",
+    "save_last_k": "`checkpoint.keep_last`",
+    "project_dir": "`run.dir`",
+    "exp_dir": "`run.dir`",
+    "checkpoint_dir": "`run.dir`, which holds checkpoints/",
+    "exp_name": "`run.name`",
+    "config_dict": "nothing: the run's folder keeps recipe.yaml",
+    "logging_config": "`loggers:`",
+    "even_batches": "nothing: each sample counts once, on any number of ranks",
+    "warmup_params": "`lr_scheduler: {type: warmup_cosine, warmup: n}`",
+    "dump_config": "the command's `--dry-run`",
+    "resume_from_checkpoint": "the command's `--resume`",
+    "auto_reusme_from_latest_ckpt": "nothing: a run resumes by itself",
     "resume": "the command's `--resume`",
     "init_from": "the command's `--init-from`",
     "run_dir": "`run.dir`",
@@ -25,7 +40,7 @@ _NAME_BYTES = 200  # file systems take 255; runs of several seeds add to the nam
 
 def folder_name(value: str) -> str:
     """`value`, if it can be the name of one folder; else a ValueError."""
-    if not re.fullmatch(r"[\w.+=,@-]+", value) or set(value) == {"."}:
+    if not re.fullmatch(r"[\w.+=,@\[\]-]+", value) or set(value) == {"."}:
         raise ValueError(f"expected the name of one folder, got {value!r}")
     return folder_path(value)
 
@@ -136,6 +151,11 @@ def find_sections(
             text = text or suggestion(name, known)
             mistakes.add((name,), f"there is no such key{text}")
     return {name: values[name] for name in slots if values.get(name) is not None}
+
+
+def foreign(name: str) -> str | None:
+    """What another system's key, or one of ours in the wrong place, is called in a recipe."""
+    return _ELSEWHERE.get(name)
 
 
 def _meant_key(name: str, trainer: type[Trainer], known: list[str]) -> str | None:

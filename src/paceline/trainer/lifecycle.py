@@ -359,12 +359,13 @@ def _load(trainer: TrainerBase, run: Run) -> None:
     assert run.saver is not None
     tree = run.saver.load(found.path)
     trainer.load_state_dict(tree)
-    if trainer.resume.path is not None:
+    elsewhere = trainer.resume.path is not None and not run.saver.list()
+    if trainer.resume.path is not None and not elsewhere:
         run.saver.abandon_after(found.save_id)
         saving.report(run)
     _extend(trainer, run)
-    run.sinks_state = tree["rank"]
-    run.plan.add(f"resumes from {found.path.name}", "resume")
+    run.sinks_state = None if elsewhere else tree["rank"]  # rows before are in the other folder
+    run.plan.add(f"resumes from {found.path if elsewhere else found.path.name}", "resume")
     for hook in run.events.on_load_checkpoint:
         hook(tree)
 

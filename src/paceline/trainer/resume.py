@@ -11,8 +11,8 @@ from typing import Any
 from paceline.checkpoint import Checkpoint, CheckpointEngine
 from paceline.checkpoint.engine import engine_of
 from paceline.data.source import Source
-from paceline.errors import ConfigError, ResumeError
-from paceline.log.run_record import read_run
+from paceline.errors import CheckpointError, ConfigError, ResumeError
+from paceline.log.run_record import RUN_FILE, read_run
 from paceline.reading import patiently
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.identity_keys import FIRST_PARTS, READ_OFF, Identity
@@ -179,6 +179,31 @@ def _accepted(key: str, accept: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in accept)
 
 
+def _copied(saver: CheckpointEngine, wanted: Path, resume: Resume) -> Checkpoint:
+    """A checkpoint that was copied to a place of the user's own, for this run or for a new folder.
+
+    Raises:
+        ConfigError: it is none, or the run's folder holds another run's.
+    """
+    found, problem, own = None, "", saver.list()
+    if saver.world.is_main:
+        try:
+            if (wanted.parents[1] / RUN_FILE).exists():
+                problem = f", but of the run in {wanted.parents[1]}"
+            else:
+                found = saver.verify(wanted)
+        except (CheckpointError, OSError) as error:
+            problem = f" ({error})"
+    found, problem = saver.world.broadcast_object((found, problem))
+    if found is None or any(c.info.get("run_id") != found.info.get("run_id") for c in own):
+        raise ConfigError(
+            f"resume={resume.mode!r} is no checkpoint of this run{problem}; there is: "
+            f"{', '.join(c.path.name for c in own) or 'none'}. To resume a copy of one, give a "
+            "run_dir that holds no other run; to start from another run's weights, use init_from."
+        )
+    return found
+
+
 def find(saver: CheckpointEngine | None, resume: Resume, run_dir: Path | None) -> Checkpoint | None:
     """The checkpoint to resume from, or None to start.
 
@@ -196,13 +221,7 @@ def find(saver: CheckpointEngine | None, resume: Resume, run_dir: Path | None) -
     if resume.path is not None:
         wanted = resume.path.resolve()
         found = next((c for c in saver.list() if c.path.resolve() == wanted), None)
-        if found is None:
-            raise ConfigError(
-                f"resume={resume.mode!r} is no checkpoint of this run; there is: "
-                f"{', '.join(c.path.name for c in saver.list()) or 'none'}. To start from another "
-                "run's weights, use init_from."
-            )
-        return found
+        return found or _copied(saver, wanted, resume)
     found = saver.newest()
     if found is None and resume.mode == "must":
         raise ConfigError(f"resume='must': {run_dir} holds no intact checkpoint.")

@@ -11,6 +11,7 @@ from paceline.callbacks import EarlyStopping
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, Preempted
 from paceline.recipe.seeds import each_seed
+from paceline.trainer.callback import Callback
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.settings import Resume
@@ -43,7 +44,8 @@ def run(
         dl_train, dl_val: the loaders; by default those of `config.data`.
         trainer: a subclass of Trainer, or a function with its keywords.
         resume: the Trainer's `resume`.
-        **settings: further keywords of the Trainer, such as `callbacks` or `progress`.
+        **settings: further keywords of the Trainer, such as `callbacks` or `progress`. Without
+            `log_every`, metrics.csv has one line for each epoch.
 
     Returns:
         The mean over the finished seeds of the last validation's loss; NaN if none has one that is
@@ -113,6 +115,8 @@ def _trainer_of(
         "metric_monitor": monitor,
         "checkpoint": policy,
     }
+    if "log_every" not in settings:
+        callbacks.append(_RowAnEpoch())
     return make(
         model=model,
         optimizer=optimizer,
@@ -123,6 +127,13 @@ def _trainer_of(
         run_dir=config.folder / f"seed_{seed}",
         **{**own, **settings},
     )
+
+
+class _RowAnEpoch(Callback):
+    """A row of the training loss for each epoch, in place of one for each `log_every` steps."""
+
+    def on_setup(self, trainer: Trainer) -> None:
+        trainer.log_every = trainer.source.windows_per_epoch or trainer.log_every
 
 
 def _metric(name: str) -> str:

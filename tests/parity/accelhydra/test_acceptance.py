@@ -8,6 +8,7 @@ the test says what it does instead: `global_step` counts optimizer steps, not mi
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,38 @@ def test_AH_14_resume_in_mid_epoch(tmp_path: Path) -> None:
     resumed.train(seed=3)
     assert sorted(seen) == list(range(97))
     assert bits(resumed.model.state_dict()) == bits(unbroken.model.state_dict())
+
+
+@pytest.mark.parametrize("place", ["kept", "copied", "copied to a new folder"])
+def test_AH_17_a_run_resumes_from_a_kept_and_from_a_copied_checkpoint(
+    tmp_path: Path, place: str
+) -> None:
+    """Whatever the folder, it ends with the bits of the run that it left at step 10."""
+    policy = CheckpointPolicy(every_steps=5, keep_every_steps=10)
+    whole = make(tmp_path / "run", checkpoint=policy)
+    whole.train(seed=3)
+    chosen = tmp_path / "run/checkpoints/step_00000010"
+    if place != "kept":
+        chosen = Path(shutil.copytree(chosen, tmp_path / "apart/mine"))
+    folder = tmp_path / ("new" if place.endswith("folder") else "run")
+    expected = [row for row in rows(tmp_path / "run") if folder.name == "run" or row["step"] > 10]
+    again = make(folder, checkpoint=policy, resume=str(chosen))
+    result = again.train(seed=3)
+    assert bits(again.model.state_dict()) == bits(whole.model.state_dict())
+    assert rows(folder) == expected
+    assert steps_kept(folder) == ([10, 20, 30] if folder.name == "run" else [20, 30])
+    assert result.checkpoint == folder / "checkpoints/step_00000030"
+
+
+def test_a_copied_checkpoint_never_takes_the_place_of_another_run(tmp_path: Path) -> None:
+    make(tmp_path / "one").train(seed=3)
+    make(tmp_path / "two").train(seed=4)
+    copy = shutil.copytree(tmp_path / "one/checkpoints/step_00000030", tmp_path / "apart/mine")
+    with pytest.raises(ConfigError, match=r"no checkpoint of this run; .*give a run_dir"):
+        make(tmp_path / "two", resume=str(copy)).train(seed=3)
+    with pytest.raises(ConfigError, match=r"no checkpoint of this run \("):
+        make(tmp_path / "three", resume=str(tmp_path)).train(seed=3)
+    assert steps_kept(tmp_path / "two") == [30]
 
 
 def test_AH_18_an_override_at_resume_wins_or_is_named(tmp_path: Path) -> None:

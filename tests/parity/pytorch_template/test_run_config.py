@@ -5,7 +5,11 @@ Where Paceline differs on purpose the test says what it does instead; `docs/migr
 
 from __future__ import annotations
 
+import csv
 import json
+import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +227,50 @@ def test_PT_04_the_same_seed_twice_is_refused() -> None:
         config(seeds=[1, 2, 1])
 
 
-def test_PT_09_no_epoch_is_lost_or_doubled_at_a_resume() -> None:
-    """Stopped in its third epoch and started again: epochs 0 to 5, once each, and the csv too."""
-    conf = config(epochs=6, seeds=[1], scheduler_config={"T_max": 6})
-    with pytest.raises(Preempted):
-        trained(conf, callbacks=[StopAt(8)])
-    trained(conf)
+def table(conf: RunConfig) -> list[dict[str, str]]:
+    with open(conf.folder / "seed_1/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+LOSSES: list[tuple[int, float, int]] = []
+
+
+class Told(Trainer):
+    """Notes the loss and size of each batch; the first time it is killed in its fourth epoch."""
+
+    def on_train_batch_end(self, batch: Any, batch_idx: int, loss: torch.Tensor) -> None:
+        LOSSES.append((self.current_epoch, loss.item(), len(batch[0])))
+        if self.global_step == 10 and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def told(folder: Path) -> None:
+    os.chdir(folder)
+    trained(six_epochs(), trainer=Told)
+
+
+def six_epochs() -> RunConfig:
+    return config(epochs=6, seeds=[1], scheduler_config={"T_max": 6})
+
+
+def test_PT_09_no_epoch_is_lost_or_doubled_at_a_resume(ranks: Any) -> None:
+    """Killed in its fourth epoch and started again: epochs 0 to 5, once each, in the table too,
+    which has the mean loss over the epoch's samples and the rate, and is there after the kill."""
+    conf = six_epochs()
+    assert ranks.outcomes(told, 1, Path.cwd())[0].code == -signal.SIGKILL
+    assert [line["epoch"] for line in table(conf)] == ["0", "1", "2"]
+    LOSSES.clear()
+    told(Path.cwd())
     assert epochs_of(conf, 1) == list(range(6))
-    table = (conf.folder / "seed_1/metrics.csv").read_text().splitlines()
-    assert len(table) == 1 + len(rows(conf.folder / "seed_1"))
+    lines = table(conf)
+    assert [line["epoch"] for line in lines] == [str(epoch) for epoch in range(6)]
+    for epoch in (4, 5):
+        mean = sum(loss * n for e, loss, n in LOSSES if e == epoch) / 20
+        assert float(lines[epoch]["train/loss"]) == pytest.approx(mean)
+        rate = 1e-5 + (1e-2 - 1e-5) * (1 + math.cos(math.pi * epoch / 6)) / 2
+        assert float(lines[epoch]["lr"]) == pytest.approx(rate)
+        assert float(lines[epoch]["val/loss"]) > 0
 
 
 def test_1_a_resumed_schedule_is_not_a_step_behind() -> None:
