@@ -39,6 +39,7 @@ class FakeTrainer(Hooks):
         self.epochs, self.training_horizon = 2, 8
         self.log_every = log_every
         self.validation: Any = {None: SimpleNamespace(length=2)}
+        self.max_val_batches = None
         self.progress = SimpleNamespace(samples=0, items=0, rates={})
         self.row: dict[str, Any] = {}
         self.logged: list[tuple[int, str, Any]] = []

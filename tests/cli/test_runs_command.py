@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from paceline.cli.runs import runs
 
 
 def test_a_trained_run_is_listed_with_what_came_of_it(paceline, tmp_path: Path):
@@ -80,3 +85,41 @@ def test_it_is_quick_because_torch_is_not_imported(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def shown(capfd, monkeypatch: pytest.MonkeyPatch, width: int, *words: str, **options) -> list[str]:
+    """What `runs` prints in a terminal of a width, without its colours."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    runs([*words], **{**QUIET, **options})
+    return re.sub("\x1b\\[[0-9;]*m", "", capfd.readouterr().out).splitlines()
+
+
+QUIET = {
+    "sort": None, "reverse": False, "limit": None, "columns": None, "as_json": False, "diff": False
+}  # fmt: skip
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers(
+    tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+):
+    """Given 60 columns, when runs are listed, best stays whole and metrics make room for it."""
+    folder = tmp_path / "runs/digits/baseline"
+    folder.mkdir(parents=True)
+    record = {
+        "status": "complete", "step": 123456, "epoch": 12, "monitor": "val/loss",
+        "best": 6.5422e-06, "started": "2026-11-30T07:44:00", "ended": "2026-11-30T07:45:00",
+        "metrics": {"val/loss": 6.5422e-06, "val/top 1": 0.75},
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    for width in (80, 60, 40):
+        head, row = shown(capfd, monkeypatch, width)
+        assert max(len(head.rstrip()), len(row.rstrip())) <= width
+        assert row.split()[:2] == ["digits/baseline", "complete"]
+        assert "6.5422e-06" in row.split()
+    head, row = shown(capfd, monkeypatch, 30, columns="name,started,best,val/loss")
+    assert row.split() == ["digits/baseline", "2026-11-30", "07:44", "6.5422e-06", "6.5422e-06"]
+    assert len(shown(capfd, monkeypatch, 200, "val/top 1>0.5")) == 2
+    assert shown(capfd, monkeypatch, 200, "val/top 1>0.8") == []

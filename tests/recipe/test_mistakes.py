@@ -187,3 +187,77 @@ def test_keys_of_another_system_name_ours_wherever_they_stand(recipe):
             [line] = [line for line in lines if key in line]
             assert ours in line
     assert any("checkpoint.save_last_k: " in x and "`checkpoint.keep_last`" in x for x in lines)
+
+
+LISTED = "callbacks:\n  - {type: learning_rate}\n  - {type: gradient_monitor}\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "override", "expected"),
+    [
+        (LISTED, "~callbacks.0", ("callbacks is a list", "~callbacks.NAME")),
+        (LISTED, "+callbacks.2={type: throughput}", ("callbacks is a list", "callbacks=[...]")),
+        ("own: !!set {a, b}\n", "seed=1", (":14: ", "!!set is no kind of value")),
+        ("own: {null: 3}\n", "seed=1", (":14: ", "a key is empty or null")),
+        ("defaults: [../fit, _self_]\n", "seed=1", (":14: defaults: '../fit' lies outside",)),
+        ("", "run.dir=runs/epoch=3", ("\"run.dir='runs/epoch=3'\"",)),
+        ("", "run.name=été", ("\"run.name='été'\"",)),
+    ],
+    ids=["take out", "add", "set", "null key", "above", "equals sign", "accent"],
+)
+def test_what_hydra_cannot_read_is_told_with_what_to_write(
+    recipe: Write, more: str, override: str, expected: tuple[str, ...]
+):
+    path = recipe()
+    path.write_text(path.read_text().rstrip() + "\n" + more)
+    lines = len(path.read_text().splitlines())
+    told = "\n".join(refusal(path, override))
+    for part in expected:
+        assert part.replace(":14: ", f":{lines - len(more.splitlines()) + 1}: ") in told
+    assert "ConfigComposition" not in told
+
+
+def test_what_is_written_quoted_is_taken(recipe: Write):
+    assert load_recipe(recipe(), ["run.dir='runs/epoch=3'"]).run_dir == Path("runs/epoch=3")
+
+
+def test_an_item_of_a_list_that_is_null_is_left_out(recipe: Write):
+    path = recipe()
+    path.write_text(path.read_text().rstrip() + "\n" + LISTED)
+    loaded = load_recipe(path, ["callbacks.0=null"])
+    assert len(loaded.parts["callbacks"]) == 1  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["4711", "12e4567", "007", "true", "1.10"])
+def test_a_name_that_reads_as_a_number_is_a_name(recipe: Write, name: str):
+    assert load_recipe(recipe(), [f"run.name={name}"]).name == name
+    path = recipe()
+    path.write_text(path.read_text().rstrip() + f"\nrun: {{project: {name}, name: {name}}}\n")
+    loaded = load_recipe(path)
+    assert (loaded.project, loaded.name) == (name, name)
+    path.write_text(loaded.text.replace("code/toy.py", "toy.py"))  # as the run keeps it
+    assert load_recipe(path).name == name
+
+
+@pytest.mark.parametrize("section", ["run", "parallel"])
+def test_a_section_with_nothing_in_it_is_one_without_settings(recipe: Write, section: str):
+    path = recipe()
+    path.write_text(path.read_text().rstrip() + f"\n{section}:\n")
+    assert load_recipe(path).name == "baseline"
+
+
+def test_a_recipe_that_is_not_there_is_told_by_what_is(recipe: Write, tmp_path: Path):
+    path = recipe()
+    assert f"did you mean '{path}'?" in refusal(path.with_suffix(""))[1]
+    assert f"name one of its recipes, {path}." in refusal(tmp_path)[1]
+    other = path.with_suffix(".yml")
+    path.rename(other)
+    assert f"rename it to {path.name}." in refusal(other)[1]
+
+
+def test_a_run_folder_stands_for_the_recipe_in_it(recipe: Write, tmp_path: Path):
+    folder = tmp_path / "runs" / "toy" / "one"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe().read_text())
+    (folder / "toy.py").write_text((tmp_path / "toy.py").read_text())
+    assert load_recipe(folder).composed.path == folder / "recipe.yaml"

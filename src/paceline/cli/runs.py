@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _FIRST = ("name", "status", "step", "epoch", "monitor", "best")
 _LAST = ("started", "duration")
+_SPARE = ("epoch", "step", "monitor")  # what a narrow terminal does without, after those
+_NAME_WIDTH = 20  # to which a run's name is folded in a narrow terminal
+_NUMBER_WIDTH = 12  # enough for any number as it is shown
 _METRICS = 6  # the most columns of metrics, unless --columns chooses
 
 
@@ -67,7 +71,8 @@ def runs(
         _print_json([_as_json(run, wanted) for run in chosen])
     elif chosen:
         keys = wanted or _columns(chosen)
-        _print_table(keys, [[run.get(key) for key in keys] for run in chosen])
+        spare = [] if wanted else [*_LAST, *reversed([k for k in keys if k not in _FIRST]), *_SPARE]
+        _print_table(keys, [[run.get(key) for key in keys] for run in chosen], may_drop=spare)
     if not chosen:
         many = f"no run of {len(found)} below {folder} matches."
         _note(many if found else f"there is no run below {folder}.")
@@ -115,8 +120,17 @@ def _compare(words: list[str], as_json: bool) -> None:
             _note(f"{run.folder} has no readable recipe.yaml: its settings are not compared.")
 
 
-def _print_table(keys: list[str], rows: list[list[Any]], by_key: bool = False) -> None:
-    """Prints a table; with `by_key` the second column is the key of the row's values."""
+def _print_table(
+    keys: list[str], rows: list[list[Any]], by_key: bool = False, may_drop: Sequence[str] = ()
+) -> None:
+    """Prints a table. In a terminal too narrow for it, text is folded, and no number is.
+
+    Args:
+        keys: the columns.
+        rows: their values.
+        by_key: whether the second column is the key of the row's values.
+        may_drop: columns to leave out of a terminal too narrow for them, from the first on.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -124,17 +138,44 @@ def _print_table(keys: list[str], rows: list[list[Any]], by_key: bool = False) -
     from paceline.runs.text import cell, printable
 
     # Without a terminal nothing is cut off.
-    console = Console(width=None if sys.stdout.isatty() else 100_000, highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    terminal = Console().width if sys.stdout.isatty() else 100_000
+    columns: dict[str, list[str]] = {}
     for i, key in enumerate(keys):
-        numbers = not by_key and all(isinstance(row[i], int | float | None) for row in rows)
+        named = (row[1] if by_key else key for row in rows)
+        columns[key] = [cell(name, row[i]) for name, row in zip(named, rows, strict=True)]
+
+    def is_number(i: int) -> bool:
+        return not by_key and all(isinstance(row[i], int | float | None) for row in rows)
+
+    def width(key: str) -> int:
+        longest = max(map(len, [printable(key), *columns[key]]))
+        return min(longest, _NAME_WIDTH) if key == keys[0] else longest
+
+    def total(kept: list[str]) -> int:
+        return sum(map(width, kept)) + 2 * (len(kept) - 1)
+
+    shown, dropped = list(keys), list[str]()
+    for key in may_drop:
+        if total(shown) > terminal and key in shown:
+            shown.remove(key)
+            dropped.append(key)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for key in shown:
+        numbers = is_number(keys.index(key))
         table.add_column(
-            Text(printable(key)), justify="right" if numbers else "left", overflow="fold"
+            Text(printable(key)),
+            justify="right" if numbers else "left",
+            overflow="fold",
+            no_wrap=not by_key and key != shown[0],
+            min_width=_NUMBER_WIDTH if by_key else None,
         )
-    for row in rows:
-        names = [row[1]] * len(row) if by_key else keys
-        table.add_row(*(Text(cell(*pair)) for pair in zip(names, row, strict=True)))
-    console.print(table)
+    for cells in zip(*(columns[key] for key in shown), strict=True):
+        table.add_row(*map(Text, cells))
+    # Wider than the terminal if need be: a line that goes on below is still whole.
+    needed = 0 if by_key else total(shown)
+    Console(width=max(terminal, needed), highlight=False).print(table)
+    if dropped:
+        _note(f"too narrow for {', '.join(dropped)}; --columns chooses, --json has all.")
 
 
 def _print_json(value: Any) -> None:

@@ -31,15 +31,17 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from paceline.errors import RecipeError, nearest
+from paceline.errors import RecipeError, nearest, some
+from paceline.log.kept_code import RECIPE_FILE
 from paceline.log.secrets import MISSING, without_credentials
 from paceline.recipe.interpolation import size
 from paceline.recipe.marks import MAX_DEPTH, drop_duplicates, mark, read_node, shared_keys
-from paceline.recipe.mistakes import Mistakes, Path
+from paceline.recipe.mistakes import Mistakes, Path, dotted
 from paceline.recipe.resolvers import asked_once, forget, register_resolvers
 
 # `${name`, `${.name` or `${oc.select:name`: what an interpolation refers to.
 _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
+_NAMES = frozenset({"run.name", "run.project", "run.dir"})
 _LARGEST = 4 << 20  # characters of a recipe with its interpolations resolved
 
 
@@ -153,7 +155,7 @@ def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
     """Reads a recipe.
 
     Args:
-        path: the recipe's YAML file.
+        path: the recipe's YAML file, or a run folder.
         overrides: `key=value`, `+key=value`, `~key`, or `group=option`.
 
     Returns:
@@ -165,6 +167,8 @@ def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
     register_resolvers()
     forget()
     file = FilePath(path)
+    if (file / RECIPE_FILE).is_file():  # a run folder keeps its recipe
+        file = file / RECIPE_FILE
     noted = Mistakes(lambda _: str(file))
     taken = _read_overrides(overrides, file.resolve().parent, noted)
     _check_file(file, noted)
@@ -179,8 +183,9 @@ def _read_overrides(texts: Sequence[str], folder: FilePath, noted: Mistakes) -> 
         try:
             override: Override = parser.parse_override(text)
         except Exception as error:  # noqa: BLE001 - the grammar's errors have no common base
-            noted.add((), f"{text!r} is not key=value: {told(error)}", "override")
+            noted.add((), _unread(text, error), "override")
             continue
+        override = _with_name(override, text)
         key, wrong = override.key_or_group, None
         if not key.strip("."):
             wrong = "is not key=value: the key is missing."
@@ -191,10 +196,33 @@ def _read_overrides(texts: Sequence[str], folder: FilePath, noted: Mistakes) -> 
         if wrong is not None:
             noted.add((), f"{text!r} {wrong}", "override")
         elif override.type is OverrideType.CHANGE and not (folder / key).is_dir():
-            taken.append(Taken(text, override, f"++{text}"))
+            taken.append(Taken(text, override, f"++{override.input_line}"))
         else:
-            taken.append(Taken(text, override, text))
+            taken.append(Taken(text, override, str(override.input_line)))
     return taken
+
+
+def _unread(text: str, error: Exception) -> str:
+    """What is wrong with an override that Hydra's grammar does not know."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return f"{text!r} is not key=value."
+    if value[:1] in tuple("{['\""):
+        return f"{text!r} cannot be read: {told(error)}"
+    quoted = f"{key}='{value}'"
+    return (
+        f"{text!r} cannot be read ({told(error)}): put the value in quotes, and the whole in "
+        f'others for the shell: "{quoted}"'
+    )
+
+
+def _with_name(override: Override, text: str) -> Override:
+    """A name that reads as a number (a job's id, a commit) is text all the same."""
+    value = text.partition("=")[2].strip()
+    is_name = override.key_or_group in _NAMES and re.fullmatch(r"[\w.+-]+", value)
+    if not is_name or not isinstance(override.value(), (bool, int, float)):
+        return override
+    return OverridesParser.create().parse_override(text.replace(f"={value}", f"='{value}'", 1))
 
 
 def _check_file(file: FilePath, noted: Mistakes) -> None:
@@ -205,8 +233,9 @@ def _check_file(file: FilePath, noted: Mistakes) -> None:
     """
     node = None
     if not file.is_file():
-        known = [str(other) for other in file.parent.glob("*.yaml")]
-        noted.add((), f"there is no recipe file {str(file)!r}{nearest(str(file), known)}")
+        noted.add((), _no_file(file))
+    elif file.suffix != ".yaml":
+        noted.add((), f"a recipe's name ends in .yaml: rename it to {file.stem}.yaml.")
     else:
         try:
             node = read_node(file)
@@ -221,7 +250,9 @@ def _check_file(file: FilePath, noted: Mistakes) -> None:
     if node is None:
         noted.raise_any(file)
         return
-    for key, _ in node.value:
+    for key, value in node.value:
+        if key.value == "defaults":
+            _check_defaults(value, file, noted)
         if key.value == "hydra":
             # It configures an application that does not run here, and can import packages.
             noted.add(
@@ -231,6 +262,39 @@ def _check_file(file: FilePath, noted: Mistakes) -> None:
                 f"{file}:{key.start_mark.line + 1}",
             )
             noted.raise_any(file)
+
+
+def _no_file(file: FilePath) -> str:
+    known = [str(other) for other in (file if file.is_dir() else file.parent).glob("*.yaml")]
+    if file.is_dir():
+        there = f": name one of its recipes, {some(sorted(known))}." if known else "."
+        return f"{str(file)!r} is a folder that holds no {RECIPE_FILE}{there}"
+    whole = f"{file}.yaml"
+    meant = f"; did you mean {whole!r}?" if whole in known else nearest(str(file), known)
+    return f"there is no recipe file {str(file)!r}{meant}"
+
+
+def _check_defaults(node: yaml.Node, file: FilePath, noted: Mistakes) -> None:
+    """Adds a mistake for each option above the recipe's folder, where Hydra looks for none.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    above = [
+        part
+        for item in (node.value if isinstance(node, yaml.SequenceNode) else ())
+        for part in ([v for _, v in item.value] if isinstance(item, yaml.MappingNode) else [item])
+        if ".." in str(part.value).split("/")
+    ]
+    for part in above:
+        noted.add(
+            ("defaults",),
+            f"{part.value!r} lies outside the recipe's folder, where a recipe finds nothing: put "
+            "this recipe beside it, or what they share in a folder of theirs.",
+            f"{file}:{part.start_mark.line + 1}",
+        )
+    if above:
+        noted.raise_any(file)
 
 
 def _compose(file: FilePath, taken: list[Taken], noted: Mistakes) -> tuple[DictConfig, list[Taken]]:
@@ -309,13 +373,24 @@ def _without_culprits(file: FilePath, taken: list[Taken], noted: Mistakes) -> li
         except MissingConfigException:
             left.append(each)
         except Exception as error:  # noqa: BLE001
-            noted.add((), told(error), f"override {each.text!r}")
+            numbered = next((i for i, key in enumerate(each.path) if key.isdigit()), 0)
+            text = _of_list(each.path[:numbered]) if numbered else told(error)
+            noted.add((), text, f"override {each.text!r}")
         else:
             left.append(each)
     if len(left) == len(taken):
         noted.add((), "its overrides cannot be applied together.")
         noted.raise_any(file)
     return left
+
+
+def _of_list(path: Path) -> str:
+    name = dotted(path)
+    return (
+        f"{name} is a list, to which no item is added and from which none is taken: give the whole "
+        f"list ({name}=[...]); or make it a mapping of names in the recipe, and write "
+        f"+{name}.NAME=... or ~{name}.NAME."
+    )
 
 
 @contextlib.contextmanager
@@ -344,10 +419,12 @@ def _tolerant(
     # A plain function: Hydra copies its sources, and would copy a partial's `noted` too.
     def load_config(config_path: str) -> ConfigResult:
         file = recipe.parent / f"{config_path.removesuffix('.yaml')}.yaml"
-        if file.is_file():
-            read_node(file)  # OmegaConf would write out aliases without an end
+        # OmegaConf would write out aliases without an end, which are counted here.
+        root = read_node(file) if file.is_file() else None
         try:
-            return load(config_path)
+            result = load(config_path)
+            _keep_names(result.config, root)
+            return result
         except yaml.constructor.ConstructorError as error:
             if "duplicate" not in str(error.problem):
                 raise
@@ -366,8 +443,26 @@ def _tolerant(
     return load_config
 
 
+def _keep_names(config: Any, root: yaml.Node | None) -> None:
+    """Gives the run's names as they are written, where YAML reads a number in one.
+
+    Args:
+        config: what OmegaConf made of a file.
+        root: the file's own nodes.
+    """
+    sections = {key.value: value for key, value in getattr(root, "value", ()) or ()}
+    run = sections.get("run")
+    for key, value in run.value if isinstance(run, yaml.MappingNode) else ():
+        name = f"run.{key.value}"
+        read = OmegaConf.select(config, name) if name in _NAMES else None
+        if isinstance(read, (bool, int, float)):
+            OmegaConf.update(config, name, value.value)
+
+
 def told(error: BaseException) -> str:
     """An error's message in one line, without the context that Hydra and PyYAML add."""
+    while not str(error) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
     if isinstance(error, RecursionError):

@@ -13,14 +13,18 @@ from paceline.recipe.mistakes import Path
 MAX_DEPTH = 60
 _MOST_BYTES = 4 << 20
 _MOST_VALUES = 50_000
-_MERGE = "tag:yaml.org,2002:merge"  # `<<: *anchor`
+_YAML_TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_YAML_TAG}merge"  # `<<: *anchor`
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp", "value")
+_TAGS = frozenset(_YAML_TAG + kind for kind in _KINDS)
 
 
 def read_node(file: FilePath) -> yaml.Node | None:
     """A file's YAML as nodes that know their lines; None if it is empty.
 
     Raises:
-        yaml.YAMLError, UnicodeDecodeError: the file is not YAML, or no recipe has that many values.
+        yaml.YAMLError, UnicodeDecodeError: the file is not YAML, no recipe has that many values, or
+            it has a value or a key of a kind that recipes lack.
     """
     if file.stat().st_size > _MOST_BYTES:
         raise yaml.YAMLError(f"it has more than {_MOST_BYTES} bytes; no recipe is that long.")
@@ -31,6 +35,16 @@ def read_node(file: FilePath) -> yaml.Node | None:
             f"its aliases (`*name`) make more than {_MOST_VALUES} values of it; no recipe has that "
             "many."
         )
+    for each in () if node is None else _nodes(node):
+        if each.tag not in _TAGS:
+            written = each.tag.replace(_YAML_TAG, "!!")
+            problem = f"{written} is no kind of value in a recipe: write a list or a mapping."
+            raise yaml.constructor.ConstructorError(None, None, problem, each.start_mark)
+        keys = [key for key, _ in each.value] if isinstance(each, yaml.MappingNode) else ()
+        for key in keys:
+            if key.tag == f"{_YAML_TAG}null":
+                problem = "a key is empty or null: write it in quotes, or give it a name."
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
     return node
 
 

@@ -152,13 +152,13 @@ def _check_single(
 
 
 def _check_list(slot: str, node: Any, kind: Kind, checker: Checker) -> list[Component] | None:
-    """Components from a list or from a mapping of names (null takes one out)."""
+    """Components from a list or from a mapping of names; null takes one out."""
     if isinstance(node, Mapping) and not is_component(node):
         items = [(str(name), item) for name, item in node.items() if item is not None]
         if slot == "loggers" and not items:
             return None  # only an empty list turns rows off
     elif isinstance(node, list):
-        items = [(str(i), item) for i, item in enumerate(node)]
+        items = [(str(i), item) for i, item in enumerate(node) if item is not None]
     else:
         checker.mistakes.add((slot,), f"expected a list or a mapping of names, got {node!r}")
         return None

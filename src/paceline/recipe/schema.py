@@ -35,6 +35,7 @@ _ELSEWHERE = {
     "name": "`run.name`",
     "project": "`run.project`",
 }
+_MAY_BE_EMPTY = ("run", "trainer", "parallel")
 _NAME_BYTES = 200  # file systems take 255; runs of several seeds add to the name
 
 
@@ -110,6 +111,12 @@ def parse(values: Mapping[str, Any], mistakes: Mistakes) -> Schema:
         The keys without mistakes, with defaults for the rest.
     """
     values = {name: values[name] for name in Schema.model_fields if name in values}
+    # A section with nothing below it is one without settings.
+    values = {
+        name: value
+        for name, value in values.items()
+        if value is not None or name not in _MAY_BE_EMPTY
+    }
     if values.get("seed") is not None and values.get("seeds") is not None:
         text = f"there is `seed: {values['seed']}` too; give one of them (`~seed` takes it out)."
         mistakes.add(("seeds",), text)

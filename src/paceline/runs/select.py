@@ -14,7 +14,9 @@ from paceline.errors import ConfigError
 from paceline.runs.listing import RunFolder, Value
 from paceline.runs.text import printable
 
-_FILTER = re.compile(r"([^=!<>~\s]+)\s*(!=|<=|>=|=|<|>|~)\s*([^=!<>~].*|)", re.DOTALL)
+_FILTER = re.compile(
+    r"([^=!<>~\s](?:[^=!<>~]*[^=!<>~\s])?)\s*(!=|<=|>=|=|<|>|~)\s*([^=!<>~].*|)", re.DOTALL
+)
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {"<": lt, "<=": le, ">": gt, ">=": ge}
 _CONSTANTS: dict[str, Value] = {"true": True, "false": False, "null": None}
 
