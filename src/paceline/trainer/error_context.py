@@ -6,18 +6,23 @@ Nothing here runs before an error does, so the loop pays nothing for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from paceline.data.batches import describe
-from paceline.errors import DataError, NonFiniteError, PacelineError
+from paceline.errors import DataError, LossError, NonFiniteError, PacelineError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
 
 # What a model raises that gets a batch it is not made for.
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
+_SECOND_BACKWARD = (
+    "the loss has no graph any more. Does training_step call backward() itself? It returns the "
+    "loss, and the loop calls backward() and steps the optimizer. Does the loss depend on a tensor "
+    "of an earlier step? Detach that tensor."
+)
 _SHOWN = 32  # sample indices in a message
 
 
@@ -38,7 +43,7 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
 
 
 def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
-    """The error to raise instead: a DataError at the first batch, else itself with a note.
+    """The error to raise instead: one of ours where the cause is known, else itself with a note.
 
     Args:
         trainer: whose window may be at hand.
@@ -54,13 +59,14 @@ def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseExc
         f"{whereabouts(trainer, run)}, rank {run.world.rank}: {describe(window.batch)}; "
         f"samples {_some(window.ids())}"
     )
+    if isinstance(error, RuntimeError) and "through the graph a second time" in str(error):
+        return _noted(LossError(_SECOND_BACKWARD), where)
     steps: list[Callable[..., Any]] = [trainer.training_step]
     if trainer.is_overridden("step"):
         steps.append(trainer.step)
     if trainer.local_batches == 0 and _passed_through(error, steps):
-        return _misfit(error, "training_step", where)
-    error.add_note(f"in {where}")
-    return error
+        return _misfit(error, "training_step", where + _dictionary(trainer, window.batch))
+    return _noted(error, where)
 
 
 def in_validation(
@@ -79,17 +85,31 @@ def in_validation(
     where = f"{whereabouts(trainer, run)}, batch {batch_idx}, rank {rank}: {describe(batch)}"
     first = batch_idx == 0 and run.progress.validated_at < 0
     if first and _passed_through(error, [trainer.validation_step]):
-        return _misfit(error, "validation_step", where)
+        return _misfit(error, "validation_step", where + _dictionary(trainer, batch))
+    return _noted(error, where)
+
+
+def _noted(error: Exception, where: str) -> Exception:
     error.add_note(f"in {where}")
     return error
+
+
+def _dictionary(trainer: TrainerBase, batch: Any) -> str:
+    """What the Trainer's own `loss` makes of a mapping, if that is what runs."""
+    own = any(map(trainer.is_overridden, ("loss", "training_step", "validation_step", "step")))
+    if own or not isinstance(batch, Mapping):
+        return ""
+    return (
+        "\nThe model got a dictionary of all but the targets: take it in its forward, or override "
+        "loss(batch), e.g. with self.model(**inputs)."
+    )
 
 
 def _misfit(error: Exception, step: str, where: str) -> Exception:
     if isinstance(error, (PacelineError, torch.OutOfMemoryError)) or not isinstance(
         error, _MISFITS
     ):
-        error.add_note(f"in {where}")
-        return error
+        return _noted(error, where)
     return DataError(
         f"{step} failed on its first batch with {type(error).__name__}: {error}\n  {where}\n"
         "Do the shapes, the dtypes and the order of what the loader yields fit the model and the "
