@@ -40,7 +40,8 @@ class FakeTrainer(Hooks):
         self.log_every = log_every
         self.validation: Any = {None: SimpleNamespace(length=2)}
         self.max_val_batches = None
-        self.progress = SimpleNamespace(samples=0, items=0, rates={})
+        self.progress = SimpleNamespace(samples=0, items=0, rates={}, begun=True)
+        self.local_batches = 0
         self.row: dict[str, Any] = {}
         self.logged: list[tuple[int, str, Any]] = []
         self.timing: list[tuple[str, float]] = []

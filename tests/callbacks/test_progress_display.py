@@ -12,8 +12,10 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_trainer import FakeTrainer
 
+from paceline import Trainer
 from paceline.callbacks import Progress
 from paceline.errors import ConfigError
 
@@ -163,3 +165,24 @@ def test_rich_is_imported_only_for_a_terminal() -> None:
 def test_settings_out_of_range() -> None:
     with pytest.raises(ConfigError, match="negative"):
         Progress(refresh_seconds=-1)
+
+
+def test_after_one_pass_it_is_the_first_epoch_and_the_loss_is_seen_before_any_row() -> None:
+    """Given 4 steps that are one pass, without a row until then, the last drawing says so."""
+    model = torch.nn.Linear(3, 1)
+    out, batches = Terminal(), [(torch.ones(2, 3), torch.ones(2, 1))] * 4
+    losses: list[float] = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        losses.append((value := (outputs - targets).square().mean()).item())
+        return value
+
+    Trainer(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01), loss_fn=loss,
+        train_dataloader=batches, max_steps=4, log_every=50,
+        callbacks=[Progress(file=out, refresh_seconds=0)], progress=False,
+    ).fit()  # fmt: skip
+    drawn = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", out.getvalue())
+    assert "epoch 1" in drawn
+    assert "epoch 2" not in drawn
+    assert f"loss {losses[0]:.4g}"[:9] in drawn

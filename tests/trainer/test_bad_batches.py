@@ -88,6 +88,12 @@ def test_a_first_batch_that_the_model_cannot_take_is_described() -> None:
     assert "Do the shapes, the dtypes" in text
 
 
+def test_a_model_that_gets_a_dictionary_is_told_so() -> None:
+    text = message(DataError, train_dataloader=[{"x": torch.ones(4, 3), "labels": torch.ones(4)}])
+    assert "must be Tensor, not dict" in text
+    assert "The model got a dictionary of all but the targets" in text
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError, IndexError, KeyError])
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "loss", "step"])
 def test_an_error_at_the_first_batch_keeps_its_type_and_describes_the_batch(

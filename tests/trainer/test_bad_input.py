@@ -268,6 +268,7 @@ class Returns(Trainer):
         (lambda loss: {"loss": loss, "accuracy": 1.0}, "return the loss itself, and log what"),
         (lambda loss: (loss, 1), "of type tuple"),
         (lambda loss: loss.detach(), "a loss without a gradient"),
+        (lambda loss: loss.backward() or loss, "Does training_step call backward() itself? It ret"),
         (lambda loss: loss * torch.ones(3), "a tensor of shape (3,); the loss is one number"),
         (lambda loss: {"optimizer": None}, "returned nothing for 'optimizer'"),
         (lambda loss: {"optimizer": loss.detach()}, "without a gradient for 'optimizer'"),

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Resume, Trainer
-from paceline.errors import CheckpointError, ConfigError, ResumeError
+from paceline.errors import CheckpointError, ConfigError, MismatchError, ResumeError
 from paceline.testing import StopAt, rows
 from small import batches, checkpoints, fitted, line, same, settings, weights
 
@@ -32,6 +32,15 @@ KEEP = CheckpointPolicy(keep_last=None)
 
 def stopped(run_dir: Path, step: int = 3, **changes: Any) -> Trainer:
     return fitted(run_dir=run_dir, callbacks=[StopAt(step)], **changes)
+
+
+def test_another_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    with pytest.raises(MismatchError) as caught:
+        fitted(run_dir=tmp_path, model=torch.nn.Linear(3, 1, bias=False))
+    told = str(caught.value)
+    assert "the checkpoint does not fit model 'model'" in told
+    assert f"--init-from {tmp_path / 'checkpoints' / 'step_00000003'}" in told
 
 
 # A finished run, and one whose end moves
@@ -44,7 +53,10 @@ def test_a_finished_run_started_again_trains_nothing(tmp_path: Path, capsys: Any
     assert again.local_batches == 0
     assert same(weights(again), weights(first))
     assert again.result == first.result
-    assert "is complete (epochs)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert (
+        "is complete (epochs): nothing is left to train. To train on, raise epochs; for a" in told
+    )
     assert (tmp_path / "metrics.jsonl").read_bytes() == held
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "complete"
 

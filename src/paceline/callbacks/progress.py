@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+import torch
+
 from paceline.data.source import batches_in
 from paceline.errors import ConfigError
 from paceline.trainer.callback import Callback
@@ -139,14 +141,15 @@ class Progress(Callback):
             self._due = math.inf
             return
         elapsed = max(now - self._began, 1e-9)
-        notes = [*_values(self._row)[:_SHOWN], *([self._speed] if self._speed else [])]
+        values = _values(self._row)[:_SHOWN] or _loss_now(trainer)
+        notes = [*values, *([self._speed] if self._speed else [])]
         step, total = trainer.global_step, trainer.training_horizon
         steps_per_second = (step - self._step_before) / elapsed
         if total and steps_per_second > 0:
             notes.append(f"{_clock((total - step) / steps_per_second)} left")
-        epoch, epochs = trainer.current_epoch + 1, trainer.epochs
-        # Capped: after the last epoch `current_epoch` equals the number of epochs.
-        label = f"epoch {min(epoch, epochs)}/{epochs}" if epochs else f"epoch {epoch}"
+        # Between two epochs it is the one that has ended.
+        epoch, epochs = max(trainer.current_epoch + trainer.progress.begun, 1), trainer.epochs
+        label = f"epoch {epoch}/{epochs}" if epochs else f"epoch {epoch}"
         self._view.training(label, step, total, notes)
         self._unshown = False
 
@@ -230,6 +233,14 @@ class _Bars:
 
     def close(self) -> None:
         self._bars.stop()
+
+
+def _loss_now(trainer: Trainer) -> list[str]:
+    """Before the first row the loss of the last batch, where reading it waits for no device."""
+    loss = getattr(trainer.window, "loss", None) if trainer.local_batches else None
+    if isinstance(loss, torch.Tensor) and loss.device.type == "cpu":
+        return [f"loss {loss.item():.4g}"]
+    return []
 
 
 def _values(row: dict[str, Any]) -> list[str]:

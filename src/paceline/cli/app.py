@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from importlib.metadata import version
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
 from paceline.cli.runs import runs
 from paceline.cli.streams import make_lasting
+from paceline.cli.traceback import told_in_full
 from paceline.cli.train import train
 from paceline.errors import CheckpointError, ConfigError, PacelineError
 from paceline.exit_codes import FAILED, USAGE
@@ -63,10 +63,9 @@ def run() -> None:
     except PacelineError as error:
         _show(error)
         sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
-    except Exception:
-        if _rank() is None:
-            raise
-        print(f"{_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except Exception as error:  # noqa: BLE001 - of the user's own code
+        who = f"{_rank()} failed:\n" if _rank() else ""
+        print(f"{who}{told_in_full(error)}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
 
 
@@ -83,8 +82,7 @@ def _show(error: PacelineError) -> None:
         cause = cause.__cause__
     of_disk = isinstance(error, CheckpointError) and isinstance(cause, OSError)
     if cause is not None and not of_disk and not isinstance(error, ConfigError):
-        lines = traceback.format_exception(cause)
-        console.print(Text("".join(lines).rstrip()), style="dim")
+        console.print(Text(told_in_full(cause)), style="dim")
     where = f"{_rank()}: " if _rank() else ""
     # Mistakes in a recipe need no class name; other errors do.
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "

@@ -6,19 +6,24 @@ Nothing here runs before an error does, so the loop pays nothing for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from paceline.data.batches import describe
-from paceline.errors import NonFiniteError, PacelineError, PeerError
+from paceline.errors import LossError, NonFiniteError, PacelineError, PeerError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
 from paceline.trainer.stop import is_lost_connection, timed_out
 
 # What a model raises that gets a batch it is not made for.
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
+_SECOND_BACKWARD = (
+    "the loss has no graph any more. Does training_step call backward() itself? It returns the "
+    "loss, and the loop calls backward() and steps the optimizer. Does the loss depend on a tensor "
+    "of an earlier step? Detach that tensor."
+)
 _SHOWN = 32  # sample indices in a message
 
 
@@ -39,7 +44,7 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
 
 
 def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
-    """The error to raise instead: a PeerError if a collective has timed out, else itself.
+    """The error to raise instead: one of ours where the cause is known, else itself.
 
     A note on it says which batch it is about; at the first batch, what to look at too.
 
@@ -67,11 +72,15 @@ def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseExc
         f"{whereabouts(trainer, run)}, rank {run.world.rank}: {describe(window.batch)}; "
         f"samples {_some(window.ids())}"
     )
+    if isinstance(error, RuntimeError) and "through the graph a second time" in str(error):
+        instead = LossError(_SECOND_BACKWARD)
+        instead.add_note(f"in {where}")
+        return instead
     steps: list[Callable[..., Any]] = [trainer.training_step]
     if trainer.is_overridden("step"):
         steps.append(trainer.step)
     first = trainer.local_batches == 0 and _passed_through(error, steps)
-    _note(error, "training_step", where, first)
+    _note(error, "training_step", where, _hint(trainer, window.batch) if first else None)
     return error
 
 
@@ -93,27 +102,38 @@ def in_validation(
     where = f"{whereabouts(trainer, run)}, batch {batch_idx}, rank {rank}: {describe(batch)}"
     first = batch_idx == 0 and run.progress.validated_at < 0
     first = first and _passed_through(error, [trainer.validation_step])
-    _note(error, "validation_step", where, first)
+    _note(error, "validation_step", where, _hint(trainer, batch) if first else None)
 
 
-def _note(error: Exception, step: str, where: str, first: bool) -> None:
+def _hint(trainer: TrainerBase, batch: Any) -> str:
+    """What to look at when a step fails on its first batch."""
+    text = (
+        "Do the shapes, the dtypes and the order of what the loader yields fit the model and the "
+        "loss?"
+    )
+    own = any(map(trainer.is_overridden, ("loss", "training_step", "validation_step", "step")))
+    if own or not isinstance(batch, Mapping):
+        return text
+    return (
+        "The model got a dictionary of all but the targets: take it in its forward, or override "
+        f"loss(batch), e.g. with self.model(**inputs).\n{text}"
+    )
+
+
+def _note(error: Exception, step: str, where: str, hint: str | None) -> None:
     """Adds to an error, which keeps its type, what its batch was.
 
     Args:
         error: the error.
         step: the method that was given the batch.
         where: the batch, in words.
-        first: whether the step raised it for its first batch.
+        hint: what to look at, if the step raised the error for its first batch.
     """
     known = isinstance(error, (PacelineError, torch.OutOfMemoryError))
-    if not first or known or not isinstance(error, _MISFITS):
+    if hint is None or known or not isinstance(error, _MISFITS):
         error.add_note(f"in {where}")
-        return
-    error.add_note(
-        f"{step} failed on its first batch: {where}\n"
-        "Do the shapes, the dtypes and the order of what the loader yields fit the model and the "
-        "loss?"
-    )
+    else:
+        error.add_note(f"{step} failed on its first batch: {where}\n{hint}")
 
 
 def _passed_through(error: BaseException, functions: list[Callable[..., Any]]) -> bool:

@@ -20,7 +20,14 @@ from paceline.checkpoint.state import Made
 from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name, open_training, open_validation
 from paceline.data.source import Validation, WindowSize, batches_in
-from paceline.errors import ConfigError, DataError, Preempted, UnreadableError, counted
+from paceline.errors import (
+    ConfigError,
+    DataError,
+    MismatchError,
+    Preempted,
+    UnreadableError,
+    counted,
+)
 from paceline.log.files import shown
 from paceline.log.kept_code import keep, place_of
 from paceline.log.run_record import RunRecord
@@ -358,7 +365,14 @@ def _load(trainer: TrainerBase, run: Run) -> None:
         return
     assert run.saver is not None
     tree = run.saver.load(found.path)
-    trainer.load_state_dict(tree)
+    try:
+        trainer.load_state_dict(tree)
+    except MismatchError as error:
+        raise MismatchError(
+            f"{error}\n{shown(found.path)} is of another model or optimizer. Put them back, or "
+            "train in another folder (run_dir, run.dir): from the start, or from the weights that "
+            f"fit (Resume(init_from=...), --init-from {shown(found.path)})."
+        ) from error
     elsewhere = trainer.resume.path is not None and not run.saver.list()
     if trainer.resume.path is not None and not elsewhere:
         run.saver.abandon_after(found.save_id)
@@ -396,9 +410,21 @@ def _describe(trainer: TrainerBase, run: Run) -> None:
         run.saver.check_space(trainer.state_dict())
     _on_disk(trainer, run.start_record)
     if run.is_over:
-        trainer.say(f"the run in {shown(trainer.run_dir)} is complete ({run.progress.ended_by}).")
+        more = _MORE.get(run.progress.ended_by or "", "change what ended it")
+        trainer.say(
+            f"the run in {shown(trainer.run_dir)} is complete ({run.progress.ended_by}): nothing "
+            f"is left to train. To train on, {more}; for a new run, give another run_dir "
+            "(run.name, run.dir) or resume='fresh' (--fresh)."
+        )
     elif trainer.show_progress and run.world.is_main:
         plan.show()
+
+
+_MORE = {
+    "epochs": "raise epochs",
+    "max_steps": "raise max_steps",
+    "early stop": "raise early_stop",
+}
 
 
 def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
@@ -416,6 +442,8 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
     elif run.saver is not None:
         yield f"saves by {trainer.checkpoint_policy}", "checkpoint"
     optimizers = trainer.named_optimizers().values()
+    if any(len(each.param_groups) > 1 for each in optimizers):
+        yield "rows show the rate of each optimizer's first group", "callbacks=[LearningRate()]"
     fused = (getattr(each, "_step_supports_amp_scaling", False) for each in optimizers)
     if not run.on_cpu and not all(fused):
         yield "an unfused optimizer waits for the device each step", "optimizer(fused=True)"

@@ -1,0 +1,54 @@
+"""Tracebacks of errors in a user's own code, without the frames that call it."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+SWITCH = "PACELINE_TRACEBACK"
+_OURS = (str(Path(__file__).resolve().parents[1]),)
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+def told_in_full(error: BaseException) -> str:
+    """An error with its traceback: the frames of the user's own code, and where it was raised.
+
+    All frames are shown if none is the user's, or `PACELINE_TRACEBACK=full` is in the environment.
+
+    Args:
+        error: as it was raised.
+    """
+    told = traceback.TracebackException.from_exception(error)
+    if os.environ.get(SWITCH) != "full" and any(
+        _is_users(f) for e in _chain(told) for f in e.stack
+    ):
+        hidden = sum(map(_hide, _chain(told)))
+        if hidden:
+            left_out = f"({hidden} frames of installed packages left out: {SWITCH}=full shows them)"
+            return f"{''.join(told.format()).rstrip()}\n{left_out}"
+    return "".join(told.format()).rstrip()
+
+
+def _chain(told: traceback.TracebackException) -> Iterator[traceback.TracebackException]:
+    """An error and those that led to it, as far as they are shown."""
+    each: traceback.TracebackException | None = told
+    while each is not None:
+        yield each
+        shown = None if each.__suppress_context__ else each.__context__
+        each = each.__cause__ or shown
+
+
+def _is_users(frame: traceback.FrameSummary) -> bool:
+    file = frame.filename
+    return not file.startswith(("<", *_OURS, *_INSTALLED))
+
+
+def _hide(told: traceback.TracebackException) -> int:
+    """Leaves out frames that are not the user's, but for the last; returns how many."""
+    kept = [f for i, f in enumerate(told.stack) if _is_users(f) or i == len(told.stack) - 1]
+    hidden = len(told.stack) - len(kept)
+    told.stack = traceback.StackSummary.from_list(kept)
+    return hidden

@@ -1,0 +1,58 @@
+"""An error in a user's own code is shown by their frames, not by those that call them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import code_forgotten
+from paceline import Trainer
+from paceline.cli.traceback import told_in_full
+from small import fitted
+
+CODE = """
+from torch import nn
+
+class Wrong(nn.Linear):
+    def forward(self, x):
+        return lookup(super().forward(x))
+
+def lookup(x):
+    return {}["missing"]
+"""
+
+
+def test_the_frames_of_the_user_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a model of the user's that fails, when told, the frames are those of its file."""
+    (tmp_path / "mine_wrong.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with code_forgotten():
+        from mine_wrong import Wrong  # pyright: ignore[reportMissingImports]
+
+        model = Wrong(3, 1)
+    with pytest.raises(Exception, match="missing") as caught:
+        fitted(Trainer, model=model)
+    # The test itself is a user's file too, but is what runs the trainer: only the cause counts.
+    cause = caught.value.__cause__
+    assert isinstance(cause, KeyError)
+    told = told_in_full(cause).splitlines()
+    assert [line.split(", ")[-1] for line in told if line.startswith("  File")] == [
+        "in forward", "in lookup"
+    ]  # fmt: skip
+    assert "KeyError: 'missing'" in told
+    assert told[-1].endswith("PACELINE_TRACEBACK=full shows them)")
+    monkeypatch.setenv("PACELINE_TRACEBACK", "full")
+    assert any("_call_impl" in line for line in told_in_full(cause).splitlines())
+
+
+def test_where_it_was_raised_is_shown_and_an_error_without_a_users_frame_is_whole() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.nn.Linear(2, 2)(torch.ones(3))
+    files = [line for line in told_in_full(caught.value).splitlines() if line.startswith("  File")]
+    assert "test_traceback.py" in files[0]
+    assert "linear.py" in files[-1]
+    assert len(files) == 2
+    caught.value.__traceback__ = caught.value.__traceback__.tb_next  # pyright: ignore
+    assert "left out" not in told_in_full(caught.value)
