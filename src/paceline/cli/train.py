@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,11 +62,11 @@ def train(
         bool, typer.Option("--dry-run", help="Check and print the recipe; build nothing.")
     ] = False,
 ) -> None:
-    """Trains a recipe; the same command resumes a run that was stopped."""
+    """Trains a recipe or a RunConfig; the same command resumes a run that was stopped."""
     if fresh and resume != "auto":
         raise ConfigError("--fresh and --resume exclude each other.")
     with _nothing_collected():
-        from paceline.recipe.recipe import load_recipe
+        from paceline.recipe.recipe import is_run_config, load_recipe
         from paceline.trainer.settings import Resume
         from paceline.world.environment import adopt_slurm, follow_launcher
         from paceline.world.rendezvous import ONE_MACHINE
@@ -76,18 +77,26 @@ def train(
         started_by_us = follow_launcher()
         if not started_by_us:
             _check_launcher(nproc, nnodes, max_restarts)
-        loaded = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+        flat = is_run_config(recipe)
+        allowed = tuple(trust or ())
+        loaded = None if flat else load_recipe(recipe, overrides or (), trust=allowed)
+    here = started_by_us or "WORLD_SIZE" in os.environ
+    alone = here or (nproc or 1, machines, max_restarts) == (1, ONE_MACHINE, 0)
+    how = Resume("fresh" if fresh else resume, accept=tuple(accept or ()), init_from=init_from)
+    if loaded is None:
+        if slurm:
+            raise ConfigError("--slurm takes recipes; start a RunConfig with srun.")
+        if not alone and not dry_run:
+            raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
+        return _train_config(recipe, overrides or (), allowed, how, dry_run)
     if slurm or resume == "must":
         loaded.check_folder_stays("--slurm" if slurm else "--resume must")
-    here = started_by_us or "WORLD_SIZE" in os.environ
     if dry_run:
         _print(loaded)
     elif slurm:
-        alone = (nproc, nnodes, max_restarts) == (None, None, 0) and not here
-        _submit(loaded, slurm, alone)
-    elif here or (nproc or 1, machines, max_restarts) == (1, ONE_MACHINE, 0):
-        mode = "fresh" if fresh else resume
-        _train(loaded, Resume(mode=mode, accept=tuple(accept or ()), init_from=init_from))
+        _submit(loaded, slurm, (nproc, nnodes, max_restarts) == (None, None, 0) and not here)
+    elif alone:
+        _train(loaded, how)
     else:
         raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
 
@@ -170,6 +179,27 @@ def _train(recipe: Recipe, resume: Resume) -> None:
             raise typer.Exit(FAILED)
     else:
         train_recipe(recipe, resume)
+
+
+def _train_config(
+    path: Path, overrides: Sequence[str], trust: Sequence[str], resume: Resume, dry_run: bool
+) -> None:
+    """Trains a file in RunConfig's form, or only checks and prints it."""
+    import yaml
+
+    from paceline.tune import RunConfig
+    from paceline.tune.running import failed, run
+    from paceline.world.world import World
+
+    config = RunConfig.from_yaml(path, overrides, trust=trust)
+    if dry_run:
+        config.validate_for_execution()
+        return print(yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
+    mean = run(config, resume=resume)
+    if World().is_main:
+        print(f"mean val/loss: {mean:.6g}", flush=True)
+    if failed(config):
+        raise typer.Exit(FAILED)
 
 
 def _print(recipe: Recipe) -> None:

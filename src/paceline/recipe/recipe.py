@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,10 +132,24 @@ def load_recipe(
         RecipeError: the recipe has mistakes; each is listed with its place, what was expected and
             the nearest name.
     """
+    if is_run_config(path):
+        raise RecipeError(
+            f"{path} is a RunConfig, not a recipe: `paceline train {path}` trains it, and its "
+            "validate_for_execution() and validate_semantics() check it in Python."
+        )
     recipe = check(compose(path, overrides), trust)
     if agree():
         recipe = check(recipe.composed, trust)
     return recipe
+
+
+def is_run_config(path: Path | str) -> bool:
+    """Whether a file is a `paceline.tune.RunConfig`: it names a `net`, and has its `net_config`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return {"net", "net_config"} <= set(re.findall(r"^(\w+):", text, re.MULTILINE))
 
 
 def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:

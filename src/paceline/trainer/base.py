@@ -151,6 +151,9 @@ class TrainerBase(Hooks, AbstractTrainer):
         slots_of(cls)  # raises for a slot that cannot be
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if "progress" not in vars(self):  # of a dataclass, whose fields come before its constructor
+            vars(self)[name] = value
+            return
         run = vars(self).get("_run")
         if run is not None and name in run.fixed:
             raise read_already(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from paceline.checkpoint import CheckpointPolicy
 from paceline.data.batches import inputs_and_targets
 from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
 from paceline.errors import ConfigError, unknown_settings
-from paceline.trainer import decisions, lifecycle, saving
+from paceline.trainer import as_dataclass, decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.callback import Callback
 from paceline.trainer.checks import check_settings
@@ -150,8 +151,14 @@ class Trainer(TrainerBase):
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.resume = resume if isinstance(resume, Resume) else Resume(str(resume))
 
+    def __post_init__(self, *settings: Any) -> None:
+        """Of a subclass that is a dataclass: takes the settings that its constructor was given."""
+        if settings:
+            Trainer.__init__(self, **as_dataclass.passed_on(self, _SETTINGS, settings))
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        as_dataclass.prepare(cls)
         if "train" in vars(cls):
             cls.train = ending_its_run(cls.train)
 
@@ -513,6 +520,10 @@ class Trainer(TrainerBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, within a run."""
         load_state(self, self._at_hand, state_dict)
+
+
+_SETTINGS = tuple(inspect.signature(Trainer).parameters)[:-1]
+as_dataclass.settings_as_fields(Trainer, _SETTINGS)
 
 
 def _own(components: Any) -> Any:

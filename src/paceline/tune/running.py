@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 from paceline.callbacks import EarlyStopping
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, Preempted
-from paceline.recipe.seeds import each_seed
+from paceline.recipe.seeds import SEEDS_FILE, each_seed
 from paceline.trainer.callback import Callback
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
@@ -87,6 +88,11 @@ def run(
     if mean is None:
         raise ConfigError('run(...) returns a mean of "val/loss", which no validation has logged.')
     return mean
+
+
+def failed(config: RunConfig) -> dict[str, str]:
+    """The seeds that failed when the configuration was last trained, each with its reason."""
+    return json.loads((config.folder / SEEDS_FILE).read_text(encoding="utf-8"))["failed"]
 
 
 def _trainer_of(

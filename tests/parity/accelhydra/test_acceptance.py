@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +116,20 @@ def test_AH_04_hook_order() -> None:
 def test_AH_06_epoch_longer_than_the_loader() -> None:
     """150 steps an epoch over 100 batches: each sample is seen exactly three times in 300 steps."""
     counts = torch.zeros(200, dtype=torch.long)
+    ends: list[tuple[int, int]] = []
 
     class Counting(Example):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             counts[batch[2]] += 1
             return super().training_step(batch, batch_idx)
 
+        def on_train_epoch_end(self) -> None:
+            ends.append((self.current_epoch, self.global_step))
+
     data = loader(Noisy(200), batch_size=2)
     trainer = make(kind=Counting, train_dataloader=data, epoch_length=150, epochs=2)
     trainer.train()
-    assert trainer.global_step == 300
+    assert ends == [(0, 150), (1, 300)]
     assert (counts == 3).all()
 
 
@@ -525,3 +530,40 @@ def test_a_schedule_can_follow_the_metric() -> None:
 def test_what_ran_is_written_down_without_being_asked(tmp_path: Path) -> None:
     make(tmp_path, epochs=1, resume=Resume("auto")).train()
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "complete"
+
+
+@dataclass(kw_only=True)
+class Weighted(Example):
+    """A trainer in the way of AccelHydra: a dataclass, with a field and another default."""
+
+    weight: float = 1.0
+    epochs: int = 2  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def __post_init__(self) -> None:
+        self.half = self.weight / 2
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.weight * super().training_step(batch, batch_idx)
+
+
+def test_a_trainer_may_be_a_dataclass(tmp_path: Path) -> None:
+    """It takes the Trainer's settings beside its own, and trains as it would without."""
+    model, plain = make_model(), make_model()
+    kept: dict[str, Any] = {"train_dataloader": loader(Noisy()), "progress": False}
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, plain))
+    trainer: Any = Weighted(model=model, optimizer=optimizer, weight=3.0, **kept)
+    assert (trainer.weight, trainer.half, trainer.epochs) == (3.0, 1.5, 2)
+    assert trainer.train(seed=1).global_step == 20
+
+    class Tripled(Example):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return 3.0 * super().training_step(batch, batch_idx)
+
+    Tripled(model=plain, optimizer=other, epochs=2, **kept).train(seed=1)
+    assert bits(model.state_dict()) == bits(plain.state_dict())
+    longer: Any = Weighted(model=model, optimizer=optimizer, epochs=3, run_dir=tmp_path, **kept)
+    assert (longer.epochs, longer.train(seed=1).epoch) == (3, 3)
+    assert len({trainer, longer}) == 2
+    assert len(repr(trainer)) < 200
+    with pytest.raises(TypeError, match="wieght"):
+        Weighted(wieght=1.0)  # pyright: ignore[reportCallIssue]

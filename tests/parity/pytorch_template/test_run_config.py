@@ -377,10 +377,13 @@ def test_PT_18_metrics_of_ones_own_are_in_every_epochs_row() -> None:
         RunConfig.from_yaml("run.yaml", ["+metrics=[mse]"])
 
 
-def test_PT_20_an_error_keeps_its_type() -> None:
+@pytest.mark.parametrize("step", [0, 2])
+def test_PT_20_an_error_keeps_its_type(step: int) -> None:
+    """At the first batch and later, with several seeds, all of which fail."""
+
     class Broken(Trainer):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if self.global_step == 2:
+            if self.global_step == step:
                 raise KeyError("a bug")
             return super().training_step(batch, batch_idx)
 

@@ -60,7 +60,7 @@ FEATURES: dict[str, str | Later] = {
     "8 with_overrides, from_yaml": "test_PT_03_overrides_merge_and_leave_the_original_alone",
     "9 object contracts": "test_PT_01_what_is_built_is_what_the_configuration_says",
     "10 DataLoaders": "test_PT_01_the_loaders_may_be_given",
-    "11 CLI": Later("a RunConfig is run from Python; `paceline train` takes recipes"),
+    "11 CLI": "test_PT_11_the_command_trains_a_run_config",
     "12 train": "test_PT_01_a_template_configuration_trains",
     "13 validate": "test_PT_02_a_misspelt_name_is_found_before_anything_is_built",
     "14 preview": "test_everything_is_shown_and_nothing_written",

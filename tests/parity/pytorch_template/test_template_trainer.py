@@ -60,6 +60,39 @@ def test_PT_05_preflight_answers_machines_and_people(project: Path) -> None:
     assert "model._target_" in str(wrong.exception)
 
 
+def test_PT_11_the_command_trains_a_run_config(project: Path) -> None:
+    """With changes, and without training; what only takes recipes says which command it is."""
+    words = ["train", "run.yaml", "seeds=[1]", "epochs=1"]
+    shown = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert (shown.exit_code, yaml.safe_load(shown.stdout)["epochs"]) == (0, 1)
+    assert not (project / "runs").exists()
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0
+    conf = RunConfig.from_yaml("run.yaml", ["seeds=[1]", "epochs=1"])
+    record = json.loads((conf.folder / "seed_1/run.json").read_text())
+    assert record["step"] == 3
+    assert f"mean val/loss: {record['metrics']['val/loss']:.6g}" in done.stdout
+    for command in ("preflight", "preview"):
+        refused = CliRunner().invoke(app, [command, "run.yaml"])
+        assert "is a RunConfig, not a recipe: `paceline train run.yaml`" in str(refused.exception)
+
+
+def test_PT_11_a_seed_that_fails_is_the_exit_code_of_the_command(project: Path) -> None:
+    model = project / "model.py"
+    model.write_text(
+        model.read_text().replace("return self.net(x)", "return self.net(x) / (SEED != 1)")
+        + "\nimport torch\nSEED = 0\n"
+        + "class Named(MLP):\n"
+        + "    def __init__(self, hparams, device='cpu'):\n"
+        + "        super().__init__(hparams, device)\n"
+        + "        global SEED\n"
+        + "        SEED = torch.initial_seed()\n"
+    )
+    done = CliRunner().invoke(app, ["train", "run.yaml", "net=model.Named", "epochs=1"])
+    assert done.exit_code == 1
+    assert "seed 1 failed" in done.output
+
+
 def test_PT_06_callbacks_come_by_priority_and_ties_as_given() -> None:
     heard: list[tuple[str, str]] = []
 
