@@ -390,10 +390,11 @@ def _describe(trainer: TrainerBase, run: Run) -> None:
         run.saver.check_space(trainer.state_dict())
     _on_disk(trainer, run.start_record)
     if run.is_over:
+        why = run.progress.ended_by or ""
         trainer.say(
-            f"the run in {trainer.run_dir} is complete ({run.progress.ended_by}): nothing is left "
-            f"to train. To train on, {_MORE.get(run.progress.ended_by or '', 'change what ended it')}"
-            "; for a new run, give another run_dir (run.name, run.dir) or resume='fresh' (--fresh)."
+            f"the run in {trainer.run_dir} is complete ({why}): nothing is left to train. To train "
+            f"on, {_MORE.get(why, 'change what ended it')}; for a new run, give another run_dir "
+            "(run.name, run.dir) or resume='fresh' (--fresh)."
         )
     elif trainer.show_progress and run.world.is_main:
         plan.show()
