@@ -41,11 +41,16 @@ class Tied(nn.Module):
         return self.out(self.norm(self.again(self.inner(x).tanh())))
 
 
-def train(folder: Path, model: nn.Module | None = None, **settings: Any) -> Regression:
+def train(
+    folder: Path,
+    model: nn.Module | None = None,
+    trainer: type[Regression] = Regression,
+    **settings: Any,
+) -> Regression:
     """Five steps, checkpoints after steps 2 and 4 and at the end; step 2 was the best."""
     model = make_model() if model is None else model
     trainable = [p for p in model.parameters() if p.requires_grad]
-    trainer = Regression(
+    made = trainer(
         model=model,
         train_dataloader=loader(Noisy()),
         max_steps=5,
@@ -59,8 +64,8 @@ def train(folder: Path, model: nn.Module | None = None, **settings: Any) -> Regr
             **settings,
         },
     )
-    trainer.train(seed=1)
-    return trainer
+    made.train(seed=1)
+    return made
 
 
 def test_exported_weights_load_into_the_model_bit_by_bit(tmp_path: Path) -> None:
@@ -108,6 +113,24 @@ def test_the_weights_are_those_that_the_metrics_are_of(tmp_path: Path, evaluate:
     fresh.load_state_dict(load_file(file.path))
     loss = (fresh(rows[0]) - rows[1]).square().mean().item()
     assert json.loads(told["metrics"])["val/loss"] == pytest.approx(loss)
+
+
+class Metric(nn.Module):
+    """As torchmetrics' own: a module whose state is no part of its state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()), persistent=False)
+
+
+def test_a_metric_of_the_trainer_is_no_model_to_export(tmp_path: Path) -> None:
+    class Measures(Regression):
+        def configure(self) -> None:
+            self.accuracy = Metric()
+
+    train(tmp_path, trainer=Measures)
+    [file] = export(tmp_path)
+    assert file.model == "model"
 
 
 def test_a_mean_over_the_last_steps_is_an_average_too(tmp_path: Path) -> None:

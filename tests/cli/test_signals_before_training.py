@@ -93,3 +93,44 @@ def test_two_ranks_of_which_none_has_begun_leave_together(
     assert [code for code, _, _ in ended] == [75, 75]
     assert "".join(err for _, _, err in ended).count("SIGTERM before training began") == 1
     assert not list(tmp_path.rglob("step_*"))
+
+
+AFTER = """
+class After(Fit):
+    def on_teardown(self):
+        if self.how == "exit":  # as the interpreter ends
+            class Last:
+                def __del__(self, kill=os.kill, pid=os.getpid()):
+                    kill(pid, 15)
+            sys.last = Last()
+        if self.how == "thread":
+            def late():
+                time.sleep(1)
+                os.kill(os.getpid(), 15)
+                time.sleep(60)
+            threading.Thread(target=late).start()
+"""
+
+
+def test_after_training_a_signal_leaves_at_once_or_lets_the_command_end(
+    paceline: Paceline, tmp_path: Path
+) -> None:
+    """Given a complete run, when it is signalled, nobody kills it: 0 as it ends, else 75."""
+    (tmp_path / "toy.py").write_text(
+        "import threading\n" + (tmp_path / "toy.py").read_text() + AFTER
+    )
+    ended = {
+        how: paceline.start(
+            "train",
+            "toy.yaml",
+            "trainer._target_=toy.After",
+            f"trainer.how={how}",
+            f"run.name={how}",
+        ).end()
+        for how in ("exit", "thread")
+    }
+    assert (ended["exit"][0], ended["exit"][2]) == (0, "")
+    assert (ended["thread"][0], ended["thread"][2]) == (
+        75,
+        "paceline: SIGTERM after training: nothing to save; run the command again.\n",
+    )

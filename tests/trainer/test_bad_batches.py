@@ -89,7 +89,10 @@ def test_a_first_batch_that_the_model_cannot_take_is_described() -> None:
 
 
 def test_a_model_that_gets_a_dictionary_is_told_so() -> None:
-    text = message(DataError, train_dataloader=[{"x": torch.ones(4, 3), "labels": torch.ones(4)}])
+    batch = {"x": torch.ones(4, 3), "labels": torch.ones(4)}
+    with pytest.raises(TypeError) as caught:
+        fitted(train_dataloader=[batch])
+    text = "\n".join([str(caught.value), *caught.value.__notes__])
     assert "must be Tensor, not dict" in text
     assert "The model got a dictionary of all but the targets" in text
 

@@ -103,6 +103,8 @@ def export(
             known = ", ".join(models)
             raise ConfigError(f"no model {model!r} there{nearest(model, models)} It has: {known}.")
         models = {model: models[model]}
+    elif len(full := {name: tensors for name, tensors in models.items() if tensors}) > 0:
+        models = full  # a metric that is an attribute of the trainer has nothing to export
     suffixes = [found.path.name, *(["averaged"] if weights == "averaged" else [])]
     suffixes += [dtype] if dtype else []
     paths = _targets(found, to, list(models), "_".join(suffixes))

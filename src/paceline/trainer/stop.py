@@ -204,6 +204,8 @@ class StopAgreement:
     def close(self) -> None:
         """Puts the signal handlers back and ends the watcher."""
         for number, handler in self._handlers.items():
+            if isinstance(handler, LeaveAtOnce):
+                handler.when = "after training"
             signal.signal(number, handler)
         self._handlers.clear()
         self.unwatch()

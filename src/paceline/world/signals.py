@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -47,9 +48,13 @@ class LeaveAtOnce:
 
     Args:
         before: called before the process leaves.
+
+    Attributes:
+        when: in which part of the command it would leave, for the line that is printed.
     """
 
     def __init__(self, before: Callable[[], object] | None = None) -> None:
+        self.when = "before training began"
         self._before = before
         self._process = os.getpid()
         self._once = threading.Lock()
@@ -62,18 +67,19 @@ class LeaveAtOnce:
         elif self._once.acquire(blocking=False):
             if self._before is not None:
                 self._before()
-            leave(signal.Signals(number).name)
+            leave(signal.Signals(number).name, self.when)
 
 
-def leave(why: str, *, tell: bool = True) -> None:
+def leave(why: str, when: str = "before training began", *, tell: bool = True) -> None:
     """Ends this process, which has nothing to save.
 
     Args:
         why: the signal's name.
+        when: in which part of the command.
         tell: whether to print a line.
     """
     if tell:
-        text = f"paceline: {why} before training began: nothing to save; run the command again.\n"
+        text = f"paceline: {why} {when}: nothing to save; run the command again.\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # not print: the signal may have come while something does
     os._exit(STOPPED)
@@ -97,6 +103,15 @@ def leave_at_once_on_signals(handler: LeaveAtOnce | None = None) -> None:
     signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_look, args=(told,), name="paceline-signals", daemon=True).start()
+    atexit.register(leave_in_peace)  # called last of all, since it is registered first
+
+
+def leave_in_peace() -> None:
+    """A signal that comes from now on, as the process ends, does not change its exit code."""
+    for number in STOPS:
+        handler = signal.getsignal(number)
+        if isinstance(handler, LeaveAtOnce) or handler is signal.SIG_DFL:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _look(told: int) -> None:
