@@ -89,6 +89,7 @@ def test_an_earlier_run_is_neither_read_nor_changed(recipe, tmp_path: Path):
         ("+model.dead=true", "zero gradients", "WARN", "model.spare.weight, model.spare.bias"),
         ("+model.scale=200.0", "loss at the start", "WARN", "confident and wrong"),
         ("+model.frozen=true", "components", "PASS", "83 parameters, 27 trainable"),
+        ("optimizer.lr=500.0", "loss in the steps", "FAIL", "is lr too high, or a warm-up"),
         ("optimizer.lr=1e-30", "optimizer step", "FAIL", "no weight changed"),
         ("optimizer.lr=0.0", "settings", "FAIL", "above zero"),
         ("+model.wrong=true", "forward pass", "FAIL", "RuntimeError: mat1 and mat2"),

@@ -71,6 +71,10 @@ def _samples(loader: Any) -> str:
     return "unknown number of samples" if count is None else f"{count:,} samples"
 
 
+_EXPLODES = 10.0  # times the first loss
+_SMALL = 0.1  # below which a loss may grow so much by chance
+
+
 def forward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
     """The loss, the shapes it was computed from, and whether it is that of a random guess.
 
@@ -80,6 +84,12 @@ def forward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
     """
     loss = "" if seen.loss is None else f"loss {seen.loss:.4g}"
     checks = [Check("forward pass", "PASS", loss or "the first step has a loss")]
+    first, largest = next(iter(seen.losses), 0.0), max(seen.losses, default=0.0)
+    if len(trainer.named_optimizers()) == 1 and largest > _EXPLODES * max(first, _SMALL):
+        why = (
+            f"it grows from {first:.3g} to {largest:.3g} within {len(seen.losses)} batches: is lr "
+        )
+        checks.append(Check("loss in the steps", "FAIL", why + "too high, or a warm-up missing?"))
     if seen.call is None:
         why = "loss_fn was not called with outputs and targets"
         return [*checks, Check("output shape", "SKIP", why)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -78,6 +79,7 @@ class Seen:
         window: samples of the first optimizer step.
         loss: the first step's loss, the mean over its items.
         finite_loss: whether every loss was finite.
+        losses: each micro-batch's loss, as it enters the backward pass.
         call: the first call of the loss function.
         parameters: the trainable parameters that an optimizer holds, by name.
         norm: the norm of the first step's gradients, over all optimizers.
@@ -95,6 +97,7 @@ class Seen:
     window: int = 0
     loss: float | None = None
     finite_loss: bool = True
+    losses: list[float] = field(default_factory=list)
     call: LossCall | None = None
     parameters: dict[str, Parameter] = field(default_factory=dict)
     norm: float | None = None
@@ -150,7 +153,9 @@ class Rehearsal(Callback):
     def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
         """Records whether the loss is finite: a policy may drop the window after this event."""
         self.seen.stage = "backward pass"
-        self.seen.finite_loss &= bool(torch.isfinite(loss.detach()).all())
+        value = float(loss.detach().sum())
+        self.seen.finite_loss &= math.isfinite(value)
+        self.seen.losses.append(value)
 
     def on_train_batch_end(
         self, trainer: Trainer, batch: Any, batch_idx: int, loss: torch.Tensor
