@@ -41,7 +41,8 @@ def prepare(cls: type) -> None:
 
     @wraps(own)
     def after(self: Any, *settings: Any) -> None:
-        super(cls, self).__post_init__(*settings)
+        parent: Any = super(cls, self)
+        parent.__post_init__(*settings)
         own(self)
 
     cls.__post_init__ = after  # pyright: ignore[reportAttributeAccessIssue]

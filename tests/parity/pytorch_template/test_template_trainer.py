@@ -27,7 +27,7 @@ code: model.py
 trainer: {epochs: 2, progress: false}
 model: {_target_: model.MLP, hparams: {nodes: 4, layers: 1}}
 loss_fn: {_target_: torch.nn.MSELoss}
-optimizer: {_target_: torch.optim.SGD, lr: 0.1}
+optimizer: {_target_: torch.optim.SGD, lr: 0.001}
 train_dataloader:
   _target_: torch.utils.data.DataLoader
   dataset:
