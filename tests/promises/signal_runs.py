@@ -79,6 +79,14 @@ class Sender:
             time.sleep(self.what.pause)
 
 
+    def wait(self) -> None:
+        """Returns when it is done."""
+        until = time.monotonic() + 20
+        while not (self.where / "sent").exists():
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
+
 class Rows(Noisy):
     """Noisy rows, of which number 40 takes long and is where "data" is."""
 
@@ -102,6 +110,8 @@ class Signalled(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == 5:
             self.send("training")
+        if self.global_step == 8 and self.send.what.at == "save":
+            self.send.wait()  # the save of step 8 may go on in the background
         time.sleep(self.pause)
         return super().training_step(batch, batch_idx)
 

@@ -133,7 +133,7 @@ def test_a_signal_at_any_operation_of_a_save_lets_it_end(
     ranks: Ranks, unbroken: Any, tmp_path: Path, operation: int, asynchronous: bool
 ) -> None:
     sent = Sent("save", operation=operation)
-    run = Run(asynchronous=asynchronous, pause=0.05 if asynchronous else 0.0)
+    run = Run(asynchronous=asynchronous)
     assert check_clean_stop(ranks, unbroken, tmp_path, sent, run) in (8, 9)
 
 
