@@ -78,7 +78,6 @@ class Sender:
                 os.kill(self.process, number)
             time.sleep(self.what.pause)
 
-
     def wait(self) -> None:
         """Returns when it is done."""
         until = time.monotonic() + 20

@@ -6,6 +6,8 @@ weight whose gradient is zero and leaves one without a gradient alone, so it tel
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Parallel, Trainer
-from paceline.errors import LossError
-from paceline.testing import Ranks
+from paceline.errors import LossError, Preempted
+from paceline.testing import Ranks, StopAt
 
 ONE_FOR_EACH_RANK = [0, 0, 1, 1] * 3
 BY_MICRO_BATCH = [0, 1, 0, 1, 1, 0, 1, 0] * 2
 BY_STEP = [0, 0, 0, 0, 1, 1, 1, 1, 0]  # in the last window one rank has no sample
+GOES_ON = [0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1]  # in the second window each rank uses both
 LATE = [0, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 0]
 
 
@@ -75,7 +78,13 @@ def by_hand(kinds: list[int], heads: int, extra: bool) -> dict[str, torch.Tensor
 
 
 def fit(
-    kinds: list[int], heads: int, extra: bool, batch: int = 2, kind: type[Fit] = Fit, **options: Any
+    kinds: list[int],
+    heads: int,
+    extra: bool,
+    batch: int = 2,
+    kind: type[Fit] = Fit,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Any:
     model = Routed(heads, extra)
     trainer = kind(
@@ -86,12 +95,13 @@ def fit(
         epochs=1,
         progress=False,
         parallel=Parallel(**options),
+        **(settings or {}),
     )
     try:
         trainer.fit()
     except LossError as error:
         return str(error)
-    return trainer.ended, [line.decision for line in trainer.plan]
+    return getattr(trainer, "ended", None), [line.decision for line in trainer.plan]
 
 
 def fit_all() -> list[Any]:
@@ -122,3 +132,16 @@ def test_what_a_rank_leaves_out_is_trained_by_the_others(ranks: Ranks) -> None:
         torch.testing.assert_close(frozen[0]["heads.1.weight"], started)
         torch.testing.assert_close(late[0], by_hand(LATE, 2, False))
         assert "step 2: no loss of rank " in refused or "rank 1 failed" in refused
+
+
+def fit_in_two_starts(folder: Path) -> Any:
+    with suppress(Preempted):
+        fit(GOES_ON, 2, False, settings={"run_dir": folder, "callbacks": [StopAt(1)]})
+    return fit(GOES_ON, 2, False, settings={"run_dir": folder})
+
+
+def test_a_resumed_run_knows_what_its_first_window_left_out(ranks: Ranks, tmp_path: Path) -> None:
+    """Given a run that resumes where a window leaves nothing out, it exchanges for later ones."""
+    for ended, plan in ranks(fit_in_two_starts, 2, tmp_path):
+        torch.testing.assert_close(ended, by_hand(GOES_ON, 2, False))
+        assert any("which parameters have gradients" in line for line in plan)

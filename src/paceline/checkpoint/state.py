@@ -20,6 +20,7 @@
     identity_parts        which keys of the identity each of its parts gives
     made                  what training has changed of how models and optimizers were made: forms of
                           buffers, what requires gradients, modes, parameter groups, later models
+    leaves_out            optimizers whose parameters a window may leave without a gradient
 
 There are no random states: streams are derived from their purpose (`world/seeding.py`).
 """

@@ -92,6 +92,23 @@ class Optimization:
     def scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         self._run.scaler = scaler
 
+    @property
+    def leaves_out(self) -> list[str]:
+        """The optimizers whose parameters may be without a gradient: found once in a run's life."""
+        return [name for name, known in self._leaves_out.items() if known]
+
+    def load_leaves_out(self, names: Collection[str]) -> None:
+        """Restores it, so that a window which happens to leave nothing out decides nothing.
+
+        Args:
+            names: what `leaves_out` was.
+        """
+        for name in self._leaves_out.keys() & names:
+            self._leaves_out[name] = True
+            if self._copies[name]:
+                line = "exchanges in each window which parameters have gradients"
+                self._run.plan.add(line, "parallel.find_unused_parameters")
+
     def begin(self, window: Window) -> None:
         """A new window: gradients from before it are no part of it, whoever has made them.
 

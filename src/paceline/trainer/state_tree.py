@@ -105,6 +105,7 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "identity_parts": run.identity.parts,
         "horizon": horizon(trainer),
         "made": run.made.changes(models, trainer.named_optimizers()),
+        "leaves_out": trainer.optimization.leaves_out,
         **_of_groups(trainer),
     }
 
@@ -205,6 +206,7 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     if run.scaler is not None and tree["scaler"] is not None:
         run.scaler.load_state_dict(tree["scaler"])
     run.progress.load_state_dict(tree["progress"])
+    trainer.optimization.load_leaves_out(tree.get("leaves_out", ()))
     _load_data(trainer, run, tree)
     if trainer.metric_monitor is not None and tree["monitor"] is not None:
         if _another_metric(trainer, tree):
