@@ -1,4 +1,4 @@
-"""metrics.csv: the rows of metrics.jsonl as a table, a line per step, while a run goes on."""
+"""metrics.csv: the rows of metrics.jsonl as a table, one line per step, updated during a run."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 MASK = "***"
 MISSING = "???"
-"""What a recipe has in the place of a value that must be given."""
+"""Stands in a recipe for a value that the user must supply."""
 
 # Names of values that are certainly credentials. Of a recipe these alone are left out: with a
 # `pad_token` or a `text_key` missing it would not run again.

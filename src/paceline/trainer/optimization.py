@@ -104,8 +104,8 @@ class Optimization:
             names: what `leaves_out` was.
         """
         for name in self._leaves_out.keys() & names:
-            self._leaves_out[name] = True
-            if self._copies[name]:
+            known, self._leaves_out[name] = self._leaves_out[name], True
+            if not known and self._copies[name]:
                 line = "exchanges in each window which parameters have gradients"
                 self._run.plan.add(line, "parallel.find_unused_parameters")
 
@@ -262,6 +262,7 @@ class Optimization:
 
     def _drop_unused(self, name: str, unused_here: Set[int]) -> None:
         parameters = _parameters(self.optimizers[name])
+        # On the CPU: the ranks wait for each other, and no rank waits for its device.
         used = torch.tensor([p.grad is not None and id(p) not in unused_here for p in parameters])
         everywhere = self._run.world.all_reduce(used.to(torch.uint8), "max")
         for parameter, is_used in zip(parameters, everywhere.tolist(), strict=True):
