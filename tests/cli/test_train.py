@@ -147,6 +147,15 @@ def test_seeds_with_a_signal_stop_as_one_and_go_on_with_the_same_command(pacelin
     ]
 
 
+def test_a_seed_that_fails_on_one_of_two_processes_ends_the_command(paceline):
+    words = (*SEEDS[:2], "seeds=[1,2]", "trainer.bad=0", "trainer.how=raise")
+    code, _, err = paceline.launch(*words, "--nproc", "2")
+    assert code == 1, err
+    assert "ValueError: a fault on purpose" in err
+    assert "seeds after it wait: seeds=[2]" in err
+    assert "seed 2, 2 of 2" not in err
+
+
 def test_seeds_on_two_processes_print_once(paceline, tmp_path: Path):
     code, out, err = paceline(*SEEDS[:2], "seeds=[1,2]", "--nproc", "2")
     assert code == 0, err

@@ -122,8 +122,9 @@ def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> S
     """Trains one run per seed, one after the other, in `seed_<n>` below the recipe's folder.
 
     A complete run is skipped, and a stopped one is resumed. One that fails, or whose metric is not
-    finite in the end, is recorded as failed and keeps no other from training. When all are done,
-    the results of this recipe's seeds are printed and written to `seeds.json`.
+    finite in the end, is recorded as failed and keeps no other from training; on several ranks an
+    error ends the call. When all are done, the results of this recipe's seeds are printed and
+    written to `seeds.json`.
 
     Args:
         recipe: one with `seeds`.
@@ -133,7 +134,7 @@ def train_seeds(recipe: Recipe, resume: Resume, build: Build | None = None) -> S
     Raises:
         ConfigError: `resume` names one checkpoint, but each seed has its own; or this process is a
             replica group.
-        Exception: the first seed's, if every seed failed.
+        Exception: the first seed's, if every seed failed; on several ranks, that of any seed.
         SystemExit: with code 75, if a run was stopped; the same call resumes it.
     """
     refuse_replica_groups("several `seeds` do")
@@ -173,7 +174,7 @@ def each_seed(
 
     Raises:
         ConfigError: the settings are wrong, for every seed alike.
-        Exception: the first seed's, if every seed failed.
+        Exception: the first seed's, if every seed failed; on several ranks, that of any seed.
     """
     outcome, errors = Seeds(metric, {}), []
     for seed in seeds:
@@ -181,7 +182,12 @@ def each_seed(
             metrics = train(seed)
         except ConfigError:
             raise
-        except Exception as error:  # noqa: BLE001  the other seeds have their turn
+        except Exception as error:
+            if World().size > 1:  # a rank that waited for the one that failed has left
+                rest = ", ".join(map(str, seeds[seeds.index(seed) + 1 :]))
+                if rest:
+                    error.add_note(f"On several ranks the seeds after it wait: seeds=[{rest}].")
+                raise
             errors.append(error)
             why = f"{type(error).__name__}: {error}"
             if len(seeds) > 1:

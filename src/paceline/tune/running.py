@@ -38,7 +38,8 @@ def run(
 
     A complete run is skipped, and a stopped one is resumed; other settings have other folders. The
     results of the seeds are written to `seeds.json` there. A seed that fails, or ends with a loss
-    that is not finite, is recorded as failed there and keeps no other from training.
+    that is not finite, is recorded as failed there and keeps no other from training; on several
+    ranks an error ends the call.
 
     Args:
         config: the settings.
@@ -55,7 +56,7 @@ def run(
     Raises:
         ConfigError: only one of the loaders is given, no validation loss was logged, or this
             process is a replica group.
-        Exception: the first seed's, if every seed failed.
+        Exception: the first seed's, if every seed failed; on several ranks, that of any seed.
         Preempted: a run was stopped and saved; the same call resumes it.
     """
     refuse_replica_groups("runs for several seeds do")
