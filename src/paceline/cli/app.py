@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -62,11 +62,20 @@ def run() -> None:
         app(prog_name="paceline")
     except PacelineError as error:
         _show(error)
-        sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
+        _end(USAGE if isinstance(error, ConfigError) else FAILED, error)
     except Exception as error:  # noqa: BLE001 - of the user's own code
         who = f"{_rank()} failed:\n" if _rank() else ""
         print(f"{who}{told_in_full(error)}", file=sys.stderr, flush=True)
-        sys.exit(FAILED)
+        _end(FAILED, error)
+
+
+def _end(code: int, error: Exception) -> NoReturn:
+    """Exits, after the other ranks have heard of an error before they met."""
+    if _rank():
+        from paceline.world.meeting import part
+
+        part(code, error)
+    sys.exit(code)
 
 
 def _show(error: PacelineError) -> None:
