@@ -83,6 +83,7 @@ def _show(error: PacelineError) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from paceline.log.secrets import mask_credentials
     from paceline.runs.text import printable
 
     console = Console(stderr=True, soft_wrap=True)
@@ -95,7 +96,7 @@ def _show(error: PacelineError) -> None:
     where = f"{_rank()}: " if _rank() else ""
     # Mistakes in a recipe need no class name; other errors do.
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    told = "\n".join(map(printable, f"{name}{error}".split("\n")))
+    told = "\n".join(map(printable, mask_credentials(f"{name}{error}").split("\n")))
     console.print(Text.assemble((f"{where}error: ", "bold red"), told))
 
 
