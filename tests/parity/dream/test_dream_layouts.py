@@ -136,7 +136,10 @@ class Encodes(Trainer):
 
 # Each feature, and what a run says that lacks what it takes: the setting, and what to give.
 LACKING = {
-    "tensor": ({"parallel": {"tensor": 2}}, "parallel.tensor=2: .*give parallel.plan"),
+    "tensor": (
+        {"parallel": {"tensor": 2}},
+        "parallel.tensor=2: nothing says how .*give parallel.plan",
+    ),
     "pipeline": ({"parallel": {"pipeline": 2}}, "parallel.pipeline: .*give it pipeline_order"),
     "context": ({"parallel": {"context": 2}}, "parallel.context=2 does not divide .*pad sequences"),
     "expert": ({"parallel": {"expert": 2}}, "parallel.expert=2: .*give parallel.plan"),
