@@ -138,7 +138,7 @@ class Encodes(Trainer):
 LACKING = {
     "tensor": (
         {"parallel": {"tensor": 2}},
-        "parallel.tensor=2: nothing says how .*give parallel.plan",
+        "parallel.tensor=2: nothing says .*give parallel.plan",
     ),
     "pipeline": ({"parallel": {"pipeline": 2}}, "parallel.pipeline: .*give it pipeline_order"),
     "context": ({"parallel": {"context": 2}}, "parallel.context=2 does not divide .*pad sequences"),
