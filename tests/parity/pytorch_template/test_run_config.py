@@ -291,6 +291,29 @@ def test_1_a_resumed_schedule_is_not_a_step_behind() -> None:
     assert rows(broken.folder / "seed_1") == rows(whole.folder / "seed_1")
 
 
+class Drawing(Trainer):
+    """Draws from a generator of its own on its device."""
+
+    def on_setup(self) -> None:
+        self.own = torch.Generator(self.device)
+
+    def on_step_end(self, metrics: Any) -> None:
+        torch.rand((), generator=self.own, device=self.device)
+
+
+def test_PT_10_a_checkpoint_does_not_say_where_it_was_made() -> None:
+    """So its tensors and generators go to any device, or another index, whatever wrote it; on the
+    device itself: `tests/gpu`."""
+    conf = config(seeds=[1], epochs=1)
+    trained(conf, trainer=Drawing)
+    newest = max((conf.folder / "seed_1/checkpoints").glob("step_*"))
+    files = [newest / "state.json", *newest.glob("*.safetensors")]
+    assert len(files) > 1
+    for file in files:
+        for word in (b"cpu", b"cuda", b"device", b"index"):
+            assert word not in file.read_bytes(), (file.name, word)
+
+
 def test_PT_11_more_epochs_go_on_where_the_run_stood() -> None:
     """Trained for 2 epochs, then asked for 5, with another tracker: three more. What the device is
     does not tell runs apart; another model, optimizer or data set is another run, or refused by
