@@ -167,7 +167,7 @@ def test_passes_of_different_lengths_are_counted_one_by_one() -> None:
 
     class Decays(Trainer):
         def configure(self) -> None:
-            steps = self.training_horizon
+            steps = self.training_horizon or 0
             self.lr_scheduler = LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
             self.rates = []
 
