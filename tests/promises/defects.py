@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from paceline.checkpoint.policy import to_keep
 from paceline.checkpoint.publication import discard, scan
+from paceline.checkpoint.state import ModelForm
 from paceline.data import loader
 from paceline.data.fetch import Fetcher
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
@@ -20,7 +22,7 @@ from paceline.recipe.mistakes import Mistake, Mistakes
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.optimization import Optimization
 from paceline.trainer.stop import StopAgreement
-from paceline.trainer.window import Window
+from paceline.trainer.window import Window, gradients_aside
 from paceline.world.seeding import seed_everything
 from paceline.world.world import World
 
@@ -169,6 +171,29 @@ def prunes_first(self: Any, hidden: Path, job: Any) -> None:
 
 def unpickled(path: Path) -> Any:
     return pickle.loads(path.read_bytes())  # noqa: S301  which is the defect
+
+
+def in_order(here: dict[str, Any], stored: dict[str, Any]) -> dict[str, str]:
+    return dict(zip(here, stored, strict=False))
+
+
+def leaves_modes(self: ModelForm, model: Any, changes: dict[str, Any]) -> None:
+    modes = {name: module.training for name, module in model.named_modules()}
+    _switch(self, model, {**changes, "modes": modes})
+
+
+_switch = ModelForm.switch
+
+
+def drops_newest(policy: Any, checkpoints: Any, also: Any = ()) -> set[int]:
+    newest = max(checkpoints, key=lambda checkpoint: checkpoint.save_id)
+    keep = to_keep(policy, checkpoints, also)
+    return keep if newest.best else keep - {newest.save_id}
+
+
+def goes_backward_openly(self: Optimization, only: Any, loss: torch.Tensor) -> None:
+    with gradients_aside(o for name, o in self.optimizers.items() if name not in only):
+        loss.backward()
 
 
 def always(*_: Any, **__: Any) -> bool:

@@ -34,6 +34,7 @@ from paceline.trainer import (
     events,
     identity,
     lifecycle,
+    names,
     recorder,
     saving,
     state_tree,
@@ -88,6 +89,7 @@ P10, P11 = "test_p10_opening_a_run_executes_nothing", "test_p11_a_run_explains_i
 P12, P13 = "test_p12_resume_costs_the_same_anywhere", "test_p13_nothing_behind_your_back"
 ALONE, RECORD = "test_p01_exact_resume", "test_run_record"
 AGREE = "test_ranks_agree"
+UNUSED = "test_what_no_loss_reaches_at_last_keeps_no_gradient_and_all_else_is_exchanged"
 LONG = {"n": 7, "batch": 3, "ranks": 2, "accumulation": 2, "length": 3, "shuffle": True}
 SHORT = {"n": 11, "batch": 2, "ranks": 3, "accumulation": 2, "length": None, "shuffle": True}
 
@@ -162,7 +164,19 @@ MUTANTS = [
         "an exchange that waits for gradients that never come is left open",
         ((Replica, "_unreached"),),
         defects.none_of_them,
-        "test_p03_unused_parameters:test_what_a_rank_leaves_out_is_trained_by_the_others",
+        f"test_p03_unused_parameters:{UNUSED}",
+    ),
+    Mutant(
+        "what no rank has used gets a gradient of zeros",
+        ((Optimization, "_drop_unused"),),
+        defects.nothing,
+        f"test_p03_unused_parameters:{UNUSED}",
+    ),
+    Mutant(
+        "each backward pass of one call puts back what it has exchanged for the others",
+        ((Optimization, "_backward_for"),),
+        defects.goes_backward_openly,
+        f"test_p03_unused_parameters:{UNUSED}",
     ),
     Mutant(
         "what ranks cannot share evenly is left out",
@@ -301,6 +315,19 @@ MUTANTS = [
         "test_state_comes_back:test_what_is_trained_changes_while_training",
     ),
     Mutant(
+        "what training has set to eval mode is trained in train mode",
+        ((ModelForm, "switch"),),
+        defects.leaves_modes,
+        "test_state_comes_back:test_what_is_trained_changes_while_training",
+    ),
+    Mutant(
+        "callbacks of one class get their states in their order",
+        ((names, "_matched"),),
+        defects.in_order,
+        "test_state_by_name:test_callbacks_of_one_class_keep_their_own",
+        {"before": (1, 10), "after": (10, 1), "counts": (100, 10)},
+    ),
+    Mutant(
         "nobody tries whether the state can be loaded",
         ((lifecycle, "prove"), (lifecycle, "prove_first_step"), (saving, "prove_what_is_new")),
         defects.nothing,
@@ -368,6 +395,12 @@ MUTANTS = [
         defects.prunes_first,
         f"{P5}:check_kills",
         {"kills": [Kill("file operation", 9)]},
+    ),
+    Mutant(
+        "the best stay and the newest checkpoint goes",
+        ((native_engine, "to_keep"),),
+        defects.drops_newest,
+        "test_checkpoints:test_pruning_keeps_the_newest_the_best_and_the_milestones",
     ),
     Mutant(
         "rows are not cut back to the checkpoint",

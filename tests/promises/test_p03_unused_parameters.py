@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from paceline import Parallel, Trainer
 from paceline.errors import LossError, Preempted
 from paceline.testing import Ranks, StopAt
+from paceline.world.world import World
 
 ONE_FOR_EACH_RANK = [0, 0, 1, 1] * 3
+ONE_FOR_NONE = [1] * 12  # nobody uses the model's smallest parameter, a bias of the other head
 BY_MICRO_BATCH = [0, 1, 0, 1, 1, 0, 1, 0] * 2
 BY_STEP = [0, 0, 0, 0, 1, 1, 1, 1, 0]  # in the last window one rank has no sample
 GOES_ON = [0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1]  # in the second window each rank uses both
@@ -112,14 +114,21 @@ def fit_all() -> list[Any]:
         fit(ONE_FOR_EACH_RANK, 2, True, kind=SetAside),
         fit(LATE, 2, False, find_unused_parameters=True),
         fit(LATE, 2, False),
+        fit_where_nothing_is_read(),
     ]
+
+
+def fit_where_nothing_is_read() -> Any:
+    """As on an accelerator, where each loss tells the other ranks whether it is finite."""
+    World.reads_are_free = property(lambda self: False)  # pyright: ignore
+    return fit(ONE_FOR_NONE, 2, True)
 
 
 def test_what_a_rank_leaves_out_is_trained_by_the_others(ranks: Ranks) -> None:
     """Given heads that only some ranks, micro-batches or steps use, or none, and an output that no
     loss uses, when two ranks train, then all have the weights of one process; a rank that begins to
     leave something out later is refused before its step."""
-    for one_each, by_micro_batch, by_step, frozen, late, refused in ranks(fit_all, 2):
+    for one_each, by_micro_batch, by_step, frozen, late, refused, unread in ranks(fit_all, 2):
         for (ended, plan), kinds in (
             (one_each, ONE_FOR_EACH_RANK),
             (by_micro_batch, BY_MICRO_BATCH),
@@ -132,6 +141,88 @@ def test_what_a_rank_leaves_out_is_trained_by_the_others(ranks: Ranks) -> None:
         torch.testing.assert_close(frozen[0]["heads.1.weight"], started)
         torch.testing.assert_close(late[0], by_hand(LATE, 2, False))
         assert "step 2: no loss of rank " in refused or "rank 1 failed" in refused
+        torch.testing.assert_close(unread[0], by_hand(ONE_FOR_NONE, 2, True))
+
+
+class Pair(nn.Module):
+    """Two outputs that share nothing."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        super().__init__()
+        self.near, self.far = nn.Linear(3, 1).double(), nn.Linear(3, 1).double()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.near(x), self.far(x)
+
+    def optimizers(self) -> dict[str, Any]:
+        parts = {"near": self.near.parameters(), "far": self.far.parameters()}
+        return {k: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5) for k, p in parts.items()}
+
+
+class NearAlone(Trainer):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y, _ = batch
+        return (self.model(x)[0] - y).square().mean()
+
+
+class OneByOne(Trainer):
+    def step(self, window: Any) -> None:
+        for (x, y, _), _ in window:
+            near, far = self.model(x)
+            self.backward((near - y).square().mean(), "near")
+            self.backward((far - y).square().mean(), "far")
+        self.optimizer_step()
+
+
+class FarFirst(Trainer):
+    """Of a window's two micro-batches the last calls a model and leaves it out of its loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y, _ = batch
+        near, far = ((self.model[name](x) - y).square().mean() for name in ("near", "far"))
+        return near + far if batch_idx % 2 == 0 else near
+
+
+def fit_pairs() -> list[dict[str, torch.Tensor]]:
+    ended = []
+    for kind, batch in ((NearAlone, 2), (OneByOne, 2), (FarFirst, 1)):
+        pair = Pair()
+        kind(
+            model=dict(pair.named_children()) if kind is FarFirst else pair,
+            optimizer=pair.optimizers(),
+            train_dataloader=DataLoader(TensorDataset(*rows(ONE_FOR_EACH_RANK)), batch),
+            gradient_accumulation_steps=2 // batch,
+            epochs=1,
+            progress=False,
+        ).fit()
+        ended.append({key: parameter.detach() for key, parameter in pair.named_parameters()})
+    return ended
+
+
+def pair_by_hand(kind: type[Trainer]) -> dict[str, torch.Tensor]:
+    pair = Pair()
+    optimizers = pair.optimizers()
+    for x, y, _ in zip(*(t.split(4) for t in rows(ONE_FOR_EACH_RANK)), strict=True):
+        near, far = ((output - y).square() for output in pair(x))
+        far = {NearAlone: 0.0, OneByOne: far.mean(), FarFirst: far[:2].sum() / 4}[kind]
+        (near.mean() + far).backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+    return {key: parameter.detach() for key, parameter in pair.named_parameters()}
+
+
+def test_what_no_loss_reaches_at_last_keeps_no_gradient_and_all_else_is_exchanged(
+    ranks: Ranks,
+) -> None:
+    """Given two optimizers, when no loss reaches the one's parameters, each loss goes backward by
+    itself after one call of their model, or only a window's first micro-batch trains a model, then
+    two ranks have the weights of one process."""
+    for near_alone, one_by_one, far_first in ranks(fit_pairs, 2):
+        torch.testing.assert_close(near_alone, pair_by_hand(NearAlone))
+        torch.testing.assert_close(one_by_one, pair_by_hand(OneByOne))
+        torch.testing.assert_close(far_first, pair_by_hand(FarFirst))
 
 
 def fit_in_two_starts(folder: Path) -> Any:

@@ -270,6 +270,10 @@ class Returns(Trainer):
         (lambda loss: (loss, 1), "of type tuple"),
         (lambda loss: loss.detach(), "a loss without a gradient"),
         (lambda loss: loss.backward() or loss, "Does training_step call backward() itself? It ret"),
+        (
+            lambda loss: loss.backward(retain_graph=True) or loss,
+            "leaves gradients on model.weight, ",
+        ),
         (lambda loss: loss * torch.ones(3), "a tensor of shape (3,); the loss is one number"),
         (lambda loss: {"optimizer": None}, "returned nothing for 'optimizer'"),
         (lambda loss: {"optimizer": loss.detach()}, "without a gradient for 'optimizer'"),

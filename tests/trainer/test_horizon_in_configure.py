@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LinearLR, OneCycleLR
+from torch.utils.data import DataLoader
 
 from builders import Noisy, Regression, loader
 from paceline import Callback, CheckpointPolicy, Trainer
+from paceline.data.loader import count_windows
+from paceline.data.source import WindowSize
 from paceline.errors import ConfigError
 from paceline.testing import Ranks, bits
 from small import batches, fitted, settings, weights
@@ -145,6 +148,37 @@ def test_before_any_run_it_is_not_known() -> None:
         with pytest.raises(ConfigError, match=r"read it in configure\(\), or later"):
             getattr(trainer, name)
     assert trainer.epochs == 2
+
+
+class Lengthens:
+    """Batches of one sample; a pass has 5 of them, 6 or 5."""
+
+    pass_ = 0
+
+    def set_epoch(self, pass_: int) -> None:
+        self.pass_ = pass_
+
+    def __iter__(self) -> Any:
+        return iter([[i] for i in range((5, 6, 5)[self.pass_])])
+
+
+def test_passes_of_different_lengths_are_counted_one_by_one() -> None:
+    """Given a batch sampler of 5, 6 and 5 batches, a schedule of the run's length ends with it."""
+
+    class Decays(Trainer):
+        def configure(self) -> None:
+            steps = self.training_horizon or 0
+            self.lr_scheduler = LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
+            self.rates = []
+
+        def on_step_end(self, metrics: Any) -> None:
+            self.rates.append(self.optimizer.param_groups[0]["lr"])
+
+    loader = DataLoader(batches(24).dataset, batch_sampler=Lengthens())
+    assert count_windows(loader, WindowSize(), 3, None, dp_size=1, seed=0) == 16
+    trainer = fitted(Decays, train_dataloader=loader, epochs=3)
+    assert (trainer.global_step, trainer.training_horizon) == (16, 16)
+    assert [trainer.rates[-2] > 0, trainer.rates[-1]] == [True, pytest.approx(0, abs=1e-9)]
 
 
 def test_a_second_run_counts_its_own_data() -> None:

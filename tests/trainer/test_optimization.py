@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
 from paceline import Callback, MetricMonitor, Trainer, Window
@@ -301,6 +301,18 @@ def test_compiled_models_keep_their_names_and_train_the_same(
     assert same(weights(trainer), weights(fitted()))
     resumed = fitted(run_dir=tmp_path / "compiled", val_dataloader=batches(8), epochs=3)  # in eager
     assert resumed.global_step == 15
+
+
+def test_a_row_has_the_rate_of_each_group_where_they_differ(tmp_path: Path) -> None:
+    """Given a group that is to be as fast as the other after its warm-up."""
+    model = line()
+    groups = [{"params": [model.weight], "name": "body"}, {"params": [model.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.25)
+    schedule = LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.5 if step == 0 else 1.0])
+    settings = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "max_steps": 2}
+    fitted(**settings, log_every=1, run_dir=tmp_path)
+    rates = [{k: v for k, v in row.items() if k.startswith("lr")} for row in rows(tmp_path)]
+    assert rates == [{"lr": 0.25, "lr/body": 0.25, "lr/1": 0.125}, {"lr": 0.25}]
 
 
 def test_schedulers_of_interval_step_and_epoch() -> None:

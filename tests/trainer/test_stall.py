@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
 from paceline.testing import Outcome, Ranks
-from paceline.trainer import stall, stop
+from paceline.trainer import error_context, stall, stop
 from paceline.world.world import World
 
 TIMEOUT = 4.0
@@ -141,3 +142,14 @@ def test_one_timeout_is_that_of_every_collective(ranks: Ranks) -> None:
 def test_a_timeout_is_a_time(timeout: float) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.timeout"):
         Parallel(timeout=timeout)
+
+
+def test_a_rank_that_has_waited_says_which_models_it_has_called() -> None:
+    """Given two models and a rank that has called one of them, when the others never come."""
+    models = {"gen": nn.Linear(2, 1), "disc": nn.Linear(2, 1)}
+    replicas = [
+        SimpleNamespace(module=model, called=name == "gen") for name, model in models.items()
+    ]
+    trainer: Any = SimpleNamespace(named_models=lambda: models)
+    run: Any = SimpleNamespace(placement=SimpleNamespace(replicas=replicas))
+    assert "this one has called gen, and not disc." in error_context._called(trainer, run)

@@ -1,46 +1,33 @@
-"""LearningRate: puts the learning rate of each parameter group into the rows."""
+"""LearningRate: puts the learning rate of each parameter group into every row."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from paceline.trainer.callback import Callback
+from paceline.trainer.recorder import group_rates
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
 
 class LearningRate(Callback):
-    """Adds the rate of every parameter group to the rows of training steps.
+    """Adds the rate of every parameter group to each row of training steps.
 
-    Each row already has the rate of an optimizer's first group, as `lr` (`lr/<optimizer>` if there
-    are several optimizers). For optimizers with several groups this adds one value per group, with
-    the group's own `name`, or else its index, appended: `lr/backbone`, `lr/1`. Like `lr`, these are
-    the rates with which the row's step was taken.
+    Without it a row has the rate of an optimizer's first group, as `lr` (`lr/<optimizer>` if there
+    are several optimizers), and those of all its groups where they differ, with the group's own
+    `name`, or else its index, appended: `lr/backbone`, `lr/1`. With it they are in every row, for a
+    column without gaps. They are the rates with which the row's step was taken.
     """
 
     # Before callbacks that only read rows, e.g. the progress display.
     priority = 50
 
-    def __init__(self) -> None:
-        self._groups: list[tuple[str, str, int]] = []  # name in the row, optimizer, group
-
-    def on_train_start(self, trainer: Trainer) -> None:
-        """Names the groups."""
-        optimizers = dict(trainer.named_optimizers())
-        self._groups = [
-            (f"lr/{name}/{label}" if len(optimizers) > 1 else f"lr/{label}", name, index)
-            for name, optimizer in optimizers.items()
-            if len(optimizer.param_groups) > 1
-            for index, label in enumerate(_labels(optimizer.param_groups))
-        ]
-
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Adds the rates to the row, if there is one."""
-        if metrics:
-            rates = trainer.progress.rates
-            metrics.update((name, float(rates[of][index])) for name, of, index in self._groups)
-
-
-def _labels(groups: list[dict[str, Any]]) -> list[str]:
-    return [str(group.get("name", index)) for index, group in enumerate(groups)]
+        if not metrics:
+            return
+        optimizers = trainer.named_optimizers()
+        for name, rates in trainer.progress.rates.items():
+            if len(rates) > 1:
+                metrics.update(group_rates(name, optimizers, rates))

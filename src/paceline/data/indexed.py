@@ -57,6 +57,11 @@ class Layout:
         """Units in `epoch`, all ranks together."""
         return self._epoch_units or self.order.length(epoch)
 
+    @property
+    def has_fixed_epochs(self) -> bool:
+        """Whether an epoch has as many units as was asked for, whatever a pass has."""
+        return self._epoch_units is not None
+
     def pass_at(self, epoch: int) -> int | None:
         """The pass over the data that begins with `epoch`, if one does."""
         if self._epoch_units is None:
@@ -227,6 +232,7 @@ class Reader:
             yield pin_memory(fetch(request)) if pins else fetch(request)
 
 
+_COUNTED = 1000  # passes at most that are drawn to count a run's steps
 _TO_BE_DRAWN = -1  # an epoch's end, before its order is known
 
 
@@ -258,7 +264,11 @@ class IndexedSource:
     ) -> None:
         self._layout = layout
         self._reader = reader
-        self._sampled = sampled if sampled is not None and sampled.follows else None
+        follows = sampled is not None and sampled.follows
+        self._sampled = sampled if follows else None
+        # The order whose passes may differ in length, and can be drawn ahead.
+        self._varying = None if follows or layout.has_fixed_epochs else sampled
+        self._counted: dict[tuple[int, int | None], int] = {}
         self._endless = reader.persistent and self._sampled is None
         self._window = micro_batches_per_window * layout.chunk
         self._sizes_known = sizes_known
@@ -269,6 +279,9 @@ class IndexedSource:
         if reader.unheard:
             kept = ", ".join(reader.unheard)
             plan.append((f"what workers keep is not restored on resume: {kept}", "num_workers=0"))
+        if follows and not layout.has_fixed_epochs:
+            text = "the run's length is counted as if each pass were as long as the first"
+            plan.append((text, "epoch_length"))
         self._epoch = 0
         self._offset = 0
         self._end = 0
@@ -284,6 +297,28 @@ class IndexedSource:
             self._end = self._layout.units(epoch)
         elif self._offset == 0:
             self._end = _TO_BE_DRAWN
+
+    def windows_in(self, epochs: int, most: int | None) -> int:
+        """Optimizer steps in a run's first epochs, of which a sampler may make some longer.
+
+        Args:
+            epochs: how many.
+            most: steps after which the count may end; None for no bound.
+        """
+        counted, asked = self._counted, (epochs, most)
+        if asked not in counted:
+            counted[asked] = self._count_windows(epochs, most)
+        return counted[asked]
+
+    def _count_windows(self, epochs: int, most: int | None) -> int:
+        assert self.windows_per_epoch is not None
+        if epochs < 2 or self._varying is None or self._varying.keeps_length:
+            return self.windows_per_epoch * epochs
+        steps = done = 0
+        while done < min(epochs, _COUNTED) and (most is None or steps < most):
+            steps += -(-self._layout.units(done) // self._window)
+            done += 1
+        return steps + self.windows_per_epoch * (epochs - done)
 
     def repartition(self, rank: int, ranks: int) -> None:
         """Splits the same windows among another number of ranks from the next window on.

@@ -23,7 +23,7 @@ from paceline.data.custom import is_custom, open_custom
 from paceline.data.fetch import Fetcher
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout, Reader
 from paceline.data.order import Order, Sampled, Sequential, Shuffled
-from paceline.data.source import Source, Stopping, Validation, WindowSize
+from paceline.data.source import Source, Stopping, Validation, WindowSize, windows_in
 from paceline.data.streamed import StreamedSource, StreamedValidation
 from paceline.errors import ConfigError, DataError, counted
 from paceline.world.seeding import seed_of
@@ -154,7 +154,12 @@ def open_validation(
 
 
 def count_windows(
-    loader: Any, size: WindowSize, epochs: int | None, max_steps: int | None, dp_size: int
+    loader: Any,
+    size: WindowSize,
+    epochs: int | None,
+    max_steps: int | None,
+    dp_size: int,
+    seed: int,
 ) -> int | None:
     """Optimizer steps in a whole run, or None if unknown until the data ends.
 
@@ -163,15 +168,13 @@ def count_windows(
         size: samples in a window and micro-batches in an epoch.
         epochs, max_steps: the end of the run, whichever comes first.
         dp_size: data-parallel ranks.
+        seed: the run's seed, by which a sampler's passes may be longer or shorter.
     """
     if is_custom(loader):  # one that is yet to be made may know it all the same
-        per_epoch = getattr(loader, "windows_per_epoch", None)
-    else:
-        world = World()
-        world.dp_rank, world.dp_size = 0, dp_size
-        per_epoch = open_training(loader, size, 0, world).windows_per_epoch
-    steps = None if per_epoch is None or epochs is None else per_epoch * epochs
-    return min((n for n in (steps, max_steps) if n is not None), default=None)
+        return windows_in(loader, epochs, max_steps)
+    world = World()
+    world.dp_rank, world.dp_size = 0, dp_size
+    return windows_in(open_training(loader, size, seed, world), epochs, max_steps)
 
 
 def _check_no_stages(which: str, world: World) -> None:

@@ -156,6 +156,11 @@ class Sampled(Order):
     def length(self, pass_: int) -> int:
         return self._lengths[pass_] if pass_ in self._lengths else len(self._draw(pass_))
 
+    @property
+    def keeps_length(self) -> bool:
+        """Whether each pass is as long as the first: as the sampler says, and the second is."""
+        return self.length(0) == self.length(1) == _length(self._sampler)
+
     def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
         return self._draw(pass_)[start:stop]
 

@@ -224,6 +224,21 @@ class Validation(Protocol):
     def close(self) -> None: ...
 
 
+def windows_in(source: Any, epochs: int | None, max_steps: int | None) -> int | None:
+    """Optimizer steps in a whole run, or None if unknown until the data ends.
+
+    Args:
+        source: of the training data; one that makes sources, as far as it knows.
+        epochs, max_steps: the end of the run, whichever comes first.
+    """
+    per_epoch = getattr(source, "windows_per_epoch", None)
+    if per_epoch is None or epochs is None:
+        return max_steps
+    count = getattr(source, "windows_in", None)
+    steps = per_epoch * epochs if count is None else count(epochs, max_steps)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
 def batches_in(validation: Mapping[str | None, Validation], most: int | None = None) -> int | None:
     """This rank's micro-batches in all of the validation data, or None if one does not say.
 

@@ -66,6 +66,10 @@ class StreamedSource:
             if self.micro_batches is None
             else -(-self.micro_batches // micro_batches_per_window)
         )
+        told = self.micro_batches is not None and epoch_length is None
+        if told and not isinstance(loader, list | tuple):
+            text = f"the run's length is counted with {self.micro_batches} batches an epoch"
+            plan.append((f"{text}, as len(train_dataloader) says", "epoch_length"))
         self.identity: dict[str, Any] = {"order": "the loader's own"}
         self.plan = plan
         self._epoch = 0

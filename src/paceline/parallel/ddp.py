@@ -51,7 +51,7 @@ class Replica(DistributedDataParallel):
         called: whether the module was called through it, gradients on, in this micro-batch.
         covered: the `id` of each parameter whose gradient it exchanges.
         sentinel: its smallest trainable parameter, whose gradient tells of the others' NaN.
-        delivered: whether all that it was told in this window has reached that gradient.
+        delivered: whether all that it was told in this window has reached that gradient: always.
         whole_way: whether ranks exchange something within the model too, so that the backward pass
             of a loss of zero has to take the whole way.
         exchanged: the parameters whose gradients it exchanges, in torch's order.
@@ -64,6 +64,11 @@ class Replica(DistributedDataParallel):
     exchanged: list[torch.nn.Parameter]
     sparse: frozenset[int] = _NONE
     _probes: list[torch.Tensor]
+    _factor: torch.Tensor | float | None = None  # of the sentinel's gradients: 1, or NaN
+    _verdict: torch.Tensor | None = None  # the sentinel's gradient as it was exchanged
+    _handle: Any = None  # of the hook that multiplies
+    _exchanges: bool = True  # in the micro-batch at hand
+    _ready: list[int] | None = None  # when each gradient last was, in the exchange before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)
@@ -75,7 +80,13 @@ class Replica(DistributedDataParallel):
 
     def begin(self, *, exchange: bool) -> None:
         """A micro-batch begins; gradients are exchanged in the window's last."""
-        vars(self).update(called=False, require_backward_grad_sync=exchange, _probes=[])
+        state = vars(self)
+        if self._exchanges:  # in the last one: a window begins
+            state.update(_factor=None, _verdict=None, _ready=None)
+        elif exchange:
+            state["_ready"] = self.reducer.get_backward_stats()
+        state.update(called=False, require_backward_grad_sync=exchange, _exchanges=exchange)
+        state["_probes"] = []
 
     @property
     def covered(self) -> frozenset[int]:
@@ -87,21 +98,28 @@ class Replica(DistributedDataParallel):
         return min(dense or self.exchanged, key=torch.Tensor.numel)
 
     def attach(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
-        """Adds zero, or NaN, to a loss, so that the sentinel gets it as its gradient.
+        """Has the sentinel's gradient become NaN in this window's exchange if a loss is not finite.
 
         Args:
-            loss: a scalar.
+            loss: a scalar, returned as it is.
             poison: zero, or NaN if the loss is not finite; a number or a scalar.
         """
-        if id(self.sentinel) in self.sparse:  # there is no other
-            row = torch.zeros(1, dtype=torch.int64, device=loss.device)
-            looked_up = torch.nn.functional.embedding(row, self.sentinel, sparse=True)
-            return loss + (looked_up * poison).sum()
-        return loss + (self.sentinel * poison).sum()
+        state, factor = vars(self), poison + 1
+        if self._handle is None:
+            state["_handle"] = self.sentinel.register_hook(self._mark)
+        state["_factor"] = factor if self._factor is None else self._factor * factor
+        return loss
+
+    def _mark(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Before the exchange, and only of a gradient that the loss makes."""
+        factor = self._factor
+        if isinstance(factor, torch.Tensor):
+            factor = factor.to(gradient.dtype)
+        return gradient if factor is None else gradient * factor
 
     def verdict(self) -> torch.Tensor | None:
         """Whether a rank has told of a NaN in this window; None if no gradient can tell."""
-        gradient = self.sentinel.grad
+        gradient = self.sentinel.grad if self._verdict is None else self._verdict
         return None if gradient is None else ~torch.isfinite(gradient.sum())
 
     def zero_loss(self) -> torch.Tensor:
@@ -139,10 +157,17 @@ class Replica(DistributedDataParallel):
         left_out = [p for p in missing if p.grad is None]
         if missing:
             with trainable(missing), hooks_off(missing):
-                zero_loss(missing, self.sparse).backward()
+                zero = zero_loss(missing, self.sparse)
+                (zero if self._factor is None else zero * self._factor).backward()
+        if self._handle is not None:
+            self._handle.remove()
+        vars(self).update(_handle=None, _verdict=self.sentinel.grad)
         return left_out
 
     def _unreached(self) -> list[torch.nn.Parameter]:
+        """Nothing but torch's message says which they are: its map of used parameters is kept with
+        `find_unused_parameters` alone, which looks at outputs and not at the loss.
+        """
         try:
             self.reducer._check_reducer_finalized()
         except RuntimeError as error:
@@ -151,7 +176,8 @@ class Replica(DistributedDataParallel):
             ) is None:
                 raise
             return [self.exchanged[int(index)] for index in named[1].split()]
-        if self.called and all(p.grad is None for p in self.exchanged):
+        begun = self._ready is None or self._ready != self.reducer.get_backward_stats()
+        if self.called and (not begun or all(p.grad is None for p in self.exchanged)):
             return self.exchanged  # no loss of this rank has reached it, one of another may have
         return []
 

@@ -116,4 +116,5 @@ class Horizon:
         shares = World(self.recipe.settings.get("parallel") or Parallel()).dp_size
         if (place := replica_group()) is not None:
             shares *= place.groups
-        return count_windows(self.loader, size, setting("epochs"), setting("max_steps"), shares)
+        ends = setting("epochs"), setting("max_steps")
+        return count_windows(self.loader, size, *ends, shares, self.recipe.seed)

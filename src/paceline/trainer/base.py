@@ -13,7 +13,7 @@ import torch
 
 from paceline.checkpoint import CheckpointEngine
 from paceline.data.batches import count_first_dimension
-from paceline.data.source import Source, Validation
+from paceline.data.source import Source, Validation, windows_in
 from paceline.errors import ConfigError, some
 from paceline.log.plan import Plan
 from paceline.parallel.blocks import outermost
@@ -261,14 +261,13 @@ class TrainerBase(Hooks, AbstractTrainer):
     def training_horizon(self) -> int | None:
         """Optimizer steps in the whole run, None if only the data's end will tell.
 
+        A sampler's passes are counted one by one; what else has a length is taken at its word.
         Known from `configure()` on. Reading it there opens the data: assign the loaders before.
 
         Raises:
             ConfigError: no run has opened the data yet.
         """
-        per_epoch = self._opened().windows_per_epoch
-        steps = None if per_epoch is None or self.epochs is None else per_epoch * self.epochs
-        return min((n for n in (steps, self.max_steps) if n is not None), default=None)
+        return windows_in(self._opened(), self.epochs, self.max_steps)
 
     def _opened(self) -> Source:
         if self._run is not None:

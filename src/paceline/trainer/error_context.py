@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from paceline.data.batches import describe
-from paceline.errors import LossError, NonFiniteError, PacelineError, PeerError
+from paceline.errors import LossError, NonFiniteError, PacelineError, PeerError, some
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
 from paceline.trainer.stop import is_lost_connection, timed_out
@@ -47,6 +47,18 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
     return f"step {step + 1}, batch {trainer.window.batch_idx} of epoch {trainer.current_epoch}"
 
 
+def _called(trainer: TrainerBase, run: Run) -> str:
+    """Which models this rank has called in its last micro-batch, to compare with other ranks."""
+    replicas = run.placement.replicas
+    spread = {id(getattr(each, "module", each)): each.called for each in replicas}
+    models = {name: spread.get(id(model)) for name, model in trainer.named_models().items()}
+    called = [name for name, is_called in models.items() if is_called]
+    others = [name for name, is_called in models.items() if is_called is False]
+    if not called or not others:
+        return ""
+    return f" In this micro-batch this one has called {some(called)}, and not {some(others)}."
+
+
 def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseException:
     """The error to raise instead: one of ours where the cause is known, else itself.
 
@@ -61,8 +73,8 @@ def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseExc
         return PeerError(
             f"{whereabouts(trainer, run)}: rank {run.world.rank} has waited in a collective for "
             f"{run.world.timeout:g} s (parallel.timeout), and another rank has not joined it: do "
-            "all ranks call the same models equally often? The report above, of some rank, says "
-            f"where each of them was. ({error})"
+            f"all ranks call the same models equally often?{_called(trainer, run)} The report "
+            f"above, of some rank, says where each of them was. ({error})"
         )
     if run.batch_items is None or not isinstance(error, Exception):
         return error

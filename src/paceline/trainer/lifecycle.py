@@ -442,8 +442,6 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
     elif run.saver is not None:
         yield f"saves by {trainer.checkpoint_policy}", "checkpoint"
     optimizers = trainer.named_optimizers().values()
-    if any(len(each.param_groups) > 1 for each in optimizers):
-        yield "rows show the rate of each optimizer's first group", "callbacks=[LearningRate()]"
     fused = (getattr(each, "_step_supports_amp_scaling", False) for each in optimizers)
     if not run.on_cpu and not all(fused):
         yield "an unfused optimizer waits for the device each step", "optimizer(fused=True)"

@@ -27,7 +27,13 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.run import Run
 from paceline.trainer.weighting import check_loss, weighted
 from paceline.trainer.window import Window, gradients_aside
-from paceline.world.dtensors import clip_gradients, groups_by_mesh, whole
+from paceline.world.dtensors import (
+    clip_gradients,
+    dense_part,
+    groups_by_mesh,
+    local_part,
+    whole,
+)
 from paceline.world.world import World
 
 
@@ -67,11 +73,15 @@ class Optimization:
             ]
             for name, optimizer in self.optimizers.items()
         }
+        # Two backward passes of one call are one exchange, which ends in the second.
+        owners = [id(replica) for replicas in self._copies.values() for replica in replicas]
+        self._shares_copies = len(owners) > len(set(owners))
         # The optimizers whose parameters may be without a gradient on every rank; None: not known.
         always = parallel.find_unused_parameters
         self._leaves_out = dict.fromkeys(self.optimizers, True if always else None)
         self._stood_in: set[int] = set()  # parameters with a gradient from stand-ins alone
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
+        self._checks_clear = not components.is_overridden("step")  # before the first backward pass
         self._found_independent = False  # losses by optimizer name have been checked
         self._splits = parallel.tensor > 1
         self._several_meshes = parallel.tensor * parallel.expert > 1
@@ -136,6 +146,8 @@ class Optimization:
         if isinstance(loss, dict):
             loss = self._sum_of_independent(loss)
         check_loss(loss)
+        if self._checks_clear:
+            self._check_clear()
         if self._splits:
             loss = whole(loss)  # of logits whose classes are split
         if self._scale_is_due:
@@ -265,7 +277,10 @@ class Optimization:
             )
 
     def _drop_unused(self, name: str, unused_here: Set[int]) -> None:
-        parameters = _parameters(self.optimizers[name])
+        """Leaves parameters without a gradient that no rank uses, those of other optimizers too."""
+        own = {id(p): p for p in _parameters(self.optimizers[name])}
+        exchanged = {id(p): p for replica in self._copies[name] for p in replica.exchanged}
+        parameters = list({**own, **exchanged}.values())
         # On the CPU: the ranks wait for each other, and no rank waits for its device.
         used = torch.tensor([p.grad is not None and id(p) not in unused_here for p in parameters])
         everywhere = self._run.world.all_reduce(used.to(torch.uint8), "max")
@@ -287,6 +302,10 @@ class Optimization:
     def _backward_for(self, only: Collection[str], loss: torch.Tensor) -> None:
         """Leaves the gradients of every other optimizer's parameters as they were."""
         _check_names(only, self.optimizers, "backward(loss, only=...)")
+        if self._shares_copies:
+            own = chain.from_iterable(_parameters(self.optimizers[name]) for name in only)
+            loss.backward(inputs=[p for p in own if p.requires_grad])
+            return
         with gradients_aside(o for name, o in self.optimizers.items() if name not in only):
             loss.backward()
 
@@ -319,6 +338,25 @@ class Optimization:
                     f"step(window) and call self.backward(loss, {name!r}), which leaves the "
                     "gradients of the others alone."
                 )
+
+    def _check_clear(self) -> None:
+        """Refuses gradients that a training_step has made itself, to which the loss's would add.
+
+        Raises:
+            LossError: there are some.
+        """
+        self._checks_clear = False  # a training_step that does so does so in its first call
+        parameters = chain.from_iterable(map(_parameters, self.optimizers.values()))
+        gradients = [(p, dense_part(local_part(p.grad))) for p in parameters if p.grad is not None]
+        made = [parameter for parameter, gradient in gradients if gradient.any()]
+        if made:
+            raise LossError(
+                f"training_step leaves gradients on {some(self._names(made))}, and those of its "
+                "loss would be added to them. Does training_step call backward() itself? It "
+                "returns the loss, and the loop calls backward(). For backward passes of your own "
+                "override step(window), with self.backward(loss); gradients that serve something "
+                "else are to be cleared before the loss is returned."
+            )
 
     def _advance(self, optimizer: torch.optim.Optimizer, *, scales: bool) -> None:
         scaler, step = self._run.scaler, optimizer.step

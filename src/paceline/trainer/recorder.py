@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -193,11 +194,15 @@ class Recorder:
                 sink.close(status)
 
     def _rates(self) -> dict[str, float]:
-        """The rate that the last step used, of each optimizer's first group."""
-        rates = self._run.progress.rates
-        if len(rates) == 1:
-            return {"lr": float(next(iter(rates.values()))[0])}
-        return {f"lr/{name}": float(groups[0]) for name, groups in rates.items()}
+        """The rate that each optimizer's last step used; where its groups differ, of each group."""
+        optimizers = self._run.components.named_optimizers()
+        row: dict[str, float] = {}
+        for name, rates in self._run.progress.rates.items():
+            of_groups = group_rates(name, optimizers, rates)
+            row["lr" if len(optimizers) == 1 else f"lr/{name}"] = float(rates[0])
+            if len(set(of_groups.values())) > 1:
+                row.update(of_groups)
+        return row
 
     def _counters(self) -> dict[str, Any]:
         progress = self._run.progress
@@ -207,6 +212,27 @@ class Recorder:
             "samples": progress.samples,
             "items": as_number(progress.items),
         }
+
+
+def group_rates(
+    name: str, optimizers: Mapping[str, torch.optim.Optimizer], rates: Sequence[Any]
+) -> dict[str, float]:
+    """The rates of an optimizer's parameter groups, by their names in a row.
+
+    Args:
+        name: of the optimizer.
+        optimizers: all, by name.
+        rates: one a group.
+
+    Returns:
+        "lr/<group>", or "lr/<optimizer>/<group>" of one of several, by the groups' own `name` or
+        their index.
+    """
+    start = "lr" if len(optimizers) == 1 else f"lr/{name}"
+    labels = [group.get("name", index) for index, group in enumerate(optimizers[name].param_groups)]
+    if len(set(labels)) < len(labels):
+        labels = list(range(len(labels)))
+    return {f"{start}/{label}": float(rate) for label, rate in zip(labels, rates, strict=False)}
 
 
 def _of_loader(metric: str, loader: str | None) -> str:

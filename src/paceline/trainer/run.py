@@ -59,6 +59,10 @@ class Components(Protocol):
         """The name of one of the optimizers."""
         ...
 
+    def is_overridden(self, name: str) -> bool:
+        """Whether a method of the Trainer's is overridden."""
+        ...
+
 
 class Groups(Protocol):
     """The replica groups that share each step, as far as the parts of a run ask them."""
