@@ -415,6 +415,8 @@ def test_no_space_for_a_checkpoint_is_said_before_the_first_step(
         ("configure_optimizers", "configure"),
         ("validation_stpe", "validation_step"),
         ("_train_epoch", "epoch"),
+        ("eval_forward", "validation_step"),
+        ("on_epoch_begin", "on_train_epoch_start"),
     ],
 )
 def test_a_method_of_another_system_s_name_is_told_ours(name: str, ours: str) -> None:
@@ -422,6 +424,16 @@ def test_a_method_of_another_system_s_name_is_told_ours(name: str, ours: str) ->
     kind = type("Migrated", (Trainer,), {name: lambda self, *_: torch.zeros(())})
     assert f"Migrated defines {name}, which nothing calls; here it is {ours}." in message(
         ConfigError, kind
+    )
+
+
+def test_a_callback_s_and_an_attribute_s_names_of_other_systems_are_told_ours() -> None:
+    kind = type("Migrated", (Trainer,), {"val_dataloader": lambda self: batches()})
+    callback = type("Hook", (Callback,), {"after_train_iter": lambda self: None})
+    said = message(ConfigError, kind, callbacks=[callback()])
+    assert "Migrated defines the method val_dataloader, which nothing calls" in said
+    assert (
+        "Hook defines after_train_iter, which nothing calls; here it is on_train_batch_end" in said
     )
 
 

@@ -35,10 +35,10 @@ from paceline.parallel.float8 import missing
 from paceline.parallel.materialize import without_a_way
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.callback import Callback
-from paceline.trainer.events import misspelt_hooks
+from paceline.trainer.events import EVENTS, misspelt_hooks
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
-from paceline.trainer.settings import METHODS_ELSEWHERE, MODES
+from paceline.trainer.settings import EVENTS_ELSEWHERE, METHODS_ELSEWHERE, MODES
 from paceline.world import quorum
 from paceline.world.environment import replica_group
 from paceline.world.layout import Parallel
@@ -69,6 +69,11 @@ _OVERRIDDEN = (
     "configure",
     "checkpoint_objects",
     "run_identity",
+)
+# What other systems have methods for.
+_ATTRIBUTES = (
+    *("train_dataloader", "val_dataloader", "model", "optimizer", "lr_scheduler", "loss_fn"),
+    "callbacks",
 )
 
 
@@ -229,7 +234,7 @@ def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
     wrong = misspelt_hooks(trainer) + _never_called(trainer)
     for callback in trainer.callbacks:
         if isinstance(callback, Callback):
-            wrong += misspelt_hooks(callback)
+            wrong += misspelt_hooks(callback) + _never_called(callback)
         else:
             wrong.append(f"callbacks: {_say(callback)} is no Callback{_made(callback)}.")
     for logger in trainer.loggers or ():
@@ -255,31 +260,40 @@ def check_engine(trainer: TrainerBase) -> None:
         raise ConfigError(wrong[0])
 
 
-def _never_called(trainer: TrainerBase) -> list[str]:
-    """Methods of the user's that mean one of ours, by other systems' names or misspelt.
+def _never_called(thing: Any) -> list[str]:
+    """A trainer's or callback's methods that mean one of ours, by other systems' names or misspelt.
 
     One that another method of theirs refers to is a helper, and left alone.
     """
-    ours = [base for base in type(trainer).__mro__ if base.__module__.startswith("paceline.")]
+    is_trainer, kind = isinstance(thing, TrainerBase), type(thing).__name__
+    ours = [base for base in type(thing).__mro__ if base.__module__.startswith("paceline.")]
     known = {name for base in ours for name in vars(base)}
     own = {
         name: value
-        for base in type(trainer).__mro__
+        for base in type(thing).__mro__
         if base not in ours and base is not object
         for name, value in vars(base).items()
         if inspect.isfunction(value)
     }
     used = {name for method in own.values() for name in _names_in(inspect.unwrap(method).__code__)}
-    methods = [name for name in known if name[0] != "_" and not name.startswith("on_")]
-    wrong: list[str] = []
-    for name in sorted(own.keys() - known - used):
+    elsewhere = METHODS_ELSEWHERE if is_trainer else EVENTS_ELSEWHERE
+    methods = [name for name in known if is_trainer and name[0] != "_" and name[:3] != "on_"]
+    wrong = [
+        f"{kind} defines the method {name}, which nothing calls: here it is an attribute. Assign "
+        "it in configure(), or give it to the constructor."
+        for name in _ATTRIBUTES
+        if is_trainer and name in own
+    ]
+    hooks = [name for name in own if name.startswith("on_")]
+    misspelt = {name for name in hooks if get_close_matches(name, EVENTS, n=1, cutoff=0.75)}
+    for name in sorted(own.keys() - known - used - misspelt):
         bare = name.lstrip("_")
-        near = get_close_matches(bare, _OVERRIDDEN, n=1, cutoff=0.88)
-        if bare in METHODS_ELSEWHERE or near or (name != bare and bare in methods):
-            meant = METHODS_ELSEWHERE.get(bare) or (near[0] if near else bare)
+        near = get_close_matches(bare, _OVERRIDDEN if is_trainer else (), n=1, cutoff=0.88)
+        if bare in elsewhere or near or (name != bare and bare in methods):
+            meant = elsewhere.get(bare) or (near[0] if near else bare)
             wrong.append(
-                f"{type(trainer).__name__} defines {name}, which nothing calls; here it is "
-                f"{meant}. If it is your own, rename it."
+                f"{kind} defines {name}, which nothing calls; here it is {meant}. If it is your "
+                "own, rename it."
             )
     return wrong
 
