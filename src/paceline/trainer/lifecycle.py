@@ -34,6 +34,7 @@ from paceline.log.run_record import RunRecord
 from paceline.log.sinks import with_local_rows
 from paceline.reading import status
 from paceline.trainer import decisions, error_context, resume, saving
+from paceline.trainer.attributes import attributes_of
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_components, check_data, check_engine
 from paceline.trainer.events import EVENTS, Events
@@ -134,6 +135,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     add_own_identity(trainer, run)
     run.made_with = settings_of_parts(trainer)
     run.made = Made.of(trainer.named_models(), trainer.named_optimizers())
+    run.attributes = attributes_of(trainer)
     _load(trainer, run)
     if trainer.replica_groups is not None:
         trainer.replica_groups.hand_saver_over()

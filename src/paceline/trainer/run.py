@@ -115,6 +115,7 @@ class Run:
         saves_in_flight: how many saves have not been reported as saved or failed.
         sinks_state: positions of the sinks in the checkpoint that the run resumed from, by rank.
         made: how models and optimizers were made, before anything was loaded or trained.
+        attributes: of the objects then, beside their state (`attributes.py`).
         proven: the optimizers whose state was there when it was last proven that it can be loaded.
         waiting: states of models that the resumed run has not made yet, by name.
         made_with: the settings of callbacks and checkpoint objects at the run's start.
@@ -157,6 +158,7 @@ class Run:
     saves_in_flight: int = 0
     sinks_state: dict[str, dict[str, Any]] | None = None
     made: Made = field(default_factory=Made)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     proven: set[str] = field(default_factory=set)
     waiting: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)
