@@ -122,6 +122,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"val_dataloader": object()}, "cannot be iterated"),
     ({"val_dataloader": [batches(), batches()]}, "val_dataloader={'near': ..., 'far': ...}"),
     ({"train_dataloader": {"a": batches()}}, "training reads one: join the datasets"),
+    ({"model": line().half(), "precision": "fp16"}, "model.weight (float16), model.bias (float16)"),
     ({"resume": "must"}, "resume='must': a run without run_dir has nothing to resume from"),
     ({"resume": "lates"}, "resume='lates': there is no such checkpoint, and no such mode"),
     ({"resume": Resume(init_from="/nowhere")}, "init_from='/nowhere': there is no such file"),

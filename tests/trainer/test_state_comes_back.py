@@ -351,7 +351,7 @@ class Averaging(Trainer):
             self.model.drop.p, self.max_grad_norm = 0.5, 0.25
 
     def on_step_end(self, metrics: dict[str, Any]) -> None:
-        self.ema.value = 0.9 * self.ema.value + float(self.model.line.weight[0, 0])
+        self.ema.value = 0.9 * self.ema.value + float(self.model.line.weight.detach()[0, 0])
 
 
 class Remembers(Callback):
@@ -377,7 +377,7 @@ def test_attributes_that_training_changes(tmp_path: Path) -> None:
         if step >= 5:
             nn.utils.clip_grad_norm_(hand.parameters(), 0.25)
         sgd.step()
-        average = 0.9 * average + float(hand.line.weight[0, 0])
+        average = 0.9 * average + float(hand.line.weight.detach()[0, 0])
 
     def make() -> dict[str, Any]:
         return {"model": Counting(), "callbacks": [Remembers()]}

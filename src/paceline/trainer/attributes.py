@@ -19,12 +19,9 @@ import torch
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.callback import Callback
 from paceline.trainer.names import unique_names
+from paceline.trainer.settings import READ_ALWAYS
 
-# Settings of the Trainer that a run reads whenever they count.
-_SETTINGS = (
-    *("max_grad_norm", "check_gradients", "lr_scheduler_interval", "max_steps", "early_stop"),
-    *("validate_every", "max_val_batches", "log_every"),
-)
+_SETTINGS = [name for name in READ_ALWAYS if name != "metric_monitor"]
 _PLAIN = (bool, int, float, str, type(None))
 _OF_EVERY_MODULE = {*vars(torch.nn.Module()), "training"}
 _MOST = 100  # tensors of a container that are looked at

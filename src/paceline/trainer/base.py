@@ -30,7 +30,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import Resume, read_already
+from paceline.trainer.settings import READ_ALWAYS, Resume, read_already
 from paceline.trainer.slots import TRAINER_SLOTS, slots_of
 from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
@@ -168,6 +168,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         if run is not None and name in run.fixed:
             raise read_already(name)
         super().__setattr__(name, value)
+        if run is not None and name in READ_ALWAYS:
+            run.check_settings()
         if run is not None and isinstance(value, (torch.nn.Module, dict)):
             run.load_waiting(value if isinstance(value, dict) else {name: value})
 

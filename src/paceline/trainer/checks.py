@@ -106,6 +106,15 @@ def check_components(trainer: TrainerBase) -> None:
         _refuse(_wrong_components(trainer))
 
 
+def check_changed(trainer: TrainerBase) -> None:
+    """Refuses impossible values of settings that are changed within a run.
+
+    Raises:
+        ConfigError: with one line a mistake.
+    """
+    _refuse(wrong_settings(trainer) + wrong_validation(trainer))
+
+
 def check_data(trainer: TrainerBase) -> None:
     """Refuses what are no loaders.
 
@@ -397,6 +406,7 @@ def _wrong_components(trainer: TrainerBase) -> list[str]:
     if not optimizers and not wrong:
         wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
     wrong += _without_values(models) + _wrong_parameters(models, optimizers) + _wrong_states(models)
+    wrong += _wrong_for_scaling(trainer, models)
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not trainer.is_overridden("step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
@@ -647,6 +657,24 @@ def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:
             "model was replaced?"
         )
     return wrong
+
+
+def _wrong_for_scaling(trainer: TrainerBase, models: Any) -> list[str]:
+    """Parameters whose gradients torch's GradScaler cannot unscale."""
+    if trainer.precision != "fp16":
+        return []
+    cannot = [
+        f"{name}.{key} ({str(p.dtype).removeprefix('torch.')})"
+        for name, model in models.items()
+        for key, p in model.named_parameters()
+        if p.requires_grad and (p.is_complex() or p.dtype == torch.float16)
+    ]
+    if not cannot:
+        return []
+    return [
+        f"precision='fp16': the scaled gradients of {some(cannot)} cannot be unscaled. Keep "
+        "weights in float32 (autocast computes in float16), or set precision='fp32' or 'bf16'."
+    ]
 
 
 def _without_values(models: Any) -> list[str]:

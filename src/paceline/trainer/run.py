@@ -105,6 +105,7 @@ class Run:
         started_validation: whether a validation has started for its listeners, and not ended.
         val_name: the validation loader at hand, if it has a name.
         open_data: opens the data, unless that is done.
+        check_settings: refuses settings that were changed to what cannot be.
         trained: whether this process has something to train.
         settled: whether the loop is between two windows with nothing pending, so that state may be
             saved.
@@ -148,6 +149,7 @@ class Run:
     started_validation: bool = False
     val_name: str | None = None
     open_data: Callable[[], None] = lambda: None
+    check_settings: Callable[[], None] = lambda: None
     trained: bool = False
     settled: bool = False
     stopped: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -210,6 +211,11 @@ READ_BY_OPENING = (
     "global_batch_size",
     "epoch_length",
 )
+# What counts from the moment on when it is assigned within a run.
+READ_ALWAYS = (
+    *("max_grad_norm", "check_gradients", "lr_scheduler_interval", "max_steps", "early_stop"),
+    *("validate_every", "max_val_batches", "log_every", "metric_monitor"),
+)
 # What a run reads at its start: assigned within it, it would be ignored.
 READ_ONCE = frozenset(
     {
@@ -253,6 +259,47 @@ class FixedList(list[Any]):
 
     append = extend = insert = remove = pop = clear = reverse = _refuse
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+
+
+class FixedDict(dict[str, Any]):
+    """Components or loaders by name, which the Trainer's open run has read.
+
+    Args:
+        attribute: of the Trainer.
+        held: what it holds.
+        grows: whether models may be added, and those that are not trained be replaced.
+    """
+
+    def __init__(self, attribute: str, held: Mapping[str, Any], *, grows: bool) -> None:
+        super().__init__(held)
+        self._attribute, self._grows = attribute, grows
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        held = self.get(key)
+        if not self._grows or (held is not None and any(map(_trains, held.parameters()))):
+            raise read_already(f"{self._attribute}[{key!r}]")
+        super().__setitem__(key, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise read_already(self._attribute)
+
+    pop = popitem = clear = __delitem__ = __ior__ = _refuse
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a copy is the user's
+
+
+def _trains(parameter: Any) -> bool:
+    return parameter.requires_grad
 
 
 @refuses_unknown(
