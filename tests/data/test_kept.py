@@ -84,18 +84,26 @@ class Position(Sampler[int]):
         self.skip = state["yielded"]
 
 
+class Noise:
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x + float(self.rng.normal())
+
+
 class Rows(Dataset[Any]):
-    """Noise from a generator of its own."""
+    """Noise from generators of its own and of a transform."""
 
     def __init__(self) -> None:
-        self.rng = np.random.default_rng(0)
+        self.rng, self.transforms = np.random.default_rng(0), [Noise()]
 
     def __len__(self) -> int:
         return 20
 
     def __getitem__(self, index: int) -> Any:
         x, y = points()[index]
-        return x + float(self.rng.normal()), y
+        return self.transforms[0](x + float(self.rng.normal())), y
 
 
 class Stream(IterableDataset[Any]):

@@ -16,13 +16,17 @@ from paceline.errors import ConfigError
 
 
 def make_trainer(**settings: Any) -> Regression:
-    model = make_model()
+    model = settings.pop("model", None) or make_model()
     return Regression(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         loggers=[],
         progress=False,
-        **{"train_dataloader": loader(Noisy()), "epochs": 1, **settings},
+        **{
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+            "train_dataloader": loader(Noisy()),
+            "epochs": 1,
+            **settings,
+        },
     )
 
 
@@ -78,6 +82,29 @@ def test_what_is_read_at_each_use_may_be_changed_within_a_run() -> None:
     trainer = make_trainer()
     trainer.on_step_end = lambda metrics: setattr(trainer, "max_steps", 3)
     assert trainer.train().global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.optimizer.update(sgd=None), "optimizer['sgd']: the run that is open read it"),
+        (lambda t: t.val_dataloader.update(far=t.train_dataloader), "val_dataloader['far']"),
+        (lambda t: setattr(t, "log_every", 0), "log_every=0: expected at least 1"),
+    ],
+)
+def test_what_would_be_ignored_or_cannot_be_is_refused_when_it_is_set(
+    change: Any, said: str
+) -> None:
+    """Given components in dictionaries, when a hook changes an entry, or a setting to nonsense."""
+    model = make_model()
+    optimizer = {"sgd": torch.optim.SGD(model.parameters(), lr=0.01)}
+    far = {"far": loader(Noisy(8))}
+    trainer = make_trainer(model=model, optimizer=optimizer, val_dataloader=far, max_steps=1)
+    trainer.on_train_start = lambda: change(trainer)
+    with pytest.raises(ConfigError) as caught:
+        trainer.train()
+    assert said in str(caught.value)
+    trainer.optimizer["sgd"] = optimizer["sgd"]  # now it may be
 
 
 def test_a_callback_that_would_never_be_called_is_not_added() -> None:

@@ -123,6 +123,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"val_dataloader": object()}, "cannot be iterated"),
     ({"val_dataloader": [batches(), batches()]}, "val_dataloader={'near': ..., 'far': ...}"),
     ({"train_dataloader": {"a": batches()}}, "training reads one: join the datasets"),
+    ({"model": line().half(), "precision": "fp16"}, "model.weight (float16), model.bias (float16)"),
     ({"resume": "must"}, "resume='must': a run without run_dir has nothing to resume from"),
     ({"resume": "lates"}, "resume='lates': there is no such checkpoint, and no such mode"),
     ({"resume": Resume(init_from="/nowhere")}, "init_from='/nowhere': there is no such file"),
@@ -420,6 +421,8 @@ def test_no_space_for_a_checkpoint_is_said_before_the_first_step(
         ("configure_optimizers", "configure"),
         ("validation_stpe", "validation_step"),
         ("_train_epoch", "epoch"),
+        ("eval_forward", "validation_step"),
+        ("on_epoch_begin", "on_train_epoch_start"),
     ],
 )
 def test_a_method_of_another_system_s_name_is_told_ours(name: str, ours: str) -> None:
@@ -427,6 +430,16 @@ def test_a_method_of_another_system_s_name_is_told_ours(name: str, ours: str) ->
     kind = type("Migrated", (Trainer,), {name: lambda self, *_: torch.zeros(())})
     assert f"Migrated defines {name}, which nothing calls; here it is {ours}." in message(
         ConfigError, kind
+    )
+
+
+def test_a_callback_s_and_an_attribute_s_names_of_other_systems_are_told_ours() -> None:
+    kind = type("Migrated", (Trainer,), {"val_dataloader": lambda self: batches()})
+    callback = type("Hook", (Callback,), {"after_train_iter": lambda self: None})
+    said = message(ConfigError, kind, callbacks=[callback()])
+    assert "Migrated defines the method val_dataloader, which nothing calls" in said
+    assert (
+        "Hook defines after_train_iter, which nothing calls; here it is on_train_batch_end" in said
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    Sampler,
+    Subset,
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
@@ -51,6 +54,59 @@ class Weighs(Trainer):
     def __init__(self, *, factor: float = 1.0, **settings: Any) -> None:
         super().__init__(**settings)
         self.factor = factor
+
+
+@dataclass
+class Shape:
+    scale: float = 1.0
+    epochs: int = 2
+
+
+class Shaped(nn.Linear):
+    """A line, scaled and bent as its arguments say."""
+
+    def __init__(self, shape: Shape, bend: Any = torch.tanh) -> None:
+        super().__init__(3, 1)
+        self.shape, self.bend = shape, bend
+
+
+def focal(gamma: float) -> dict[str, Any]:
+    return {"loss_fn": lambda outputs, targets: ((outputs - targets).abs() ** gamma).mean()}
+
+
+class Shifted(Sampler):
+    def __init__(self, shift: int) -> None:
+        self._shift = shift
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((i + self._shift) % 20 for i in range(20))
+
+
+def frozen(*, bias: bool) -> dict[str, Any]:
+    model = line()
+    model.bias.requires_grad_(not bias)
+    return {"model": model}
+
+
+def under(schedule: Callable[[torch.optim.Optimizer], Any]) -> dict[str, Any]:
+    model = line()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    return {"model": model, "optimizer": sgd, "lr_scheduler": schedule(sgd)}
+
+
+def warm(steps: int) -> dict[str, Any]:
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / steps)
+
+    return under(lambda sgd: torch.optim.lr_scheduler.LambdaLR(sgd, rate))
+
+
+def cycle(rise: float) -> dict[str, Any]:
+    one = torch.optim.lr_scheduler.OneCycleLR
+    return under(lambda sgd: one(sgd, 0.1, total_steps=20, pct_start=rise))
 
 
 def first(samples: list[Any]) -> Any:
@@ -101,6 +157,46 @@ CHANGES: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[], dict[st
         "models.model.modules",
         lambda: modelled(nn.ReLU()),
         lambda: modelled(nn.Tanh()),
+    ),
+    "a field of its configuration": (
+        "models.model.Shaped.shape.scale: 1.0 then, 2.0 now",
+        lambda: {"model": Shaped(Shape())},
+        lambda: {"model": Shaped(Shape(2.0, epochs=3))},
+    ),
+    "a function that it was given": (
+        "models.model.Shaped.bend: ",
+        lambda: {"model": Shaped(Shape())},
+        lambda: {"model": Shaped(Shape(), torch.sigmoid)},
+    ),
+    "what takes gradients": (
+        "models.model.frozen: '[]' then, \"['bias']\" now",
+        lambda: frozen(bias=False),
+        lambda: frozen(bias=True),
+    ),
+    "what a closure holds": (
+        "loss_fn.gamma: 2.0 then, 3.0 now",
+        lambda: focal(2.0),
+        lambda: focal(3.0),
+    ),
+    "a schedule's function": (
+        "lr_scheduler.lr_lambdas.0.steps: 4 then, 9 now",
+        lambda: warm(4),
+        lambda: warm(9),
+    ),
+    "the phases of a cycle": (
+        "lr_scheduler.schedule_phases",
+        lambda: cycle(0.3),
+        lambda: cycle(0.5),
+    ),
+    "an argument that is kept privately": (
+        "data.sampler.shift: 0 then, 1 now",
+        lambda: loads(points(), sampler=Shifted(0)),
+        lambda: loads(points(), sampler=Shifted(1)),
+    ),
+    "which samples a subset has": (
+        "data.dataset.indices",
+        lambda: loads(Subset(points(), [0, 1, 2, 3, 4, 5, 6])),
+        lambda: loads(Subset(points(), [0, 2, 1, 3, 4, 5, 6])),
     ),
     "the trainer's argument": (
         "trainer.factor: 1.0 then, 2.0 now",

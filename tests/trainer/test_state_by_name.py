@@ -66,8 +66,9 @@ def test_early_stopping_follows_its_metric(which: tuple[int, ...], tmp_path: Pat
 class Counts(Callback):
     """Counts steps, by its own stride."""
 
-    def __init__(self, stride: int) -> None:
-        self._stride, self.count = stride, 0
+    def __init__(self, stride: int | tuple[str, ...]) -> None:
+        self._words = stride if isinstance(stride, tuple) else ()
+        self._stride, self.count = stride if isinstance(stride, int) else len(stride), 0
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self.count += self._stride
@@ -83,6 +84,7 @@ class Counts(Callback):
     ("before", "after", "counts"),
     [
         ((1, 10), (10, 1), (100, 10)),  # another order
+        ((("a",), ("b", "c")), (("b", "c"), ("a",)), (20, 10)),  # of words
         ((1, 10), (10,), (100,)),  # one was taken away
         ((1,), (10, 1), (50, 10)),  # one is new
         ((1,), (2,), (15,)),  # its setting was changed
@@ -91,7 +93,7 @@ class Counts(Callback):
     ],
 )
 def test_callbacks_of_one_class_keep_their_own(
-    before: tuple[int, ...], after: tuple[int, ...], counts: tuple[int, ...], tmp_path: Path
+    before: tuple[Any, ...], after: tuple[Any, ...], counts: tuple[int, ...], tmp_path: Path
 ) -> None:
     """Given an epoch of five steps, when a second one is trained with other callbacks."""
     trained(tmp_path, 1, tuple(map(Counts, before)))

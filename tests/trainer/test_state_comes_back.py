@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from paceline import Callback, Trainer
-from paceline.errors import MismatchError
+from paceline.errors import MismatchError, StateError
 from paceline.testing.tracing import StopAt
 from small import batches, line, points, settings
 
@@ -312,6 +312,94 @@ class Fails(Trainer):
         if not self.mended:
             raise KeyError("labels")
         super().validation_step(batch, batch_idx)
+
+
+class Counting(nn.Module):
+    """A line under noise of its own generator, which counts its steps, and scales by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.drop = line(), nn.Dropout(0.0)
+        self.generator, self.calls = torch.Generator().manual_seed(4), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        noise = 0.1 * torch.randn(x.shape, generator=self.generator)
+        return self.line(x + noise) * (1 + 0.1 * self.calls) * (1 - self.drop.p)
+
+
+class Ema:
+    """An average of a weight, with a state of its own."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = state["value"]
+
+
+class Averaging(Trainer):
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.ema = Ema()
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.model.drop.p, self.max_grad_norm = 0.5, 0.25
+
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        self.ema.value = 0.9 * self.ema.value + float(self.model.line.weight.detach()[0, 0])
+
+
+class Remembers(Callback):
+    """Keeps what no checkpoint holds."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.seen.append(trainer.model.line.bias.detach().clone())
+
+
+def test_attributes_that_training_changes(tmp_path: Path) -> None:
+    """Given a rate and a setting that a hook has changed, when the run stops in that epoch."""
+    hand, average = Counting(), 0.0
+    x, y = points().tensors
+    sgd = torch.optim.SGD(hand.parameters(), lr=0.05, momentum=0.9)
+    for step in range(STEPS):
+        hand.drop.p = 0.5 * (step >= 5)
+        at = slice(4 * (step % 5), 4 * (step % 5) + 4)
+        sgd.zero_grad()
+        nn.functional.mse_loss(hand(x[at]), y[at]).backward()
+        if step >= 5:
+            nn.utils.clip_grad_norm_(hand.parameters(), 0.25)
+        sgd.step()
+        average = 0.9 * average + float(hand.line.weight.detach()[0, 0])
+
+    def make() -> dict[str, Any]:
+        return {"model": Counting(), "callbacks": [Remembers()]}
+
+    trainer = resumed(make, tmp_path, 3, 7, kind=Averaging)
+
+    assert torch.equal(trainer.model.line.weight, hand.line.weight)
+    assert trainer.ema.value == average
+    assert trainer.model.calls == STEPS
+    said = "training changes seen of callbacks.Remembers: no checkpoint holds it"
+    assert said in str([str(each) for each in trainer.plan])
+
+
+def test_weights_that_training_ties_are_refused_by_name(tmp_path: Path) -> None:
+    class Ties(Callback):
+        def on_train_epoch_start(self, trainer: Trainer) -> None:
+            if trainer.current_epoch == 1:
+                trainer.model[1].weight = trainer.model[0].weight
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
+    with pytest.raises(StateError, match="SGD trains a parameter that no model has any more"):
+        Trainer(**settings(model=model, callbacks=[Ties()], run_dir=tmp_path)).fit()
 
 
 def test_a_validation_that_fails_loses_no_step(tmp_path: Path) -> None:

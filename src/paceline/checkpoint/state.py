@@ -11,7 +11,8 @@
     objects/<name>        `Trainer.checkpoint_objects`
     rank/<r>/data         position in this rank's data, if it keeps its own order
     rank/<r>/reader       what this rank's dataset keeps, such as a generator of its own
-    rank/<r>/generators   of random generators that are attributes of the trainer or a callback
+    rank/<r>/generators   of random generators that are attributes of the trainer, a callback, a
+                          module or the loss
     rank/<r>/validation   what the validation loaders' objects keep, by the loaders' names
     rank/<r>/sums         open metric sums
     rank/0/sinks          byte offsets of the row files
@@ -20,6 +21,7 @@
     identity_parts        which keys of the identity each of its parts gives
     made                  what training has changed of how models and optimizers were made: forms of
                           buffers, what requires gradients, modes, parameter groups, later models
+    attributes            plain attributes of models, loss and settings that training has changed
     leaves_out            optimizers whose parameters a window may leave without a gradient
 
 There are no random states: streams are derived from their purpose (`world/seeding.py`).
@@ -35,7 +37,7 @@ from typing import Any
 import torch
 
 from paceline.checkpoint.compatibility import check_forms, form_of, forms_of, is_extra_state
-from paceline.errors import MismatchError
+from paceline.errors import MismatchError, StateError
 from paceline.world.dtensors import is_dtensor, spread_like
 
 
@@ -78,7 +80,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
 
 
 def _groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    return [{"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    try:
+        return [
+            {"params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups
+        ]
+    except KeyError:
+        raise StateError(
+            f"{type(optimizer).__name__} trains a parameter that no model has any more, so it "
+            "could not be found again: training has replaced it, as tying weights does. Do that in "
+            "configure() or on_setup."
+        ) from None
 
 
 def grouping(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[list[str]]:

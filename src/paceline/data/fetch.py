@@ -47,10 +47,9 @@ class Fetcher(Dataset):
         single: bool = False,
     ) -> None:
         self.dataset = dataset
-        self._collate = collate
         self._key = stream(seed, label)
         self._single = single
-        self._whole = type(dataset) is TensorDataset and collate is default_collate
+        self.take(collate)
         # Subset offers __getitems__ only as a loop over items, which would share one stream.
         self._many = callable(getattr(dataset, "__getitems__", None)) and not isinstance(
             dataset, torch.utils.data.Subset
@@ -58,6 +57,11 @@ class Fetcher(Dataset):
         self._draws = False  # random numbers, within `__getitems__`
         self._told = -1  # the pass that the dataset was told last
         self._by_pass = told_of_passes(dataset, Dataset) if label == "sample" else []
+
+    def take(self, collate: Callable[[Any], Any]) -> None:
+        """Collates with a function from now on: a loader's may be replaced between passes."""
+        self._collate = collate
+        self._whole = type(self.dataset) is TensorDataset and collate is default_collate
 
     def __call__(self, request: Request) -> Any:
         """The batch, in this process."""

@@ -205,6 +205,7 @@ class Reader:
             endless: continue with the following epochs.
         """
         requests = _Requests(self._layout, epoch, offset, endless=endless)
+        self._fetcher.take(self._loader.collate_fn)
         if self._loader.num_workers == 0:
             return self._read_here(requests)
         theirs = self._loader

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Collection
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 
 _PARTS = ("dataset", "sampler", "batch_sampler", "collate_fn")
 _INNER = ("dataset", "datasets", "sampler")
+_MOST = 100  # longer containers are not searched
+_LEFT_ALONE = (type, torch.Tensor, np.ndarray, str, bytes, int, float, ModuleType)
 
 
 class Kept:
@@ -24,13 +27,17 @@ class Kept:
     Args:
         loader: whose attributes are searched.
         parts: which of them: "loader" for its own generators, and those in `_PARTS`.
+        depth: how far into what objects hold generators are looked for.
     """
 
-    def __init__(self, loader: Any, parts: Collection[str] = ("loader", *_PARTS)) -> None:
+    def __init__(
+        self, loader: Any, parts: Collection[str] = ("loader", *_PARTS), depth: int = 3
+    ) -> None:
+        self._depth = depth
         self._takers: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {}
         self._seen: set[int] = set()
         if "loader" in parts:
-            self._add_generators("loader", loader)
+            self._add_generators("loader", loader, depth)
         for part in _PARTS:
             if part in parts:
                 self._add(part, getattr(loader, part, None))
@@ -68,12 +75,21 @@ class Kept:
             for i, each in enumerate(inner if isinstance(inner, (list, tuple)) else [inner]):
                 self._add(f"{name}.{part}.{i}" if each is not inner else f"{name}.{part}", each)
 
-    def _add_generators(self, name: str, thing: Any) -> None:
-        for attribute, value in getattr(thing, "__dict__", {}).items():
+    def _add_generators(self, name: str, thing: Any, depth: int = 0) -> None:
+        """Those among an object's attributes, and in what these hold, such as transforms."""
+        held = getattr(thing, "__dict__", {})
+        if isinstance(thing, (list, tuple, dict)):
+            items = thing.items() if isinstance(thing, dict) else enumerate(thing)
+            held = {str(key): value for key, value in items} if len(thing) <= _MOST else {}
+        for attribute, value in held.items():
             takers = _generator(value)
-            if takers is not None and id(value) not in self._seen:
+            if id(value) in self._seen:
+                continue
+            if takers is not None:
                 self._seen.add(id(value))
                 self._takers[f"{name}.{attribute}"] = takers
+            elif depth < self._depth and not isinstance(value, _LEFT_ALONE):
+                self._add_generators(f"{name}.{attribute}", value, depth + 1)
 
 
 _OWN = " state_dict"
@@ -95,7 +111,7 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
 
 def generators_in(thing: Any) -> Kept:
     """The random generators among an object's own attributes."""
-    return Kept(thing, ("loader",))
+    return Kept(thing, ("loader",), 0)
 
 
 def alike(one: Any, other: Any) -> bool:

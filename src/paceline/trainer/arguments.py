@@ -1,18 +1,22 @@
 """The arguments with which objects were made, as far as they keep them under the same names.
 
-So `nn.Dropout(0.5)` gives `p`, and a dataset that does `self.scale = scale` gives `scale`: what
-changes without a recipe that says so is found.
+So `nn.Dropout(0.5)` gives `p`, and a dataset that does `self.scale = scale`, or `self._scale`,
+gives `scale`: what changes without a recipe that says so is found. A function gives what it has
+taken from around its definition.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import PurePath
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,10 +32,20 @@ _SHOWN_BY_WEIGHTS = {
     *("input_size", "hidden_size", "embed_dim", "kdim", "vdim", "num_channels", "bias"),
     *("device", "dtype"),
 }
+# What every rank, or every start, may have its own of.
+_FREE = {
+    *("num_replicas", "rank", "local_rank", "world_size", "num_shards", "shard", "shard_id"),
+    *("epochs", "max_epochs", "num_epochs", "n_epochs", "num_train_epochs", "max_steps"),
+    *("device", "devices", "num_workers", "workers", "run_dir", "output_dir", "out_dir"),
+    *("save_dir", "log_dir", "exp_dir", "checkpoint_dir", "resume", "run_name", "exp_name"),
+    *("log_every", "log_interval", "save_every", "save_interval", "eval_every", "eval_interval"),
+    *("verbose", "debug", "progress", "compile"),
+}
 _LONG = 16  # of more numbers a digest is kept
 _DEEP = 4
 # A model's arguments as they were when it was first seen: placing it changes its modules.
 _first_seen: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_first_off: WeakKeyDictionary[torch.nn.Module, dict[str, Any]] = WeakKeyDictionary()
 UNKNOWN = object()
 """In the place of an argument that cannot be compared, or is not kept."""
 
@@ -43,14 +57,11 @@ def arguments_of(prefix: str, thing: Any) -> dict[str, Any]:
         prefix: of the keys.
         thing: the object. Arrays and long lists of a dataset are left out: they are its content.
     """
-    if isinstance(thing, partial):
-        values = dict(thing.keywords) | {str(i): v for i, v in enumerate(thing.args)}
-        return flattened(prefix, values)
-    if thing is None or not hasattr(thing, "__dict__") or inspect.isroutine(thing):
+    if inspect.isroutine(thing) or isinstance(thing, partial):
+        return flattened(prefix, _taken_by(thing), plain=not isinstance(thing, partial))
+    if thing is None or not hasattr(thing, "__dict__"):
         return {}
-    names = names_of(type(thing))
-    held = {**vars(thing), **getattr(thing, "_buffers", {})}
-    held = {name: held[name] for name in names if name in held}
+    held = kept_by(thing, getattr(thing, "_buffers", {}))
     if _is_dataset(thing):
         held = {name: value for name, value in held.items() if not _is_bulk(value)}
     return flattened(prefix, held)
@@ -65,7 +76,7 @@ def flattened(
         prefix: of the keys.
         values: by name.
         depth: of the objects around them.
-        plain: leave objects out.
+        plain: leave objects out, but for those that only hold settings.
     """
     keys: dict[str, Any] = {}
     for name, value in sorted(values.items()):
@@ -73,20 +84,83 @@ def flattened(
         flat = _value(value)
         if flat is not UNKNOWN:
             keys[key] = flat
-        elif plain or depth >= _DEEP or isinstance(value, torch.nn.Module | torch.Tensor):
+        elif depth >= _DEEP or isinstance(value, torch.nn.Module | torch.Tensor):
             continue
         elif isinstance(value, list | tuple) and len(value) <= _LONG:
             items = {str(i): item for i, item in enumerate(value)}
-            keys |= flattened(key, items, depth + 1)
-        elif isinstance(value, Mapping) and len(value) <= _LONG:
-            keys |= flattened(key, {str(k): v for k, v in value.items()}, depth + 1)
+            keys |= flattened(key, items, depth + 1, plain=plain)
+        elif isinstance(value, Mapping) and len(value) <= _LONG**2:
+            items = {str(k): v for k, v in value.items() if k not in _FREE}
+            keys |= flattened(key, items, depth + 1, plain=plain)
         elif inspect.isroutine(value) or isinstance(value, partial | type):
             keys[key] = kind_of(value)
-        elif hasattr(value, "__dict__") and not _is_dataset(value):
+            if not isinstance(value, type):
+                keys |= flattened(key, _taken_by(value), depth + 1, plain=True)
+        elif _holds_settings(value):
+            held = {k: v for k, v in vars(value).items() if k not in _FREE}
+            keys |= flattened(key, held, depth + 1, plain=plain)
+        elif hasattr(value, "__dict__") and not (plain or _is_dataset(value)):
             keys[key] = kind_of(value)
-            held = {n: vars(value)[n] for n in names_of(type(value)) if n in vars(value)}
-            keys |= flattened(key, held, depth + 1)
+            keys |= flattened(key, kept_by(value), depth + 1)
     return keys
+
+
+def _holds_settings(value: Any) -> bool:
+    """Whether an object is nothing but its attributes: a configuration.
+
+    The words of a command line (`argparse.Namespace`) are left out: they say everything about a
+    run, and much of that may change.
+    """
+    return type(value) is SimpleNamespace or (
+        hasattr(value, "__dict__")
+        and (is_dataclass(value) or hasattr(type(value), "model_fields"))  # as pydantic's have
+    )
+
+
+def kept_by(thing: Any, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments that an object keeps, by their names.
+
+    Args:
+        thing: the object.
+        more: what it keeps elsewhere than in its attributes.
+    """
+    held = {**vars(thing), **(more or {})}
+    if isinstance(thing, torch.nn.Module):
+        held = {key: value for key, value in held.items() if key not in _OF_EVERY_MODULE}
+    found: dict[str, Any] = {}
+    for name in names_of(type(thing)) - _FREE:
+        for key in (name, f"_{name}"):
+            if key in held:
+                found.setdefault(name, held[key])
+    return found
+
+
+_OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
+
+
+def _taken_by(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function has from around it: of a partial its arguments, of a closure its variables.
+
+    Defaults are among it: `lambda step, n=n: ...` takes `n` by one.
+    """
+    if isinstance(function, partial):
+        given = {str(i): value for i, value in enumerate(function.args)} | dict(function.keywords)
+        return _taken_by(function.func) | given
+    owner = getattr(function, "__self__", None)
+    found = kept_by(owner) if hasattr(owner, "__dict__") and not inspect.ismodule(owner) else {}
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    for name, cell in zip(
+        getattr(code, "co_freevars", ()), getattr(function, "__closure__", None) or (), strict=False
+    ):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            found[name] = cell.cell_contents
+    if code is not None:
+        defaults = getattr(function, "__defaults__", None) or ()
+        names = code.co_varnames[: code.co_argcount]
+        found |= zip(names[len(names) - len(defaults) :], defaults, strict=True)
+        found |= getattr(function, "__kwdefaults__", None) or {}
+    return {name: value for name, value in found.items() if name not in _FREE}
 
 
 def _is_dataset(thing: Any) -> bool:
@@ -110,7 +184,7 @@ def _value(value: Any) -> Any:
     if isinstance(value, PurePath | torch.dtype | np.dtype | np.generic):
         return str(value)
     if isinstance(value, torch.Tensor | np.ndarray):
-        if isinstance(value, torch.Tensor) and value.is_meta:
+        if isinstance(value, torch.Tensor) and (value.is_meta or value.requires_grad):
             return UNKNOWN
         return str(value.tolist()) if _count(value) <= _LONG else _short(digest(value))
     if isinstance(value, list | tuple | range | set | frozenset):
@@ -157,15 +231,34 @@ def arguments_in_model(model: torch.nn.Module) -> dict[str, Any]:
         for module in model.modules():
             cls = type(module)
             found.setdefault("modules", []).append(cls.__name__)
-            for name in names_of(cls) - _SHOWN_BY_WEIGHTS:
-                value = _value(vars(module).get(name, UNKNOWN))
-                if value is not UNKNOWN:
-                    found.setdefault(f"{cls.__name__}.{name}", []).append(value)
+            held = {k: v for k, v in kept_by(module).items() if k not in _SHOWN_BY_WEIGHTS}
+            if not cls.__module__.startswith("torch."):
+                held = _switches(module) | held
+            for key, value in flattened(cls.__name__, held, plain=True).items():
+                found.setdefault(key, []).append(value)
         _first_seen[model] = {
             key: values[0] if len(set(map(str, values))) == 1 else _value(values)
             for key, values in sorted(found.items())
         }
     return _first_seen[model]
+
+
+def switched_off(model: torch.nn.Module) -> dict[str, Any]:
+    """The parameters that take no gradients, and the modules in eval mode, as a model was given."""
+    if model not in _first_off:
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        in_eval = [name or "." for name, module in model.named_modules() if not module.training]
+        _first_off[model] = {"frozen": _value(frozen), "eval": _value(in_eval)}
+    return _first_off[model]
+
+
+def _switches(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's rates and switches, under whatever names it keeps them."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) in (float, bool) and name[0] != "_" and name not in {"training", *_FREE}
+    }
 
 
 def kind_of(thing: Any) -> str | None:

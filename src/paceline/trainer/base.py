@@ -20,6 +20,7 @@ from paceline.parallel.blocks import outermost
 from paceline.parallel.ddp import Replica, Synchronizer, unwrap
 from paceline.parallel.placement import Placement
 from paceline.trainer.abstract import AbstractTrainer
+from paceline.trainer.callback import Callback
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.names import class_name, unique_names
@@ -29,7 +30,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import Resume, read_already
+from paceline.trainer.settings import READ_ALWAYS, Resume, read_already
 from paceline.trainer.slots import TRAINER_SLOTS, slots_of
 from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
@@ -38,6 +39,15 @@ from paceline.world.world import World
 
 if TYPE_CHECKING:
     from paceline.parallel.pipeline_parallel import Pipeline
+
+
+_COMPONENTS = (
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    Callback,
+)
+_OWN_STATE = ("progress", "replica_groups")  # of the Trainer's
 
 
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,6 +168,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         if run is not None and name in run.fixed:
             raise read_already(name)
         super().__setattr__(name, value)
+        if run is not None and name in READ_ALWAYS:
+            run.check_settings()
         if run is not None and isinstance(value, (torch.nn.Module, dict)):
             run.load_waiting(value if isinstance(value, dict) else {name: value})
 
@@ -347,11 +359,27 @@ class TrainerBase(Hooks, AbstractTrainer):
         return components(self, torch.optim.lr_scheduler.LRScheduler)
 
     def named_objects(self) -> dict[str, Any]:
-        """`checkpoint_objects` by name; those given as a list by their class's."""
-        objects = self.checkpoint_objects
-        if isinstance(objects, Mapping):
-            return dict(objects)
-        return unique_names(objects, class_name)
+        """`checkpoint_objects` by name, and other attributes that have a state of their own.
+
+        Those given as a list have their class's names. What begins with an underscore, and what
+        yields data, is left out.
+        """
+        given = self.checkpoint_objects
+        objects = dict(given) if isinstance(given, Mapping) else unique_names(given, class_name)
+        known = {id(thing) for thing in objects.values()}
+        for name, value in vars(self).items():
+            kept = hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+            if (
+                kept
+                and name[0] != "_"
+                and name not in TrainerBase.__annotations__
+                and name not in _OWN_STATE
+                and not isinstance(value, (*_COMPONENTS, type))
+                and not hasattr(value, "__iter__")
+                and id(value) not in known
+            ):
+                objects.setdefault(name, value)
+        return objects
 
     def get_module(self, fqn: str) -> torch.nn.Module:
         """The module at a dotted path that begins with a model's name.

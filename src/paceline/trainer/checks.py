@@ -38,7 +38,7 @@ from paceline.trainer.callback import Callback, trainers_of
 from paceline.trainer.events import EVENTS, misspelt_hooks, overrides
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
-from paceline.trainer.settings import METHODS_ELSEWHERE, MODES
+from paceline.trainer.settings import EVENTS_ELSEWHERE, METHODS_ELSEWHERE, MODES
 from paceline.world import quorum
 from paceline.world.environment import replica_group
 from paceline.world.layout import Parallel
@@ -70,6 +70,11 @@ _OVERRIDDEN = (
     "checkpoint_objects",
     "run_identity",
 )
+# What other systems have methods for.
+_ATTRIBUTES = (
+    *("train_dataloader", "val_dataloader", "model", "optimizer", "lr_scheduler", "loss_fn"),
+    "callbacks",
+)
 
 
 def check_settings(trainer: TrainerBase) -> None:
@@ -99,6 +104,15 @@ def check_components(trainer: TrainerBase) -> None:
     """
     if trainer.is_overridden("configure"):
         _refuse(_wrong_components(trainer))
+
+
+def check_changed(trainer: TrainerBase) -> None:
+    """Refuses impossible values of settings that are changed within a run.
+
+    Raises:
+        ConfigError: with one line a mistake.
+    """
+    _refuse(wrong_settings(trainer) + wrong_validation(trainer))
 
 
 def check_data(trainer: TrainerBase) -> None:
@@ -229,7 +243,7 @@ def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
     wrong = misspelt_hooks(trainer) + _never_called(trainer)
     for callback in trainer.callbacks:
         if isinstance(callback, Callback):
-            wrong += misspelt_hooks(callback)
+            wrong += misspelt_hooks(callback) + _never_called(callback)
             wrong += [
                 f"callbacks: {type(callback).__name__} is for trainers of the kind "
                 f"{getattr(kind, '__name__', kind)}, which {type(trainer).__name__} is not."
@@ -261,31 +275,40 @@ def check_engine(trainer: TrainerBase) -> None:
         raise ConfigError(wrong[0])
 
 
-def _never_called(trainer: TrainerBase) -> list[str]:
-    """Methods of the user's that mean one of ours, by other systems' names or misspelt.
+def _never_called(thing: Any) -> list[str]:
+    """A trainer's or callback's methods that mean one of ours, by other systems' names or misspelt.
 
     One that another method of theirs refers to is a helper, and left alone.
     """
-    ours = [base for base in type(trainer).__mro__ if base.__module__.startswith("paceline.")]
+    is_trainer, kind = isinstance(thing, TrainerBase), type(thing).__name__
+    ours = [base for base in type(thing).__mro__ if base.__module__.startswith("paceline.")]
     known = {name for base in ours for name in vars(base)}
     own = {
         name: value
-        for base in type(trainer).__mro__
+        for base in type(thing).__mro__
         if base not in ours and base is not object
         for name, value in vars(base).items()
         if inspect.isfunction(value)
     }
     used = {name for method in own.values() for name in _names_in(inspect.unwrap(method).__code__)}
-    methods = [name for name in known if name[0] != "_" and not name.startswith("on_")]
-    wrong: list[str] = []
-    for name in sorted(own.keys() - known - used):
+    elsewhere = METHODS_ELSEWHERE if is_trainer else EVENTS_ELSEWHERE
+    methods = [name for name in known if is_trainer and name[0] != "_" and name[:3] != "on_"]
+    wrong = [
+        f"{kind} defines the method {name}, which nothing calls: here it is an attribute. Assign "
+        "it in configure(), or give it to the constructor."
+        for name in _ATTRIBUTES
+        if is_trainer and name in own
+    ]
+    hooks = [name for name in own if name.startswith("on_")]
+    misspelt = {name for name in hooks if get_close_matches(name, EVENTS, n=1, cutoff=0.75)}
+    for name in sorted(own.keys() - known - used - misspelt):
         bare = name.lstrip("_")
-        near = get_close_matches(bare, _OVERRIDDEN, n=1, cutoff=0.88)
-        if bare in METHODS_ELSEWHERE or near or (name != bare and bare in methods):
-            meant = METHODS_ELSEWHERE.get(bare) or (near[0] if near else bare)
+        near = get_close_matches(bare, _OVERRIDDEN if is_trainer else (), n=1, cutoff=0.88)
+        if bare in elsewhere or near or (name != bare and bare in methods):
+            meant = elsewhere.get(bare) or (near[0] if near else bare)
             wrong.append(
-                f"{type(trainer).__name__} defines {name}, which nothing calls; here it is "
-                f"{meant}. If it is your own, rename it."
+                f"{kind} defines {name}, which nothing calls; here it is {meant}. If it is your "
+                "own, rename it."
             )
     return wrong
 
@@ -389,6 +412,7 @@ def _wrong_components(trainer: TrainerBase) -> list[str]:
     if not optimizers and not wrong:
         wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
     wrong += _without_values(models) + _wrong_parameters(models, optimizers) + _wrong_states(models)
+    wrong += _wrong_for_scaling(trainer, models)
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not trainer.is_overridden("step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
@@ -661,6 +685,24 @@ def _wrong_parameters(models: Any, optimizers: Any) -> list[str]:
             "model was replaced?"
         )
     return wrong
+
+
+def _wrong_for_scaling(trainer: TrainerBase, models: Any) -> list[str]:
+    """Parameters whose gradients torch's GradScaler cannot unscale."""
+    if trainer.precision != "fp16":
+        return []
+    cannot = [
+        f"{name}.{key} ({str(p.dtype).removeprefix('torch.')})"
+        for name, model in models.items()
+        for key, p in model.named_parameters()
+        if p.requires_grad and (p.is_complex() or p.dtype == torch.float16)
+    ]
+    if not cannot:
+        return []
+    return [
+        f"precision='fp16': the scaled gradients of {some(cannot)} cannot be unscaled. Keep "
+        "weights in float32 (autocast computes in float16), or set precision='fp32' or 'bf16'."
+    ]
 
 
 def _without_values(models: Any) -> list[str]:

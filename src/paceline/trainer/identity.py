@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from paceline.data.content import content_of
+from paceline.data.content import content_of, digest
 from paceline.data.custom import is_custom
 from paceline.data.loader import loaders_by_name
 from paceline.data.streamed import StreamedSource
@@ -37,9 +37,11 @@ from paceline.trainer.arguments import (
     arguments_in_model,
     arguments_of,
     flattened,
+    kept_by,
     kind_of,
     names_of,
     parameters_of,
+    switched_off,
 )
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.identity_keys import Identity
@@ -280,6 +282,10 @@ def _arguments_of_components(trainer: TrainerBase) -> Iterator[tuple[str, dict[s
         for name, model in trainer.named_models().items():
             keys |= {f"models.{name}.{key}": v for key, v in arguments_in_model(model).items()}
         yield "model (object)", keys
+    keys = {}
+    for name, model in trainer.named_models().items():
+        keys |= {f"models.{name}.{key}": value for key, value in switched_off(model).items()}
+    yield "switched off", keys
     for prefix, loader in _loaders(trainer):
         slot = "train_dataloader" if prefix == "data" else "val_dataloader"
         if slot not in recipe and not is_custom(loader):
@@ -289,7 +295,7 @@ def _arguments_of_components(trainer: TrainerBase) -> Iterator[tuple[str, dict[s
 def _of_trainer(trainer: TrainerBase) -> dict[str, Any]:
     """The arguments of a user's subclass that the Trainer itself does not have."""
     ours = {name for cls in type(trainer).__mro__ if _is_ours(cls) for name in parameters_of(cls)}
-    held = {name: vars(trainer).get(name, UNKNOWN) for name in names_of(type(trainer)) - ours}
+    held = {name: value for name, value in kept_by(trainer).items() if name not in ours}
     return flattened("trainer", held, plain=True)
 
 
@@ -303,6 +309,8 @@ def _of_loaders_parts(prefix: str, loader: Any) -> dict[str, Any]:
         return arguments_of(prefix, loader)
     own = {name: vars(loader).get(name, UNKNOWN) for name in names_of(type(loader))}
     keys = flattened(prefix, {k: v for k, v in own.items() if k not in _LOADERS_OWN})
+    if type(loader.dataset) is Subset:
+        keys[f"{prefix}.dataset.indices"] = digest(np.asarray(loader.dataset.indices))[:16]
     for name, thing in _of_loader(prefix, loader):
         made_by_loader = name == f"{prefix}.batch_sampler" and loader.batch_size is not None
         if name not in (prefix, *keys) and not (thing is None or made_by_loader):
@@ -325,9 +333,13 @@ def _roots(trainer: TrainerBase) -> Iterator[Any]:
     yield from trainer.recipe_targets
     for model in trainer.named_models().values():
         yield from {type(module) for module in model.modules()}
+        yield from (each for module in model.modules() for each in _functions_of(module))
     yield from map(type, trainer.named_optimizers().values())
-    yield from map(type, (trainer.named_schedulers() or {}).values())
     held: deque[Any] = deque([trainer.loss_fn, *(one for _, one in _in_own_slots(trainer))])
+    held += _functions(kept_by(trainer).values())
+    for scheduler in (trainer.named_schedulers() or {}).values():
+        yield from map(type, each := [scheduler, *getattr(scheduler, "_schedulers", ())])
+        held += [one for inner in each for one in getattr(inner, "lr_lambdas", ())]
     for prefix, loader in _loaders(trainer):
         held += [thing for _, thing in _of_loader(prefix, loader)]
     seen: set[int] = set()
@@ -347,6 +359,16 @@ def _roots(trainer: TrainerBase) -> Iterator[Any]:
         else:
             yield type(thing)
             held += getattr(thing, "__dict__", {}).values()
+
+
+def _functions_of(module: torch.nn.Module) -> list[Any]:
+    """The functions that a module calls: among its attributes, and its hooks."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return _functions([*vars(module).values(), *hooks])
+
+
+def _functions(things: Iterable[Any]) -> list[Any]:
+    return [each for each in things if inspect.isroutine(each) or isinstance(each, partial)]
 
 
 def _loaders(trainer: TrainerBase) -> Iterator[tuple[str, Any]]:
@@ -495,7 +517,30 @@ def _schedule_settings(scheduler: Any) -> dict[str, Any]:
             found[name] = str(list(value))
         elif isinstance(value, (bool, int, float, str, type(None))):
             found[name] = value
+    found |= {
+        name.removeprefix("_"): str(vars(scheduler)[name])
+        for name in _COURSE
+        if name in vars(scheduler)
+    }
+    lambdas = {str(i): each for i, each in enumerate(getattr(scheduler, "lr_lambdas", ()))}
+    for key, value in flattened("lr_lambdas", lambdas).items():
+        found[key] = value
+    if "_schedulers" not in vars(scheduler):
+        for i, group in enumerate(scheduler.optimizer.param_groups):
+            found |= {f"group{i}.{key}": group[key] for key in _BOUNDS if key in group}
     return found
+
+
+# What torch's schedulers keep of their arguments under other names, and in their groups.
+_COURSE = (
+    "_schedule_phases",
+    "_anneal_func_type",
+    "total_size",
+    "step_ratio",
+    "max_lrs",
+    "min_lrs",
+)
+_BOUNDS = ("max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 
 
 def _arguments(thing: Any) -> dict[str, Any]:

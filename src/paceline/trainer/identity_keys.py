@@ -14,7 +14,7 @@ FIRST_PARTS = ("settings", "loss", "data", "optimizers", "slots", "said")
 """The parts that every checkpoint knows."""
 ARGUMENTS = (" (recipe)", " (object)")
 """How the names of parts end that are the arguments of components."""
-READ_OFF = ("model (object)", "code", "content of ")
+READ_OFF = ("model (object)", "switched off", "code", "content of ")
 """How the names of parts begin that are read off objects."""
 
 

@@ -34,8 +34,9 @@ from paceline.log.run_record import RunRecord
 from paceline.log.sinks import with_local_rows
 from paceline.reading import status
 from paceline.trainer import decisions, error_context, resume, saving
+from paceline.trainer.attributes import attributes_of
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.checks import check_components, check_data, check_engine
+from paceline.trainer.checks import check_changed, check_components, check_data, check_engine
 from paceline.trainer.events import EVENTS, Events
 from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
@@ -48,7 +49,7 @@ from paceline.trainer.ranks_alike import (
 from paceline.trainer.recorder import Recorder
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run, StopBeforeWindow
-from paceline.trainer.settings import READ_BY_OPENING, READ_ONCE, FixedList
+from paceline.trainer.settings import READ_BY_OPENING, READ_ONCE, FixedDict, FixedList
 from paceline.trainer.state_tree import settings_of_parts
 from paceline.trainer.stop import behind_boundary, behind_window
 from paceline.trainer.warm_start import load_weights
@@ -134,6 +135,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     add_own_identity(trainer, run)
     run.made_with = settings_of_parts(trainer)
     run.made = Made.of(trainer.named_models(), trainer.named_optimizers())
+    run.attributes = attributes_of(trainer)
     _load(trainer, run)
     if trainer.replica_groups is not None:
         trainer.replica_groups.hand_saver_over()
@@ -240,6 +242,20 @@ def _fix(trainer: TrainerBase, run: Run) -> None:
         if isinstance(given, list):
             vars(trainer)[name] = FixedList(given)
             run.cleanup.callback(vars(trainer).update, {name: given})
+    for name, given in list(vars(trainer).items()):
+        held = given.values() if isinstance(given, dict) else ()
+        components = all(isinstance(one, (*steps, torch.nn.Module)) for one in held)
+        if held and (name == "val_dataloader" or (components and name[0] != "_")):
+            grows = all(isinstance(one, torch.nn.Module) for one in held)
+            vars(trainer)[name] = FixedDict(name, given, grows=grows)
+            run.cleanup.callback(_thaw, trainer, name, given)
+    run.check_settings = partial(check_changed, trainer)
+
+
+def _thaw(trainer: TrainerBase, name: str, given: dict[str, Any]) -> None:
+    """Leaves the user with the dictionary of before, and what was added to it."""
+    given |= dict(vars(trainer)[name])
+    vars(trainer)[name] = given
 
 
 def _open_data(trainer: TrainerBase, run: Run) -> None:
@@ -288,7 +304,9 @@ def _default_callbacks(trainer: TrainerBase) -> list[Any]:
 
 
 def _open_records(trainer: TrainerBase, run: Run) -> None:
+    logged = trainer.recorder.train  # in configure()
     trainer.recorder = Recorder(run, with_local_rows(trainer.loggers, trainer.run_dir))
+    trainer.recorder.train = logged
     # A row takes every rank, though only one may have a callback that looks at it.
     wanted = run.world.all_gather_object(trainer.recorder.wanted)
     trainer.recorder.wanted = any(wanted)

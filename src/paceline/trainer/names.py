@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from paceline.log.secrets import without_credentials
+from paceline.trainer.arguments import flattened, kept_by
 
 T = TypeVar("T")
 
@@ -47,8 +47,8 @@ def settings_of(things: Mapping[str, Any]) -> dict[str, Any]:
         things: by the names that `unique_names` gave them.
 
     Returns:
-        For each, the name that it has by itself, and the plain arguments it was made with, as far
-        as it keeps them. Paths are left out: a run may move.
+        For each, the name that it has by itself, and the arguments it was made with, as far as it
+        keeps them. Paths are left out: a run may move.
     """
     return {
         key: {"name": own_name(thing), "made with": _made_with(thing)}
@@ -57,18 +57,20 @@ def settings_of(things: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made_with(thing: Any) -> dict[str, Any]:
-    try:
-        arguments = inspect.signature(type(thing)).parameters
-    except (TypeError, ValueError):
-        return {}
+    """The arguments of an object, and words that it keeps under any name."""
     held = getattr(thing, "__dict__", {})
-    found = {key: held.get(key, held.get(f"_{key}")) for key in arguments}
+    words = {key.lstrip("_"): value for key, value in held.items() if _is_words(value)}
+    kept = kept_by(thing) if held else {}
     return {
-        key: without_credentials(value, key)
-        for key, value in found.items()
-        if isinstance(value, (bool, int, float))
-        or (isinstance(value, str) and not os.path.isabs(value))
+        key.removeprefix("."): without_credentials(value, key.rpartition(".")[2])
+        for key, value in flattened("", words | kept, plain=True).items()
+        if not (isinstance(value, str) and os.path.isabs(value))
     }
+
+
+def _is_words(value: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    return bool(items) and all(isinstance(each, str) for each in items)
 
 
 def load_by_name(

@@ -109,6 +109,7 @@ class Run:
         started_validation: whether a validation has started for its listeners, and not ended.
         val_name: the validation loader at hand, if it has a name.
         open_data: opens the data, unless that is done.
+        check_settings: refuses settings that were changed to what cannot be.
         trained: whether this process has something to train.
         settled: whether the loop is between two windows with nothing pending, so that state may be
             saved.
@@ -119,6 +120,7 @@ class Run:
         saves_in_flight: how many saves have not been reported as saved or failed.
         sinks_state: positions of the sinks in the checkpoint that the run resumed from, by rank.
         made: how models and optimizers were made, before anything was loaded or trained.
+        attributes: of the objects then, beside their state (`attributes.py`).
         proven: the optimizers whose state was there when it was last proven that it can be loaded.
         waiting: states of models that the resumed run has not made yet, by name.
         made_with: the settings of callbacks and checkpoint objects at the run's start.
@@ -151,6 +153,7 @@ class Run:
     started_validation: bool = False
     val_name: str | None = None
     open_data: Callable[[], None] = lambda: None
+    check_settings: Callable[[], None] = lambda: None
     trained: bool = False
     settled: bool = False
     stopped: bool = False
@@ -161,6 +164,7 @@ class Run:
     saves_in_flight: int = 0
     sinks_state: dict[str, dict[str, Any]] | None = None
     made: Made = field(default_factory=Made)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     proven: set[str] = field(default_factory=set)
     waiting: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,111 @@ METHODS_ELSEWHERE = {
     "val_dataloaders": "val_dataloader=...",
     "get_dataloaders": "train_dataloader=... and val_dataloader=...",
     "save_checkpoint": "checkpoint",
+    "train_batch": "training_step",
+    "training_batch": "training_step",
+    "train_on_batch": "training_step",
+    "process_function": "training_step",
+    "run_step": "training_step",
+    "run_iteration": "training_step",
+    "one_batch": "training_step",
+    "training_step_and_backward": "training_step",
+    "calc_loss": "loss",
+    "calculate_loss": "loss",
+    "loss_func": "loss",
+    "loss_step": "loss",
+    "compute_loss_and_metrics": "loss",
+    "get_batch_loss": "loss",
+    "validate_step": "validation_step",
+    "validation_batch": "validation_step",
+    "val_batch": "validation_step",
+    "eval_batch": "validation_step",
+    "test_on_batch": "validation_step",
+    "eval_forward": "validation_step",
+    "update_metric": "validation_step",
+    "get_metrics": "get_val_metrics",
+    "eval_metrics": "get_val_metrics",
+    "calculate_metrics": "get_val_metrics",
+    "eval_epoch": "evaluate",
+    "evaluate_epoch": "evaluate",
+    "validate_epoch": "evaluate",
+    "valid_epoch": "evaluate",
+    "test_epoch": "evaluate",
+    "run_validation": "evaluate",
+    "validation_loop": "evaluate",
+    "eval_loop": "evaluate",
+    "fit_epoch": "epoch",
+    "one_epoch": "epoch",
+    "do_fit": "train",
+    "backward_step": "backward",
+    "configure_gradient_clipping": "max_grad_norm=...",
+    "clip_gradients": "max_grad_norm=...",
+    "lr_scheduler_step": "lr_scheduler_interval=...",
+    "transfer_batch_to_device": "training_step",
+    "prepare_data": "configure",
+    "setup_model": "configure",
+    "init_model": "configure",
+    "create_model": "configure",
+    "make_model": "configure",
+    "get_model": "configure",
+    "setup_optimizer": "configure",
+    "init_optimizer": "configure",
+    "make_optimizer": "configure",
+    "create_optimizers": "configure",
+    "get_optimizer": "configure",
+    "configure_optimizer": "configure",
+    "configure_scheduler": "configure",
+    "configure_schedulers": "configure",
+    "get_lr_scheduler": "configure",
+    "get_scheduler": "configure",
+    "create_lr_scheduler": "configure",
+    "test_dataloader": "val_dataloader=...",
+    "get_val_dataloader": "val_dataloader=...",
+    "on_epoch_begin": "on_train_epoch_start",
+    "on_train_epoch_begin": "on_train_epoch_start",
+    "on_batch_begin": "on_train_batch_start",
+    "on_before_zero_grad": "on_step_end",
+    "on_after_batch_transfer": "on_train_batch_start",
+    "on_before_batch_transfer": "on_train_batch_start",
+    "on_log": "on_step_end",
+    "on_save": "on_save_checkpoint",
+    "on_evaluate": "on_validation_end",
+    "on_validation_epoch_start": "on_validation_start",
+    "on_validation_epoch_end": "on_validation_end",
+}
+# Of callbacks and hooks, where they do not begin with "on_".
+EVENTS_ELSEWHERE = {
+    "before_fit": "on_train_start",
+    "before_run": "on_train_start",
+    "before_train": "on_train_start",
+    "fit_start": "on_train_start",
+    "after_fit": "on_train_end",
+    "after_run": "on_train_end",
+    "after_train": "on_train_end",
+    "fit_end": "on_train_end",
+    "before_epoch": "on_train_epoch_start",
+    "before_train_epoch": "on_train_epoch_start",
+    "epoch_start": "on_train_epoch_start",
+    "after_epoch": "on_train_epoch_end",
+    "after_train_epoch": "on_train_epoch_end",
+    "epoch_end": "on_train_epoch_end",
+    "before_batch": "on_train_batch_start",
+    "before_train_iter": "on_train_batch_start",
+    "batch_start": "on_train_batch_start",
+    "after_batch": "on_train_batch_end",
+    "after_train_iter": "on_train_batch_end",
+    "batch_end": "on_train_batch_end",
+    "before_backward": "on_before_backward",
+    "after_backward": "on_after_backward",
+    "before_step": "on_before_optimizer_step",
+    "after_step": "on_step_end",
+    "before_validate": "on_validation_start",
+    "before_val": "on_validation_start",
+    "before_val_epoch": "on_validation_start",
+    "eval_start": "on_validation_start",
+    "after_validate": "on_validation_end",
+    "after_val": "on_validation_end",
+    "after_val_epoch": "on_validation_end",
+    "eval_end": "on_validation_end",
 }
 READ_BY_OPENING = (
     "train_dataloader",
@@ -104,6 +210,11 @@ READ_BY_OPENING = (
     "gradient_accumulation_steps",
     "global_batch_size",
     "epoch_length",
+)
+# What counts from the moment on when it is assigned within a run.
+READ_ALWAYS = (
+    *("max_grad_norm", "check_gradients", "lr_scheduler_interval", "max_steps", "early_stop"),
+    *("validate_every", "max_val_batches", "log_every", "metric_monitor"),
 )
 # What a run reads at its start: assigned within it, it would be ignored.
 READ_ONCE = frozenset(
@@ -148,6 +259,47 @@ class FixedList(list[Any]):
 
     append = extend = insert = remove = pop = clear = reverse = _refuse
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse
+
+
+class FixedDict(dict[str, Any]):
+    """Components or loaders by name, which the Trainer's open run has read.
+
+    Args:
+        attribute: of the Trainer.
+        held: what it holds.
+        grows: whether models may be added, and those that are not trained be replaced.
+    """
+
+    def __init__(self, attribute: str, held: Mapping[str, Any], *, grows: bool) -> None:
+        super().__init__(held)
+        self._attribute, self._grows = attribute, grows
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        held = self.get(key)
+        if not self._grows or (held is not None and any(map(_trains, held.parameters()))):
+            raise read_already(f"{self._attribute}[{key!r}]")
+        super().__setitem__(key, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise read_already(self._attribute)
+
+    pop = popitem = clear = __delitem__ = __ior__ = _refuse
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a copy is the user's
+
+
+def _trains(parameter: Any) -> bool:
+    return parameter.requires_grad
 
 
 @refuses_unknown(

@@ -25,6 +25,7 @@ from paceline.checkpoint.state import (
 )
 from paceline.data.kept import Kept, generators_in
 from paceline.errors import ResumeError
+from paceline.trainer.attributes import changed_since, give_back
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import watched_by
 from paceline.trainer.names import load_by_name, settings_of, unique_names
@@ -82,6 +83,9 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     }
     if pipeline is not None:
         pipeline.complete(optimizers)
+    attributes, lost = changed_since(run.attributes, trainer)
+    for what in lost:
+        run.plan.add(f"training changes {what}: no checkpoint holds it", "state_dict()")
     return {
         "models": {name: model.state_dict() for name, model in models.items()} | run.waiting,
         "optimizers": optimizers,
@@ -105,6 +109,7 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "identity_parts": run.identity.parts,
         "horizon": horizon(trainer),
         "made": run.made.changes(models, trainer.named_optimizers()),
+        "attributes": attributes,
         "leaves_out": trainer.optimization.leaves_out,
         **_of_groups(trainer),
     }
@@ -119,8 +124,12 @@ def settings_of_parts(trainer: TrainerBase) -> dict[str, Any]:
 
 
 def _generators(trainer: TrainerBase) -> dict[str, Kept]:
-    """Random generators that are attributes of the trainer or of a callback, by whose they are."""
+    """Random generators of the trainer, its models, loss and callbacks, by whose they are."""
     owners = {"trainer": trainer, **unique_names(trainer.callbacks)}
+    models = trainer.named_models()
+    for name, model in ({"loss_fn": trainer.loss_fn} | models).items():
+        parts = model.named_modules() if isinstance(model, torch.nn.Module) else [("", model)]
+        owners |= {f"models.{name}.{path}": part for path, part in parts}
     found = {name: generators_in(owner) for name, owner in owners.items()}
     return {name: kept for name, kept in found.items() if kept.names}
 
@@ -200,6 +209,7 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
         if name in made.models:
             empty_buffers(model, made.models[name], tree["models"][name])
             made.models[name].switch(model, changes.get("models", {}).get(name, {}))
+    give_back(run.attributes, trainer, tree.get("attributes", {}))
     for name, optimizer in trainer.named_optimizers().items():
         regroup(optimizer, tree["optimizers"][name]["groups"], models)
     _load_optimizers(trainer, tree, found.accepted, parameter_names(models))
