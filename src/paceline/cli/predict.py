@@ -76,7 +76,6 @@ def _loader(trainer: Any, name: str) -> Any:
         loaders = {"train_dataloader": loaders["train_dataloader"], **several}
     if loaders.get(name) is None:
         known = ", ".join(n for n, loader in loaders.items() if loader is not None)
-        raise ConfigError(
-            f"--data {name}: the recipe has no such loader{nearest(name, loaders) or '.'} It has: {known}."
-        )
+        hint = nearest(name, loaders) or "."
+        raise ConfigError(f"--data {name}: the recipe has no such loader{hint} It has: {known}.")
     return loaders[name]
