@@ -51,6 +51,7 @@ from typing import Any
 import torch
 import torch.distributed.device_mesh
 import torch.distributed.fsdp
+import torch.distributed.tensor.debug
 import torch.nn.parallel
 
 from endings import ending, saved_steps

@@ -60,11 +60,6 @@ def test_stopped_at_every_step_and_resumed_it_ends_the_same(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_stopped_once_and_resumed_it_ends_the_same(name: str, tmp_path: Path) -> None:
-    check_resumed(tmp_path, lambda: make(name), StopAt(7), **NEEDS.get(name, {}))
-
-
-@pytest.mark.parametrize("name", EVERY)
 def test_a_validation_that_is_left_is_made_again(name: str, tmp_path: Path) -> None:
     check_resumed(tmp_path, lambda: make(name), LeaveValidation(6), **NEEDS.get(name, {}))
 

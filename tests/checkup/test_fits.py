@@ -184,13 +184,12 @@ def most_of_a_rank(path: Path, words: list[str]) -> int:
     "words",
     [
         ["+parallel.dp_shard=2"],
-        ["+parallel.dp_shard=2", "+trainer.gradient_accumulation_steps=3"],
         ["+parallel.dp_shard=2", "+trainer.precision=bf16"],
         [],
         ["+parallel.tensor=2"],
         ["+parallel.context=2", "model._target_=rows.Reader", *TEXTS],
     ],
-    ids=["sharded", "accumulated", "bf16", "copied", "split", "parts of sequences"],
+    ids=["sharded", "bf16", "copied", "split", "parts of sequences"],
 )
 def test_a_rank_of_two_takes_what_it_takes_on_paper(recipe, ranks: Ranks, tmp_path: Path, words):
     words = ["train_dataloader.batch_size=1000", *words, "model.width=128", "model.layers=4"]

@@ -95,6 +95,52 @@ def test_two_ranks_of_which_none_has_begun_leave_together(
     assert not list(tmp_path.rglob("step_*"))
 
 
+MEETING = """
+def here(place):
+    if os.environ.get("RANK") == os.environ.get("VICTIM") and os.environ["AT"] == place:
+        if os.environ["HOW"] == "raises":
+            raise ValueError("on purpose")
+        os.kill(os.getpid(), 15)
+        time.sleep(30)
+here("import")
+class Early(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        here("constructor")
+"""
+
+
+@pytest.mark.parametrize(
+    ("victim", "at", "how"), [("0", "import", "signal"), ("1", "constructor", "raises")]
+)
+def test_a_rank_that_leaves_before_the_ranks_have_met_ends_the_other_with_its_code_and_one_line(
+    paceline: Paceline, tmp_path: Path, victim: str, at: str, how: str
+) -> None:
+    (tmp_path / "toy.py").write_text((tmp_path / "toy.py").read_text() + MEETING)
+    recipe = (tmp_path / "toy.yaml").read_text()
+    (tmp_path / "early.yaml").write_text(
+        recipe.replace("torch.nn.Linear, in_features: 1, out_features: 1", "toy.Early")
+    )
+    began = time.monotonic()
+    command = paceline.start(
+        *("train", "early.yaml", "--nproc", "2"),
+        VICTIM=victim,
+        AT=at,
+        HOW=how,
+    )
+    ended = command.each()
+    assert time.monotonic() - began < 8
+    code, said = {
+        "signal": (75, f"SIGTERM to rank {victim} before training began"),
+        "raises": (2, f"rank {victim} failed before the ranks had met: RecipeError"),
+    }[how]
+    assert [each[0] for each in ended] == [code, code]
+    other = ended[1 - int(victim)][2]
+    assert said in other
+    assert len(other.splitlines()) == 1
+    assert not list(tmp_path.rglob("step_*"))
+
+
 AFTER = """
 class After(Fit):
     def on_teardown(self):

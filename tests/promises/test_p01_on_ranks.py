@@ -239,7 +239,7 @@ def check_parts(parts: list[list[Part]], whole: list[Part], folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("size", "batch", "stops"), [(2, 5, [0, 1, 2, 3, 4, 5, 7, 8]), (4, 3, [1, 3, 4, 6, 8])]
+    ("size", "batch", "stops"), [(2, 5, [0, 1, 2, 3, 4, 5, 7, 8]), (4, 3, [1, 3, 7])]
 )
 def test_stopped_again_and_again(
     ranks: Ranks, size: int, batch: int, stops: list[int], tmp_path: Path
@@ -249,7 +249,7 @@ def test_stopped_again_and_again(
     check_chain(ranks, size, tmp_path, Plan(batch=batch), stops)
 
 
-@pytest.mark.parametrize(("size", "batch", "stops"), [(2, 5, [0, 2, 3, 4, 7]), (4, 3, [1, 3, 6])])
+@pytest.mark.parametrize(("size", "batch", "stops"), [(2, 5, [0, 3, 4]), (4, 3, [2])])
 def test_sharded_and_stopped_again_and_again(
     ranks: Ranks, size: int, batch: int, stops: list[int], tmp_path: Path
 ) -> None:
@@ -259,17 +259,17 @@ def test_sharded_and_stopped_again_and_again(
 
 def test_sharded_in_bfloat16_and_stopped_again(ranks: Ranks, tmp_path: Path) -> None:
     """What is gathered is rounded; what is kept and saved is not."""
-    check_chain(ranks, 2, tmp_path, Plan(steps=6, shard=2, precision="bf16"), [2, 4])
+    check_chain(ranks, 2, tmp_path, Plan(steps=6, shard=2, precision="bf16"), [2])
 
 
 @pytest.mark.parametrize(
-    ("size", "plan"), [(2, Plan(batch=10, tensor=2)), (4, Plan(shard=2, tensor=2))]
+    ("size", "plan"), [(2, Plan(batch=10, tensor=2)), (4, Plan(steps=6, shard=2, tensor=2))]
 )
 def test_split_and_stopped_again_and_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
     """Modules split over two ranks, alone and with FSDP2."""
-    check_chain(ranks, size, tmp_path, plan, [2, 6])
+    check_chain(ranks, size, tmp_path, plan, [3])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_in_stages_and_stopped_again_and_again(
 ) -> None:
     """Two stages, the first with running statistics, the second with dropout; on four ranks two
     copies of each, or two shards, or with split modules."""
-    check_chain(ranks, size, tmp_path, plan, [2, 5])
+    check_chain(ranks, size, tmp_path, plan, [2, 5] if size == 2 else [3])
 
 
 class StopInValidation(Callback):
@@ -324,7 +324,7 @@ def test_stopped_in_validation(ranks: Ranks, shard: int, tmp_path: Path) -> None
 
 
 def test_loader_workers_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
-    check_chain(ranks, 2, tmp_path, Plan(workers=1, steps=6), [2, 4])
+    check_chain(ranks, 2, tmp_path, Plan(workers=1, steps=6), [2])
 
 
 @pytest.mark.parametrize("epoch_length", [None, 4])
@@ -334,7 +334,7 @@ def test_streams_of_uneven_shares(
 ) -> None:
     """Rank 0's share is twice the other's: without `epoch_length` the other stands in until the
     epoch ends, also when resumed there; with it, each rank's loader begins its next pass alone."""
-    check_chain(ranks, 2, tmp_path, Plan(data, 5, 8, epoch_length), [1, 3, 4, 6])
+    check_chain(ranks, 2, tmp_path, Plan(data, 5, 8, epoch_length), [1, 4, 6])
 
 
 def test_a_stream_on_one_rank(ranks: Ranks, tmp_path: Path) -> None:

@@ -128,26 +128,24 @@ def test_micro_batches_equal_one_batch(tokens: bool) -> None:
 def test_ranks_equal_one_with_as_many_times_the_batch(ranks: Ranks, size: int) -> None:
     """Sizes that divide nothing, one sample, fewer samples than ranks, ragged tokens, accumulation:
     parameters, losses, gradient norms, metrics and counts are those of one rank."""
-    check_ranks(ranks, size, CASES)
+    check_ranks(ranks, size, CASES if size == 2 else SOME)
 
 
-@pytest.mark.parametrize(("size", "shard"), [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize(("size", "shard"), [(2, 2), (4, 2)])
 def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
     """FSDP2 over all ranks, and two copies of two shards (HSDP); 12 and 5 rows leave shards of
     unequal sizes, and empty ones."""
     check_ranks(ranks, size, CASES if size == 2 else SOME, Parallel(dp_shard=shard))
 
 
-@pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 2)])
 def test_ranks_with_split_modules_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
-    """Tensor parallelism over two ranks: alone, in two copies, and with FSDP2 over two shares."""
+    """Tensor parallelism over two ranks: alone, and with FSDP2 over two shares."""
     plan = {"0": "colwise", "2": "rowwise"}
     check_ranks(ranks, size, SOME, Parallel(dp_shard=shard, tensor=2, plan=plan))
 
 
-@pytest.mark.parametrize(
-    ("size", "shard", "experts"), [(2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 4, 2), (4, 1, 4)]
-)
+@pytest.mark.parametrize(("size", "shard", "experts"), [(2, 1, 2), (4, 1, 2), (4, 4, 2), (4, 1, 4)])
 def test_ranks_with_some_of_the_experts_equal_one_too(
     ranks: Ranks, size: int, shard: int, experts: int
 ) -> None:

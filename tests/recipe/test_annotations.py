@@ -80,6 +80,7 @@ def test_a_value_arrives_as_its_annotation_says(hint: Any, value: Any, expected:
         (Crop, {"size": "1"}, "expected integer"),
         (int, "1", "expected integer, got '1'"),
         (set[int], ["a"], "expected integer"),
+        (torch.Size | None, [1, 2], "expected torch.Size | None, got [1, 2]"),
     ],
 )
 def test_what_does_not_fit_is_a_mistake(hint: Any, value: Any, expected: str) -> None:

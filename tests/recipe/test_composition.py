@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from paceline.errors import RecipeError
 from paceline.recipe.compose import compose
+from paceline.recipe.recipe import is_run_config
 
 
 def resolved(path: Path, *overrides: str) -> dict:
@@ -99,6 +101,8 @@ def test_what_cannot_be_resolved_is_told_all_at_once_with_its_line(tmp_path: Pat
         ("- 1\n- 2\n", "mapping"),
         ("hydra: {searchpath: ['pkg://os']}\n", "r.yaml:1: hydra"),
         ("a: &x [*x]\n", "contains itself"),
+        ("a: " + 3000 * "[" + 3000 * "]", "nested too deeply"),
+        ("a: " + 5000 * "9", "too many digits"),
         ("a: {b: '${a}'}\n", "parent node"),
         ("a: {b: '${c}'}\nc: {d: '${a}'}\n", "contains itself"),
     ],
@@ -109,8 +113,13 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, expected
     assert expected in refusal(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path):
+def test_a_file_that_is_not_there_or_none_is_named(tmp_path: Path):
     assert "no recipe file" in refusal(tmp_path / "nothing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
+    assert "not text in UTF-8" in refusal(tmp_path / "latin.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert not is_run_config(tmp_path / "pipe.yaml")  # nor waits for whoever writes into it
+    assert "is no file, but a pipe" in refusal(tmp_path / "pipe.yaml")
 
 
 def test_wrong_overrides_are_told_all_at_once(grouped: Path):

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from paceline.checkup.preflight import told as told_in_a_line
+from paceline.checkup.settings import settings_of
+from paceline.cli.traceback import told_in_full
 from paceline.errors import RecipeError
 from paceline.recipe import build_trainer, load_model, load_recipe
 from paceline.runs import differences, find_runs
@@ -40,8 +43,11 @@ def hub(recipe, tmp_path: Path):
 def test_no_credential_is_written_and_the_kept_recipe_asks_for_it(hub, tmp_path: Path) -> None:
     url = "callbacks.0.url=https://me:word@hub.org/x"
     given = (f"callbacks.0.api_key={KEY}", url, f"run.project={SHAPED}")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError) as caught:
         hub(*given[:2], "callbacks.0.fail=true").fit(seed=0)
+    for told in (told_in_full(caught.value), told_in_a_line(caught.value)):
+        assert "401 from https://x.y/?q=***" in told
+        assert KEY not in told
     run = tmp_path / "runs/toy/baseline"
     written = "".join((run / name).read_text() for name in ("recipe.yaml", "run.json"))
     assert KEY not in written
@@ -55,6 +61,9 @@ def test_no_credential_is_written_and_the_kept_recipe_asks_for_it(hub, tmp_path:
 
 
 def test_a_mistake_and_a_comparison_show_no_credential(hub, tmp_path: Path) -> None:
+    given = [f"callbacks.0.api_key={KEY[:5]}", f"callbacks.0.url=https://me:{KEY}@hub.org"]
+    previewed = settings_of(load_recipe(tmp_path / "toy.yaml", given).composed)
+    assert KEY[:5] not in repr(previewed)
     with pytest.raises(RecipeError) as caught:
         hub("callbacks.0.api_key=[short]", f"callbacks.0.fail={SHAPED}", f"model.api_key={KEY}")
     assert not any(secret in str(caught.value) for secret in ("short", SHAPED, KEY))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from paceline.errors import RecipeError
 from paceline.recipe import load_recipe
+from paceline.recipe.components import signature_of
 
 Write = Callable[..., Path]
 
@@ -23,6 +25,18 @@ def test_a_right_recipe_is_accepted(recipe: Write):
     loaded = load_recipe(recipe(), ["trainer.epochs=5", "optimizer.lr=1"])
     assert loaded.trainer.kwargs["epochs"] == 5
     assert loaded.run_dir == Path("runs/toy/baseline")
+
+
+def test_what_a_class_gives_its_base_itself_is_not_asked_for():
+    class Base:
+        def __init__(self, width: int, depth: int, p: float = 0.1): ...
+
+    class Own(Base):
+        def __init__(self, x: int = 1, **rest: Any):
+            super().__init__(4, depth=2, **rest)
+
+    signature = signature_of(Own)
+    assert (signature.required, signature.named) == ((), ("x", "p"))
 
 
 def test_a_package_that_a_setting_needs_is_named_at_the_setting(

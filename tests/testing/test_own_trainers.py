@@ -89,11 +89,10 @@ def test_state_that_no_checkpoint_has_is_found(ranks: int | None, tmp_path: Path
     assert "checkpoint_objects" in said
 
 
-@HERE_AND_ON_TWO_RANKS
-def test_randomness_that_nobody_seeds_is_found(ranks: int | None, tmp_path: Path) -> None:
+def test_randomness_that_nobody_seeds_is_found(tmp_path: Path) -> None:
     """The message says that the resume is not to blame."""
     with pytest.raises(AssertionError, match="Two uninterrupted runs differ as well") as caught:
-        assert_resumes_exactly(partial(build, kind=Unseeded), tmp_path, stop_at=2, ranks=ranks)
+        assert_resumes_exactly(partial(build, kind=Unseeded), tmp_path, stop_at=2)
     assert "metrics.jsonl: step 1: train/loss" in str(caught.value)
 
 
@@ -128,9 +127,8 @@ def looks_on(run_dir: Path, *callbacks: Callback, **settings: Any) -> Regression
     return build(run_dir, Regression, *callbacks, validate_every=1, checkpoint=saves, **settings)
 
 
-@HERE_AND_ON_TWO_RANKS
-def test_what_looks_on_changes_nothing(ranks: int | None, tmp_path: Path) -> None:
-    assert_undisturbed(build, looks_on, tmp_path, ranks=ranks)
+def test_what_looks_on_changes_nothing(tmp_path: Path) -> None:
+    assert_undisturbed(build, looks_on, tmp_path)
 
 
 def meddles(run_dir: Path) -> Regression:

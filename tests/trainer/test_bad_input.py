@@ -110,6 +110,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"model": [line()], "optimizer": torch.optim.SGD(line().parameters())},
         "is not a torch.nn.Module",
     ),
+    ({"loss_fn": torch.nn.MSELoss}, "the class MSELoss is no loss; make one of it: MSELoss(...)."),
     ({"optimizer": torch.optim.SGD}, "the class SGD is not a torch optimizer; make one of it"),
     ({"optimizer": None}, "there is no optimizer"),
     ({"lr_scheduler": "cosine"}, "lr_scheduler: 'cosine' is not a torch LRScheduler"),

@@ -143,12 +143,10 @@ def fits(cases: list[Case], parallel: Parallel) -> list[Kept]:
     ("size", "parallel"),
     [
         pytest.param(2, Parallel(context=2), id="alone"),
-        pytest.param(4, Parallel(context=2), id="in copies"),
         pytest.param(4, Parallel(context=2, dp_shard=2), id="with shards"),
         pytest.param(4, Parallel(context=2, tensor=2), id="with split modules"),
         pytest.param(2, RING, id="by ring"),
         pytest.param(4, replace(RING, context=4), id="by ring of four"),
-        pytest.param(4, replace(RING, dp_shard=2), id="by ring, with shards"),
         pytest.param(4, replace(RING, tensor=2), id="by ring, with split modules"),
     ],
 )

@@ -161,7 +161,7 @@ def fit_compiled() -> Any:
     plain = fit(Parallel(expert=2), **short)
     torch.compile = partial(torch.compile, backend=backend)
     found = []
-    for which, how in (None, "blocks"), ("full", True), ("selective", True):
+    for which, how in (None, "blocks"), ("selective", True):
         torch.compiler.reset()
         Compiling.graphs.clear()
         parallel: Any = Parallel(expert=2, activation_checkpointing=which)
@@ -229,9 +229,7 @@ def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks)
 # Sequences in parts, and split modules
 
 LAYOUTS = [
-    Parallel(tensor=2, expert=2),
     Parallel(tensor=2, expert=2, dp_shard=2, plan=Net.tp_plan | Net.ep_plan),
-    Parallel(context=2, expert=2),
     Parallel(context=2, expert=4),
     Parallel(context=2, expert=2, dp_shard=2),
     Parallel(context=2, expert=2, context_attention="ring"),

@@ -86,7 +86,7 @@ def check_not_finite(
     return outcomes
 
 
-@pytest.mark.parametrize(("kind", "shard"), [("plain", 1), ("dead", 1), ("dead", 2), ("rooted", 2)])
+@pytest.mark.parametrize(("kind", "shard"), [("plain", 1), ("dead", 2), ("rooted", 2)])
 def test_one_ranks_loss_is_every_ranks_error(
     ranks: Ranks, tmp_path: Path, kind: str, shard: int
 ) -> None:
@@ -98,9 +98,7 @@ def test_one_ranks_loss_is_every_ranks_error(
         assert all(torch.equal(a, b) for a, b in zip(before, outcome["weights"], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("policy", "shard"), [("skip", 1), ("stop", 1), ("rewind", 1), ("skip", 4), ("rewind", 2)]
-)
+@pytest.mark.parametrize(("policy", "shard"), [("skip", 4), ("stop", 1), ("rewind", 2)])
 def test_all_leave_the_window_out_or_stop(
     ranks: Ranks, tmp_path: Path, policy: str, shard: int
 ) -> None:
@@ -114,7 +112,7 @@ def test_all_leave_the_window_out_or_stop(
 
 @pytest.mark.parametrize(
     ("policy", "shard", "kind"),
-    [("raise", 1, "dead"), ("skip", 1, "dead"), ("skip", 2, "dead"), ("skip", 2, "rooted")],
+    [("raise", 1, "dead"), ("skip", 1, "dead"), ("skip", 2, "rooted")],
 )
 def test_where_reading_waits_nothing_is_read(
     ranks: Ranks, tmp_path: Path, policy: str, shard: int, kind: str

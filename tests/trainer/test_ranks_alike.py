@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Callback, CheckpointPolicy, Parallel, Trainer
 from paceline.errors import ConfigError, StateError
@@ -28,6 +29,7 @@ def refuse_all() -> list[str]:
     model.bias.requires_grad_(first)
     optimizer = torch.optim.SGD([model.weight] + ([model.bias] if first else []), lr=0.1)
     every = CheckpointPolicy(every_steps=1 if first else 2)
+    part = [torch.ones(8, 3) * first]
     return [
         refused(epochs=None, max_steps=3 if first else 4, log_every=10 if first else 20),
         refused(val_dataloader=batches() if first else None),
@@ -38,6 +40,9 @@ def refuse_all() -> list[str]:
         refused(checkpoint=every),
         refused(parallel=Parallel(dp_shard=2 if first else 1)),
         refused(lr=0.1 if first else 0.2),
+        refused(loss_fn=torch.nn.SmoothL1Loss(beta=1.0 if first else 2.0), checkpoint=None),
+        refused(model=line().train(first)),
+        refused(train_dataloader=DataLoader(TensorDataset(*part, *part), 4)),
         refused(),
     ]
 
@@ -46,7 +51,8 @@ def test_what_differs_between_ranks_is_named_on_each(ranks: Ranks) -> None:
     """Given other settings, data or components on rank 1, when training starts, then it ends at
     once on both ranks with the name and both values."""
     for said in ranks(refuse_all, 2):
-        steps, val, data, model, frozen, seed, every, layout, rate, alike = said
+        steps, val, data, model, frozen, seed, every, layout, rate, *rest = said
+        loss, mode, shards, alike = rest
         assert "max_steps: 3 on rank 0, 4 on rank 1\n  log_every: 10 on rank 0, 20 on" in steps
         assert "val_dataloader: 'DataLoader, batch_size=4" in val
         assert "on rank 0, None on rank 1" in val
@@ -58,6 +64,9 @@ def test_what_differs_between_ranks_is_named_on_each(ranks: Ranks) -> None:
         assert "checkpoint: CheckpointPolicy(every_epochs=1, every_steps=1" in every
         assert "parallel has to be the same on every rank" in layout
         assert "optimizer.param_groups[0].lr: 0.1 on rank 0, 0.2 on rank 1" in rate
+        assert "loss_fn, SmoothL1Loss.beta: 1.0 on rank 0, 2.0 on rank 1" in loss
+        assert "model, in eval mode: [] on rank 0, [''] on rank 1" in mode
+        assert "the samples of data, all of which each rank is given: " in shards
         assert alike == "trained"
 
 

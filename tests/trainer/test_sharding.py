@@ -83,10 +83,8 @@ LAYOUTS = [
     (2, Parallel(dp_shard=2)),
     (2, SPLIT),
     (1, Parallel()),
-    (4, Parallel(dp_shard=4)),
     (4, replace(SPLIT, dp_shard=2)),
     (4, Parallel(dp_shard=2)),
-    (4, SPLIT),
     (1, Parallel()),
 ]
 

@@ -18,7 +18,6 @@ from small import settings
 LAYOUTS = [  # for four ranks, and the batch of each that makes eight samples
     (Parallel(dp_shard=2), 2),
     (Parallel(tensor=2, dp_shard=2), 4),
-    (Parallel(tensor=4), 8),
 ]
 SGD = {"kind": "SGD", "lr": 2.0, "momentum": 0.9}
 FUSED = {"kind": "AdamW", "lr": 0.01, "fused": True}

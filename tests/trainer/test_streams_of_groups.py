@@ -102,7 +102,7 @@ def test_each_sample_is_read_once_and_by_all_that_work_on_it(
 
 def resumed(folder: Path, stop_after: int | None) -> Any:
     callbacks = [StopAt(stop_after)] if stop_after else []
-    trainer = read(LAYOUTS[-1], *callbacks, run_dir=folder)
+    trainer = read(LAYOUTS[0], *callbacks, run_dir=folder)
     return getattr(trainer, "ended", None), trainer.trained
 
 

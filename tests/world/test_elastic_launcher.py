@@ -82,6 +82,20 @@ def test_a_rank_that_leaves_later_than_the_others_is_left_the_time(launched: Any
     assert launched("time.sleep(1.5 * (rank == '0'))\nsys.exit(75)").value == 75
 
 
+def test_ranks_that_would_wait_for_one_that_left_before_they_met_are_ended(launched: Any) -> None:
+    """Given a worker that a signal reached alone, when it says that it left, all stop with 75."""
+    program = """
+if rank == "1":
+    open(os.environ["PACELINE_LEFT"], "w").close()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+time.sleep(30)
+"""
+    outcome = launched(program)
+    assert (outcome.value, outcome.output.strip()) == (75, "")
+    assert outcome.seconds < 15
+
+
 @pytest.mark.parametrize(
     ("end", "code", "said"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 from paceline.checkup.ledger import Peak
 from paceline.checkup.onpaper import STAGES, StepOnPaper
-from paceline.checkup.preflight import NEARLY_FULL, alone, cause_of, told
+from paceline.checkup.preflight import NEARLY_FULL, alone, cause_of, stack_of, told
 from paceline.checkup.report import Check, Report, readable_bytes
 from paceline.checkup.suspicious_settings import wrong_settings
 from paceline.errors import ConfigError, PacelineError
@@ -225,7 +224,7 @@ def _judge(report: FitReport, search: _Search) -> None:
 def _fail(report: FitReport, step: StepOnPaper, error: Exception) -> None:
     cause, stage = cause_of(error), step.ledger.moment
     if not isinstance(cause, PacelineError):
-        report.stack = "".join(traceback.format_exception(cause)).rstrip()
+        report.stack = stack_of(cause)
     report.checks.append(Check(stage, "FAIL", told(error)))
     for later in (*STAGES[STAGES.index(stage) + 1 :], "memory"):
         report.checks.append(Check(later, "SKIP", f"after the failure of: {stage}"))

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from paceline.log.secrets import mask_credentials, without_credentials
 from paceline.recipe.compose import Composed
 from paceline.recipe.mistakes import Path, dotted
 
@@ -23,7 +24,7 @@ class Setting:
     Attributes:
         key: its dotted place in the recipe.
         value: with references to other keys resolved; look-ups (e.g. of the environment) are left
-            as they are written, so that no secret is shown.
+            as they are written, and credentials are `???`, so that no secret is shown.
         place: `file:line`, or the override that set it.
     """
 
@@ -35,8 +36,15 @@ class Setting:
 def settings_of(composed: Composed) -> list[Setting]:
     """Every value of a composed recipe, in the order of its keys."""
     locate = composed.mistakes().locate
+
+    def place_of(path: Path) -> str:
+        return mask_credentials(locate(path))
+
     tree = _resolved(composed.config)
-    return [Setting(dotted(path), value, locate(path)) for path, value in _leaves(tree, ())]
+    return [
+        Setting(dotted(path), without_credentials(value, str(path[-1])), place_of(path))
+        for path, value in _leaves(tree, ())
+    ]
 
 
 def _resolved(config: DictConfig) -> Any:

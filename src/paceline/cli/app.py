@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -66,11 +66,20 @@ def run() -> None:
         app(prog_name="paceline")
     except PacelineError as error:
         _show(error)
-        sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
+        _end(USAGE if isinstance(error, ConfigError) else FAILED, error)
     except Exception as error:  # noqa: BLE001 - of the user's own code
         who = f"{_rank()} failed:\n" if _rank() else ""
         print(f"{who}{told_in_full(error)}", file=sys.stderr, flush=True)
-        sys.exit(FAILED)
+        _end(FAILED, error)
+
+
+def _end(code: int, error: Exception) -> NoReturn:
+    """Exits, after the other ranks have heard of an error before they met."""
+    if _rank():
+        from paceline.world.meeting import part
+
+        part(code, error)
+    sys.exit(code)
 
 
 def _show(error: PacelineError) -> None:
@@ -78,6 +87,7 @@ def _show(error: PacelineError) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from paceline.log.secrets import mask_credentials
     from paceline.runs.text import printable
 
     console = Console(stderr=True, soft_wrap=True)
@@ -90,7 +100,7 @@ def _show(error: PacelineError) -> None:
     where = f"{_rank()}: " if _rank() else ""
     # Mistakes in a recipe need no class name; other errors do.
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    told = "\n".join(map(printable, f"{name}{error}".split("\n")))
+    told = "\n".join(map(printable, mask_credentials(f"{name}{error}").split("\n")))
     console.print(Text.assemble((f"{where}error: ", "bold red"), told))
 
 

@@ -16,6 +16,8 @@ _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "
 def told_in_full(error: BaseException) -> str:
     """An error with its traceback: the frames of the user's own code, and where it was raised.
 
+    Credentials of the recipe are masked, which its message may repeat.
+
     All frames are shown if none is the user's, or `PACELINE_TRACEBACK=full` is in the environment.
 
     Args:
@@ -28,8 +30,14 @@ def told_in_full(error: BaseException) -> str:
         hidden = sum(map(_hide, _chain(told)))
         if hidden:
             left_out = f"({hidden} frames of installed packages left out: {SWITCH}=full shows them)"
-            return f"{''.join(told.format()).rstrip()}\n{left_out}"
-    return "".join(told.format()).rstrip()
+            return f"{_text(told)}\n{left_out}"
+    return _text(told)
+
+
+def _text(told: traceback.TracebackException) -> str:
+    from paceline.log.secrets import mask_credentials
+
+    return mask_credentials("".join(told.format()).rstrip())
 
 
 def _chain(told: traceback.TracebackException) -> Iterator[traceback.TracebackException]:

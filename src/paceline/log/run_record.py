@@ -57,6 +57,11 @@ class RunRecord:
         """
         self._starts = self._earlier_starts()
 
+    @property
+    def was_complete(self) -> bool:
+        """Whether the last start has completed the run."""
+        return bool(self._starts) and self._starts[-1].get("status") == "complete"
+
     def start(
         self,
         *,

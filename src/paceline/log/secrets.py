@@ -14,6 +14,7 @@ MISSING = "???"
 # `pad_token` or a `text_key` missing it would not run again.
 _CREDENTIAL_NAME = (
     r"(?:[\w.-]*[_.-])?(?:api_?key|passwords?|passwd|passphrase|secrets?|secret_?key|private_?key"
+    r"|authorization"
     r"|(?:access|auth|hf|api|bearer|refresh)_?token)"
 )
 _CREDENTIAL = re.compile(_CREDENTIAL_NAME, re.IGNORECASE)

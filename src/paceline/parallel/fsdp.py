@@ -23,10 +23,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from paceline.errors import ConfigError, some
 from paceline.parallel.blocks import repeated_blocks
-from paceline.parallel.ddp import probes, zero_of
+from paceline.parallel.ddp import probes, tensors_in, zero_of
 from paceline.parallel.expert_parallel import distribute_experts, expert_modules, shard_dimension
 from paceline.parallel.pipeline_stages import given_up_kept
 from paceline.parallel.tensor_parallel import split_modules
@@ -487,6 +488,18 @@ def _shard(
         options["mp_policy"] = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32)
     if not isinstance(unit, FSDPModule):
         fully_shard(unit, **options)
+        unit.register_forward_hook(_gather_behind_objects)
+
+
+def _gather_behind_objects(module: Any, inputs: Any, outputs: Any) -> None:
+    """Has the backward pass gather, and exchange, behind tensors in which torch does not look.
+
+    It looks into containers and dataclasses; behind others it would exchange nothing, in silence.
+    """
+    if torch.is_grad_enabled() and not isinstance(outputs, torch.Tensor):
+        seen = {id(leaf) for leaf in tree_leaves(outputs)}
+        hidden = [tensor for tensor in tensors_in(outputs) if id(tensor) not in seen]
+        module._get_fsdp_state()._register_pre_backward_hook(hidden)
 
 
 def _norms(unit: torch.nn.Module) -> list[torch.nn.Module]:

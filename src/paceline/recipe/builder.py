@@ -64,9 +64,10 @@ class Builder:
         except PacelineError as error:
             raise type(error)(f"{self._where(component)}: {error}") from error
         except Exception as error:
+            said = str(error).partition("\nException raised from")[0]  # torch adds frames in C++
             raise RecipeError(
                 f"{self._where(component)}: {component.target.__qualname__} could not be built: "
-                f"{type(error).__name__}: {error}{origin(error)}"
+                f"{type(error).__name__}: {said}{origin(error)}"
             ) from error
         if not component.kind.accepts(type(made)):
             raise RecipeError(

@@ -5,12 +5,14 @@ The result is a tree of `Component`s: a callable, its arguments, and where it st
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import enum
 import inspect
 import json
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
@@ -319,12 +321,14 @@ def signature_of(target: Callable[..., Any]) -> Signature:
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     takes_any = takes_more = False
+    passed: tuple[int, set[str]] = 0, set()  # to the base's, by position and by name
     for owner in owners:
         try:
             found = list(inspect.signature(owner).parameters.values())
         except (TypeError, ValueError):  # written in C, without a signature
             return Signature(name, (), (), (), {}, {}, is_function, True, True)
         found = found if is_function else found[1:]
+        found = [p for i, p in enumerate(found) if i >= passed[0] and p.name not in passed[1]]
         own_hints = _hints(owner)
         for p in found:
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in parameters:
@@ -334,6 +338,7 @@ def signature_of(target: Callable[..., Any]) -> Signature:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
         if not takes_any:
             break
+        passed = _passed_on(owner)
     by_position = [
         n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
@@ -361,6 +366,20 @@ def _constructors(cls: type) -> list[Any]:
     # Module's own takes anything and refuses it later.
     found = [init for init in found if init is not torch.nn.Module.__init__]
     return [*found, _nothing]
+
+
+def _passed_on(init: Any) -> tuple[int, set[str]]:
+    """The arguments that a constructor gives to its base's: how many by position, and names."""
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(init)))
+    except (OSError, TypeError, SyntaxError):
+        return 0, set()
+    for call in ast.walk(code):
+        match call:
+            case ast.Call(ast.Attribute(ast.Call(ast.Name("super")), "__init__"), args, keywords):
+                named = {keyword.arg for keyword in keywords if keyword.arg is not None}
+                return sum(not isinstance(one, ast.Starred) for one in args), named
+    return 0, set()
 
 
 def _nothing(self: object) -> None:
@@ -498,7 +517,8 @@ def _expected(error: pydantic.ValidationError, value: Any, hint: Any) -> str:
         if part["type"] in ("missing", "too_long"):  # of a tuple's items
             text = inspect.formatannotation(hint)
         elif part["type"] == "needs_python_object":
-            text = str(part["loc"][-1] if part["loc"] else getattr(hint, "__name__", hint))
+            whole = hint.__name__ if inspect.isclass(hint) else inspect.formatannotation(hint)
+            text = str(part["loc"][-1] if part["loc"] else whole)
             text = text.removeprefix("is-instance[").removesuffix("]")
         if part["type"] == "literal_error" and isinstance(value, str):
             text += nearest(value, re.findall("'([^']*)'", text))

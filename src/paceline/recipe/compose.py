@@ -41,6 +41,7 @@ from paceline.recipe.resolvers import asked_once, forget, register_resolvers
 
 # `${name`, `${.name` or `${oc.select:name`: what an interpolation refers to.
 _REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?\s*\.*([A-Za-z_]\w*)")
+_SHOWN = 100  # characters of an override in a message
 _NAMES = frozenset({"run.name", "run.project", "run.dir"})
 _LARGEST = 4 << 20  # characters of a recipe with its interpolations resolved
 
@@ -205,11 +206,12 @@ def _read_overrides(texts: Sequence[str], folder: FilePath, noted: Mistakes) -> 
 def _unread(text: str, error: Exception) -> str:
     """What is wrong with an override that Hydra's grammar does not know."""
     key, equals, value = text.partition("=")
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     if not equals:
         return f"{text!r} is not key=value."
     if value[:1] in tuple("{['\""):
         return f"{text!r} cannot be read: {told(error)}"
-    quoted = f"{key}='{value}'"
+    quoted = f"{key}='{value:.{_SHOWN}}'"
     return (
         f"{text!r} cannot be read ({told(error)}): put the value in quotes, and the whole in "
         f'others for the shell: "{quoted}"'
@@ -269,6 +271,8 @@ def _no_file(file: FilePath) -> str:
     if file.is_dir():
         there = f": name one of its recipes, {some(sorted(known))}." if known else "."
         return f"{str(file)!r} is a folder that holds no {RECIPE_FILE}{there}"
+    if file.exists():
+        return f"{str(file)!r} is no file, but a pipe or a device: write the recipe into a file"
     whole = f"{file}.yaml"
     meant = f"; did you mean {whole!r}?" if whole in known else nearest(str(file), known)
     return f"there is no recipe file {str(file)!r}{meant}"
@@ -466,7 +470,11 @@ def told(error: BaseException) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
     if isinstance(error, RecursionError):
-        return "something in it contains itself"
+        return "it is nested too deeply, or something in it contains itself"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8: save it in that encoding"
+    if "integer string conversion" in str(error):
+        return "a number in it has too many digits"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
     return " ".join(lines) or type(error).__name__

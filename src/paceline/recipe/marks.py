@@ -11,7 +11,7 @@ from paceline.recipe.mistakes import Path
 
 # Deeper than any recipe; an alias that contains itself would never end.
 MAX_DEPTH = 60
-_MOST_BYTES = 4 << 20
+MOST_BYTES = 4 << 20
 _MOST_VALUES = 50_000
 _YAML_TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_YAML_TAG}merge"  # `<<: *anchor`
@@ -26,8 +26,8 @@ def read_node(file: FilePath) -> yaml.Node | None:
         yaml.YAMLError, UnicodeDecodeError: the file is not YAML, no recipe has that many values, or
             it has a value or a key of a kind that recipes lack.
     """
-    if file.stat().st_size > _MOST_BYTES:
-        raise yaml.YAMLError(f"it has more than {_MOST_BYTES} bytes; no recipe is that long.")
+    if file.stat().st_size > MOST_BYTES:
+        raise yaml.YAMLError(f"it has more than {MOST_BYTES} bytes; no recipe is that long.")
     with file.open(encoding="utf-8") as text:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None and _count(node, {}) > _MOST_VALUES:

@@ -13,12 +13,14 @@ from omegaconf import ListConfig, OmegaConf
 from paceline.errors import RecipeError
 from paceline.log.kept_code import CODE_FOLDER
 from paceline.log.secrets import masked, remember_credentials
+from paceline.reading import read_file
 from paceline.recipe.code import find_code, load_code
 from paceline.recipe.combinations import check_combinations
 from paceline.recipe.components import HORIZON, Checker, Component, signature_of
 from paceline.recipe.compose import Composed, compose
 from paceline.recipe.groups import Group
 from paceline.recipe.interpolation import expanded, resolvers_in
+from paceline.recipe.marks import MOST_BYTES
 from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.parts import Part, check_parts, check_settings, check_trainer, trainer_class
 from paceline.recipe.resolvers import agree, answers
@@ -146,7 +148,9 @@ def load_recipe(
 def is_run_config(path: Path | str) -> bool:
     """Whether a file is a `paceline.tune.RunConfig`: it names a `net`, and has its `net_config`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if not Path(path).is_file():  # a pipe would be waited for
+            return False
+        text = read_file(path, MOST_BYTES).decode()
     except (OSError, ValueError):
         return False
     return {"net", "net_config"} <= set(re.findall(r"^(\w+):", text, re.MULTILINE))

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
 from paceline.recipe.interpolation import PURE
-from paceline.world.world import agreed_text
+from paceline.world.meeting import agreed_text
 
 HANDED = "PACELINE_RESOLVED"
 """The environment variable with what resolvers gave a launcher, as JSON."""

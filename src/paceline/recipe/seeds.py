@@ -22,6 +22,7 @@ from paceline.log.files import replacing
 from paceline.log.floats import as_text
 from paceline.log.kept_code import RECIPE_FILE
 from paceline.log.run_record import read_run
+from paceline.log.secrets import mask_credentials
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.result import Result
@@ -189,9 +190,10 @@ def each_seed(
                     error.add_note(f"On several ranks the seeds after it wait: seeds=[{rest}].")
                 raise
             errors.append(error)
-            why = f"{type(error).__name__}: {error}"
+            why = mask_credentials(f"{type(error).__name__}: {error}")
             if len(seeds) > 1:
-                _say(f"seed {seed} failed:\n{''.join(traceback.format_exception(error))}")
+                stack = mask_credentials("".join(traceback.format_exception(error)))
+                _say(f"seed {seed} failed:\n{stack}")
         else:
             value = metrics.get(metric, 0.0)
             why = "" if math.isfinite(value) else f"ended with {metric} = {value}"

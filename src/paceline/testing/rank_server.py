@@ -74,6 +74,7 @@ def _warm_up() -> None:
     """Imports what torch imports late, and each rank would otherwise import anew."""
     torch.set_num_threads(1)
     importlib.import_module("paceline.trainer.trainer")
+    importlib.import_module("torch.distributed.tensor.debug")
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     torch.optim.AdamW([parameter]).step()  # imports torch._dynamo

@@ -428,6 +428,8 @@ def _wrong_kinds(trainer: TrainerBase) -> list[str]:
                 wrong.append(f"{name}: {_say(value)} is not {word}{_made(value)}.")
     if trainer.loss_fn is not None and not callable(trainer.loss_fn):
         wrong.append(f"loss_fn: {_say(trainer.loss_fn)} cannot be called.")
+    if isinstance(trainer.loss_fn, type) and issubclass(trainer.loss_fn, torch.nn.Module):
+        wrong.append(f"loss_fn: {_say(trainer.loss_fn)} is no loss{_made(trainer.loss_fn)}.")
     monitor = trainer.metric_monitor
     if monitor is not None and not isinstance(monitor, MetricMonitor):
         wrong.append(

@@ -44,6 +44,7 @@ from paceline.trainer.arguments import (
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.identity_keys import Identity
 from paceline.trainer.names import unique_names
+from paceline.trainer.ranks_alike import check_contents_alike
 from paceline.trainer.run import Run
 from paceline.trainer.slots import own_slots, slots_of
 from paceline.trainer.source_code import own_code
@@ -91,17 +92,23 @@ def describe_components(trainer: TrainerBase, run: Run) -> Identity:
             (f"the code of {name} is not compared at a resume: it has no file", "code in a file")
             for name in found.code.unread
         ]
-        # Without a folder, users may keep `state_dict()` themselves.
-        writes_nothing = trainer.run_dir is not None and trainer.checkpoint_policy is None
-        for prefix, loader in _loaders(trainer):
-            if is_custom(loader) or writes_nothing:  # the former says itself what it is
-                continue
-            content, why = content_of(loader)
-            if content is not None:
-                found.add(f"content of {prefix}", {f"{prefix}.content": content})
-            else:
-                what = f"what {prefix} holds is not compared at a resume: {why}"
-                decisions.append((what, "run_identity() of the dataset"))
+    contents: dict[str, str] = {}
+    # Without a folder, users may keep `state_dict()` themselves.
+    writes_nothing = trainer.run_dir is not None and trainer.checkpoint_policy is None
+    for prefix, loader in _loaders(trainer):
+        if is_custom(loader) or writes_nothing:  # the former says itself what it is
+            continue
+        if found is None and getattr(loader, "num_workers", 0):
+            continue  # a worker more is much for a second look
+        content, why = content_of(loader)
+        if content is not None:
+            contents[f"the samples of {prefix}, all of which each rank is given"] = content
+        if found is not None and content is not None:
+            found.add(f"content of {prefix}", {f"{prefix}.content": content})
+        elif found is not None:
+            what = f"what {prefix} holds is not compared at a resume: {why}"
+            decisions.append((what, "run_identity() of the dataset"))
+    check_contents_alike(contents, run)
     found, decisions = run.world.broadcast_object((found, decisions))
     for decision, setting in decisions:
         run.plan.add(decision, setting)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from paceline.checkpoint import encode
 from paceline.data.loader import loaders_by_name
 from paceline.errors import ConfigError, StateError, some
+from paceline.trainer.arguments import arguments_in_model, kind_of
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
 from paceline.world.dtensors import is_dtensor
@@ -106,7 +107,25 @@ def check_components_alike(trainer: TrainerBase, run: Run) -> None:
                 found[f"{name}.param_groups[{i}].{key}"] = len(value) if key == "params" else value
     for name, scheduler in (trainer.named_schedulers() or {}).items():
         found[name] = type(scheduler).__qualname__
+    found["loss_fn"] = kind_of(trainer.loss_fn)
+    for name, thing in {"loss_fn": trainer.loss_fn, **trainer.named_models()}.items():
+        if isinstance(thing, torch.nn.Module):
+            arguments = arguments_in_model(thing)
+            found |= {f"{name}, {key}": value for key, value in arguments.items()}
+            found[f"{name}, in eval mode"] = [k for k, m in thing.named_modules() if not m.training]
     _check_alike(run.world, found)
+
+
+def check_contents_alike(contents: Mapping[str, str], run: Run) -> None:
+    """The same for what the data are, as far as ranks have looked.
+
+    Args:
+        contents: a hash of each loader's samples.
+        run: whose ranks have met.
+    """
+    everywhere = run.world.all_gather_object(contents)
+    known = [key for key in sorted(contents) if all(key in one for one in everywhere)]
+    _check_alike(run.world, {key: contents[key] for key in known})
 
 
 def _described(loader: Any) -> Any:

@@ -196,7 +196,9 @@ class Run:
         return [b for model in self.components.named_models().values() for b in model.buffers()]
 
     def start_record(self) -> None:
-        """Writes run.json for this start of the run."""
+        """Writes run.json for this start of the run; one that was complete stays as it is."""
+        if self.is_over and self.record.was_complete:
+            return
         self.record.start(
             seed=self.seed,
             plan=self.plan.as_list(),

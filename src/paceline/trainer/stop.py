@@ -55,9 +55,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from paceline.errors import CheckpointError, PeerError
-from paceline.exit_codes import FAILED
+from paceline.errors import CheckpointError, ConfigError, PeerError
+from paceline.exit_codes import FAILED, USAGE
 from paceline.trainer.stall import StallReport
+from paceline.world import meeting
 from paceline.world.signals import ASKED, SAME, STOPS, LeaveAtOnce, leave
 from paceline.world.world import World
 
@@ -169,6 +170,9 @@ class StopAgreement:
             own = number not in ASKED and handler is not signal.SIG_DFL and not leaves
             if not (waits or own or handler in (signal.SIG_IGN, None, self._on_signal)):
                 self._handlers[number] = signal.signal(number, self._on_signal)
+                if leaves and handler.came == number:  # as the ranks met, which all of them heed
+                    self._on_signal(number, None)
+        meeting.listens()
         return True
 
     def watch(self, where: Callable[[], str]) -> None:
@@ -301,8 +305,10 @@ class StopAgreement:
     def _publish(self, error: BaseException) -> str | None:
         """Publishes the error unless another rank has; returns that rank's."""
         store = self._store
-        if store is None:  # it failed before the ranks had met
+        if store is None:
+            meeting.part(USAGE if isinstance(error, ConfigError) else FAILED, error)
             return None
+        meeting.told()
         how = "lost its connections" if is_lost_connection(error) else "failed"
         if timed_out(error):
             how = "has waited in a collective that another rank has not joined"

@@ -28,7 +28,7 @@ from paceline.errors import PacelineError
 from paceline.exit_codes import STOPPED
 from paceline.world.environment import LAUNCHER
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
-from paceline.world.signals import SAME, STOPS, LeaveAtOnce, handling
+from paceline.world.signals import LEFT, SAME, STOPS, LeaveAtOnce, handling
 
 # The agent terminates the other ranks as soon as one has exited. After a clean stop ranks exit
 # seconds apart; one that takes longer than this is terminated after all.
@@ -63,7 +63,8 @@ def launch(
     Raises:
         PacelineError: the launchers of the machines did not find each other.
     """
-    with tempfile.TemporaryDirectory(prefix="paceline-") as logs, _environment(nproc), _quiet():
+    folder = tempfile.TemporaryDirectory(prefix="paceline-")
+    with folder as logs, _environment(nproc, logs), _quiet():
         parameters = machines.parameters()
         with _meeting(machines):
             handler = rendezvous.get_rendezvous_handler(parameters)
@@ -158,6 +159,9 @@ class _Agent(LocalElasticAgent):
         codes = [_exit_code(pid) for pid in self._pids]
         if STOPPED in codes and None in codes and set(codes) <= {0, None, STOPPED}:
             self._first_left = self._first_left or time.monotonic()
+            if self._received is None and os.path.exists(os.environ[LEFT]):
+                self._received = signal.SIGTERM  # as that one: it had nothing to save
+                self._forward()
             if time.monotonic() - self._first_left < _LAST_RANKS_SECONDS:
                 return RunResult(state=State.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore
@@ -219,10 +223,11 @@ def _answer(failures: dict[int, ProcessFailure]) -> int:
 
 
 @contextlib.contextmanager
-def _environment(nproc: int) -> Iterator[None]:
-    """Sets the environment of workers: the launcher's id, and their share of the cores."""
+def _environment(nproc: int, folder: str) -> Iterator[None]:
+    """Sets the environment of workers: whose they are, and their share of the cores."""
     changes = {
         LAUNCHER: str(os.getpid()),
+        LEFT: os.path.join(folder, "left"),
         # Else the agent handles our signals itself and kills the workers after 30 seconds.
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",
     }

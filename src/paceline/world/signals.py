@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
@@ -27,6 +28,13 @@ A signal whose handler is not the system's own stays with whoever handles it, ex
 ASKED = STOPS[:3]
 SAME = 2.0
 """Seconds within which a second signal is the first one, passed on."""
+LEFT = "PACELINE_LEFT"
+"""The environment variable with the file that tells `launch` that a worker leaves at once."""
+
+tell_others: Callable[[int, str], bool] | None = None
+"""Tells the other ranks that this one leaves (`meeting.part`), once that is imported."""
+_IMPORTS = 15.0  # seconds that may take
+_looking = False  # a thread looks for signals
 
 
 @contextlib.contextmanager
@@ -51,10 +59,12 @@ class LeaveAtOnce:
 
     Attributes:
         when: in which part of the command it would leave, for the line that is printed.
+        came: the signal, once it has come.
     """
 
     def __init__(self, before: Callable[[], object] | None = None) -> None:
         self.when = "before training began"
+        self.came: int | None = None
         self._before = before
         self._process = os.getpid()
         self._once = threading.Lock()
@@ -64,10 +74,31 @@ class LeaveAtOnce:
         if os.getpid() != self._process:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self._once.acquire(blocking=False):
+            return
+        self.came = self.came or number
+        name = signal.Signals(number).name
+        if frame is not None and _looking and _is_one_of_several():
+            return  # to the import or connection that the thread needs to tell the others
+        if self._once.acquire(blocking=False) and _others_know(name):
             if self._before is not None:
                 self._before()
-            leave(signal.Signals(number).name, self.when)
+            leave(name, self.when)
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _others_know(name: str) -> bool:
+    """Tells the other ranks that this one leaves; returns False if all have met by now."""
+    if not _is_one_of_several():
+        return True
+    with contextlib.suppress(KeyError, OSError):  # it was started by `launch`
+        open(os.environ[LEFT], "w").close()
+    deadline = time.monotonic() + _IMPORTS
+    while tell_others is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return tell_others is None or tell_others(STOPPED, name)
 
 
 def leave(why: str, when: str = "before training began", *, tell: bool = True) -> None:
@@ -94,6 +125,7 @@ def leave_at_once_on_signals(handler: LeaveAtOnce | None = None) -> None:
     Args:
         handler: by default one that does nothing else.
     """
+    global _looking
     handler = handler or LeaveAtOnce()
     for number in STOPS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -103,6 +135,7 @@ def leave_at_once_on_signals(handler: LeaveAtOnce | None = None) -> None:
     signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_look, args=(told,), name="paceline-signals", daemon=True).start()
+    _looking = True
     atexit.register(leave_in_peace)  # called last of all, since it is registered first
 
 

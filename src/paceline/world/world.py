@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -14,19 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
-from paceline.errors import ConfigError, PeerError
+from paceline.errors import ConfigError
 from paceline.world.dtensors import forget_other_meshes
 from paceline.world.environment import adopt_slurm, is_srun_task
 from paceline.world.layout import Parallel
+from paceline.world.meeting import join
 
-# The stores through which this process joined others, by address. They are kept while the process
-# lives, so that a second run needs no new rendezvous at a port that the first one has just
-# released, and so that other ranks can still read the error of a rank whose group is gone.
-_meetings: dict[tuple[str, str], Any] = {}
-_joined = 0  # process groups joined in this process, equal on all ranks
 _POLL = 0.001  # seconds between two looks of who waits for the others
 
 
@@ -120,7 +113,7 @@ class World:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            _join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
+            join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
             self._owns_group = True
         self.control_group = self.new_group()
         self._check_one_layout()
@@ -342,106 +335,6 @@ def send(tensors: Iterable[torch.Tensor], group: Any = None) -> None:
         dist.broadcast(whole, group=group, group_src=0)
         if whole is not real:
             real.copy_(whole)
-
-
-def _join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
-    """Creates the process group, each with its own prefix in the rendezvous store.
-
-    Raises:
-        ConfigError: the launcher's environment gives the number of processes, but no rendezvous.
-    """
-    global _joined
-    store = _store(rank, size, timeout)
-    _joined += 1
-    store = PrefixStore(f"paceline/{_joined}", store)
-    _await_all(store, rank, size, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-
-
-def agreed_text(name: str, text: str) -> str:
-    """One rank's text, on all ranks; that of the first start, where an agent keeps its store.
-
-    Args:
-        name: what it is.
-        text: this rank's.
-
-    Returns:
-        The text of the rank that came first; this rank's, if there is no other.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size <= 1 or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        return text
-    timeout = timedelta(seconds=Parallel().timeout)
-    store = _store(int(os.environ.get("RANK", "0")), size, timeout)
-    while isinstance(store, PrefixStore):  # each start has a prefix of its own
-        store = store.underlying_store
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return store.compare_set(f"paceline/agreed/{run}/{name}", "", text).decode()
-
-
-def _store(rank: int, size: int, timeout: timedelta) -> Any:
-    """The store in which this start's ranks meet.
-
-    Raises:
-        ConfigError: the launcher's environment gives the number of processes, but no rendezvous.
-    """
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE={size}, but {' and '.join(missing)} not set: start the processes with "
-            "torchrun, srun or `paceline train --nproc`, which set them."
-        )
-    where = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if where not in _meetings:
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
-        store.set_timeout(timeout)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
-        _meetings[where] = store
-    return _meetings[where]
-
-
-def _name_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that all ranks agree on, and that no earlier start of theirs had.
-
-    An agent keeps its store when it restarts failed workers, with all keys of the dead ones, and
-    its count of restarts may differ from another machine's. So each rank writes a random mark and
-    accepts only an answer to that mark.
-
-    Raises:
-        PeerError: the others did not join in time.
-    """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(f"mark/{rank}", mine)
-    missing = set(range(1, size))
-    while missing and time.monotonic() < deadline:
-        if rank == 0:
-            missing -= {other for other in missing if _has_taken(store, other, mine)}
-        elif store.check([f"answer/{rank}"]):
-            mark, _, name = store.get(f"answer/{rank}").decode().partition(" ")
-            if mark == mine:
-                store.set(f"taken/{name}/{rank}", "")
-                return name
-        time.sleep(0.02)
-    if missing:
-        raise PeerError(f"rank {rank} has waited {timeout} for the others to join.")
-    return mine
-
-
-def _has_taken(store: Store, other: int, name: str) -> bool:
-    """Writes rank 0's answer to another rank's mark; returns whether that rank has read it."""
-    if store.check([f"mark/{other}"]):
-        store.set(f"answer/{other}", f"{store.get(f'mark/{other}').decode()} {name}")
-    return store.check([f"taken/{name}/{other}"])
-
-
-def _await_all(store: Store, rank: int, size: int, timeout: timedelta) -> None:
-    """Waits for the other ranks in Python, where signals are handled: torch's wait blocks them."""
-    store.set(f"here/{rank}", "")
-    keys = [f"here/{other}" for other in range(size)]
-    deadline = time.monotonic() + timeout.total_seconds()
-    while not store.check(keys) and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def _device(local_rank: int) -> torch.device:

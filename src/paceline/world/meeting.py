@@ -1,0 +1,239 @@
+"""Where the ranks meet before they are a process group: the store of their rendezvous.
+
+Until they have met, nobody but a launcher knows of a rank that fails or is signalled, and the
+others would wait for it. An agent (torchrun, `paceline train --nproc`) ends them; started
+without one (srun), they learn of it here. The first word in the store counts: that all have met, or
+who has left and why. So either all go on or none does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from paceline.errors import ConfigError, PeerError
+from paceline.exit_codes import STOPPED, USAGE
+from paceline.world import signals
+from paceline.world.layout import Parallel
+
+# The stores through which this process joined others, by address. They are kept while the process
+# lives, so that a second run needs no new rendezvous at a port that the first one has just
+# released, and so that other ranks can still read the error of a rank whose group is gone.
+_meetings: dict[tuple[str, str], Any] = {}
+_held = 0  # meetings of this process that are over, equal on all ranks
+_has_met = False  # the ranks have, and this one does not listen for signals to the run yet
+_told = False  # the others know, or are to find out in the run, why this rank leaves
+_WORD = "word"  # the key of the first word
+_MET = "met"
+_POLL = 0.02  # seconds between two looks
+_LINGER = 10.0  # seconds for which rank 0 keeps the store for the others, and they look for it
+
+
+def join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
+    """Creates the process group, each with its own prefix in the rendezvous store.
+
+    Args:
+        backend: of the process group.
+        rank, size: this process's, and their number.
+        timeout: of every wait.
+
+    Raises:
+        ConfigError: the launcher's environment gives the number of processes, but no rendezvous;
+            or another rank has left for such an error.
+        PeerError: another rank has left.
+    """
+    global _held, _has_met, _told
+    store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timeout))
+    word = _await_all(store, rank, size, timeout)
+    if word != _MET:
+        _held, _told = _held + 1, True
+        store.set(f"left/{rank}", "")
+        raise _left(*json.loads(word))
+    _has_met, _told = True, False
+    _held += 1
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def part(code: int, why: str | BaseException) -> bool:
+    """Tells the other ranks, before they have met, that this one leaves.
+
+    Does nothing where an agent looks after them, and after the run has told them.
+
+    Args:
+        code: with which it leaves.
+        why: the error, or the signal's name.
+
+    Returns:
+        False if they have met already: then the run tells them.
+    """
+    global _held, _told
+    if _has_met:
+        return False
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if _told or size == 1 or not place or _has_agent() or dist.is_initialized():
+        return True
+    _told = True
+    try:
+        store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timedelta(seconds=_LINGER)))
+        if store.compare_set(_WORD, "", json.dumps([rank, code, _in_a_line(why)])).decode() == _MET:
+            return False
+        _held += 1
+        store.set(f"left/{rank}", "")
+        if rank == 0:  # whose store it is
+            _await(store, [f"left/{other}" for other in range(size)], _LINGER)
+    except Exception:  # noqa: BLE001  nobody is there to be told
+        pass
+    return True
+
+
+def told() -> None:
+    """The run has told the others why this rank leaves, or they have told this one."""
+    global _told
+    _told = True
+
+
+def listens() -> None:
+    """From now on, the run hears this rank's signals and tells the others."""
+    global _has_met
+    _has_met = False
+
+
+signals.tell_others = part
+
+
+def _in_a_line(why: str | BaseException) -> str:
+    if isinstance(why, str):
+        return why
+    lines = [line for line in str(why).splitlines() if line.strip()]
+    return f"{type(why).__name__}: {' '.join(map(str.strip, lines[:2]))}"
+
+
+def _left(rank: int, code: int, why: str) -> Exception:
+    """What ends this rank because another has left."""
+    if code == STOPPED:
+        signals.leave(f"{why} to rank {rank}")
+    error = ConfigError if code == USAGE else PeerError
+    return error(f"rank {rank} failed before the ranks had met: {why}")
+
+
+def agreed_text(name: str, text: str) -> str:
+    """One rank's text, on all ranks; that of the first start, where an agent keeps its store.
+
+    Args:
+        name: what it is.
+        text: this rank's.
+
+    Returns:
+        The text of the rank that came first; this rank's, if there is no other.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size <= 1 or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        return text
+    timeout = timedelta(seconds=Parallel().timeout)
+    store = _store(int(os.environ.get("RANK", "0")), size, timeout)
+    while isinstance(store, PrefixStore):  # each start has a prefix of its own
+        store = store.underlying_store
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return store.compare_set(f"paceline/agreed/{run}/{name}", "", text).decode()
+
+
+def _has_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> Any:
+    """The store in which this start's ranks meet.
+
+    Raises:
+        ConfigError: the launcher's environment gives the number of processes, but no rendezvous.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={size}, but {' and '.join(missing)} not set: start the processes with "
+            "torchrun, srun or `paceline train --nproc`, which set them."
+        )
+    where = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if where in _meetings:
+        _meetings[where].set_timeout(timeout)
+        return _meetings[where]
+    if _has_agent():
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        store = PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
+    else:  # as torch does, but rank 0 does not wait in it for the others, who may have failed
+        host, port = where[0], int(where[1])
+        store = TCPStore(
+            host, port, size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True
+        )
+    return _meetings.setdefault(where, store)
+
+
+def _name_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that all ranks agree on, and that no earlier start of theirs had.
+
+    An agent keeps its store when it restarts failed workers, with all keys of the dead ones, and
+    its count of restarts may differ from another machine's. So each rank writes a random mark and
+    accepts only an answer to that mark.
+
+    Raises:
+        PeerError: the others did not join in time.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"mark/{rank}", mine)
+    missing = set(range(1, size))
+    while missing and time.monotonic() < deadline:
+        if rank == 0:
+            missing -= {other for other in missing if _has_taken(store, other, mine)}
+        elif store.check([f"answer/{rank}"]):
+            mark, _, name = store.get(f"answer/{rank}").decode().partition(" ")
+            if mark == mine:
+                store.set(f"taken/{name}/{rank}", "")
+                return name
+        time.sleep(_POLL)
+    if missing:
+        raise PeerError(f"rank {rank} has waited {timeout} for the others to join.")
+    return mine
+
+
+def _has_taken(store: Store, other: int, name: str) -> bool:
+    """Writes rank 0's answer to another rank's mark; returns whether that rank has read it."""
+    if store.check([f"mark/{other}"]):
+        store.set(f"answer/{other}", f"{store.get(f'mark/{other}').decode()} {name}")
+    return store.check([f"taken/{name}/{other}"])
+
+
+def _await_all(store: Store, rank: int, size: int, timeout: timedelta) -> str:
+    """Waits for the other ranks in Python, where signals are handled: torch's wait blocks them.
+
+    Returns:
+        The first word.
+    """
+    store.set(f"here/{rank}", "")
+    if _has_agent():
+        _await(store, [f"here/{other}" for other in range(size)], timeout.total_seconds())
+        return _MET
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check([_WORD]):
+        all_here = store.check([f"here/{other}" for other in range(size)])
+        if all_here or time.monotonic() > deadline:
+            return store.compare_set(_WORD, "", _MET).decode()
+        time.sleep(_POLL)
+    return store.get(_WORD).decode()
+
+
+def _await(store: Store, keys: list[str], seconds: float) -> None:
+    """Waits until all keys are there, or for as long."""
+    deadline = time.monotonic() + seconds
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(_POLL)
