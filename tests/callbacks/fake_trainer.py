@@ -53,6 +53,9 @@ class FakeTrainer(Hooks):
         self.events = Events(self, callbacks)
         self.while_validating: Callable[[], None] = lambda: None
 
+    def is_overridden(self, name: str) -> bool:
+        return True  # a validation measures what its test says
+
     def named_models(self) -> dict[str, nn.Module]:
         return {"model": self.model}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import UserDict, defaultdict, namedtuple
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -163,3 +164,25 @@ def test_a_batch_keeps_its_containers_on_the_way_to_a_device() -> None:
     assert isinstance(moved["pair"], Pair)
     assert (moved["pair"].right, moved["own"], moved["n"]) == ("b", "moved to cpu", 3)
     assert isinstance(moved["list"], list)
+
+
+@dataclass(frozen=True)
+class Item:
+    x: torch.Tensor
+    more: Any
+
+
+def test_a_batch_of_dataclasses_and_kinds_of_dictionaries_goes_to_a_device_whole() -> None:
+    """At any depth; what was given stays where it was."""
+    nested = defaultdict(list, pairs=[Pair(torch.ones(1), UserDict(z=(torch.ones(1), "a")))])
+    batch = Item(torch.ones(2), nested)
+    moved = to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Item)
+    assert isinstance(moved.more, defaultdict)
+    assert moved.more.default_factory is list
+    [pair] = moved.more["pairs"]
+    assert (type(pair), type(pair.right)) == (Pair, UserDict)
+    assert [t.device.type for t in (moved.x, pair.left, pair.right["z"][0])] == ["meta"] * 3
+    assert pair.right["z"][1] == "a"
+    left = (batch.x, nested["pairs"][0].left, nested["pairs"][0].right["z"][0])
+    assert [t.device.type for t in left] == ["cpu"] * 3

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.errors import ConfigError
 from paceline.trainer.callback import Callback
+from paceline.trainer.checks import never_measured
 from paceline.trainer.monitor import MetricMonitor, watched_by
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class EarlyStopping(Callback):
 
     Raises:
         ConfigError: an argument is out of range or, at the start of the run, there is no
-            validation.
+            validation, or none that will measure the metric.
         MetricError: a validation lacks the metric; the message lists the metrics it has.
     """
 
@@ -75,6 +76,8 @@ class EarlyStopping(Callback):
                 "EarlyStopping: nothing is ever validated without a val_dataloader or an "
                 "evaluate() of the trainer's own."
             )
+        if wrong := never_measured(trainer, self._monitor.metric_name):
+            raise ConfigError(f"EarlyStopping: {wrong[0]}")
         self._monitor.reset()
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class GradientMonitor(Callback):
     """Logs the 2-norm of an optimizer's gradients, before clipping.
 
-    The name is `grad_norm`; with several optimizers `grad_norm/<optimizer>`. Nothing is read from
-    the device. The trainer's `on_nonfinite` policy applies to the norm.
+    The name is `grad_norm`; with several optimizers `grad_norm/<optimizer>`. A row has the mean of
+    its steps, and as `max_grad_norm` the largest. Between rows nothing is read from the device. The
+    trainer's `on_nonfinite` policy applies to the norm.
 
     Args:
         every: optimizer steps between norms. Above 1 it is cheaper, but in the steps between a
@@ -39,6 +40,11 @@ class GradientMonitor(Callback):
         self.per_layer = per_layer
         self._names: dict[int, str] = {}
         self._layers: dict[torch.Tensor, str] = {}
+        self._largest: dict[str, torch.Tensor] = {}  # since the last row
+
+    def on_setup(self, trainer: Trainer) -> None:
+        """A run begins: forgets the norms of one before."""
+        self._largest = {}
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Names the optimizers and layers.
@@ -70,9 +76,29 @@ class GradientMonitor(Callback):
             return
         norm = norm_of_all_stages(trainer, [p.grad for p in parameters])
         trainer.note_gradient_norm(norm)
-        trainer.log(self._names[id(optimizer)], norm, weight=1)  # a step counts once
+        name = self._names[id(optimizer)]
+        trainer.log(name, norm, weight=1)  # a step counts once
+        norm = norm.detach()
+        largest = self._largest.get(name)
+        self._largest[name] = (
+            norm if largest is None else torch.maximum(largest.to(norm.device), norm)
+        )
         if self.per_layer:
             self._log_layers(trainer, parameters)
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Adds the largest norm of its steps to a row."""
+        if metrics:
+            metrics |= {f"max_{name}": float(norm) for name, norm in self._largest.items()}
+            self._largest = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The largest norm since the last row."""
+        return {"largest": dict(self._largest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._largest = dict(state["largest"])
 
     def _log_layers(self, trainer: Trainer, parameters: list[torch.Tensor]) -> None:
         layers: dict[str, list[torch.Tensor]] = {}

@@ -56,7 +56,8 @@ def raise_difference(parts: list[Any]) -> None:
         if where is not None:
             raise StateError(
                 f"rank {rank} and rank 0 differ in the state at {where.strip('.') or 'the top'}; "
-                "what differs by rank belongs under the key 'rank'"
+                "what differs by rank is saved in on_save_checkpoint, under "
+                'state["rank"][str(trainer.world.rank)].'
             )
 
 

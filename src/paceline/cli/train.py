@@ -165,7 +165,11 @@ def _train_config(
     config = RunConfig.from_yaml(path, overrides, trust=trust)
     if dry_run:
         config.validate_for_execution()
-        return print(yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
+        if World().is_main:
+            print(yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
+            for warning in config.validate_semantics():
+                print(f"paceline: warning: {warning}", file=sys.stderr, flush=True)
+        return
     mean = run(config, resume=resume)
     if World().is_main:
         print(f"mean val/loss: {mean:.6g}", flush=True)
@@ -174,6 +178,10 @@ def _train_config(
 
 
 def _print(recipe: Recipe) -> None:
+    from paceline.world.world import World
+
+    if not World().is_main:
+        return
     print(recipe.composed.text().rstrip())
     for decision, setting in recipe.plan:
         print(f"plan: {decision}  [{setting}]")

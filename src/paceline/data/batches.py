@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -66,7 +67,7 @@ def each_leaf(batch: Any, change: Callable[[Any], Any]) -> Any:
     Returns:
         The batch, in containers of the same types.
     """
-    if isinstance(batch, dict):
+    if isinstance(batch, dict) or (isinstance(batch, UserDict) and not hasattr(batch, "to")):
         changed = ((key, each_leaf(value, change)) for key, value in batch.items())
         if type(batch) is dict:
             return dict(changed)

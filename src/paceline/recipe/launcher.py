@@ -12,6 +12,7 @@ from paceline.recipe.resolvers import register_resolvers
 from paceline.recipe.seeds import Seeds, train_recipe, train_seeds
 from paceline.trainer.result import Result
 from paceline.trainer.settings import Resume
+from paceline.world.world import World
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -83,8 +84,9 @@ class Launcher:
         """
         recipe = self.load()
         if self.dump_config is not None:
-            # Environment look-ups stay unresolved, so that no secret is written.
-            Path(self.dump_config).write_text(recipe.composed.text(), encoding="utf-8")
+            if World().is_main:
+                # Environment look-ups stay unresolved, so that no secret is written.
+                Path(self.dump_config).write_text(recipe.composed.text(), encoding="utf-8")
             return None
         train = train_seeds if recipe.seeds else train_recipe
         return train(recipe, self.resume, self.build)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, get_origin
 
 import torch
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
+Kind = TypeVar("Kind")
 
-class Callback:
+
+class Callback(Generic[Kind]):
     """Behaviour that plugs into any Trainer, one method an event.
 
     Each method gets the trainer first, then what the Trainer's own hook gets. Only methods that a
     subclass overrides are ever called. Callbacks run in rising `priority`, ties in the order given,
     after the trainer's own hook. What must survive a resume goes through `state_dict` and
-    `load_state_dict`; the checkpoint stores it under `name`.
+    `load_state_dict`; the checkpoint stores it under `name`. A subclass of `Callback[MyTrainer]` is
+    refused by trainers that are no MyTrainer, be it a Trainer or a class that one inherits from.
 
     Attributes:
         priority: lower runs earlier.
@@ -73,3 +77,15 @@ class Callback:
     def on_train_end(self, trainer: Trainer) -> None: ...
     def on_exception(self, trainer: Trainer, error: BaseException) -> None: ...
     def on_teardown(self, trainer: Trainer) -> None: ...
+
+
+def trainers_of(callback: Callback) -> list[Any]:
+    """The classes that a trainer has to be of to take a callback, from `Callback[MyTrainer]`."""
+    return [
+        argument
+        for cls in type(callback).__mro__
+        for base in vars(cls).get("__orig_bases__", ())
+        if isinstance(origin := get_origin(base), type) and issubclass(origin, Callback)
+        for argument in get_args(base)
+        if isinstance(argument, type | UnionType)
+    ]

@@ -34,8 +34,8 @@ from paceline.parallel import context_parallel
 from paceline.parallel.float8 import missing
 from paceline.parallel.materialize import without_a_way
 from paceline.trainer.base import TrainerBase
-from paceline.trainer.callback import Callback
-from paceline.trainer.events import misspelt_hooks
+from paceline.trainer.callback import Callback, trainers_of
+from paceline.trainer.events import EVENTS, misspelt_hooks, overrides
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
 from paceline.trainer.settings import METHODS_ELSEWHERE, MODES
@@ -243,6 +243,12 @@ def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
     for callback in trainer.callbacks:
         if isinstance(callback, Callback):
             wrong += misspelt_hooks(callback)
+            wrong += [
+                f"callbacks: {type(callback).__name__} is for trainers of the kind "
+                f"{getattr(kind, '__name__', kind)}, which {type(trainer).__name__} is not."
+                for kind in trainers_of(callback)
+                if not isinstance(trainer, kind)
+            ]
         else:
             wrong.append(f"callbacks: {_say(callback)} is no Callback{_made(callback)}.")
     for logger in trainer.loggers or ():
@@ -543,22 +549,42 @@ def wrong_validation(trainer: TrainerBase) -> list[str]:
             "own."
             for name in counting
         ]
-    elif counting and isinstance(trainer.val_dataloader, Mapping) and _measures_losses(trainer):
+    elif counting:
         metric = getattr(trainer.metric_monitor, "metric_name", "val/loss")
-        measured = [f"val/{name}/loss" for name in trainer.val_dataloader]
-        if metric not in measured:
-            wrong.append(
-                f"{counting[0]}: {metric!r} is not measured{nearest(metric, measured) or '.'} The "
-                f"validation loaders give: {', '.join(measured)}."
-            )
+        wrong += [f"{counting[0]}: {why}" for why in never_measured(trainer, metric)]
     return wrong
 
 
-def _measures_losses(trainer: TrainerBase) -> bool:
-    """Whether a validation measures each loader's "val/loss" and nothing else."""
-    adding = ("evaluate", "validation_step", "get_val_metrics", "on_metrics")
-    adding += ("on_validation_start", "on_validation_end")
-    return not (trainer.callbacks or any(map(trainer.is_overridden, adding)))
+_ADDING = ("on_metrics", *(name for name in EVENTS if name.startswith("on_validation_")))
+
+
+def never_measured(trainer: TrainerBase, metric: str) -> list[str]:
+    """Why no validation will measure a metric; empty if one does, or code of the user's might.
+
+    Args:
+        trainer: the trainer, with its loaders.
+        metric: the name.
+    """
+    own = ("evaluate", "loss", "validation_step", "get_val_metrics", *_ADDING)
+    if any(map(trainer.is_overridden, own)) or any(map(_may_measure, trainer.callbacks)):
+        return []
+    loaders, measured = trainer.val_dataloader, ["val/loss"]
+    if isinstance(loaders, Mapping):
+        measured = [f"val/{name}/loss" for name in loaders]
+    if metric in measured:
+        return []
+    return [
+        f"{metric!r} is not measured{nearest(metric, measured) or '.'} A validation gives: "
+        f"{', '.join(measured)}. Log others in validation_step, or return them from "
+        "get_val_metrics."
+    ]
+
+
+def _may_measure(callback: Callback) -> bool:
+    """Whether a callback may add to a validation's metrics; one of ours that judges does not."""
+    judges = overrides(callback, "out_of_patience", Callback)
+    ours = type(callback).__module__.startswith("paceline.")
+    return not (judges and ours) and any(overrides(callback, name, Callback) for name in _ADDING)
 
 
 def wrong_steps(trainer: TrainerBase) -> list[str]:

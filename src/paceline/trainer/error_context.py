@@ -24,6 +24,10 @@ _SECOND_BACKWARD = (
     "loss, and the loop calls backward() and steps the optimizer. Does the loss depend on a tensor "
     "of an earlier step? Detach that tensor."
 )
+_SHARDED = (
+    "A sharded model has its parameters whole while it is called: put what uses them, or another "
+    "method of the model, into its forward(), and call the model itself, self.model(...)."
+)
 _SHOWN = 32  # sample indices in a message
 
 
@@ -129,6 +133,9 @@ def _note(error: Exception, step: str, where: str, hint: str | None) -> None:
         where: the batch, in words.
         hint: what to look at, if the step raised the error for its first batch.
     """
+    if "mixed torch.Tensor and DTensor" in str(error):
+        error.add_note(f"in {where}\n{_SHARDED}")
+        return
     known = isinstance(error, (PacelineError, torch.OutOfMemoryError))
     if hint is None or known or not isinstance(error, _MISFITS):
         error.add_note(f"in {where}")

@@ -158,8 +158,11 @@ class Optimization:
         for hook in run.events.on_after_backward:
             hook()
 
-    def step(self, name: str | None = None) -> None:
+    def step(self, name: str | None = None) -> torch.Tensor | None:
         """Steps one optimizer and its schedulers; the only one if no name is given.
+
+        Returns:
+            The norm of its gradients before clipping, on the device; None where none was taken.
 
         Raises:
             ConfigError: no such optimizer, or several and none was named.
@@ -174,7 +177,7 @@ class Optimization:
         self.norms.pop(name, None)
         if run.groups is not None and not run.groups.commit(optimizer):
             clear_gradients(optimizer)
-            return
+            return None
         for replica in self._placement.replicas:
             replica.check_exchanged()
         if self._copies[name]:
@@ -205,6 +208,7 @@ class Optimization:
         if settings.lr_scheduler_interval == "step":
             for scheduler in self._schedulers[name]:
                 scheduler.step()
+        return self.norms.get(name) if self.norms else None
 
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a norm of the gradients of the optimizer whose step is being taken."""

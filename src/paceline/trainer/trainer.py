@@ -295,10 +295,17 @@ class Trainer(TrainerBase):
         """
         self.optimization.backward(loss, only)
 
-    def optimizer_step(self, name: str | None = None) -> None:
-        """Steps the named optimizer and its schedulers; without a name, every optimizer."""
+    def optimizer_step(self, name: str | None = None) -> torch.Tensor | None:
+        """Steps the named optimizer and its schedulers; without a name, every optimizer.
+
+        Returns:
+            The norm of the gradients before clipping, on the device; None where none is taken
+            (`max_grad_norm`, `check_gradients`, GradientMonitor). Of several, that of the last.
+        """
+        norm = None
         for each in (name,) if name is not None else self.optimization.optimizers:
-            self.optimization.step(each)
+            norm = self.optimization.step(each)
+        return norm
 
     def windows(self) -> Iterator[Window]:
         """Every window that is left of the run.

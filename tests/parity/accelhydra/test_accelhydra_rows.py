@@ -13,7 +13,7 @@ FEATURES: dict[str, str | Later] = {
     "1 entry point": "test_AH_01_overrides_reach_trainer_and_optimizer",
     "2 config loading": "test_groups_interpolation_and_overrides_compose",
     "3 resolvers": "test_AH_02_defaults_and_interpolation",
-    "4 dump_config": "test_AH_03_the_resolved_recipe_without_training",
+    "4 dump_config": "test_AH_03_the_resolved_recipe_is_written_once_without_training",
     "5 top-level keys": "test_all_mistakes_at_once_each_with_place_and_nearest_name",
     "6 launcher flow": "test_every_part_reaches_the_trainer",
     "7 data loader building": "test_AH_13_the_seed_makes_the_weights_and_the_data_too",

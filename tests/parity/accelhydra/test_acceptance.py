@@ -8,7 +8,9 @@ the test says what it does instead: `global_step` counts optimizer steps, not mi
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from builders import Noisy, loader, make_model
 from paceline import CheckpointPolicy, MetricMonitor, Resume, Trainer
 from paceline.checkpoint import load_tree
 from paceline.errors import ConfigError, MetricError, MismatchError, ResumeError
-from paceline.testing import StopAt, Trace, bits, rows
+from paceline.testing import StopAt, bits, rows
+from paceline.trainer.events import EVENTS
+from small import batches, settings
 
 
 class Example(Trainer):
@@ -71,45 +75,49 @@ def steps_kept(run_dir: Path) -> list[int]:
     return sorted(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step_*"))
 
 
-def test_AH_04_hook_order() -> None:
-    """One epoch of two steps: validation comes before the epoch counts as done, its hooks and
-    on_train_epoch_end see epoch 0 (AccelHydra's on_train_epoch_end saw 1)."""
-    seen: list[tuple[str, int]] = []
+def test_AH_04_hook_order(tmp_path: Path) -> None:
+    """One epoch of two steps, with the epoch that each sees. On purpose metrics, monitor and
+    schedule come before on_train_epoch_end, which still sees epoch 0, and the save is the last:
+    AccelHydra saves first, and its on_train_epoch_end sees epoch 1."""
+    seen: list[str] = []
 
-    class Recording(Example):
-        def on_train_epoch_start(self) -> None:
-            seen.append(("on_train_epoch_start", self.current_epoch))
+    def heard(name: str, method: Any) -> Any:
+        def hear(*args: Any) -> Any:
+            seen.append(f"{name} {trainer.current_epoch}")
+            return method(*args)
 
-        def on_validation_end(self) -> None:
-            seen.append(("on_validation_end", self.current_epoch))
+        return hear
 
-        def on_train_epoch_end(self) -> None:
-            seen.append(("on_train_epoch_end", self.current_epoch))
+    class Monitor(MetricMonitor):
+        def __call__(self, metrics: dict[str, float]) -> bool:
+            return heard("monitor", super().__call__)(metrics)
 
-    trace = Trace()
-    trainer = make(kind=Recording, epochs=1, callbacks=[trace], epoch_length=2)
+    class Schedule(ConstantLR):
+        def step(self) -> None:
+            done = self.last_epoch >= 0  # not the one of its constructor
+            (heard("lr_scheduler.step", super().step) if done else super().step)()
+
+    trainer = make(
+        tmp_path,
+        epochs=1,
+        epoch_length=2,
+        metric_monitor=Monitor("score", "max"),
+        scheduler=Schedule,
+        lr_scheduler_interval="epoch",
+    )
+    for name in (*EVENTS, "training_step", "validation_step", "get_val_metrics"):
+        setattr(trainer, name, heard(name, getattr(trainer, name)))
     trainer.train()
+    batch = ["on_train_batch_start 0", "training_step 0", "on_before_backward 0"]
+    batch += ["on_after_backward 0", "on_train_batch_end 0", "on_before_optimizer_step 0"]
+    validated = ["on_validation_batch_start 0", "validation_step 0", "on_validation_batch_end 0"]
     assert seen == [
-        ("on_train_epoch_start", 0),
-        ("on_validation_end", 0),
-        ("on_train_epoch_end", 0),
-    ]
-    batch = ["on_train_batch_start", "on_before_backward", "on_after_backward"]
-    batch += ["on_train_batch_end", "on_before_optimizer_step", "on_step_end"]
-    validated = ["on_validation_batch_start", "on_validation_batch_end"] * 3
-    assert [event for event, _ in trace.events] == [
-        "on_setup",
-        "on_train_start",
-        "on_train_epoch_start",
-        *batch,
-        *batch,
-        "on_validation_start",
-        *validated,
-        "on_validation_end",
-        "on_metrics",
-        "on_train_epoch_end",
-        "on_train_end",
-        "on_teardown",
+        *["on_setup 0", "on_train_start 0", "on_train_epoch_start 0"],
+        *[*batch, "on_step_end 0"] * 2,
+        *["on_validation_start 0", *validated * 3, "on_validation_end 0"],
+        *["get_val_metrics 0", "on_metrics 0", "monitor 0"],
+        *["lr_scheduler.step 0", "on_train_epoch_end 0"],
+        *["on_save_checkpoint 1", "on_checkpoint 1", "on_train_end 1", "on_teardown 1"],
     ]
 
 
@@ -228,24 +236,47 @@ def test_AH_11_the_newest_by_progress_are_kept(tmp_path: Path) -> None:
     assert steps_kept(tmp_path) == [8, 10, 16, 24, 28, 30]
 
 
-def test_AH_14_resume_in_mid_epoch(tmp_path: Path) -> None:
-    """Killed after step 13: the resumed run sees exactly the samples that the epoch still lacks,
-    and ends with the uninterrupted run's weights."""
-    seen: list[int] = []
+class Noting(Example):
+    """Writes down the samples of each step; killed after step 14, unless it resumes."""
 
-    class Seeing(Example):
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            if self.current_epoch == 1:
-                seen.extend(batch[2].tolist())
-            return super().training_step(batch, batch_idx)
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with open("seen.jsonl", "a") as file:
+            print(json.dumps([self.global_step + 1, *batch[2].tolist()]), file=file)
+        return super().training_step(batch, batch_idx)
 
-    unbroken = make(tmp_path / "unbroken")
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        if self.global_step == 14 and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noted(folder: Path) -> Any:
+    os.chdir(folder)
+    policy = CheckpointPolicy(every_steps=4, asynchronous=False)
+    trainer = make(folder / "run", Noting, checkpoint=policy)
+    trainer.train(seed=3)
+    return bits(trainer.model.state_dict())
+
+
+def test_AH_14_resume_in_mid_epoch(
+    ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second epoch, two steps behind its last checkpoint, that of step 12: the
+    resumed run sees exactly the samples that the epoch lacked there, each once, and ends with the
+    uninterrupted run's weights."""
+    monkeypatch.chdir(tmp_path)
+    unbroken = make()
     unbroken.train(seed=3)
-    make(tmp_path / "broken", Seeing, callbacks=[StopAt(13)]).train(seed=3)
-    resumed = make(tmp_path / "broken", Seeing)
-    resumed.train(seed=3)
-    assert sorted(seen) == list(range(97))
-    assert bits(resumed.model.state_dict()) == bits(unbroken.model.state_dict())
+    assert ranks.outcomes(noted, 1, tmp_path)[0].code == -signal.SIGKILL
+    assert steps_kept(tmp_path / "run") == [12]
+    read = (tmp_path / "seen.jsonl").read_text
+    before = [json.loads(line) for line in read().splitlines()]
+    weights = noted(tmp_path)
+    after = [json.loads(line) for line in read().splitlines()][len(before) :]
+    assert [step for step, *_ in after] == list(range(13, 31))
+    steps = [*before[:12], *after]
+    assert sorted(i for step, *ids in steps if 10 < step <= 20 for i in ids) == list(range(97))
+    assert weights == bits(unbroken.model.state_dict())
 
 
 @pytest.mark.parametrize("place", ["kept", "copied", "copied to a new folder"])
@@ -267,6 +298,35 @@ def test_AH_17_a_run_resumes_from_a_kept_and_from_a_copied_checkpoint(
     assert rows(folder) == expected
     assert steps_kept(folder) == ([10, 20, 30] if folder.name == "run" else [20, 30])
     assert result.checkpoint == folder / "checkpoints/step_00000030"
+
+
+def on_two_ranks(folder: Path) -> None:
+    line_on_its_way(folder / "run").train(seed=3)
+
+
+def line_on_its_way(folder: Path | None, **changes: Any) -> Trainer:
+    """Ten steps an epoch, of four samples of all ranks."""
+    policy = CheckpointPolicy(every_epochs=None, every_steps=6, keep_last=None)
+    given = {"train_dataloader": batches(40, 2, shuffle=True), "global_batch_size": 4}
+    return Trainer(**settings(run_dir=folder, checkpoint=policy, **given, **changes))
+
+
+def test_AH_17_a_copied_checkpoint_resumes_on_another_number_of_ranks(
+    ranks: Any, tmp_path: Path
+) -> None:
+    """That of two ranks, on one: as if all had run there, but for the rounding; the steps' size,
+    where it follows from the ranks, has to be said."""
+    ranks(on_two_ranks, 2, tmp_path)
+    copy = shutil.copytree(tmp_path / "run/checkpoints/step_00000006", tmp_path / "apart/mine")
+    again, whole = line_on_its_way(tmp_path / "new", resume=str(copy)), line_on_its_way(None)
+    for trainer in (again, whole):
+        assert trainer.train(seed=3).global_step == 20
+    assert again.local_batches < whole.local_batches
+    torch.testing.assert_close(again.model.state_dict(), whole.model.state_dict())
+    smaller = line_on_its_way(tmp_path / "other", resume=str(copy))
+    smaller.global_batch_size = None
+    with pytest.raises(ResumeError, match=r"data.global_batch_size: 4 then, 2 now"):
+        smaller.train(seed=3)
 
 
 def test_a_copied_checkpoint_never_takes_the_place_of_another_run(tmp_path: Path) -> None:

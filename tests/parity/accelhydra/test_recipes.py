@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from paceline.checkpoint import load_tree
 from paceline.cli.app import app
 from paceline.errors import RecipeError
-from paceline.recipe import load_recipe
+from paceline.recipe import Launcher, load_recipe
 from paceline.testing import bits, rows
 
 CODE = """
@@ -92,10 +94,26 @@ def test_AH_02_len_and_multiply() -> None:
     assert type(loader["dataset"].kwargs["n"]) is int
 
 
-def test_AH_03_the_resolved_recipe_without_training() -> None:
+def printed_and_dumped(folder: Path) -> tuple[int, str]:
+    os.chdir(folder)
     done = paceline("trainer.epochs=7", "--dry-run")
-    assert done.exit_code == 0
-    assert "epochs: 7" in done.stdout
+    dumped = folder / f"dumped_by_{os.environ['RANK']}.yaml"
+    assert Launcher("train.yaml", ["trainer.epochs=7"], dump_config=dumped).run() is None
+    return done.exit_code, done.stdout
+
+
+def test_AH_03_the_resolved_recipe_is_written_once_without_training(
+    ranks: Any, tmp_path: Path
+) -> None:
+    """The main rank alone prints it, with code 0, or writes it to a file."""
+    (code, text), other = ranks(printed_and_dumped, 2, tmp_path)
+    assert (code, *other) == (0, 0, "")
+    [file] = tmp_path.glob("dumped_by_*")
+    assert file.name == "dumped_by_0.yaml"
+    plan = [line for line in text.splitlines() if line.startswith("plan: ")]
+    shown = yaml.safe_load("\n".join(line for line in text.splitlines() if line not in plan))
+    assert (shown["trainer"]["epochs"], shown["trainer"]["max_grad_norm"]) == (7, 2.0)
+    assert yaml.safe_load(file.read_text()) == shown
     assert not Path("runs").exists()
 
 

@@ -7,8 +7,11 @@ it does instead.
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +19,22 @@ from typing import Any
 
 import pytest
 import torch
+from faults import QuickDisk
 from torch import nn
 from torch.utils.data import DataLoader
 
-from paceline import AbstractTrainerConfig, Callback, DeviceParameters, Trainer
-from paceline.errors import ConfigError, MismatchError, ResumeError
-from paceline.testing import Trace, bits
+from paceline import (
+    AbstractTrainerConfig,
+    Callback,
+    CheckpointPolicy,
+    DeviceParameters,
+    Trainer,
+)
+from paceline.checkpoint import load_tree, native_engine
+from paceline.errors import ConfigError, MetricError, MismatchError, ResumeError
+from paceline.log.sinks import RunInfo, Sink
+from paceline.log.tensorboard import TensorBoard
+from paceline.testing import StopAt, Trace, bits, rows
 from small import batches, fitted, line, message, points, same, settings, weights
 
 
@@ -125,6 +138,47 @@ def test_DT_07_a_parameter_without_values_is_named() -> None:
         Trainer(**settings(model)).fit()
 
 
+class Stepped(Trainer):
+    """Sends each micro-batch backward itself, and keeps what its steps return."""
+
+    def step(self, window: Any) -> None:
+        for batch, batch_idx in window:
+            self.backward(self.training_step(batch, batch_idx))
+        self.returned = self.optimizer_step()
+
+
+def stepped(accumulation: int, clip: float | None) -> tuple[float | None, dict[str, Any]]:
+    """One step on eight samples, in micro-batches of two."""
+    trainer = fitted(
+        Stepped,
+        train_dataloader=batches(8, 2),
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=clip,
+        epochs=1,
+    )
+    assert trainer.global_step == 1
+    norm = trainer.returned
+    return None if norm is None else norm.item(), weights(trainer)
+
+
+def test_DT_09_a_step_is_that_of_the_whole_batch_and_returns_the_norm_before_clipping(
+    ranks: Any,
+) -> None:
+    """Four micro-batches, or two on each of two ranks. Without clipping no norm is taken."""
+    model, (x, y) = line(), points(8).tensors
+    nn.functional.mse_loss(model(x), y).backward()
+    gradients: Any = {f"model.{name}": p.grad for name, p in model.named_parameters()}
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm().item()
+    assert norm > 0.2
+    for clip, scale in ((0.1, 0.1 / norm), (None, 1.0)):
+        runs = [stepped(4, clip)] + (ranks(stepped, 2, 2, clip) if clip else [])
+        for returned, after in runs:
+            assert returned == (clip and pytest.approx(norm, rel=1e-5))
+            for name, value in line().state_dict().items():
+                expected = value - 0.05 * scale * gradients[f"model.{name}"]
+                torch.testing.assert_close(after[f"model.{name}"], expected, rtol=1e-5, atol=1e-6)
+
+
 class Stream:
     """Counts what is taken from it, without an end."""
 
@@ -200,6 +254,113 @@ def test_DT_15_a_rank_without_samples_makes_no_other_wait(ranks: Any, samples: i
         assert measured == pytest.approx(expected)
 
 
+class Torchmetrics(Trainer):
+    """A collection that is called, and a lone metric that is updated, each an attribute."""
+
+    def configure(self) -> None:
+        import torchmetrics
+
+        kinds = torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()
+        self.metrics = torchmetrics.MetricCollection(list(kinds))
+        self.lone = torchmetrics.MeanAbsoluteError()
+
+    def on_validation_start(self) -> None:
+        self.metrics.reset()
+        self.lone.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        outputs = self.model(x)  # pyright: ignore
+        self.metrics(outputs, y)
+        self.lone.update(outputs, y)
+
+    def get_val_metrics(self) -> dict[str, Any]:
+        named = {f"metrics/{name}": value for name, value in self.metrics.compute().items()}
+        return {**named, "lone": self.lone.compute()}
+
+
+def by_torchmetrics(samples: int) -> tuple[Any, Any]:
+    """What a run has measured, and what plain torch gets on all samples at once."""
+    loader = DataLoader(points(samples), 2)
+    trainer: Any = fitted(Torchmetrics, val_dataloader=loader, epochs=1)
+    x, y = points(samples).tensors
+    error = (trainer.model(x) - y).detach()
+    squared, absolute = (error**2).mean().item(), error.abs().mean().item()
+    return trainer.result.metrics, {
+        "metrics/MeanSquaredError": squared,
+        "metrics/MeanAbsoluteError": absolute,
+        "lone": absolute,
+    }
+
+
+def test_DT_15_torchmetrics_are_those_of_one_process(ranks: Any) -> None:
+    """On two ranks, of which one has no sample."""
+    if importlib.util.find_spec("torchmetrics") is None:
+        pytest.skip("torchmetrics is not installed")
+    for measured, expected in ranks(by_torchmetrics, 2, 1):
+        assert measured == pytest.approx(expected, rel=1e-5)
+
+
+def test_DT_23_a_background_save_has_its_steps_weights_and_a_failing_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each begins to write only when the step after it has changed the weights; that of step 4
+    fails, and training goes on."""
+    kept: dict[int, Any] = {}
+    stepped = threading.Condition()
+
+    class Disk(QuickDisk):
+        def mkdir(self, path: Path) -> None:
+            if path.name.startswith(".step_") and (step := int(path.name[6:14])) < 10:
+                with stepped:
+                    assert stepped.wait_for(lambda: max(kept) > step, 30)
+                if step == 4:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            super().mkdir(path)
+
+    class Keeps(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            with stepped:
+                kept[trainer.global_step] = bits(weights(trainer))
+                stepped.notify_all()
+
+    monkeypatch.setattr(native_engine, "Disk", Disk)
+    policy = CheckpointPolicy(every_epochs=None, every_steps=2, keep_last=None)
+    trainer = fitted(run_dir=tmp_path, checkpoint=policy, callbacks=[Keeps()])
+    assert (trainer.result.complete, trainer.global_step) == (True, 10)
+    found = sorted((tmp_path / "checkpoints").glob("step_*"))
+    assert [int(path.name[5:]) for path in found] == [2, 6, 8, 10]
+    for path in found:
+        saved = load_tree(path)["models"]["model"]
+        saved = {f"model.{name}": value for name, value in saved.items()}
+        assert bits(saved) == kept[int(path.name[5:])]
+    assert len(set(map(str, kept.values()))) == 10
+    text = capsys.readouterr().err
+    assert "step 4: the checkpoint could not be written: No space left on device" in text
+
+
+class Sized:
+    """A mixin that a callback may ask for."""
+
+    size = 3
+
+
+def test_DT_32_a_callback_for_a_kind_of_trainer_is_refused_by_others() -> None:
+    class Big(Trainer, Sized): ...
+
+    class Measures(Callback[Sized]):
+        def on_train_start(self, trainer: Any) -> None:
+            self.size = trainer.size
+
+    class More(Measures): ...
+
+    measures = More()
+    fitted(Big, callbacks=[measures])
+    assert measures.size == 3
+    text = message(ConfigError, callbacks=[More(), Trace()])
+    assert "callbacks: More is for trainers of the kind Sized, which Trainer is not." in text
+
+
 class Leaves(Callback):
     """Takes itself off the trainer's list in the middle of an event."""
 
@@ -235,15 +396,52 @@ def test_DT_32_two_callbacks_of_a_class_have_names_of_their_own(tmp_path: Path) 
     assert [each.count for each in again] == [15, 150]
 
 
-def test_DT_37_a_run_goes_where_it_was_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torchrun's "none" names no run, and another run never goes on with this one's weights."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    fitted(run_dir=tmp_path / "one")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
-    with pytest.raises(ResumeError, match=r"optimizer\.lr: 0\.05 then, 0\.5 now"):
-        fitted(run_dir=tmp_path / "one", lr=0.5)
+class Tracks(Sink):
+    """A tracker of the user's own."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Any] = {}
+
+    def open(self, run: RunInfo) -> None:
+        self.id = run.id
+
+    def write(self, row: Any) -> None:
+        self.rows[row["step"]] = row
+
+
+class Logs(Trainer):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        step = self.global_step + 1
+        self.log("number", step)
+        self.log("tensor", torch.tensor(2.0 * step))
+        self.log("bf16", torch.tensor(step, dtype=torch.bfloat16))
+        with pytest.raises(MetricError, match=r"log\('text', ...\) got 'a cat' of type str"):
+            self.log("text", "a cat")
+        return super().training_step(batch, batch_idx)
+
+
+def test_DT_35_several_loggers_get_the_means_under_one_id(tmp_path: Path) -> None:
+    """Ten steps, a row every five; strings are refused by their name; `loggers=[]` writes none."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first, second = Tracks(), Tracks()
+    for tracks, *stop in ((first, StopAt(5)), (second,)):
+        loggers = [tracks, TensorBoard()]
+        fitted(Logs, run_dir=tmp_path / "run", loggers=loggers, log_every=5, callbacks=stop)
+    means = {5: (3.0, 6.0, 3.0), 10: (8.0, 16.0, 8.0)}
+    names = "number", "tensor", "bf16"
+    local = {row["step"]: row for row in rows(tmp_path / "run")}
+    for found in (local, {**first.rows, **second.rows}):
+        assert {step: tuple(found[step][name] for name in names) for step in found} == means
+    assert (list(first.rows), list(second.rows), first.id) == ([5], [10], second.id)
+    board = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    board.Reload()
+    for i, name in enumerate(names):
+        assert {event.step: event.value for event in board.Scalars(name)} == {
+            step: values[i] for step, values in means.items()
+        }
+    fitted(Logs, run_dir=tmp_path / "silent", loggers=[], log_every=5)
+    assert not [*(tmp_path / "silent").glob("*.jsonl"), *(tmp_path / "silent").glob("*.csv")]
 
 
 def test_DT_38_a_zero_gradient_stops_nothing() -> None:

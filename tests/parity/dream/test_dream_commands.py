@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from builders import code_forgotten
+from command import Paceline
 from paceline.cli.app import app
 from paceline.errors import ConfigError
+from paceline.testing import Ranks, free_port
 
 CODE = """
 import torch
@@ -84,3 +86,42 @@ def test_DT_36_going_on_and_starting_from_weights_exclude_each_other() -> None:
         words = ("--resume", resume, "--init-from", str(saved))
         with pytest.raises(ConfigError, match="resumes a run, init_from"):
             train("my fit.yaml", *words)
+
+
+def by_torchrun(rank: int) -> dict[str, str]:
+    """What torchrun without --rdzv-id tells one of two processes."""
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    return {**own, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
+
+
+def by_srun(rank: int) -> dict[str, str]:
+    """What srun tells one of two tasks."""
+    own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
+    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "localhost"}
+    return {**own, **step, "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_DT_37_whoever_launches_it_a_run_goes_where_it_was_told(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Both ranks write to the run that the recipe names, "none" names none, and another run never
+    goes on with its weights: under one name it is refused."""
+    commands = Paceline(tmp_path, ranks)
+
+    def launched(by: Any, *words: str) -> list[int]:
+        port = {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+        both = [["train", "my fit.yaml", *words]] * 2
+        ended = commands.together(both, [by(rank) | port for rank in range(2)])
+        told.append("".join(err for *_, err in ended))
+        return [code for code, *_ in ended]
+
+    told: list[str] = []
+    assert launched(by_torchrun, "run.name=one") == [0, 0]
+    assert launched(by_srun, "run.name=two", "optimizer.lr=0.5") == [0, 0]
+    assert sorted(path.name for path in Path("runs/dream").iterdir()) == ["one", "two"]
+    kept = [json.loads(Path("runs/dream", n, "run.json").read_text()) for n in ("one", "two")]
+    assert [(run["world_size"], run["step"]) for run in kept] == [(2, 2)] * 2
+    assert kept[0]["id"] != kept[1]["id"]
+    assert launched(by_torchrun, "run.name=one", "optimizer.lr=0.5") == [2, 2]
+    assert "optimizer.lr: 0.1 then, 0.5 now" in told[-1]
+    commands.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing, suppress
 from dataclasses import fields
 from typing import Any
@@ -12,8 +13,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import Callback, DeviceParameters, Trainer
-from paceline.errors import ConfigError
+import small
+from paceline import Callback, DeviceParameters, Parallel, Trainer
+from paceline.errors import ConfigError, PacelineError
 from paceline.world.dtensors import is_dtensor
 from paceline.world.world import World
 from small import batches, fitted, line, settings
@@ -105,6 +107,83 @@ def test_DT_28_what_does_not_exist_is_refused_by_its_name() -> None:
         DeviceParameters(pipeline_parallel=0)
     with pytest.raises(ConfigError, match="cpu_offload=True: only sharded parameters"):
         DeviceParameters.DDP(cpu_offload=True)
+
+
+class Coder(nn.Module):
+    """Says nothing of how it is split, and has a method besides its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).relu()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encode(x))
+
+
+class Encodes(Trainer):
+    """Calls the method in place of the model."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        model: Any = self.model
+        encoded = model.encode(x)
+        self.computed_in = encoded.dtype
+        return nn.functional.mse_loss(model.head(encoded), y)
+
+
+# Each feature, and what a run says that lacks what it takes: the setting, and what to give.
+LACKING = {
+    "tensor": (
+        {"parallel": {"tensor": 2}},
+        "parallel.tensor=2: nothing says .*give parallel.plan",
+    ),
+    "pipeline": ({"parallel": {"pipeline": 2}}, "parallel.pipeline: .*give it pipeline_order"),
+    "context": ({"parallel": {"context": 2}}, "parallel.context=2 does not divide .*pad sequences"),
+    "expert": ({"parallel": {"expert": 2}}, "parallel.expert=2: .*give parallel.plan"),
+    "recompute": (
+        {"parallel": {"activation_checkpointing": "full"}},
+        "parallel.activation_checkpointing='full': .*put them into a ModuleList",
+    ),
+    "compile": ({"compile": "blocks"}, "compile='blocks': .*put them into a ModuleList"),
+}
+
+
+def told(kind: type[Trainer] = Trainer, **settings: Any) -> tuple[str, int]:
+    """What a run on the coder ends with, and the steps that it has taken."""
+    given = {**settings, "parallel": Parallel(**settings.get("parallel", {}))}
+    trainer = kind(**small.settings(Coder(), **given))
+    try:
+        trainer.fit()
+    except (PacelineError, RuntimeError) as error:
+        return "\n".join([str(error), *getattr(error, "__notes__", [])]), trainer.global_step
+    return "", trainer.global_step
+
+
+def told_on_ranks() -> tuple[dict[str, tuple[str, int]], dict[str, str]]:
+    lacking = {name: told(**settings) for name, (settings, _) in LACKING.items()}
+    bypassing = {
+        name: told(Encodes, parallel={name: 2})[0] for name in ("dp_replicate", "dp_shard")
+    }
+    return lacking, bypassing
+
+
+def test_DT_28_and_42_what_a_model_lacks_is_said_before_the_first_step(ranks: Any) -> None:
+    """And where methods besides forward are called, which Dream Trainer would have to be told of
+    (`mark_forward_methods`), what to call instead. Where models are whole they compute as
+    forward does."""
+    for lacking, bypassing in ranks(told_on_ranks, 2):
+        for name, (text, steps) in lacking.items():
+            assert re.search(LACKING[name][1], text), (name, text)
+            assert steps == 0
+        assert "ranks did not exchange" in bypassing["dp_replicate"]
+        for text in bypassing.values():
+            assert "call the model itself, self.model(...)" in text
+    trainer: Any = fitted(Encodes, model=Coder(), precision="bf16", epochs=1)
+    assert trainer.computed_in == torch.bfloat16
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 class Tied(nn.Module):

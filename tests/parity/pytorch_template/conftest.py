@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from builders import code_forgotten
+from command import Paceline
+from paceline.testing import Ranks
 
 MODEL = """
 from torch import nn
@@ -78,3 +80,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).write_text(text)
     with code_forgotten():
         yield tmp_path
+
+
+@pytest.fixture
+def paceline(project: Path, ranks: Ranks) -> Iterator[Paceline]:
+    """The command line, in processes of its own."""
+    commands = Paceline(project, ranks)
+    yield commands
+    commands.close()

@@ -20,9 +20,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Trainer
-from paceline.errors import ConfigError, MetricError, NonFiniteError, Preempted, RecipeError
+from paceline.checkpoint import load_tree
+from paceline.errors import (
+    ConfigError,
+    MetricError,
+    NonFiniteError,
+    Preempted,
+    RecipeError,
+    ResumeError,
+)
 from paceline.log.run_record import read_run
-from paceline.log.sinks import read_rows
+from paceline.log.sinks import RunInfo, Sink
 from paceline.testing import StopAt, rows
 from paceline.tune import RunConfig, run
 
@@ -283,18 +291,59 @@ def test_1_a_resumed_schedule_is_not_a_step_behind() -> None:
     assert rows(broken.folder / "seed_1") == rows(whole.folder / "seed_1")
 
 
+class Drawing(Trainer):
+    """Draws from a generator of its own on its device."""
+
+    def on_setup(self) -> None:
+        self.own = torch.Generator(self.device)
+
+    def on_step_end(self, metrics: Any) -> None:
+        torch.rand((), generator=self.own, device=self.device)
+
+
+def test_PT_10_a_checkpoint_does_not_say_where_it_was_made() -> None:
+    """So its tensors and generators go to any device, or another index, whatever wrote it; on the
+    device itself: `tests/gpu`."""
+    conf = config(seeds=[1], epochs=1)
+    trained(conf, trainer=Drawing)
+    newest = max((conf.folder / "seed_1/checkpoints").glob("step_*"))
+    files = [newest / "state.json", *newest.glob("*.safetensors")]
+    assert len(files) > 1
+    for file in files:
+        for word in (b"cpu", b"cuda", b"device", b"index"):
+            assert word not in file.read_bytes(), (file.name, word)
+
+
 def test_PT_11_more_epochs_go_on_where_the_run_stood() -> None:
-    """Trained for 2 epochs, then asked for 5: three more; and device or tracker are no matter."""
+    """Trained for 2 epochs, then asked for 5, with another tracker: three more. What the device is
+    does not tell runs apart; another model, optimizer or data set is another run, or refused by
+    its keys where it is told to be the same."""
     schedule = {"scheduler": "torch.optim.lr_scheduler.ExponentialLR"}
     conf = config(seeds=[1], epochs=2, scheduler_config={"gamma": 0.9}, **schedule)
     trained(conf)
-    trained(conf.with_overrides(epochs=5))
+    tracker = Tracker()
+    trained(conf.with_overrides(epochs=5), loggers=[tracker])
     record = read_run(conf.folder / "seed_1")
     assert (record["step"], len(record["starts"])) == (15, 1)
     assert epochs_of(conf, 1) == list(range(5))
+    assert [row["epoch"] for row in tracker.rows if "val/loss" in row] == [2, 3, 4]
     fewer = conf.with_overrides(epochs=4)
     with pytest.raises(ConfigError, match="epochs: 5 then, 4 now"):
         trained(fewer)
+    assert conf.with_overrides(device="cuda").folder == conf.folder
+    with pytest.raises(RecipeError, match="wandb: there is no wandb tracker yet"):
+        conf.with_overrides(wandb=True)
+    other = conf.with_overrides(optimizer="torch.optim.Adagrad", batch_size=4)
+    assert other.folder != conf.folder
+    model = other.create_model()
+    trainer = Trainer(
+        model=model, optimizer=other.create_optimizer(model), loss_fn=other.create_criterion(),
+        run_dir=conf.folder / "seed_1", progress=False,
+    )  # fmt: skip
+    with pytest.raises(ResumeError) as error:
+        trainer.train(*other.create_dataloaders(), 5, seed=1)
+    for key in ("optimizer.class", "data.global_batch_size: 8 then, 4 now", "lr_scheduler"):
+        assert key in str(error.value)
 
 
 def test_PT_12_only_new_seeds_are_trained_and_only_those_asked_for_count() -> None:
@@ -358,21 +407,77 @@ def test_PT_17_the_best_follows_the_metric_that_is_monitored() -> None:
     assert best == "step_00000009"  # three steps an epoch; "acc" is 0, 1, 2, 0
 
 
-def test_PT_17_an_unknown_metric_is_said_at_the_first_validation() -> None:
-    conf = config(seeds=[1], checkpoint_config={"enabled": True, "monitor": "val_los"})
-    with pytest.raises(MetricError, match="val/loss"):
-        trained(conf)
+class Untouched(Trainer):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise AssertionError("trained")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint_config": {"enabled": True, "monitor": "val_los"}},
+        {"early_stopping_config": {"enabled": True}, "monitor": "val_los"},
+    ],
+    ids=["checkpoint", "early stopping"],
+)
+def test_PT_17_an_unknown_metric_is_rejected_before_training(change: Change) -> None:
+    """Where the user's own code may measure it, the first validation tells (preflight has one)."""
+    with pytest.raises(ConfigError, match=r"'val_los' is not measured; did you mean 'val/loss'"):
+        trained(config(**change), trainer=Untouched)
+    assert not list(Path("runs").rglob("metrics.jsonl"))
+    conf = config(seeds=[1], checkpoint_config={"enabled": True, "monitor": "acx"})
+    with pytest.raises(MetricError, match="'acc'"):
+        trained(conf, trainer=Classifier)
     assert epochs_of(conf, 1) == [0]
 
 
+class Scored(Trainer):
+    """What `metrics: [mse, r2]` would compute, over the whole validation set."""
+
+    def on_validation_start(self) -> None:
+        self.seen: list[Any] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.seen.append((self.model(batch[0]), batch[1]))
+
+    def get_val_metrics(self) -> dict[str, Any]:
+        return scores(*map(torch.cat, zip(*self.seen, strict=True)))
+
+
+def scores(outputs: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    squares = (outputs - y) ** 2
+    spread = ((y - y.mean()) ** 2).sum()
+    return {"mse": squares.mean().item(), "r2": 1 - (squares.sum() / spread).item()}
+
+
+class Tracker(Sink):
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def open(self, run: RunInfo) -> None: ...
+
+    def write(self, row: Any) -> None:
+        self.rows.append(dict(row))
+
+
 def test_PT_18_metrics_of_ones_own_are_in_every_epochs_row() -> None:
-    """There is no `metrics:` key; a subclass logs what it measures, averaged over all samples."""
-    conf = config(seeds=[1])
-    trained(conf, trainer=Classifier)
-    table = (conf.folder / "seed_1/metrics.csv").read_text().splitlines()
-    assert "acc" in table[0].split(",")
-    found = [row["acc"] for row in read_rows(conf.folder / "seed_1/metrics.jsonl") if "acc" in row]
-    assert found == [0.0, 1.0, 2.0]
+    """There is no `metrics:` key; a subclass returns what it measures, of all samples at once, and
+    it is in the table and in trackers each epoch."""
+    conf, tracker = config(seeds=[1], batch_size=3), Tracker()
+    trained(conf, trainer=Scored, loggers=[tracker])
+    lines = table(conf)
+    assert [line["epoch"] for line in lines] == ["0", "1", "2"]
+    told = [row for row in tracker.rows if "r2" in row]
+    for name in ("mse", "r2"):
+        assert [float(line[name]) for line in lines] == [row[name] for row in told]
+    model = conf.create_model()
+    newest = max((conf.folder / "seed_1/checkpoints").glob("step_*"))
+    model.load_state_dict(load_tree(newest)["models"]["model"])
+    x, y = conf.create_dataloaders()[1].dataset.tensors  # pyright: ignore
+    with torch.no_grad():
+        expected = scores(model(x), y)
+    assert {name: told[-1][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     with pytest.raises(RecipeError, match="metrics: there is no such key"):
         RunConfig.from_yaml("run.yaml", ["+metrics=[mse]"])
 

@@ -14,12 +14,16 @@ import yaml
 from torch import nn
 from typer.testing import CliRunner
 
+from builders import Count
 from paceline import Callback, Trainer
 from paceline.callbacks import GradientMonitor
+from paceline.checkup import preflight
 from paceline.cli.app import app
-from paceline.errors import ConfigError, Preempted
+from paceline.errors import ConfigError, Preempted, RecipeError
+from paceline.recipe import load_recipe
 from paceline.testing import StopAt, bits
 from paceline.tune import RunConfig, run
+from paceline.world.world import World
 from small import batches, fitted, line, same, settings, weights
 
 RECIPE = """
@@ -46,18 +50,85 @@ class Points(Dataset):
 """
 
 
-def test_PT_05_preflight_answers_machines_and_people(project: Path) -> None:
-    """JSON that parses at any width and code 0; a name that is not there is code 2 with its key."""
-    (project / "model.py").write_text(POINTS + (project / "model.py").read_text())
+ODD = """
+val_dataloader: ${train_dataloader}
+lr_scheduler: {_target_: torch.optim.lr_scheduler.CosineAnnealingLR, T_max: 3}
+"""
+ODD_SETTINGS = [
+    "optimizer.lr=0", "+trainer.lr_scheduler_interval=epoch", "+trainer.early_stop=5",
+    "+trainer.metric_monitor.metric_name=val/loss",
+]  # fmt: skip
+CLASSES = """
+from torch.utils.data import TensorDataset
+
+def classes():
+    return TensorDataset(torch.randn(8, 1), torch.arange(8) % 3)
+"""
+
+
+@pytest.fixture
+def recipe(project: Path) -> Path:
+    code = POINTS + CLASSES + (project / "model.py").read_text()
+    (project / "model.py").write_text(code)
     (project / "recipe.yaml").write_text(RECIPE)
-    done = CliRunner(env={"COLUMNS": "20"}).invoke(app, ["preflight", "recipe.yaml", "--json"])
-    report = json.loads(done.stdout)
-    assert done.exit_code == 0
-    assert report["passed"] is True
-    assert {"checks", "passed", "gpu_memory_mb"} <= set(report)
-    words = ["preflight", "recipe.yaml", "model._target_=model.MPL"]
-    wrong = CliRunner().invoke(app, words)
-    assert "model._target_" in str(wrong.exception)
+    return project / "recipe.yaml"
+
+
+def test_PT_04_the_commands_list_what_is_hardly_meant(paceline: Any, recipe: Path) -> None:
+    """Code 0 where all of it may be meant, 1 where a check of preflight fails, 2 for a mistake."""
+    recipe.write_text(RECIPE + ODD)
+    code, out, _ = paceline("preflight", "recipe.yaml", *ODD_SETTINGS, "--json")
+    told = [c for c in json.loads(out)["checks"] if c["name"] == "settings"]
+    assert (code, [c["status"] for c in told]) == (1, ["FAIL", "WARN", "WARN"])
+    rate, patience, length = (c["detail"] for c in told)
+    assert "optimizer.lr is 0" in rate
+    assert "early_stop is 5 and the run has 2 validations" in patience
+    assert "lr_scheduler.T_max is 3 and the run has 2 epochs" in length
+    words = ["seeds=[1]", "epochs=2", "early_stopping_config={enabled: true, patience: 5}"]
+    words += ["optimizer_config.lr=0", "--dry-run"]
+    code, out, err = paceline("train", "run.yaml", *words)
+    assert (code, yaml.safe_load(out)["epochs"]) == (0, 2)
+    found = [text.split(": ")[2] for text in err.splitlines()]
+    assert found == [
+        "optimizer_config.lr", "scheduler_config.T_max", "early_stopping_config.patience",
+    ]  # fmt: skip
+    code, _, err = paceline("train", "run.yaml", "seeds=[1,1]", "--dry-run")
+    assert (code, "'seeds=[1,1]': seeds: " in err) == (2, True)
+
+
+def test_PT_05_preflight_answers_machines_and_people(paceline: Any, recipe: Path) -> None:
+    """JSON that parses at any width and code 0; a name that is not there is code 2 with its key."""
+    code, out, _ = paceline("preflight", "recipe.yaml", "--json", COLUMNS="20")
+    report = json.loads(out)
+    assert (code, report["passed"], report["gpu_memory_mb"]) == (0, True, None)
+    assert max(len(check["detail"]) for check in report["checks"]) > 20
+    wrong = ["preflight", "recipe.yaml", "model._target_=model.MPL", "--json"]
+    code, out, err = paceline(*wrong, COLUMNS="20")
+    (check,) = json.loads(out)["checks"]
+    assert (code, check["status"], json.loads(out)["passed"]) == (2, "FAIL", False)
+    for text in (check["detail"], err):
+        assert "model._target_: " in text
+        assert "did you mean 'MLP'" in text
+
+
+def test_PT_05_preflight_in_python_and_of_a_classifier(recipe: Path) -> None:
+    """Its classes are numbers and its outputs scores: shapes that differ as they should."""
+    path, criterion = recipe, "loss_fn._target_=torch.nn.CrossEntropyLoss"
+    text = RECIPE.replace("_target_: model.MLP", "_target_: model.Classifier")
+    path.write_text(text.replace("model.Points", "model.classes"))
+    with (path.parent / "model.py").open("a") as file:
+        file.write(
+            "\nclass Classifier(MLP):\n"
+            "    def __init__(self, hparams):\n"
+            "        super().__init__(hparams)\n"
+            "        self.net[-1] = nn.Linear(hparams['nodes'], 3)\n"
+        )
+    report = preflight(load_recipe(path, [criterion]))
+    assert {check.name: check.status for check in report.checks}["output shape"] == "PASS"
+    assert report.passed
+    assert set(report.as_json()) >= {"checks", "passed", "gpu_memory_mb"}
+    with pytest.raises(RecipeError, match=r"model._target_: .*did you mean 'Classifier'"):
+        load_recipe(path, ["model._target_=model.Clasifier"])
 
 
 def test_PT_11_the_command_trains_a_run_config(project: Path) -> None:
@@ -204,33 +275,37 @@ def test_PT_25_schedule_free_optimizers_are_switched() -> None:
 def test_PT_27_the_gradient_norm_of_200_tensors_is_read_with_the_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, where reading is free, the monitor reads two numbers a step whatever the number of
-    tensors (elsewhere none between rows: `test_callbacks_read_with_the_row`); the row has the mean
-    of the template's number."""
-    reads: list[int] = []
+    """Told that reading is not free, the monitor reads nothing in a step; the row of an epoch has
+    the mean and the largest of the template's number, of a run that was stopped too."""
+    monkeypatch.setattr(World, "reads_are_free", property(lambda self: False))
+    counted = Count()
     norms: list[float] = []
-    item = torch.Tensor.item
 
     class Watched(GradientMonitor):
         def on_before_optimizer_step(self, trainer: Trainer, optimizer: Any) -> None:
             squares = [p.grad.detach().norm() ** 2 for p in trainer.model.parameters()]
             norms.append(float(torch.stack(squares).sum().sqrt()))
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.Tensor, "item", lambda t: reads.append(1) or item(t))
+            with counted:
                 super().on_before_optimizer_step(trainer, optimizer)
 
-    layers = [nn.Linear(3, 3) for _ in range(99)]
-    fitted(
-        model=nn.Sequential(*layers, nn.Linear(3, 1)),
-        lr=1e-6,
-        callbacks=[Watched()],
-        run_dir=tmp_path,
-        log_every=5,
-        epochs=1,
-    )
+    def train(*callbacks: Callback) -> None:
+        layers = [nn.Linear(3, 3) for _ in range(99)]
+        model = nn.Sequential(*layers, nn.Linear(3, 1))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        kept = {"model": model, "lr": 1e-6, "run_dir": tmp_path, "log_every": 5, "epochs": 1}
+        fitted(**kept, callbacks=[Watched(), *callbacks])
+
+    train(StopAt(3))
+    train()
     (row,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(reads) <= 2 * 5
+    assert counted.calls
+    assert not counted.calls.keys() & {"aten._local_scalar_dense", "aten._to_copy"}
+    assert len(norms) == 5
     assert row["grad_norm"] == pytest.approx(sum(norms) / 5, rel=1e-5)
+    assert row["max_grad_norm"] == pytest.approx(max(norms), rel=1e-5)
+    assert max(norms[3:]) < max(norms)  # the largest was before the stop
 
 
 def test_PT_29_without_wandb_everything_else_works() -> None:
