@@ -384,12 +384,6 @@ def test_a_validation_that_measures_nothing_says_so_once(capsys: Any) -> None:
     assert capsys.readouterr().err.count("the validation measured nothing") == 1
 
 
-def test_validation_outside_a_run_is_refused() -> None:
-    trainer = Trainer(**settings(val_dataloader=batches(8)))
-    with pytest.raises(ConfigError, match=r"evaluate.*within a run"):
-        trainer.evaluate()
-
-
 def test_a_validation_may_be_limited_to_the_first_batches(capsys: Any) -> None:
     """Given 20 samples in batches of 4, when 2 batches are read of them, then the loss is that of
     the first 8 samples, and the plan says what is left out."""

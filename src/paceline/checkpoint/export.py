@@ -28,11 +28,11 @@ from paceline.checkpoint.ranks import describe
 from paceline.checkpoint.safetensors_file import Part, header_of, read_header, write_stream
 from paceline.errors import CheckpointError, ConfigError, nearest
 
-Weights = Literal["validated", "live", "averaged"]
+Weights = Literal["auto", "live", "averaged"]
 """Which weights of a checkpoint.
 
 "live" are the trained ones, "averaged" those that `AveragedWeights`, `SWA` or `ScheduleFree` kept,
-and "validated" those that the run's metrics are of: the averaged ones if it validated with them.
+and "auto" those that the run's metrics are of: the averaged ones if it validated with them.
 """
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +65,7 @@ def export(
     source: Path | str,
     *,
     to: Path | str | None = None,
-    weights: Weights = "validated",
+    weights: Weights = "auto",
     checkpoint: str = "latest",
     model: str | None = None,
     dtype: str | None = None,
@@ -78,7 +78,7 @@ def export(
     Args:
         source: a run folder, or a checkpoint in it.
         to: a file ending in `.safetensors`, or a folder; by default the run's `exports` folder.
-        weights: "validated" for those that the run's metrics are of, "live" for the trained ones,
+        weights: "auto" for those that the run's metrics are of, "live" for the trained ones,
             "averaged" for those that `AveragedWeights`, `SWA` or `ScheduleFree` kept.
         checkpoint: in a run folder, "latest", "best" or a name such as "step_00000120".
         model: the name of one of several models; None for all.
@@ -101,7 +101,9 @@ def export(
     if model is not None:
         if model not in models:
             known = ", ".join(models)
-            raise ConfigError(f"no model {model!r} there{nearest(model, models)} It has: {known}.")
+            raise ConfigError(
+                f"no model {model!r} there{nearest(model, models) or '.'} It has: {known}."
+            )
         models = {model: models[model]}
     elif len(full := {name: tensors for name, tensors in models.items() if tensors}) > 0:
         models = full  # a metric that is an attribute of the trainer has nothing to export
@@ -168,8 +170,20 @@ def _none_in(path: Path) -> str:
     return f"{path} holds no checkpoint; {hint}."
 
 
+def check_weights(weights: str) -> None:
+    """Refuses what is none of `Weights`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if weights not in get_args(Weights):
+        raise ConfigError(
+            f"weights={weights!r}: choose one of {', '.join(map(repr, get_args(Weights)))}."
+        )
+
+
 def chosen_weights(found: Checkpoint, weights: Weights) -> Literal["live", "averaged"]:
-    """ "live" or "averaged", also where "validated" was asked for.
+    """ "live" or "averaged", also where "auto" was asked for.
 
     Args:
         found: an intact checkpoint.
@@ -178,11 +192,8 @@ def chosen_weights(found: Checkpoint, weights: Weights) -> Literal["live", "aver
     Raises:
         ConfigError: there are no such weights.
     """
-    if weights not in get_args(Weights):
-        raise ConfigError(
-            f"weights={weights!r}: choose one of {', '.join(map(repr, get_args(Weights)))}."
-        )
-    if weights != "validated":
+    check_weights(weights)
+    if weights != "auto":
         return weights
     state = read_json(found.path / publication.STATE)  # which holds no tensors
     tree = state.get("tree") if isinstance(state, dict) else None
@@ -193,7 +204,7 @@ def chosen_weights(found: Checkpoint, weights: Weights) -> Literal["live", "aver
 
 
 def read_weights(
-    found: Checkpoint, weights: Weights = "validated", dtype: torch.dtype | None = None
+    found: Checkpoint, weights: Weights = "auto", dtype: torch.dtype | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Reads the models' state dictionaries, by model name, into host memory.
 

@@ -10,8 +10,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from paceline.cli.doctor import doctor
+from paceline.cli.evaluate import evaluate
 from paceline.cli.export import export
 from paceline.cli.new import new
+from paceline.cli.predict import predict
 from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
 from paceline.cli.runs import runs
@@ -29,6 +31,8 @@ app = typer.Typer(
 app.command()(train)
 app.command()(runs)
 app.command()(preflight)
+app.command()(evaluate)
+app.command()(predict)
 app.command()(export)
 app.command()(preview)
 app.command()(new)

@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-
-class Weights(StrEnum):
-    """Which weights of a checkpoint to export."""
-
-    validated = "validated"
-    live = "live"
-    averaged = "averaged"
+from paceline.cli.options import Checkpoint, Weights, WhichWeights
 
 
 class Dtype(StrEnum):
@@ -30,16 +24,8 @@ def export(
         Path,
         typer.Argument(metavar="RUN", help="A run folder, or a checkpoint.", show_default=False),
     ],
-    weights: Annotated[
-        Weights,
-        typer.Option(
-            help="The trained weights, the average that a callback kept, or those that the run "
-            "validated with."
-        ),
-    ] = Weights.validated,
-    checkpoint: Annotated[
-        str, typer.Option(metavar="latest|best|step_00000120", help="The run's checkpoint.")
-    ] = "latest",
+    weights: WhichWeights = Weights.auto,
+    checkpoint: Checkpoint = "latest",
     to: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="A .safetensors file or a folder.  [default: exports]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,28 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)]
+Checkpoint = Annotated[
+    str, typer.Option(metavar="latest|best|step_00000120", help="The run's checkpoint.")
+]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")]
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint."""
+
+    auto = "auto"
+    live = "live"
+    averaged = "averaged"
+
+
+WhichWeights = Annotated[
+    Weights,
+    typer.Option(
+        help="Those that the run validated with, the trained ones, or the average that a callback "
+        "kept."
+    ),
 ]
 Trust = Annotated[
     list[str] | None,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import Overrides, RecipeFile, Trust
+from paceline.cli.options import Nproc, Overrides, RecipeFile, Trust
+from paceline.cli.ranks import check_launcher, launch_again
 from paceline.errors import ConfigError
 from paceline.exit_codes import FAILED
 
@@ -25,9 +26,7 @@ if TYPE_CHECKING:  # torch is imported only once it is needed, so that --help is
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes to start on this machine.")
-    ] = None,
+    nproc: Nproc = None,
     nnodes: Annotated[
         int | None, typer.Option(min=1, help="Machines on which this command is started.")
     ] = None,
@@ -76,7 +75,7 @@ def train(
         machines = _machines(nnodes, rdzv_endpoint, rdzv_id)
         started_by_us = follow_launcher()
         if not started_by_us:
-            _check_launcher(nproc, nnodes, max_restarts)
+            check_launcher(nproc, nnodes, max_restarts)
         flat = is_run_config(recipe)
         allowed = tuple(trust or ())
         loaded = None if flat else load_recipe(recipe, overrides or (), trust=allowed)
@@ -87,7 +86,7 @@ def train(
         if slurm:
             raise ConfigError("--slurm takes recipes; start a RunConfig with srun.")
         if not alone and not dry_run:
-            raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
+            raise typer.Exit(launch_again(nproc or 1, machines, max_restarts))
         return _train_config(recipe, overrides or (), allowed, how, dry_run)
     if slurm or resume == "must":
         loaded.check_folder_stays("--slurm" if slurm else "--resume must")
@@ -98,7 +97,7 @@ def train(
     elif alone:
         _train(loaded, how)
     else:
-        raise typer.Exit(_launch(nproc or 1, machines, max_restarts))
+        raise typer.Exit(launch_again(nproc or 1, machines, max_restarts))
 
 
 @contextlib.contextmanager
@@ -127,34 +126,6 @@ def _machines(nnodes: int | None, endpoint: str | None, name: str | None) -> Ren
             "with --nnodes."
         )
     return Rendezvous(nnodes or 1, endpoint, name or Rendezvous.id)
-
-
-def _check_launcher(nproc: int | None, nnodes: int | None, max_restarts: int) -> None:
-    """Rejects launcher options in a process that another launcher has started."""
-    world = os.environ.get("WORLD_SIZE")
-    if world is None:
-        return
-    given = {
-        f"--nproc {nproc}": nproc not in (None, int(world)),
-        f"--nnodes {nnodes}": nnodes is not None,
-        f"--max-restarts {max_restarts}": max_restarts > 0,
-    }
-    wrong = ", ".join(option for option, is_wrong in given.items() if is_wrong)
-    if wrong:
-        raise ConfigError(
-            f"{wrong}: this process was already started as one of {world}; leave it out, or give "
-            "it to the launcher that started them."
-        )
-
-
-def _launch(nproc: int, machines: Rendezvous, max_restarts: int) -> int:
-    from paceline.recipe.resolvers import handed_over
-    from paceline.world.launch import launch
-
-    # The workers get this command line as it was given. Those of several machines agree themselves.
-    handing = handed_over() if machines.nnodes == 1 else contextlib.nullcontext()
-    with handing:
-        return launch(nproc, sys.argv[1:], machines=machines, max_restarts=max_restarts)
 
 
 def _submit(recipe: Recipe, settings: Sequence[str], alone: bool) -> None:

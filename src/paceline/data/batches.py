@@ -44,6 +44,19 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def inputs_of(batch: Any) -> Any:
+    """What a model takes of a batch that may be without targets.
+
+    Args:
+        batch: as for `inputs_and_targets`; or inputs alone, also as a list of one.
+    """
+    if isinstance(batch, (list, tuple)) and len(batch) == 1:
+        return batch[0]
+    pair = isinstance(batch, (list, tuple)) and len(batch) == 2
+    labelled = isinstance(batch, Mapping) and any(key in batch for key in _TARGETS)
+    return inputs_and_targets(batch)[0] if pair or labelled else batch
+
+
 def each_leaf(batch: Any, change: Callable[[Any], Any]) -> Any:
     """Replaces what is no list, tuple, dictionary or dataclass in a batch.
 

@@ -153,6 +153,26 @@ def open_validation(
     )
 
 
+def check_keeps_order(loader: Any) -> None:
+    """Refuses a loader whose batches are not all of its samples in the order of its dataset.
+
+    Raises:
+        ConfigError: it shuffles, or leaves samples out.
+    """
+    if not is_indexed(loader):
+        return
+    if _shuffles(loader.sampler):
+        raise ConfigError(
+            "the loader shuffles, so that nobody could tell whose outputs these are: give one with "
+            "shuffle=False."
+        )
+    if loader.drop_last and (left := len(loader.sampler) % loader.batch_size):
+        raise ConfigError(
+            f"the loader leaves out its last {counted(left, 'sample')}: give one with "
+            "drop_last=False."
+        )
+
+
 def count_windows(
     loader: Any,
     size: WindowSize,

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from paceline.checkpoint.engine import Checkpoint
 from paceline.checkpoint.export import Weights, find_checkpoint, read_weights
+from paceline.checkpoint.native_engine import load_tree
 from paceline.checkpoint.state import load_model_state
 from paceline.errors import ConfigError
 from paceline.log.kept_code import CODE_FOLDER, RECIPE_FILE, folder_of_step
 from paceline.log.secrets import MASK
-from paceline.recipe.builder import Builder
+from paceline.recipe.builder import Builder, build_trainer
 from paceline.recipe.code import code_apart
 from paceline.recipe.compose import compose
 from paceline.recipe.parts import each
 from paceline.recipe.recipe import check
 from paceline.world.seeding import seed_everything
 
+if TYPE_CHECKING:
+    from paceline.trainer.trainer import Trainer
+
 
 def load_model(
     run_dir: Path | str,
     *,
-    weights: Weights = "validated",
+    weights: Weights = "auto",
     checkpoint: str = "latest",
     model: str | None = None,
     trust: Collection[str] = (),
@@ -40,7 +47,7 @@ def load_model(
 
     Args:
         run_dir: the run folder.
-        weights: "validated" for those that the run's metrics are of, which are the averaged ones if
+        weights: "auto" for those that the run's metrics are of, which are the averaged ones if
             it validated with them; "live" for the trained weights, "averaged" for those that a
             callback such as `AveragedWeights` kept.
         checkpoint: "latest", "best" or a name such as "step_00000120".
@@ -77,6 +84,59 @@ def load_model(
     # A single model has no name in the recipe; the trainer's attribute is its name.
     load_model_state(made[name], read_weights(found, weights)[name or "model"], "the model")
     return made[name].eval()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's trainer, built anew, and the checkpoint to load into it.
+
+    Attributes:
+        trainer: as the recipe describes it, without a run folder.
+        checkpoint: verified.
+        logged: what the run's validation at that step logged; None if there was none.
+    """
+
+    trainer: Trainer
+    checkpoint: Checkpoint
+    logged: dict[str, Any] | None
+
+
+def load_trainer(
+    run_dir: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: str = "latest",
+    trust: Collection[str] = (),
+) -> Trained:
+    """Builds the trainer of a run from its recipe, to evaluate a checkpoint or predict with it.
+
+    This imports the code in the run folder, that which trained the checkpoint.
+
+    Args:
+        run_dir: the run folder.
+        overrides: changes to the recipe, as for `load_recipe`.
+        checkpoint: "latest", "best" or a name such as "step_00000120".
+        trust: as for `load_recipe`.
+
+    Raises:
+        RecipeError: the recipe has mistakes, or cannot be built.
+        ConfigError: there is no recipe, or no such checkpoint.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if not (Path(run_dir) / RECIPE_FILE).is_file():
+        raise ConfigError(
+            f"{run_dir} has no {RECIPE_FILE} to build the trainer from. For a run built in Python, "
+            "make its Trainer and call evaluate(checkpoint=...) or predict(...)."
+        )
+    found = find_checkpoint(run_dir, checkpoint)
+    path = folder_of_step(Path(run_dir), found.step) / RECIPE_FILE
+    # Nothing is sent anywhere, so that no credential is needed.
+    recipe = check(compose(path, overrides).filled(MASK), trust)
+    trainer = build_trainer(recipe)
+    trainer.run_dir, trainer.seed = None, recipe.seed
+    progress = load_tree(found.path, parts=("progress",)).get("progress", {})
+    here = progress.get("validated_at") == found.step
+    return Trained(trainer, found, dict(progress["metrics"]) if here else None)
 
 
 def _not_there(path: Path, model: str | None, known: Collection[str]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from paceline.checkpoint import CheckpointEngine
+from paceline.checkpoint.export import Weights
 from paceline.data.batches import count_first_dimension
 from paceline.data.source import Source, Validation, windows_in
 from paceline.errors import ConfigError, some
@@ -39,6 +40,12 @@ from paceline.world.world import World
 
 if TYPE_CHECKING:
     from paceline.parallel.pipeline_parallel import Pipeline
+
+# What a trainer knows of the run that is open, or was.
+_OF_A_RUN = (
+    *("progress", "plan", "result", "seed", "source", "validation", "optimization", "recorder"),
+    *("replica_groups", "_ended"),
+)
 
 
 _COMPONENTS = (
@@ -72,6 +79,21 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             self._asked_seed = self._own_loop = None
         return getattr(self, "result", None) if outcome is None else outcome
+
+    return wrapped
+
+
+def loading_weights_first(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps an `evaluate()` of the user's own: outside a run, weights are loaded before it.
+
+    The arguments of the Trainer's say which; its own it has none.
+    """
+
+    @wraps(evaluate)
+    def wrapped(self: TrainerBase, *args: Any, **kwargs: Any) -> Any:
+        if self._run is not None:
+            return evaluate(self, *args, **kwargs)
+        return self._evaluate_aside(*args, **kwargs)
 
     return wrapped
 
@@ -231,8 +253,38 @@ class TrainerBase(Hooks, AbstractTrainer):
         """A validation's metrics beyond those logged."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float] | None:
-        """Validates."""
+    def evaluate(
+        self,
+        loader: Any = None,
+        *,
+        checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
+    ) -> dict[str, float] | None:
+        """Validates.
+
+        Args:
+            loader: in place of `val_dataloader`.
+            checkpoint, weights: which to load first, outside a run.
+        """
+
+    @abstractmethod
+    def _evaluate_aside(
+        self,
+        loader: Any = None,
+        *,
+        checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
+    ) -> dict[str, float]:
+        """Validates outside a run; the arguments are those of `evaluate`."""
+
+    @abstractmethod
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """A batch's outputs, one for each sample.
+
+        Args:
+            batch: on the device.
+            batch_idx: its index on this rank.
+        """
 
     @abstractmethod
     def is_overridden(self, name: str) -> bool:
@@ -395,11 +447,12 @@ class TrainerBase(Hooks, AbstractTrainer):
 
     # The parts of the open run
 
-    def _open_run(self, seed: int | None) -> Run:
+    def _open_run(self, seed: int | None, *, trains: bool = True) -> Run:
         """Makes the run that begins; `_drop_run` is its end.
 
         Args:
             seed: of every random stream; None for that of an overridden `train(seed=...)`, or 0.
+            trains: whether it is one that a stop file stops.
         """
         seed = self._asked_seed if seed is None else seed
         self.seed = 0 if seed is None else seed
@@ -412,7 +465,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         if self.world.parallel != self.parallel:  # another layout has been set since it was made
             del self.world
         world, plan = self.world, self.plan
-        stop_file = None if self.run_dir is None else self.run_dir / "STOP"
+        stop_file = self.run_dir / "STOP" if self.run_dir is not None and trains else None
         self._run = Run(
             settings=self,
             components=self,
@@ -430,6 +483,19 @@ class TrainerBase(Hooks, AbstractTrainer):
         """The run is over: `state_dict` may still ask for its state, and nothing else."""
         self._ended, self._run = self._run, None
         self.autocast = nullcontext()
+
+    @contextmanager
+    def _run_aside(self) -> Iterator[Run]:
+        """A run that does not train, and leaves what is known of the last one as it is."""
+        held = {name: vars(self)[name] for name in _OF_A_RUN if name in vars(self)}
+        run = self._open_run(self.seed, trains=False)
+        try:
+            yield run
+        finally:
+            self._drop_run()
+            for name in _OF_A_RUN:
+                vars(self).pop(name, None)
+            vars(self).update(held)
 
     @property
     def _at_hand(self) -> Run:

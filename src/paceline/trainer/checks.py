@@ -124,6 +124,19 @@ def check_data(trainer: TrainerBase) -> None:
     _refuse(_wrong_loaders(trainer))
 
 
+def check_validation(trainer: TrainerBase) -> None:
+    """Refuses what cannot be validated with: settings, and loaders that are none.
+
+    Raises:
+        ConfigError: with one line a mistake.
+        MissingExtraError: the precision needs a package that is not installed.
+    """
+    _refuse(_wrong_choices(trainer) + _wrong_device(trainer))
+    if lacking := missing(trainer.precision):
+        raise MissingExtraError(lacking)
+    _refuse(_wrong_loaders(trainer, trains=False))
+
+
 def _refuse(wrong: list[str]) -> None:
     if wrong:
         raise ConfigError("this cannot work:\n  " + "\n  ".join(wrong))
@@ -455,13 +468,14 @@ def _wrong_kinds(trainer: TrainerBase) -> list[str]:
     return wrong
 
 
-def _wrong_loaders(trainer: TrainerBase) -> list[str]:
+def _wrong_loaders(trainer: TrainerBase, *, trains: bool = True) -> list[str]:
     wrong: list[str] = []
-    if trainer.train_dataloader is None:
+    if trains and trainer.train_dataloader is None:
         wrong.append("train_dataloader: there is nothing to train on.")
-    if is_custom(trainer.train_dataloader):
+    if trains and is_custom(trainer.train_dataloader):
         wrong += _wrong_sizes(trainer)
-    given = {name: getattr(trainer, name) for name in ("train_dataloader", "val_dataloader")}
+    names = ("train_dataloader", "val_dataloader") if trains else ("val_dataloader",)
+    given = {name: getattr(trainer, name) for name in names}
     loaders = {name: loader for name, loader in given.items() if loader is not None}
     if isinstance(given["val_dataloader"], Mapping):
         named = loaders.pop("val_dataloader")

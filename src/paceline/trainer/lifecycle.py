@@ -116,7 +116,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     trainer.resume = resume.after_restart(trainer.resume, trainer.run_dir, run.world)
     check_engine(trainer)
     if trainer.deterministic:
-        _set_determinism(run)
+        set_determinism(run)
     seed_everything(run.seed)
     configure(trainer, run)
     if trainer.metric_monitor is not None:
@@ -177,7 +177,12 @@ def _keep_code(trainer: TrainerBase, run: Run) -> None:
         keep(trainer.run_dir, run.global_step, files, None)
 
 
-def _set_determinism(run: Run) -> None:
+def set_determinism(run: Run) -> None:
+    """Has torch use deterministic algorithms only, until the run's end.
+
+    Args:
+        run: that begins.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
@@ -259,6 +264,17 @@ def _thaw(trainer: TrainerBase, name: str, given: dict[str, Any]) -> None:
 
 
 def _open_data(trainer: TrainerBase, run: Run) -> None:
+    open_training_data(trainer, run)
+    open_validation_data(trainer, run)
+
+
+def open_training_data(trainer: TrainerBase, run: Run) -> None:
+    """Opens the training data.
+
+    Args:
+        trainer: which gets the source.
+        run: that starts.
+    """
     seed, world, accumulation = run.seed, run.world, trainer.gradient_accumulation_steps
     global_batch_size = trainer.global_batch_size
     if global_batch_size is None:
@@ -275,15 +291,26 @@ def _open_data(trainer: TrainerBase, run: Run) -> None:
             trainer.source = open_training(loader, size, seed, world, StopBeforeWindow(run))
         else:
             trainer.source = groups.open_training(loader, size, seed, world)
+    run.model_key = mix(stream(seed, "model"), world.part)
+    for decision, setting in trainer.source.plan:
+        run.plan.add(decision, setting)
+
+
+def open_validation_data(trainer: TrainerBase, run: Run) -> None:
+    """Opens the validation data, and says who counts the items of a batch.
+
+    Args:
+        trainer: which gets them, by name.
+        run: that starts.
+    """
     validation: dict[str | None, Validation] = {}
     for name, loader in loaders_by_name(trainer.val_dataloader).items():
         with _speaking_of("val_dataloader" if name is None else f"val_dataloader[{name!r}]"):
-            validation[name] = open_validation(loader, seed, world, name)
+            validation[name] = open_validation(loader, run.seed, run.world, name)
     trainer.validation = validation
     if trainer.is_overridden("count_items"):
         run.count_items = trainer.count_items
-    run.model_key = mix(stream(seed, "model"), world.part)
-    for data in (trainer.source, *validation.values()):
+    for data in validation.values():
         for decision, setting in data.plan:
             run.plan.add(decision, setting)
 

@@ -145,16 +145,14 @@ def _asked(data: Any, what: str) -> dict[str, Any]:
     return getattr(data, what, dict)()
 
 
-def _load_by_name(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
-    """Callbacks, and checkpoint objects, of which those that were given a name keep it."""
-    callbacks, objects = unique_names(trainer.callbacks), trainer.named_objects()
-    before, named = tree.get("settings", {}), isinstance(trainer.checkpoint_objects, Mapping)
-    for kind, part, things in (
-        ("callback", "callbacks", callbacks),
-        ("checkpoint object", "objects", objects),
-    ):
-        theirs = None if named and part == "objects" else before.get(part)
-        load_by_name(kind, things, tree[part], trainer.say, run.made_with[part], theirs)
+def _load_part(
+    trainer: TrainerBase, part: str, things: Mapping[str, Any], made_with: Any, tree: dict[str, Any]
+) -> None:
+    """Callbacks, or checkpoint objects, of which those that were given a name keep it."""
+    kind = {"callbacks": "callback", "objects": "checkpoint object"}[part]
+    named = part == "objects" and isinstance(trainer.checkpoint_objects, Mapping)
+    theirs = None if named else tree.get("settings", {}).get(part)
+    load_by_name(kind, things, tree[part], trainer.say, made_with, theirs)
 
 
 def _another_metric(trainer: TrainerBase, tree: dict[str, Any]) -> bool:
@@ -226,7 +224,9 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
             )
         else:
             trainer.metric_monitor.load_state_dict(tree["monitor"])
-    _load_by_name(trainer, run, tree)
+    named = {"callbacks": unique_names(trainer.callbacks), "objects": trainer.named_objects()}
+    for part, things in named.items():
+        _load_part(trainer, part, things, run.made_with[part], tree)
     trainer.recorder.load_state_dict(tree["rank"])
     generators = tree["rank"].get(str(run.world.rank), {}).get("generators", {})
     for name, kept in _generators(trainer).items():
@@ -234,6 +234,36 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
     _load_objects_of_data(trainer, tree["rank"].get(str(run.world.rank), {}))
     if trainer.replica_groups is not None:
         trainer.replica_groups.load_state_dict(tree.get("replica_groups", {}))
+
+
+def load_for_inference(
+    trainer: TrainerBase, run: Run, tree: dict[str, Any], weights: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Puts back what an evaluation needs: weights, checkpoint objects, counters, loaders' objects.
+
+    Args:
+        trainer: whose objects they are.
+        run: that does not train.
+        tree: as `gather_state` gave it, or those parts of it.
+        weights: the models' states by name, on the CPU.
+
+    Raises:
+        MismatchError, ResumeError: the weights are of other models; nothing was changed.
+    """
+    models, made = trainer.named_models(), Made.of(trainer.named_models(), {})
+    _check_names("models", models, weights)
+    changes = tree.get("made", {}).get("models", {})
+    for name, form in made.models.items():
+        form.check(weights[name], changes.get(name, {}), f"model {name!r}")
+    for name, model in models.items():
+        load_tensors(model, weights[name])
+        empty_buffers(model, made.models[name], weights[name])
+    objects = trainer.named_objects()
+    _load_part(trainer, "objects", objects, settings_of(objects), tree)
+    run.progress.load_state_dict(tree["progress"])
+    generators = tree.get("rank", {}).get(str(run.world.rank), {}).get("generators", {})
+    for name, kept in _generators(trainer).items():
+        kept.load(generators.get(name, {}))
 
 
 def _check_fits(

@@ -12,15 +12,18 @@ from typing import Any, Literal
 import torch
 
 from paceline.checkpoint import CheckpointPolicy
-from paceline.data.batches import inputs_and_targets
+from paceline.checkpoint.export import Weights
+from paceline.data.batches import inputs_and_targets, inputs_of
 from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
 from paceline.errors import ConfigError, unknown_settings
 from paceline.trainer import as_dataclass, decisions, lifecycle, saving
-from paceline.trainer.base import TrainerBase, ending_its_run
+from paceline.trainer.base import TrainerBase, ending_its_run, loading_weights_first
 from paceline.trainer.callback import Callback
 from paceline.trainer.checks import check_settings
 from paceline.trainer.events import overrides
+from paceline.trainer.inference import Wanted, opened
 from paceline.trainer.monitor import MetricMonitor
+from paceline.trainer.prediction import Predictions
 from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
@@ -161,6 +164,8 @@ class Trainer(TrainerBase):
         as_dataclass.prepare(cls)
         if "train" in vars(cls):
             cls.train = ending_its_run(cls.train)
+        if "evaluate" in vars(cls):
+            cls.evaluate = loading_weights_first(cls.evaluate)
 
     # What a model's author writes
 
@@ -195,6 +200,19 @@ class Trainer(TrainerBase):
             batch_idx: its index in the validation, on this rank.
         """
         self.log("val/loss", self.loss(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """A batch's outputs, by default the model's for its inputs.
+
+        Args:
+            batch: as the loader yields it, on the device.
+            batch_idx: its index, on this rank.
+
+        Returns:
+            A tensor or an array of [samples, ...], a list of one entry a sample, or several of
+            these by name.
+        """
+        return self.model(inputs_of(batch))  # pyright: ignore[reportCallIssue,reportOptionalCall]
 
     def get_val_metrics(self) -> dict[str, Any]:
         """A validation's metrics beyond those logged, from state of your own on this rank."""
@@ -415,23 +433,120 @@ class Trainer(TrainerBase):
                     error.add_note(f"then, as its state was saved: {type(more).__name__}: {more}")
             raise
 
-    def evaluate(self) -> dict[str, float] | None:
+    def evaluate(
+        self,
+        loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
+    ) -> dict[str, float] | None:
         """Validates: each sample of every validation loader once over all ranks.
 
-        One of your own is called on every rank when a validation is due, also without a
-        `val_dataloader`. There models are in eval mode and gradients off, random numbers depend on
-        seed, step and rank alone, and `log` gives means over all ranks. Modes and training's random
-        numbers are as before afterwards. `super().evaluate()` validates on the loaders.
+        Outside a run it places the models and loads weights first; the run's folder is only read.
+        Afterwards the models have these weights, and all else is as before.
+
+        One of your own takes no arguments. It is called on every rank when a validation is due,
+        also without a `val_dataloader`. There models are in eval mode and gradients off, random
+        numbers depend on seed, step and rank alone, and `log` gives means over all ranks. Modes and
+        training's random numbers are as before afterwards. `super().evaluate()` validates on the
+        loaders. Outside a run it is called with these arguments, which it does not get.
+
+        Args:
+            loader: in place of `val_dataloader`; outside a run.
+            checkpoint: "latest", "best" or the name of one in `run_dir`, or the path of a
+                checkpoint or of another run's folder; None for the latest if there is one, else the
+                weights at hand. Outside a run.
+            weights: "auto" for those that validations measure, which are the averaged ones if a
+                callback keeps some to validate with; "live" for the trained, "averaged" for the
+                averaged ones. Outside a run.
 
         Returns:
-            The metrics; of an `evaluate()` of your own, rank 0's count on every rank. None if the
+            The metrics, equal on every rank; of an `evaluate()` of your own, rank 0's. None if the
             run is to stop (`stopping()`) and this was abandoned: the resumed run validates.
+
+        Raises:
+            ConfigError: there is nothing to validate with, or no such checkpoint.
+            CheckpointError: the checkpoint is damaged, or has no averaged weights.
+            MismatchError: the checkpoint is of other models.
         """
         if self._run is None:
+            return Trainer._evaluate_aside(self, loader, checkpoint=checkpoint, weights=weights)
+        if Wanted(loader, checkpoint, weights) != Wanted():
             raise ConfigError(
-                "evaluate() works within a run: call it from a hook or a train() of yours."
+                "evaluate() within a run takes no arguments: it validates on val_dataloader, with "
+                "the weights at hand."
             )
         return validate(self, self._run)
+
+    def _evaluate_aside(
+        self,
+        loader: Any = None,
+        *,
+        checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
+    ) -> dict[str, float]:
+        with self._run_aside() as run:
+            configures = self._ended is None
+            wanted = Wanted(loader, checkpoint, weights)
+            with opened(self, run, wanted, configures=configures):
+                if not (self.validation or self.is_overridden("evaluate")):
+                    raise ConfigError(
+                        "there is nothing to validate with: give evaluate() a loader, or the "
+                        "trainer a val_dataloader."
+                    )
+                return measure(self, run) or {}
+
+    def predict(
+        self,
+        loader: Iterable[Any] | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
+    ) -> Any:
+        """The outputs of `predict_step` for every sample, in the loader's order.
+
+        As `evaluate` outside a run, it places the models and loads weights first. Of a loader that
+        is iterated (a stream) each rank reads its own share; their batches take turns.
+
+        Args:
+            loader: what to predict; `val_dataloader` unless given.
+            checkpoint, weights: as for `evaluate`.
+
+        Returns:
+            On every rank, what `predict_step` returns, for all samples: a tensor of [samples, ...]
+            on the CPU, a list, or several of these by name.
+
+        Raises:
+            ConfigError: there is nothing to predict, or no such checkpoint; the loader shuffles; or
+                it is called within a run.
+            DataError: `predict_step` does not return one output a sample.
+            CheckpointError: the checkpoint is damaged, or has no averaged weights.
+            MismatchError: the checkpoint is of other models.
+        """
+        with self.predicting(loader, checkpoint=checkpoint, weights=weights) as predictions:
+            return predictions.together()
+
+    @contextmanager
+    def predicting(
+        self,
+        loader: Iterable[Any] | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        weights: Weights = "auto",
+    ) -> Iterator[Predictions]:
+        """As `predict`, batch by batch: a context with an iterable of outputs, in order.
+
+        Args:
+            loader, checkpoint, weights: as for `predict`.
+        """
+        if self._run is not None:
+            raise ConfigError(
+                "predict() works outside a run; within one, call the model in a hook of yours."
+            )
+        with self._run_aside() as run:
+            wanted = Wanted(loader, checkpoint, weights)
+            with opened(self, run, wanted, configures=self._ended is None):
+                yield Predictions(self, run)
 
     def _end_epoch(self) -> None:
         self.optimization.step_schedulers("epoch")

@@ -43,7 +43,7 @@ def measure(trainer: TrainerBase, run: Run) -> dict[str, float] | None:
     """
     step, logged = run.progress.global_step, {}
     if trainer.is_overridden("evaluate"):
-        with _validating(trainer, run):
+        with validating(trainer, run):
             seed_everything(stream(run.seed, "val", step, run.world.part))
             returned = trainer.evaluate()
             returned = None if returned is None else _numbers("evaluate()", returned)
@@ -106,7 +106,7 @@ def validate(trainer: TrainerBase, run: Run) -> dict[str, float] | None:
     """
     if not trainer.validation:
         return {}
-    with _validating(trainer, run):
+    with validating(trainer, run):
         _start(run)
         counts = _run_loaders(trainer, run)
         everywhere = run.world.gather_parts(counts)
@@ -180,10 +180,14 @@ def _run_batches(trainer: TrainerBase, run: Run, data: Validation, first: int) -
 
 
 @contextmanager
-def _validating(trainer: TrainerBase, run: Run) -> Iterator[None]:
+def validating(trainer: TrainerBase, run: Run) -> Iterator[None]:
     """Models in eval mode, no gradients, no buffers exchanged, values logged to the validation.
 
     Within a validation, nothing: an `evaluate` of the user's own may call the Trainer's.
+
+    Args:
+        trainer: whose models these are.
+        run: at a boundary.
     """
     if run.validating:
         yield

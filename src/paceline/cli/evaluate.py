@@ -1,0 +1,87 @@
+"""`paceline evaluate`: validates a checkpoint again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from paceline.cli.options import (
+    Checkpoint,
+    Nproc,
+    Overrides,
+    Run,
+    Trust,
+    Weights,
+    WhichWeights,
+)
+from paceline.cli.ranks import start_ranks
+
+
+def evaluate(
+    run: Run,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = "latest",
+    weights: WhichWeights = Weights.auto,
+    nproc: Nproc = None,
+    trust: Trust = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Validates a checkpoint of a run again, and says whether the run logged the same.
+
+    This imports the run's own code. Nothing is written.
+    """
+    start_ranks(nproc)
+    from paceline.cli.reports import own_output_apart
+    from paceline.log.floats import as_text
+    from paceline.recipe.trained import load_trainer
+
+    with own_output_apart():
+        allowed = tuple(trust or ())
+        trained = load_trainer(run, overrides or (), checkpoint=checkpoint, trust=allowed)
+        trainer = trained.trainer
+        metrics = trainer.evaluate(checkpoint=trained.checkpoint.path, weights=weights.value)
+    if not trainer.world.is_main:
+        return
+    report: dict[str, Any] = {
+        "checkpoint": trained.checkpoint.path.name,
+        "step": trained.checkpoint.step,
+        "metrics": metrics,
+        "logged": trained.logged,
+        "equal": None if trained.logged is None else _equal(metrics or {}, trained.logged),
+    }
+    if as_json:
+        for name in ("metrics", "logged"):  # JSON has no NaN
+            report[name] = {k: as_text(v) for k, v in (report[name] or {}).items()} or None
+        print(json.dumps(report))
+    else:
+        _show(report)
+
+
+def _equal(metrics: Mapping[str, Any], logged: Mapping[str, Any]) -> bool:
+    """Whether each metric that was measured is what the run logged, bit by bit."""
+    return all(name in logged and _same(value, logged[name]) for name, value in metrics.items())
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one == other or (one != one and other != other)  # NaN is the same as NaN
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    from paceline.runs.text import printable
+
+    metrics, logged = report["metrics"], report["logged"]
+    print(f"{report['checkpoint']}, step {report['step']}:")
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items():
+        before = value if logged is None else logged.get(name, "nothing")
+        beside = "" if _same(value, before) else f"   logged: {before}"
+        print(printable(f"  {name:{width}}  {value:.6g}{beside}"))
+    if logged is None:
+        print("The run logged no validation at this step.")
+    elif report["equal"]:
+        print("The same as the run logged, bit by bit.")
+    else:
+        print("Not the same as the run logged.")

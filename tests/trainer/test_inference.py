@@ -1,0 +1,262 @@
+"""Evaluating and predicting outside a run: the same numbers, in any layout, and nothing touched."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from paceline import Callback, Parallel, Trainer
+from paceline.callbacks import AveragedWeights
+from paceline.errors import ConfigError, DataError, MismatchError
+from paceline.testing import Ranks, bits
+from small import batches, fitted, line, points, settings
+
+SPLIT = {"0": "colwise", "2": "rowwise"}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1), nn.Dropout(0.5))
+
+
+def by_hand(model: nn.Module, n: int) -> tuple[torch.Tensor, float]:
+    """The outputs and the loss of `points(n)`, in plain torch."""
+    x, y = points(n).tensors
+    with torch.no_grad():
+        outputs = copy.deepcopy(model).eval()(x)
+    return outputs, nn.functional.mse_loss(outputs, y).item()
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below, with size and time."""
+    found = {str(path): path.stat() for path in folder.rglob("*")}
+    return {name: (each.st_size, each.st_mtime_ns) for name, each in found.items()}
+
+
+def make(folder: Path | None, **changes: Any) -> Trainer:
+    options = {"val_dataloader": batches(11), "run_dir": folder, **changes}
+    return Trainer(**settings(network(), **options))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run that validated with averaged weights; its best is not its latest."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    make(folder, callbacks=[AveragedWeights(decay=0.5)], lr=0.1).train(seed=1)
+    return folder
+
+
+def test_after_training_it_measures_what_the_run_has_measured() -> None:
+    """Given no folder, then with the weights at hand; counters and results stay as they were."""
+    trainer = fitted(model=network(), val_dataloader=batches(11))
+    before = trainer.result, trainer.global_step, bits(trainer.state_dict())
+    torch.manual_seed(5)
+    drawn = torch.rand(())
+    torch.manual_seed(5)
+    assert trainer.evaluate() == trainer.result.metrics
+    outputs, loss = by_hand(trainer.model, 7)
+    assert trainer.evaluate(batches(7)) == pytest.approx({"val/loss": loss})
+    torch.testing.assert_close(trainer.predict(batches(7)), outputs)
+    assert torch.rand(()) == drawn
+    assert (trainer.result, trainer.global_step, bits(trainer.state_dict())) == before
+
+
+def test_weights_are_those_that_validation_measured_unless_others_are_asked_for(run: Path) -> None:
+    """Also of a trainer that keeps no average itself, has no optimizer and trains on nothing."""
+    logged = make(run, callbacks=[AveragedWeights(decay=0.5)], lr=0.1).train(seed=1).metrics
+    before = files(run)
+    trainer = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
+    assert trainer.evaluate(batches(11)) == logged
+    assert trainer.evaluate(batches(11), weights="averaged") == logged
+    live = trainer.evaluate(batches(11), weights="live")
+    assert live != logged
+    outputs, loss = by_hand(trainer.model, 11)
+    assert live == pytest.approx({"val/loss": loss})
+    torch.testing.assert_close(trainer.predict(batches(11), weights="live"), outputs)
+    assert files(run) == before
+
+
+def test_without_a_checkpoint_the_callback_at_hand_has_the_average() -> None:
+    trainer = fitted(
+        model=network(), val_dataloader=batches(11), callbacks=[AveragedWeights(decay=0.5)]
+    )
+    assert trainer.evaluate() == trainer.evaluate(weights="averaged") == trainer.result.metrics
+    _, loss = by_hand(trainer.model, 11)
+    assert trainer.evaluate(weights="live") == pytest.approx({"val/loss": loss})
+
+
+def test_a_checkpoint_is_named_by_its_run_or_its_own_path(run: Path, tmp_path: Path) -> None:
+    other = Trainer(model=network(), loss_fn=nn.MSELoss())
+    [name] = [path.name for path in (run / "checkpoints").glob("step_*10")]
+    expected = other.evaluate(batches(11), checkpoint=run)
+    assert other.evaluate(batches(11), checkpoint=run / "checkpoints" / name) == expected
+    own = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
+    assert own.evaluate(batches(11), checkpoint=name) == expected
+
+
+class Own(Trainer):
+    """Evaluates on its own, once as the Trainer does."""
+
+    def evaluate(self) -> dict[str, float]:
+        assert not self.model.training
+        assert not torch.is_grad_enabled()
+        self.log("val/rows", 11.0)
+        return {**(super().evaluate() or {}), "val/twice": 2 * self.model(torch.ones(1, 3)).item()}
+
+
+def test_an_evaluate_of_ones_own_takes_no_arguments_and_gets_the_weights(tmp_path: Path) -> None:
+    options = {"val_dataloader": batches(11), "run_dir": tmp_path / "run"}
+    logged = Own(**settings(network(), **options)).train(seed=1).metrics
+    assert {*logged} == {"val/loss", "val/rows", "val/twice"}
+    new = Own(**settings(network(), **options))
+    again: Any = new  # whose own evaluate() has no arguments
+    assert new.evaluate() == again.evaluate(checkpoint="latest") == logged
+    assert new.train(seed=1).complete
+
+
+class Noted(Callback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_setup(self, trainer: Trainer) -> None:
+        self.events.append("setup")
+
+    def on_validation_batch_end(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
+        self.events.append("batch")
+        trainer.log("val/noted", batch[0].sum(), weight=1)
+
+    def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self.events.append("metrics")
+
+    def on_teardown(self, trainer: Trainer) -> None:
+        self.events.append("teardown")
+
+
+def test_callbacks_hear_of_its_batches_and_of_nothing_that_training_decides() -> None:
+    noted = Noted()
+    trainer = fitted(val_dataloader=batches(11), callbacks=[noted])
+    noted.events.clear()
+    assert trainer.evaluate() == trainer.result.metrics
+    assert noted.events == ["setup", "batch", "batch", "batch", "teardown"]
+
+
+class Named(Trainer):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0]
+        return {
+            "sum": x.sum(1),
+            "texts": [f"{row[0]:.3f}" for row in x],
+            "batch": [batch_idx] * len(x),
+        }
+
+
+def test_outputs_may_have_names_and_be_no_tensors() -> None:
+    trainer = Named(**settings())
+    x, _ = points(10).tensors
+    found = trainer.predict(batches(10))
+    torch.testing.assert_close(found["sum"], x.sum(1))
+    assert found["texts"] == [f"{row[0]:.3f}" for row in x]
+    assert found["batch"] == [0] * 4 + [1] * 4 + [2] * 2
+
+
+@pytest.mark.parametrize("batch", [points(6).tensors[0], [points(6).tensors[0]]])
+def test_batches_without_targets_are_inputs(batch: Any) -> None:
+    trainer = Trainer(model=line())
+    torch.testing.assert_close(trainer.predict([batch]), line()(points(6).tensors[0]).detach())
+
+
+class Share(IterableDataset):
+    """A rank's rows, of which rank 0 has more."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rows = points(11).tensors[0][rank::size] if rank else points(11).tensors[0][::size]
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+LAYOUTS = [Parallel(), Parallel(dp_shard=2), Parallel(tensor=2, plan=SPLIT)]
+
+
+def everywhere(folder: Path) -> Any:
+    """Evaluated and predicted by new objects, and by those that have trained."""
+    found = []
+    for layout in LAYOUTS:
+        new = Trainer(model=network(), loss_fn=nn.MSELoss(), parallel=layout)
+        found.append((new.evaluate(batches(11), checkpoint=folder), new.predict(batches(11))))
+        if not layout.partitions_state:  # else a model stays spread after training
+            trained = make(None, parallel=layout, max_steps=2)
+            trained.train(seed=1)
+            assert trained.evaluate() == trained.result.metrics
+    alone = Trainer(model=network())
+    shares = DataLoader(Share(alone.world.rank, alone.world.size), 2)
+    return found, alone.predict(shares)
+
+
+def test_two_ranks_evaluate_and_predict_as_one_does(run: Path, ranks: Ranks) -> None:
+    """Eleven rows in copies, shards and split modules; a stream's batches take turns."""
+    one = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
+    metrics, outputs = one.evaluate(batches(11)), one.predict(batches(11))
+    x = points(11).tensors[0]
+    turns = torch.tensor([0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9])
+    for found, streamed in ranks(everywhere, 2, run):
+        for of_layout, predicted in found:
+            assert of_layout == pytest.approx(metrics, rel=1e-6)
+            torch.testing.assert_close(predicted, outputs)
+        torch.testing.assert_close(streamed, network().eval()(x[turns]).detach())
+
+
+@pytest.mark.parametrize(
+    ("ask", "kind", "said"),
+    [
+        (lambda t: t.evaluate(), ConfigError, "give evaluate() a loader"),
+        (lambda t: t.evaluate([1], checkpoint="best"), ConfigError, "no run_dir to look in"),
+        (lambda t: t.evaluate(object()), ConfigError, "cannot be iterated"),
+        (lambda t: t.evaluate(batches(), weights="ema"), ConfigError, "weights='ema'"),
+        (lambda t: t.evaluate(batches(), weights="averaged"), ConfigError, "keeps an average"),
+        (lambda t: t.predict(batches(shuffle=True)), ConfigError, "shuffle=False"),
+        (lambda t: t.predict(batches(10, drop_last=True)), ConfigError, "its last 2 samples"),
+        (lambda t: t.predict({"a": [1], "b": [1]}), ConfigError, "predict one of them"),
+        (lambda t: t.predict(), ConfigError, "give predict() a loader"),
+    ],
+)
+def test_what_cannot_be_is_said(ask: Any, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said.replace("(", r"\(").replace(")", r"\)")):
+        ask(Trainer(model=line(), loss_fn=nn.MSELoss()))
+
+
+class Summing(Trainer):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return batch[0].sum()
+
+
+def test_an_output_that_is_not_one_a_sample_is_refused() -> None:
+    with pytest.raises(DataError, match=r"shape \(\) for a batch of 4 samples"):
+        Summing(**settings()).predict(batches(10))
+
+
+def test_weights_of_another_model_are_refused(run: Path) -> None:
+    with pytest.raises(MismatchError, match="model"):
+        Trainer(model=line(), loss_fn=nn.MSELoss()).evaluate(batches(4), checkpoint=run)
+
+
+class Within(Callback):
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        trainer.evaluate(checkpoint="best")
+
+
+def test_within_a_run_it_takes_no_arguments() -> None:
+    with pytest.raises(ConfigError, match="within a run takes no arguments"):
+        fitted(callbacks=[Within()], val_dataloader=batches(4))
+
+
+def test_datasets_of_one_tensor_are_predicted() -> None:
+    x, _ = points(6).tensors
+    found = Trainer(model=line()).predict(DataLoader(TensorDataset(x), 4))
+    torch.testing.assert_close(found, line()(x).detach())
