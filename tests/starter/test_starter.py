@@ -44,13 +44,13 @@ def test_its_test_passes_as_generated(tmp_path: Path, ranks: Ranks) -> None:
 
 
 def test_its_test_fails_where_a_resume_is_not_exact(tmp_path: Path, ranks: Ranks) -> None:
-    """Given a model with a counter that no checkpoint has, then the generated test tells."""
+    """Given a model with a cache that no checkpoint has, then the generated test tells."""
     new_project("spirals", tmp_path)
     with (tmp_path / "spirals/spirals.py").open("a") as file:
         file.write(
             "\n\ndef forward(self, x):\n"
-            "    self.calls = getattr(self, 'calls', 0) + 1\n"
-            "    return nn.Sequential.forward(self, x) * self.calls\n\n\n"
+            "    self.calls = [*getattr(self, 'calls', []), x]\n"
+            "    return nn.Sequential.forward(self, x) * len(self.calls)\n\n\n"
             "Net.forward = forward\n"
         )
     [done] = ranks.outcomes(be_pytest, 1, tmp_path / "spirals")
