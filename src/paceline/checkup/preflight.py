@@ -183,6 +183,7 @@ class _Preflight:
         reload = Reload()
         trainer.callbacks[trainer.callbacks.index(self.rehearsal)] = reload
         trainer.resume = Resume("must")
+        trainer.validate_every = 1  # as the rehearsal began
         trainer.fit(seed=self.recipe.seed)
         lost = reload.differences
         if lost is None or lost:
