@@ -8,6 +8,7 @@ who has left and why. So either all go on or none does.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
@@ -139,12 +140,18 @@ def agreed_text(name: str, text: str) -> str:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size <= 1 or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return text
-    timeout = timedelta(seconds=Parallel().timeout)
-    store = _store(int(os.environ.get("RANK", "0")), size, timeout)
+    rank, timeout = int(os.environ.get("RANK", "0")), timedelta(seconds=Parallel().timeout)
+    store = _store(rank, size, timeout)
     while isinstance(store, PrefixStore):  # each start has a prefix of its own
         store = store.underlying_store
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return store.compare_set(f"paceline/agreed/{run}/{name}", "", text).decode()
+    key = f"paceline/agreed/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{name}"
+    agreed = store.compare_set(key, "", text).decode()
+    if not _has_agent():
+        store.set(f"{key}/{rank}", "")
+        if rank == 0:  # whose store it is: one that trains nothing leaves when all have read it
+            others = [f"{key}/{other}" for other in range(1, size)]
+            atexit.register(_await, store, others, _LINGER)
+    return agreed
 
 
 def _has_agent() -> bool:
