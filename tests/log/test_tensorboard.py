@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from builders import Noisy, Regression, loader, make_model
 from paceline import Callback, CheckpointPolicy
 from paceline.errors import MissingExtraError
+from paceline.log import Histogram, Image, Table, Text
 from paceline.log.sinks import JsonlSink, RunInfo, read_rows
 from paceline.log.tensorboard import TensorBoard
 from paceline.recipe import build_trainer, load_recipe
@@ -30,7 +31,9 @@ from paceline.testing import Ranks, StopAt
 STEPS = 12
 
 
-def run(run_dir: Path, *callbacks: Callback, **changes: Any) -> Any:
+def run(
+    run_dir: Path, *callbacks: Callback, kind: type[Regression] = Regression, **changes: Any
+) -> Any:
     """Rows every 2 steps, validations every 3, a checkpoint every 4."""
     model = make_model()
     usual = {
@@ -38,7 +41,7 @@ def run(run_dir: Path, *callbacks: Callback, **changes: Any) -> Any:
         "max_steps": STEPS,
         "checkpoint": CheckpointPolicy(every_steps=4),
     }
-    trainer = Regression(
+    trainer = kind(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         train_dataloader=loader(Noisy()),
@@ -118,6 +121,8 @@ def test_each_row_is_there_with_its_values(tmp_path: Path) -> None:
         "train/loss",
         "train/spread",
         "val/loss",
+        "epoch/train/loss",
+        "epoch/train/spread",
     }
 
 
@@ -295,3 +300,44 @@ def test_AH_28_a_recipes_hyperparameters_are_its_keys(tmp_path: Path) -> None:
     sink.close("complete")
     kept = {"optimizer.lr": 0.1, "optimizer.name": "x", "flags": "[1, 2]", "seed": 3.0}
     assert hyperparameters(tmp_path) == kept
+
+
+class Showing(Regression):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 0:
+            self.log("picture", Image(torch.full((2, 3, 3), 0.5)))
+            self.log("weights", Histogram(self.model[0].weight))
+            self.log("note", Text(f"after **{self.global_step}** steps"))
+            self.log("table", Table(["row", "loss"], [[1, 0.5], [2, 0.25]]))
+
+
+def shown_media(run_dir: Path) -> dict[str, list[tuple[int, Any]]]:
+    reader = EventAccumulator(
+        str(run_dir / "tensorboard"),
+        size_guidance=dict.fromkeys(("images", "histograms", "tensors"), 0),
+    )
+    reader.Reload()
+    return {
+        "picture": [(e.step, (e.width, e.height)) for e in reader.Images("picture")],
+        "weights": [(e.step, e.histogram_value.num) for e in reader.Histograms("weights")],
+        **{
+            tag: [
+                (e.step, e.tensor_proto.string_val[0].decode())
+                for e in reader.Tensors(f"{tag}/text_summary")
+            ]
+            for tag in ("note", "table")
+        },
+    }
+
+
+def test_images_histograms_text_and_tables_are_shown_once_each(tmp_path: Path) -> None:
+    """Also over a resume, which writes anew what came after its checkpoint."""
+    for stop in ([StopAt(8)], []):
+        run(tmp_path / "run", *stop, kind=Showing)
+    found = shown_media(tmp_path / "run")
+    steps = [3, 6, 9, 12]
+    assert found["picture"] == [(step, (3, 2)) for step in steps]
+    assert found["weights"] == [(step, 128) for step in steps]
+    assert found["note"] == [(step, f"after **{step}** steps") for step in steps]
+    assert found["table"][0] == (3, "| row | loss |\n| --- | --- |\n| 1 | 0.5 |\n| 2 | 0.25 |")

@@ -161,12 +161,13 @@ def check_keeps_order(loader: Any) -> None:
     """
     if not is_indexed(loader):
         return
-    if _shuffles(loader.sampler):
+    sampler: Any = loader.sampler
+    if _shuffles(sampler):
         raise ConfigError(
             "the loader shuffles, so that nobody could tell whose outputs these are: give one with "
             "shuffle=False."
         )
-    if loader.drop_last and (left := len(loader.sampler) % loader.batch_size):
+    if loader.drop_last and (left := len(sampler) % (loader.batch_size or 1)):
         raise ConfigError(
             f"the loader leaves out its last {counted(left, 'sample')}: give one with "
             "drop_last=False."

@@ -14,8 +14,9 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from paceline.errors import CheckpointError, MetricError, UnreadableError
 from paceline.log.csv_table import CsvTable, lines
 from paceline.log.files import replacing, sync_folder
 from paceline.log.floats import as_text, revived
+from paceline.log.media import Media
 from paceline.reading import open_file, patiently, read_at
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,6 +77,15 @@ class Sink:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Takes one row of metrics; the same run gives the same rows bit by bit."""
+
+    def write_media(self, step: int, name: str, value: Media) -> None:
+        """Takes an image, a histogram, text or a table; a sink that shows none need not.
+
+        Args:
+            step: optimizer steps done.
+            name: as it was logged.
+            value: what was logged.
+        """
 
     def write_timing(self, row: Mapping[str, Any]) -> None:
         """Takes one row of speeds, durations and memory, which differ from run to run."""
@@ -411,19 +422,45 @@ class JsonlSink(Sink):
         self._files = {}
 
 
+class RowsInMemory(Sink):
+    """Keeps the rows of a run without a folder, for `Result.history`."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """See `Sink.write`."""
+        self.rows.append(dict(row))
+
+
+def rows_of(sinks: Sequence[Sink], run_dir: Path | None) -> Callable[[], Iterable[Any]]:
+    """A function that gives the rows that a run has written, where it wrote them.
+
+    Args:
+        sinks: of the run.
+        run_dir: its folder.
+    """
+    for sink in sinks:
+        if isinstance(sink, RowsInMemory):
+            return partial(tuple, sink.rows)
+        if isinstance(sink, JsonlSink) and run_dir is not None:
+            return partial(read_rows, run_dir / METRICS_FILE)
+    return tuple
+
+
 def with_local_rows(loggers: Sequence[Sink] | None, run_dir: Path | None) -> list[Sink]:
     """The sinks of a run: those given, and the run folder's own rows.
 
     Args:
         loggers: the Trainer's argument. An empty list turns all rows off; a `JsonlSink` in it takes
             the place of the one that is added.
-        run_dir: the run folder; without one there are no local rows.
+        run_dir: the run folder; without one its rows are kept in memory.
     """
     given = list(loggers or ())
     no_rows = loggers is not None and not given
-    if run_dir is None or no_rows or any(isinstance(sink, JsonlSink) for sink in given):
+    if no_rows or any(isinstance(sink, JsonlSink) for sink in given):
         return given
-    return [JsonlSink(), *given]
+    return [RowsInMemory() if run_dir is None else JsonlSink(), *given]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

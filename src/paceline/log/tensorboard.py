@@ -8,11 +8,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from paceline.errors import MissingExtraError
+from paceline.log.media import Histogram, Image, Media, Text
 from paceline.log.sinks import RunInfo, Sink
 
 FOLDER = "tensorboard"
@@ -75,10 +78,13 @@ class TensorBoard(Sink):
             if name not in _COUNTERS and isinstance(value, int | float)
         }
         self._step = row["step"]
-        if not scalars:
-            return
+        if scalars:
+            self._write(lambda: _record(_event(step=self._step, scalars=scalars)))
+
+    def _write(self, make: Callable[[], bytes]) -> None:
+        """Adds records; if that fails they are lost, with one warning."""
         records = b"" if self._file is not None else self._beginning()
-        records += _record(_event(step=self._step, scalars=scalars))
+        records += make()
         try:
             self._append(records)
             self._warned = False
@@ -86,6 +92,12 @@ class TensorBoard(Sink):
             if not self._warned:
                 _log.warning("%s cannot be written (%s); its rows are lost.", self._folder, error)
             self._warned = True
+
+    def write_media(self, step: int, name: str, value: Media) -> None:
+        """See `Sink.write_media`. A table is shown as text."""
+        if self._folder is not None:
+            summary = _summary(name, value)
+            self._write(lambda: _record(_event(step=step, summary=summary)))
 
     def sync(self) -> None:
         """See `Sink.sync`; no checkpoint depends on a copy, so a failure is only reported."""
@@ -175,6 +187,18 @@ def _hyperparameters(settings: Mapping[str, Any]) -> bytes:
     return b"".join(_record(event.SerializeToString()) for event in events)
 
 
+def _summary(name: str, value: Media) -> Any:
+    """A value that is no number, as TensorBoard's protocol buffer."""
+    from torch.utils.tensorboard import summary
+
+    if isinstance(value, Image):
+        return summary.image(name, value.channels_first.numpy(), dataformats="CHW")
+    if isinstance(value, Histogram):
+        values = torch.as_tensor(value.values).detach().float().cpu().numpy()
+        return summary.histogram(name, values, bins="auto")
+    return summary.text(name, value.text if isinstance(value, Text) else value.markdown)
+
+
 def _event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events.out.tfevents.*"))
 
@@ -183,6 +207,7 @@ def _event(
     *,
     step: int = 0,
     scalars: Mapping[str, float] | None = None,
+    summary: Any = None,
     version: bool = False,
     start: bool = False,
 ) -> bytes:
@@ -195,6 +220,8 @@ def _event(
         event.file_version = "brain.Event:2"
     if start:
         event.session_log.CopyFrom(messages.SessionLog(status=messages.SessionLog.START))
+    if summary is not None:
+        event.summary.CopyFrom(summary)
     for tag, value in (scalars or {}).items():
         event.summary.value.add(tag=tag, simple_value=value)
     return event.SerializeToString()

@@ -575,6 +575,9 @@ class TrainerBase(Hooks, AbstractTrainer):
     def log(self, name: str, value: Any, weight: Any = None) -> None:
         """Logs a value; a row or a validation shows the mean over all items of all ranks.
 
+        An `Image`, a `Histogram`, `Text` or a `Table` (`paceline.log`) goes to the loggers that
+        show such, as it is, from rank 0.
+
         Args:
             name: of the metric.
             value: a number or a tensor of one element; nothing waits for its device.
@@ -584,6 +587,16 @@ class TrainerBase(Hooks, AbstractTrainer):
             MetricError: the value is no number, or every row has something by that name.
         """
         self.recorder.log(name, value, weight)
+
+    def log_dict(self, metrics: Mapping[str, Any], weight: Any = None) -> None:
+        """Logs several values, as `log` does each.
+
+        Args:
+            metrics: values by name.
+            weight: as for `log`, of each.
+        """
+        for name, value in metrics.items():
+            self.log(name, value, weight)
 
     def log_loss(self, loss: torch.Tensor) -> None:
         """Logs a micro-batch's loss as "train/loss", if anybody looks at rows."""

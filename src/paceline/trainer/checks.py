@@ -426,6 +426,11 @@ def _wrong_components(trainer: TrainerBase) -> list[str]:
         wrong.append("there is no optimizer: give optimizer=... or assign one in configure().")
     wrong += _without_values(models) + _wrong_parameters(models, optimizers) + _wrong_states(models)
     wrong += _wrong_for_scaling(trainer, models)
+    if "loss" in optimizers:
+        wrong.append(
+            "optimizer 'loss': a step's dictionary has its one loss under this name; name the "
+            "optimizer otherwise."
+        )
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not trainer.is_overridden("step"):
             wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")

@@ -31,7 +31,7 @@ from paceline.errors import (
 from paceline.log.files import shown
 from paceline.log.kept_code import keep, place_of
 from paceline.log.run_record import RunRecord
-from paceline.log.sinks import with_local_rows
+from paceline.log.sinks import rows_of, with_local_rows
 from paceline.reading import status
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.attributes import attributes_of
@@ -335,8 +335,9 @@ def _open_records(trainer: TrainerBase, run: Run) -> None:
     trainer.recorder = Recorder(run, with_local_rows(trainer.loggers, trainer.run_dir))
     trainer.recorder.train = logged
     # A row takes every rank, though only one may have a callback that looks at it.
-    wanted = run.world.all_gather_object(trainer.recorder.wanted)
-    trainer.recorder.wanted = any(wanted)
+    recorder = trainer.recorder
+    everywhere = run.world.all_gather_object((recorder.wanted, recorder.writes))
+    recorder.wanted, recorder.writes = map(any, zip(*everywhere, strict=True))
     if trainer.run_dir is None:
         run.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
         return
@@ -512,7 +513,7 @@ def write_open_row(trainer: TrainerBase, run: Run) -> None:
     """
     recorder = trainer.recorder
     trainer.optimization.guard.read()
-    if recorder.wanted and any(run.world.all_gather_object(bool(recorder.train.sums()))):
+    if recorder.wanted and any(run.world.all_gather_object(recorder.has_open_row)):
         recorder.write(recorder.row())
 
 
@@ -570,6 +571,7 @@ def _result(trainer: TrainerBase, run: Run) -> Result:
         global_step=progress.global_step,
         epoch=progress.epoch,
         checkpoint=newest[0].path if newest else None,
+        _rows=rows_of(trainer.recorder.sinks, trainer.run_dir),
     )
 
 

@@ -134,7 +134,8 @@ class Optimization:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items.
 
         Args:
-            loss: the mean over the micro-batch's items, or independent losses by optimizer name.
+            loss: the mean over the micro-batch's items; a dictionary with it as "loss", and what to
+                log; or independent losses by optimizer name.
             only: the optimizer, or several, whose parameters are to get gradients; all, unless
                 given.
 
@@ -144,7 +145,7 @@ class Optimization:
         run, window = self._run, self.guard.window
         assert window is not None
         if isinstance(loss, dict):
-            loss = self._sum_of_independent(loss)
+            loss = self._of_dictionary(loss)
         check_loss(loss)
         if self._checks_clear:
             self._check_clear()
@@ -309,14 +310,17 @@ class Optimization:
         with gradients_aside(o for name, o in self.optimizers.items() if name not in only):
             loss.backward()
 
+    def _of_dictionary(self, returned: dict[str, Any]) -> Any:
+        """The loss of a dictionary: its "loss", beside which the rest is logged, or a sum."""
+        if "loss" not in returned:
+            return self._sum_of_independent(returned)
+        for name, value in returned.items():
+            if name != "loss":
+                self._recorder.log(f"train/{name.removeprefix('train/')}", value)
+        return returned["loss"]
+
     def _sum_of_independent(self, losses: dict[str, Any]) -> torch.Tensor:
         """One loss from those by optimizer name, whose gradients must not mix."""
-        if "loss" not in self.optimizers and "loss" in losses:
-            raise LossError(
-                "training_step returned a dictionary with a 'loss': return the loss itself, and "
-                "log what else there is with self.log(name, value). A dictionary holds losses by "
-                "optimizer name."
-            )
         _check_names(losses, self.optimizers, "training_step")
         for name, part in losses.items():
             check_loss(part, f" for {name!r}")

@@ -10,11 +10,15 @@ import torch
 
 from paceline.errors import MetricError
 from paceline.log.accumulator import Accumulator, merge
+from paceline.log.media import Media
 from paceline.log.secrets import masked
-from paceline.log.sinks import RunInfo
+from paceline.log.sinks import RunInfo, Sink
 from paceline.trainer.names import load_by_name, settings_of, unique_names
 from paceline.trainer.progress import as_number
 from paceline.trainer.run import Run
+
+Sums = dict[str, tuple[float, float]]
+"""Sums of value x weight and of weight, by name."""
 
 _RESERVED = ("step", "epoch", "samples", "items")
 
@@ -29,6 +33,7 @@ class Recorder:
     Attributes:
         train, val: open sums of training and of the validation at hand.
         wanted: whether anybody looks at rows; if not, the loop's own loss is not even added.
+        writes: whether rows are written; if not, epochs have none.
         ended: whether the last row is written.
     """
 
@@ -41,8 +46,13 @@ class Recorder:
         free = run.world.reads_are_free
         self.train = Accumulator(reads_are_free=free)
         self.val = Accumulator(reads_are_free=free)
-        self.wanted = bool(sinks) or bool(run.events.on_step_end)
+        self.writes = bool(sinks)
+        self.wanted = self.writes or bool(run.events.on_step_end)
         self.ended = False
+        self._said_unseen = False
+        # Sums of the open row from before the epoch, and of the epoch from before the open row.
+        self._carried: Sums = {}
+        self._epoch: Sums = {}
         self._timing: dict[str, float] = {}
         self._since = time.perf_counter()
 
@@ -51,7 +61,7 @@ class Recorder:
 
         Args:
             name: of the metric.
-            value: a number or a tensor of one element.
+            value: a number or a tensor of one element, or `Media`.
             weight: items the value is a mean over; None for those of the batch at hand.
 
         Raises:
@@ -60,6 +70,8 @@ class Recorder:
         run = self._run
         if run.muted:
             return
+        if isinstance(value, Media):
+            return self._show(name, value)
         if weight is None:
             weight = 1.0 if run.batch_items is None else run.batch_items
         if self.ended:
@@ -73,6 +85,20 @@ class Recorder:
         else:
             self.train.add(name, value, weight)
 
+    def _show(self, name: str, value: Media) -> None:
+        """Hands what is no number to the sinks at once."""
+        if not self._main:
+            return
+        shown = any(type(sink).write_media is not Sink.write_media for sink in self.sinks)
+        if not (shown or self._said_unseen):
+            self._said_unseen = True
+            self._world.say(
+                f"log({name!r}, {type(value).__name__}(...)): no logger here shows it; add one, "
+                "such as TensorBoard()."
+            )
+        for sink in self.sinks:
+            sink.write_media(self._run.global_step, _of_loader(name, self._run.val_name), value)
+
     def log_loss(self, loss: torch.Tensor) -> None:
         """Adds a micro-batch's loss as "train/loss", if anybody looks at rows."""
         if self.wanted and not self._run.muted:
@@ -80,9 +106,28 @@ class Recorder:
 
     def row(self) -> dict[str, Any]:
         """The row of the steps since the last one, the same on every rank; starts a new one."""
-        means = merge(self._world.gather_parts(self.train.sums()))
+        fresh = self.train.sums()
+        means = merge(self._world.gather_parts(_added(self._carried, fresh)))
+        self._epoch, self._carried = _added(self._epoch, fresh), {}
         self.train.reset()
         return {**self._counters(), **self._rates(), **means}
+
+    @property
+    def has_open_row(self) -> bool:
+        """Whether anything has been logged since the last row."""
+        return bool(self._carried or self.train.sums())
+
+    def end_epoch(self) -> None:
+        """Writes the row of the epoch that ends: the means of all that was logged in its steps."""
+        if not self.writes:
+            return
+        fresh = self.train.sums()
+        means = merge(self._world.gather_parts(_added(self._epoch, fresh)))
+        self._epoch, self._carried = {}, _added(self._carried, fresh)
+        self.train.reset()
+        if means:
+            row = {f"epoch/{name}": mean for name, mean in means.items()}
+            self.write({**self._counters(), **row})
 
     def add_timing(self, name: str, value: float) -> None:
         """Adds a measurement to the next timing row.
@@ -134,6 +179,7 @@ class Recorder:
         state: dict[str, Any] = {}
         if self._world.leads_part:
             state["sums"] = self.train.state_dict()
+            state |= {name: sums for name, sums in self._kept().items() if sums}
         if self._main:
             state["made with"] = self._made_with
             state["sinks"] = {
@@ -146,16 +192,23 @@ class Recorder:
     def load_state_dict(self, ranks: dict[str, dict[str, Any]]) -> None:
         """Takes back this rank's open sums, or in another layout all of them on rank 0."""
         world = self._world
-        sums = {int(rank): state["sums"] for rank, state in ranks.items() if "sums" in state}
-        if world.all_gather_object(world.leads_part) == [r in sums for r in range(len(ranks))]:
-            self.train.load_state_dict(sums.get(world.rank, {}))
-        elif self._main:
-            totals: dict[str, list[float]] = {}
-            for _, of_rank in sorted(sums.items()):
-                for name, (total, weight) in of_rank.items():
-                    pair = totals.setdefault(name, [0.0, 0.0])
-                    pair[0], pair[1] = pair[0] + total, pair[1] + weight
-            self.train.load_state_dict(totals)
+        leading = {int(rank) for rank, state in ranks.items() if "sums" in state}
+        alike = world.all_gather_object(world.leads_part) == [
+            rank in leading for rank in range(len(ranks))
+        ]
+        mine = {world.rank} if alike else leading if self._main else set()
+        loaded: dict[str, Sums] = {"sums": {}, "carried": {}, "epoch": {}}
+        for rank in sorted(mine & leading):
+            for kind, sums in loaded.items():
+                loaded[kind] = _added(sums, ranks[str(rank)].get(kind, {}))
+        self.train.load_state_dict(loaded["sums"])
+        self._carried, self._epoch = loaded["carried"], loaded["epoch"]
+
+    def _kept(self) -> dict[str, Any]:
+        return {
+            kind: {name: list(pair) for name, pair in sums.items()}
+            for kind, sums in (("carried", self._carried), ("epoch", self._epoch))
+        }
 
     def open(self, ranks: dict[str, dict[str, Any]] | None) -> None:
         """Opens the sinks, and sends them back to where they stood.
@@ -233,6 +286,15 @@ def group_rates(
     if len(set(labels)) < len(labels):
         labels = list(range(len(labels)))
     return {f"{start}/{label}": float(rate) for label, rate in zip(labels, rates, strict=False)}
+
+
+def _added(one: Sums, other: Mapping[str, Any]) -> Sums:
+    """Sums of both, by name."""
+    sums = dict(one)
+    for name, (total, weight) in other.items():
+        before = sums.get(name)
+        sums[name] = (total, weight) if before is None else (before[0] + total, before[1] + weight)
+    return sums
 
 
 def _of_loader(metric: str, loader: str | None) -> str:

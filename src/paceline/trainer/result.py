@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+from paceline.log.csv_table import lines
 
 
 @dataclass(frozen=True)
@@ -28,3 +34,18 @@ class Result:
     global_step: int = 0
     epoch: int = 0
     checkpoint: Path | None = None
+    _rows: Callable[[], Iterable[Mapping[str, Any]]] = field(
+        default=tuple, repr=False, compare=False
+    )
+
+    @cached_property
+    def history(self) -> dict[str, list[Any]]:
+        """All rows of the run as columns by name, with an entry for each step that has a row.
+
+        NaN stands where a column has no value, so that
+        `plt.plot(history["step"], history["val/loss"], "o")` draws what there is. Of a run in a
+        folder they are those of metrics.jsonl; without one, those of this process, on rank 0.
+        """
+        table = list(lines(self._rows()))
+        names = dict.fromkeys(name for line in table for name in line)
+        return {name: [line.get(name, math.nan) for line in table] for name in names}

@@ -69,7 +69,6 @@ METHODS_ELSEWHERE = {
     "evaluation_step": "validation_step",
     "prediction_step": "validation_step",
     "test_step": "validation_step",
-    "predict_step": "validation_step",
     "validation_step_end": "on_validation_batch_end",
     "training_step_end": "on_train_batch_end",
     "training_epoch_end": "on_train_epoch_end",

@@ -188,7 +188,8 @@ class Trainer(TrainerBase):
             batch_idx: its index in the epoch, on this rank.
 
         Returns:
-            A tensor of one element, or several by optimizer name.
+            A tensor of one element; or a dictionary with it as "loss", the rest of which is logged
+            as "train/NAME"; or, in a dictionary without "loss", several losses by optimizer name.
         """
         return self.loss(batch)
 
@@ -289,7 +290,7 @@ class Trainer(TrainerBase):
         """Adds the gradients of a micro-batch's mean loss, weighted for the window's mean.
 
         Args:
-            loss: the mean over the micro-batch's items, or independent losses by optimizer name.
+            loss: the mean over the micro-batch's items, or what `training_step` may return.
             only: the optimizer, or several, whose parameters are to get gradients; all, unless
                 given.
         """
@@ -552,6 +553,7 @@ class Trainer(TrainerBase):
         self.optimization.step_schedulers("epoch")
         for hook in self._at_hand.events.on_train_epoch_end:
             hook()
+        self.recorder.end_epoch()
         self.progress.epoch += 1
         self.progress.begun, self.progress.epoch_ends, self.progress.batch = False, False, 0
 
