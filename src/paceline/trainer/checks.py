@@ -609,8 +609,10 @@ def never_measured(trainer: TrainerBase, metric: str) -> list[str]:
     ]
 
 
-def _may_measure(callback: Callback) -> bool:
+def _may_measure(callback: object) -> bool:
     """Whether a callback may add to a validation's metrics; one of ours that judges does not."""
+    if not isinstance(callback, Callback):
+        return True  # which is told elsewhere
     judges = overrides(callback, "out_of_patience", Callback)
     ours = type(callback).__module__.startswith("paceline.")
     return not (judges and ours) and any(overrides(callback, name, Callback) for name in _ADDING)
