@@ -21,10 +21,17 @@ from paceline import Trainer
 
 
 class Points(Dataset):
-    def __init__(self, n: int = 40, fails_at: int = -1) -> None:
+    def __init__(
+        self, n: int = 40, fails_at: int = -1, broken: bool = False, same: bool = False,
+        highest: int = 1,
+    ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(n, 6, generator=generator)
-        self.y = (self.x.sum(1) > 0).long()
+        self.y = (self.x.sum(1) > 0).long() * highest
+        if broken:
+            self.x[:, 2] = torch.inf
+        if same:
+            self.x[:] = self.x[0]
         self.fails_at = fails_at
 
     def __len__(self) -> int:
@@ -45,17 +52,17 @@ class Stream(IterableDataset):
 class Net(nn.Module):
     def __init__(
         self, frozen: bool = False, unused: bool = False, dead: bool = False, scale: float = 1.0,
-        wrong: bool = False, classes: int = 3,
+        wrong: bool = False, classes: int = 3, blind: bool = False,
     ) -> None:
         super().__init__()
         self.first = nn.Linear(6, 8)
         self.last = nn.Linear(8, classes)
         self.spare = nn.Linear(8, 8) if unused or dead else None
-        self.dead, self.scale, self.wrong = dead, scale, wrong
+        self.dead, self.scale, self.wrong, self.blind = dead, scale, wrong, blind
         self.first.requires_grad_(not frozen)
 
     def forward(self, x):
-        h = torch.tanh(self.first(x))
+        h = torch.tanh(self.first(0 * x if self.blind else x))
         if self.dead:
             h = h + 0 * self.spare(h)
         if self.wrong:

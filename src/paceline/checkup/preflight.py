@@ -164,6 +164,8 @@ class _Preflight:
         if stage != STAGES[0] and all(check.name != STAGES[0] for check in report.checks):
             self._verdicts(until=stage)
         report.checks = [check for check in report.checks if check.name != stage]
+        if self.trainer is not None:
+            report.checks += preflight_checks.labels(self.trainer, seen)
         report.checks.append(Check(stage, "FAIL", told(error)))
         for later in STAGES[STAGES.index(stage) + 1 :]:
             report.checks.append(Check(later, "SKIP", f"after the failure of: {stage}"))

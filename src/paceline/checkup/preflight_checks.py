@@ -55,7 +55,32 @@ def training_data(trainer: Trainer, seen: Seen) -> list[Check]:
     if windows is not None and windows != batches:
         length += f" in {windows:,} steps"
     detail = f"{_samples(trainer.train_dataloader)}, {length}; first batch {seen.batch}"
-    return [Check("training data", "PASS", detail)]
+    checks = [Check("training data", "PASS", detail)]
+    if seen.bad_inputs:
+        detail = f"{some(seen.bad_inputs)} of the first batch: NaN or infinity among the values"
+        checks.append(Check("inputs", "FAIL", detail))
+    if seen.same_inputs:
+        detail = f"{some(seen.same_inputs)}: the same in all samples of the first batch"
+        checks.append(Check("inputs", "WARN", detail))
+    return checks
+
+
+def labels(trainer: Trainer, seen: Seen) -> list[Check]:
+    """Whether class indices are those of classes that the model has.
+
+    Args:
+        trainer: the trainer after the rehearsal.
+        seen: the observations.
+    """
+    call = seen.call
+    if call is None or seen.labels is None or _name_of_loss(trainer) not in _INDEX_LOSSES:
+        return []
+    lowest, highest = seen.labels
+    classes = _classes(call)
+    if lowest >= 0 and highest < classes:
+        return []
+    detail = f"targets from {lowest} to {highest}, and outputs {call.outputs} have {classes} "
+    return [Check("labels", "FAIL", detail + f"classes: 0 to {classes - 1}")]
 
 
 def samples_in(loader: Any) -> int | None:
@@ -71,6 +96,7 @@ def _samples(loader: Any) -> str:
     return "unknown number of samples" if count is None else f"{count:,} samples"
 
 
+_LARGE_CHANGE, _SMALL_CHANGE = 1.0, 1e-6  # of weights in a step, relative to their size
 _EXPLODES = 10.0  # times the first loss
 _SMALL = 0.1  # below which a loss may grow so much by chance
 
@@ -94,6 +120,9 @@ def forward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
         why = "loss_fn was not called with outputs and targets"
         return [*checks, Check("output shape", "SKIP", why)]
     checks.append(_shapes(seen.call))
+    if seen.same_outputs and not seen.same_inputs:
+        detail = "the model's outputs are the same for all samples: does it use its inputs?"
+        checks.append(Check("outputs", "WARN", detail))
     return checks + _chance(trainer, seen.call)
 
 
@@ -115,8 +144,7 @@ def _classes(call: LossCall) -> int:
 def _chance(trainer: Trainer, call: LossCall) -> list[Check]:
     """For class indices: whether the first loss is about that of a random guess, ln(classes)."""
     function: Any = trainer.loss_fn
-    kind = getattr(function, "func", function)
-    name = getattr(kind, "__name__", type(kind).__name__)
+    kind, name = getattr(function, "func", function), _name_of_loss(trainer)
     options = getattr(function, "keywords", vars(function) if kind is function else {})
     mean = options.get("reduction", "mean") == "mean"
     if name not in _INDEX_LOSSES or not (call.indices and mean) or call.value is None:
@@ -135,6 +163,12 @@ def _chance(trainer: Trainer, call: LossCall) -> list[Check]:
     else:
         why = "better than a guess: fine for pretrained weights; else, do inputs hold the answer?"
     return [Check("loss at the start", "WARN", f"{said}, more than {margin:.2g} off; {why}")]
+
+
+def _name_of_loss(trainer: Trainer) -> str:
+    function: Any = trainer.loss_fn
+    kind = getattr(function, "func", function)
+    return getattr(kind, "__name__", type(kind).__name__)
 
 
 def backward_pass(trainer: Trainer, seen: Seen) -> list[Check]:
@@ -202,7 +236,22 @@ def optimizer_step(trainer: Trainer, seen: Seen) -> list[Check]:
     elif pushed:
         text = f"{len(pushed)} of {len(seen.parameters)} parameter tensors changed; {rates}"
         checks.append(Check("optimizer step", "PASS", text))
-    return checks
+    return checks + _changes(seen, rates)
+
+
+def _changes(seen: Seen, rates: str) -> list[Check]:
+    """Whether steps change weights by a sensible part of their size."""
+    changes = sorted(p.change for p in seen.parameters.values() if p.change is not None)
+    if not changes:
+        return []
+    usual = changes[len(changes) // 2]
+    said = f"a step changes the weights by {usual:.2g} of their size (median over tensors; {rates})"
+    rising = any(each[-1] > each[0] for each in seen.rates.values())
+    if usual > _LARGE_CHANGE:
+        return [Check("learning rate", "WARN", f"{said}: is lr too high, or a warm-up missing?")]
+    if 0 < usual < _SMALL_CHANGE and not rising:
+        return [Check("learning rate", "WARN", f"{said}: is lr far too low?")]
+    return []
 
 
 def scheduler_step(trainer: Trainer, seen: Seen) -> list[Check]:

@@ -18,6 +18,7 @@ from paceline.checkpoint.comparison import differing
 from paceline.checkpoint.state import parameter_names
 from paceline.data.batches import describe
 from paceline.trainer.callback import Callback
+from paceline.world.dtensors import local_part
 
 if TYPE_CHECKING:
     from paceline.data.source import Validation
@@ -66,6 +67,7 @@ class Parameter:
     nonzero: bool = False
     finite: bool = True
     moved: bool = False
+    change: float | None = None  # of the last step, relative to the size of the weights
 
 
 @dataclass
@@ -80,7 +82,11 @@ class Seen:
         loss: the first step's loss, the mean over its items.
         finite_loss: whether every loss was finite.
         losses: each micro-batch's loss, as it enters the backward pass.
+        bad_inputs, same_inputs: tensors of the first batch that hold NaN or infinities, and those
+            that are equal in all of its samples.
         call: the first call of the loss function.
+        labels: lowest and highest class index that it was given, but for those that it ignores.
+        same_outputs: whether the model's last outputs were equal for all samples of a batch.
         parameters: the trainable parameters that an optimizer holds, by name.
         norm: the norm of the first step's gradients, over all optimizers.
         optimizers: the names of the optimizers that took a step.
@@ -98,7 +104,11 @@ class Seen:
     loss: float | None = None
     finite_loss: bool = True
     losses: list[float] = field(default_factory=list)
+    bad_inputs: list[str] = field(default_factory=list)
+    same_inputs: list[str] = field(default_factory=list)
     call: LossCall | None = None
+    labels: tuple[int, int] | None = None
+    same_outputs: bool = False
     parameters: dict[str, Parameter] = field(default_factory=dict)
     norm: float | None = None
     optimizers: set[str] = field(default_factory=set)
@@ -125,7 +135,8 @@ class Rehearsal(Callback):
     def __init__(self) -> None:
         self.seen = Seen()
         self._names: dict[int, str] = {}
-        self._before: list[tuple[Parameter, torch.Tensor, int, Any]] = []
+        # A parameter, its tensor, the place of its strongest gradient, and some of its values.
+        self._before: list[tuple[Parameter, torch.Tensor, int, Any, torch.Tensor]] = []
         self._squares = 0.0
         self._began = self._stamp = 0.0
         self._unwatch: Callable[[], None] | None = None
@@ -149,6 +160,7 @@ class Rehearsal(Callback):
         self.seen.stage = "forward pass"
         if self.seen.batch is None:
             self.seen.batch = describe(batch)
+            _look_at_inputs(batch, self.seen)
 
     def on_before_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
         """Records whether the loss is finite: a policy may drop the window after this event."""
@@ -191,14 +203,16 @@ class Rehearsal(Callback):
             parameter.nonzero = True
             strongest = int(sizes.argmax())
             value = tensor.detach().reshape(-1)[strongest].item()
-            self._before.append((parameter, tensor, strongest, value))
+            self._before.append((parameter, tensor, strongest, value, _some_of(tensor)))
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Compares the weights, takes the time, and ends the rehearsal after enough steps."""
         now, seen, step = time.perf_counter(), self.seen, trainer.global_step
         seen.seconds[step] = now - self._stamp
-        for parameter, tensor, place, value in self._before:
+        for parameter, tensor, place, value, some in self._before:
             parameter.moved |= tensor.detach().reshape(-1)[place].item() != value
+            if size := float(some.norm()):
+                parameter.change = float((_some_of(tensor) - some).norm()) / size
         self._before.clear()
         if step == 1:
             seen.loss, seen.window = metrics.get("train/loss"), int(trainer.window.samples)
@@ -309,9 +323,21 @@ def _watch_loss(trainer: Trainer, seen: Seen) -> Callable[[], None]:
     if loss_fn is None:
         return lambda: None
 
+    def look(args: Any, kwargs: Any) -> None:
+        """Before the call, which labels beyond the classes would end."""
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        if len(tensors) < 2:
+            return
+        outputs, targets = tensors[:2]
+        seen.same_outputs = _same_for_all(outputs)
+        if seen.call is None and not targets.is_floating_point() and not targets.is_complex():
+            kept = targets[targets != getattr(loss_fn, "ignore_index", -100)]
+            seen.labels = (int(kept.min()), int(kept.max())) if kept.numel() else None
+            seen.call = LossCall(tuple(outputs.shape), tuple(targets.shape), True, None)
+
     def note(args: Any, kwargs: Any, value: Any) -> None:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
-        if seen.call is None and len(tensors) >= 2:
+        if (seen.call is None or seen.call.value is None) and len(tensors) >= 2:
             outputs, targets = tensors[:2]
             single = isinstance(value, torch.Tensor) and value.numel() == 1
             indices = not (targets.is_floating_point() or targets.is_complex())
@@ -321,13 +347,24 @@ def _watch_loss(trainer: Trainer, seen: Seen) -> Callable[[], None]:
             )  # fmt: skip
 
     if isinstance(loss_fn, torch.nn.Module):
-        hook = loss_fn.register_forward_hook(
-            lambda _, args, kwargs, value: note(args, kwargs, value), with_kwargs=True
+        hooks = (
+            loss_fn.register_forward_pre_hook(
+                lambda _, args, kwargs: look(args, kwargs), with_kwargs=True
+            ),
+            loss_fn.register_forward_hook(
+                lambda _, args, kwargs, value: note(args, kwargs, value), with_kwargs=True
+            ),
         )
-        return hook.remove
+
+        def remove() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return remove
 
     @functools.wraps(loss_fn)
     def watched(*args: Any, **kwargs: Any) -> Any:
+        look(args, kwargs)
         value = loss_fn(*args, **kwargs)
         note(args, kwargs, value)
         return value
@@ -338,6 +375,47 @@ def _watch_loss(trainer: Trainer, seen: Seen) -> Callable[[], None]:
         trainer.loss_fn = loss_fn
 
     return unwatch
+
+
+_SAMPLED = 1000  # values of a parameter whose change is measured
+
+
+def _some_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Some of a parameter's values, evenly spread, in float32."""
+    values = local_part(tensor.detach()).reshape(-1)
+    return values[:: max(1, values.numel() // _SAMPLED)].float().clone()
+
+
+def _look_at_inputs(batch: Any, seen: Seen) -> None:
+    """Notes the tensors of a batch that hold no numbers, or the same in each sample."""
+    for name, tensor in _tensors(batch):
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            seen.bad_inputs.append(name)
+        elif _same_for_all(tensor):
+            seen.same_inputs.append(name)
+
+
+def _tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a batch, each with the expression that gives it."""
+    if isinstance(batch, torch.Tensor):
+        yield name, batch
+    elif isinstance(batch, dict):
+        for key, value in batch.items():
+            yield from _tensors(value, f"{name}[{key!r}]")
+    elif isinstance(batch, list | tuple):
+        for i, value in enumerate(batch):
+            yield from _tensors(value, f"{name}[{i}]")
+
+
+def _same_for_all(tensor: torch.Tensor) -> bool:
+    """Whether several samples have the same values, the first dimension being the samples."""
+    if tensor.dim() == 0 or tensor.shape[0] < 2:
+        return False
+    values = tensor.detach().float()
+    largest = float(values.abs().max())
+    return float((values - values[:1]).abs().max()) <= 1e-6 * largest
 
 
 def _wait_for(device: torch.device) -> None:
