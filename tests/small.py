@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Trainer
 from paceline.errors import PacelineError
+from paceline.testing import rows
 
 T = TypeVar("T", bound=Trainer)
 
@@ -86,3 +87,9 @@ def message(kind: type[PacelineError], trainer: type[Trainer] = Trainer, **chang
 def wide(n: int = 8) -> DataLoader:
     """Rows of 4 numbers, for a model that takes 3."""
     return DataLoader(TensorDataset(torch.ones(n, 4), torch.ones(n, 1)), 4)
+
+
+def step_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run, but for those that sum up an epoch."""
+    found = rows(run_dir)
+    return [row for row in found if not any(name.startswith("epoch/") for name in row)]

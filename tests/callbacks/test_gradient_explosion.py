@@ -13,6 +13,7 @@ from paceline import Callback
 from paceline.callbacks import GradientExplosion, GradientMonitor, gradient_explosion
 from paceline.errors import ConfigError
 from paceline.testing import rows
+from small import step_rows
 
 
 class Explode(Callback):
@@ -72,7 +73,7 @@ def test_outliers_do_not_become_usual(capsys: pytest.CaptureFixture[str]) -> Non
 def test_rows_have_the_largest_norm_since_the_row_before(tmp_path: Path) -> None:
     explode = Explode(7)
     build(tmp_path, explode, usual(), log_every=3, val_dataloader=None).train(seed=5)
-    largest = [row["grad_norm/max"] for row in rows(tmp_path)]
+    largest = [row["grad_norm/max"] for row in step_rows(tmp_path)]
     norms = explode.norms
     assert largest == pytest.approx([max(norms[i : i + 3]) for i in range(0, STEPS, 3)])
 

@@ -19,8 +19,8 @@ from paceline import CheckpointPolicy, MetricMonitor, Trainer
 from paceline.errors import ConfigError, MismatchError, NonFiniteError
 from paceline.log.sinks import RunInfo, Sink
 from paceline.recipe.schedules import WarmupCosine
-from paceline.testing import StopAt, Trace, rows
-from small import batches, checkpoints, fitted, line, points, same, settings, weights
+from paceline.testing import StopAt, Trace
+from small import batches, checkpoints, fitted, line, points, same, settings, step_rows, weights
 
 
 def test_AH_09_warm_up_is_counted_in_optimizer_steps() -> None:
@@ -67,7 +67,8 @@ def test_AH_28_a_tracker_gets_the_settings_and_goes_on_where_it_stood(tmp_path: 
     fitted(run_dir=tmp_path, loggers=[first], log_every=1, callbacks=[StopAt(4)])
     assert (first.resumed, first.config["optimizer.lr"], first.config["seed"]) == (False, 0.05, 1)
     fitted(run_dir=tmp_path, loggers=[second], log_every=1)
-    assert (second.resumed, second.steps) == (True, list(range(1, 11)))
+    assert second.resumed
+    assert second.steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]  # with a row for each epoch
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -95,7 +96,7 @@ def test_21_the_logged_loss_is_the_mean_over_all_items_since_the_last_row(tmp_pa
         (loss.item(), len(batch[0]))
     )
     trainer.fit()
-    (row,) = rows(tmp_path)
+    (row,) = step_rows(tmp_path)
     assert row["train/loss"] == pytest.approx(sum(loss * n for loss, n in losses) / 23)
 
 
@@ -115,7 +116,7 @@ def test_22_the_norm_logged_under_fp16_is_that_of_the_true_gradients(tmp_path: P
     for precision in ("fp32", "fp16"):
         folder = tmp_path / precision
         fitted(Small, precision=precision, max_grad_norm=1e9, log_every=1, run_dir=folder)
-        norms[precision] = [row["grad_norm"] for row in rows(folder)]
+        norms[precision] = [row["grad_norm"] for row in step_rows(folder)]
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=2e-2)
 
 

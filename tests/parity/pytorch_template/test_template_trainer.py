@@ -24,7 +24,7 @@ from paceline.recipe import load_recipe
 from paceline.testing import StopAt, bits
 from paceline.tune import RunConfig, run
 from paceline.world.world import World
-from small import batches, fitted, line, same, settings, weights
+from small import batches, fitted, line, same, settings, step_rows, weights
 
 RECIPE = """
 code: model.py
@@ -299,7 +299,7 @@ def test_PT_27_the_gradient_norm_of_200_tensors_is_read_with_the_row(
 
     train(StopAt(3))
     train()
-    (row,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (row,) = step_rows(tmp_path)
     assert counted.calls
     assert not counted.calls.keys() & {"aten._local_scalar_dense", "aten._to_copy"}
     assert len(norms) == 5
