@@ -406,7 +406,8 @@ class Tracks(Sink):
         self.id = run.id
 
     def write(self, row: Any) -> None:
-        self.rows.setdefault(row["step"], row)  # an epoch's comes after it
+        if "number" in row:  # not that of an epoch
+            self.rows[row["step"]] = row
 
 
 class Logs(Trainer):
