@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader
 
 from paceline import Callback, MetricMonitor, Trainer, Window
 from paceline.errors import ConfigError, MetricError
-from paceline.testing import rows
 from paceline.world.dtensors import clip_gradients
-from small import batches, fitted, line, points, same, settings, weights
+from small import batches, fitted, line, points, same, settings, step_rows, weights
 
 
 def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -123,7 +122,7 @@ def test_clipping_is_that_of_torch(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(trainer.model.weight, model.weight)
-    assert [row["grad_norm"] for row in rows(tmp_path)] == norms  # before clipping
+    assert [row["grad_norm"] for row in step_rows(tmp_path)] == norms  # before clipping
     assert max(norms) > 0.3
 
 
@@ -311,7 +310,7 @@ def test_a_row_has_the_rate_of_each_group_where_they_differ(tmp_path: Path) -> N
     schedule = LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.5 if step == 0 else 1.0])
     settings = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "max_steps": 2}
     fitted(**settings, log_every=1, run_dir=tmp_path)
-    rates = [{k: v for k, v in row.items() if k.startswith("lr")} for row in rows(tmp_path)]
+    rates = [{k: v for k, v in row.items() if k.startswith("lr")} for row in step_rows(tmp_path)]
     assert rates == [{"lr": 0.25, "lr/body": 0.25, "lr/1": 0.125}, {"lr": 0.25}]
 
 

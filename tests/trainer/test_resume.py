@@ -24,8 +24,8 @@ from torch.optim.lr_scheduler import (
 
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Resume, Trainer
 from paceline.errors import CheckpointError, ConfigError, MismatchError, ResumeError
-from paceline.testing import StopAt, rows
-from small import batches, checkpoints, fitted, line, same, settings, weights
+from paceline.testing import StopAt
+from small import batches, checkpoints, fitted, line, same, settings, step_rows, weights
 
 KEEP = CheckpointPolicy(keep_last=None)
 
@@ -267,8 +267,8 @@ def test_a_changed_schedule_is_refused_and_if_accepted_takes_its_place_on_the_ne
         run_dir=tmp_path, epochs=4, max_steps=20, log_every=1, resume=accept, **scheduled(now)
     )
     fitted(run_dir=tmp_path / "new", epochs=4, max_steps=20, log_every=1, **scheduled(now))
-    expected = {row["step"]: row["lr"] for row in rows(tmp_path / "new")}
-    assert {row["step"]: row["lr"] for row in rows(tmp_path)} == {
+    expected = {row["step"]: row["lr"] for row in step_rows(tmp_path / "new")}
+    assert {row["step"]: row["lr"] for row in step_rows(tmp_path)} == {
         step: pytest.approx(expected[step]) for step in range(7, 21)
     }
     again = fitted(run_dir=tmp_path, epochs=4, max_steps=20, **scheduled(now))

@@ -14,8 +14,8 @@ import pytest
 from paceline import Callback, CheckpointPolicy, Trainer
 from paceline.errors import MetricError
 from paceline.log.sinks import JsonlSink, RunInfo, Sink, with_local_rows
-from paceline.testing import Ranks, StopAt, rows
-from small import fitted, settings
+from paceline.testing import Ranks, StopAt
+from small import fitted, settings, step_rows
 
 EACH_STEP = CheckpointPolicy(every_steps=1, asynchronous=False)
 
@@ -89,7 +89,9 @@ def test_a_tracker_goes_on_with_its_run_after_a_kill(ranks: Ranks, tmp_path: Pat
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert (tracker.run.id, tracker.run.resumed, tracker.status) == (begun, True, "complete")
     assert (record["id"], record["starts"][0]["id"]) == (begun, begun)
-    assert [json.loads(line) for line in page.read_text().splitlines()] == rows(tmp_path / "run")
+    assert [json.loads(line) for line in page.read_text().splitlines()] == step_rows(
+        tmp_path / "run"
+    )
 
     (tmp_path / "run").rename(tmp_path / "old")
     assert train(tmp_path).run.id != begun
@@ -128,7 +130,7 @@ def test_state_follows_the_name_and_not_the_place(tmp_path: Path, capsys: Any) -
     )
     run(new, mine, second, JsonlSink(), other, stop=6)
     assert [sink.rows for sink in (new, mine, second, other)] == [3, 6, 6, 6]
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in step_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert "the logger 'new' is new in this run" in capsys.readouterr().err
     run(mine, stop=8)
     told = capsys.readouterr().err
@@ -151,7 +153,7 @@ def test_loggers_add_to_the_local_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loggers", [None, [Sink()], [JsonlSink()]])
 def test_rows_are_written_once(loggers: Any, tmp_path: Path) -> None:
     fitted(run_dir=tmp_path, loggers=loggers, log_every=1)
-    assert len(rows(tmp_path)) == 10
+    assert len(step_rows(tmp_path)) == 10
 
 
 def test_an_empty_list_turns_all_rows_off(tmp_path: Path) -> None:
@@ -177,9 +179,9 @@ def test_what_is_logged_as_training_ends_is_in_the_last_row(tmp_path: Path) -> N
     """Also once the complete run was started again; what comes later than that is an error."""
     for _ in range(2):
         fitted(Scoring, run_dir=tmp_path)
-        last = rows(tmp_path)[-1]
+        last = step_rows(tmp_path)[-1]
         assert (last["step"], last["final/score"]) == (10, 42.0)
-        assert [row["step"] for row in rows(tmp_path)] == [10, 10]
+        assert [row["step"] for row in step_rows(tmp_path)] == [10, 10]
     trainer = Scoring(**settings())
     trainer.late = True
     with pytest.raises(MetricError, match=r"'too/late'.*last row is written"):

@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paceline.errors import CheckpointError, MetricError, UnreadableError
 from paceline.log.csv_table import CsvTable, lines
 from paceline.log.files import replacing, sync_folder
 from paceline.log.floats import as_text, revived
-from paceline.log.media import Media
 from paceline.reading import open_file, patiently, read_at
+
+if TYPE_CHECKING:
+    from paceline.log.media import Media
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"

@@ -102,7 +102,8 @@ class Recorder:
     def log_loss(self, loss: torch.Tensor) -> None:
         """Adds a micro-batch's loss as "train/loss", if anybody looks at rows."""
         if self.wanted and not self._run.muted:
-            self.train.add("train/loss", loss, self._run.batch_items)
+            items = self._run.batch_items  # None in a step() that passes over its window
+            self.train.add("train/loss", loss, 1.0 if items is None else items)
 
     def row(self) -> dict[str, Any]:
         """The row of the steps since the last one, the same on every rank; starts a new one."""
