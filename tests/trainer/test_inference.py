@@ -260,3 +260,26 @@ def test_datasets_of_one_tensor_are_predicted() -> None:
     x, _ = points(6).tensors
     found = Trainer(model=line()).predict(DataLoader(TensorDataset(x), 4))
     torch.testing.assert_close(found, line()(x).detach())
+
+
+class Configured(Trainer):
+    """Makes another model each time that it is asked."""
+
+    def configure(self) -> None:
+        self.model = nn.Linear(3, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+
+def test_what_configure_makes_is_made_once_and_keeps_the_weights_that_were_loaded(
+    tmp_path: Path,
+) -> None:
+    options = {"loss_fn": nn.MSELoss(), "train_dataloader": batches(), "epochs": 1}
+    Configured(**options, progress=False, run_dir=tmp_path / "run").train(seed=1)
+    trainer = Configured(loss_fn=nn.MSELoss())
+    loaded = trainer.evaluate(batches(7), checkpoint=tmp_path / "run")
+    outputs, loss = by_hand(trainer.model, 7)
+    assert loaded == pytest.approx({"val/loss": loss})
+    torch.testing.assert_close(trainer.predict(batches(7)), outputs)
+    trained = Configured(**options, progress=False, val_dataloader=batches(7))
+    trained.train(seed=2)
+    assert trained.evaluate() == trained.result.metrics

@@ -14,7 +14,7 @@ import pytest
 from paceline import Callback, CheckpointPolicy, Trainer
 from paceline.errors import MetricError
 from paceline.log.sinks import JsonlSink, RunInfo, Sink, with_local_rows
-from paceline.testing import Ranks, StopAt
+from paceline.testing import Ranks, StopAt, rows
 from small import fitted, settings, step_rows
 
 EACH_STEP = CheckpointPolicy(every_steps=1, asynchronous=False)
@@ -89,9 +89,7 @@ def test_a_tracker_goes_on_with_its_run_after_a_kill(ranks: Ranks, tmp_path: Pat
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert (tracker.run.id, tracker.run.resumed, tracker.status) == (begun, True, "complete")
     assert (record["id"], record["starts"][0]["id"]) == (begun, begun)
-    assert [json.loads(line) for line in page.read_text().splitlines()] == step_rows(
-        tmp_path / "run"
-    )
+    assert [json.loads(line) for line in page.read_text().splitlines()] == rows(tmp_path / "run")
 
     (tmp_path / "run").rename(tmp_path / "old")
     assert train(tmp_path).run.id != begun
@@ -129,7 +127,7 @@ def test_state_follows_the_name_and_not_the_place(tmp_path: Path, capsys: Any) -
         Tracker(server, "new"),
     )
     run(new, mine, second, JsonlSink(), other, stop=6)
-    assert [sink.rows for sink in (new, mine, second, other)] == [3, 6, 6, 6]
+    assert [sink.rows for sink in (new, mine, second, other)] == [4, 7, 7, 7]
     assert [row["step"] for row in step_rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert "the logger 'new' is new in this run" in capsys.readouterr().err
     run(mine, stop=8)
@@ -146,8 +144,8 @@ def test_loggers_add_to_the_local_rows(tmp_path: Path) -> None:
     assert kinds([tracker]) == ["JsonlSink", "Tracker"]
     assert kinds([tracker, JsonlSink()]) == ["Tracker", "JsonlSink"]
     assert kinds([]) == kinds(()) == []
-    assert kinds(None, None) == []
-    assert kinds([tracker], None) == ["Tracker"]
+    assert kinds(None, None) == ["RowsInMemory"]
+    assert kinds([tracker], None) == ["RowsInMemory", "Tracker"]
 
 
 @pytest.mark.parametrize("loggers", [None, [Sink()], [JsonlSink()]])

@@ -173,6 +173,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.replica_groups: ReplicaGroups | None = None
         self._run = None
         self._ended: Run | None = None  # the last one, of which `state_dict` may still be asked
+        self._configured = False  # whether `configure` has been called
         self._epochs: int | None = None
         self._asked_seed: int | None = None  # of an overridden train(seed=...)
         self._own_loop: Generator[Window] | None = None  # that of an overridden train()
@@ -482,6 +483,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     def _drop_run(self) -> None:
         """The run is over: `state_dict` may still ask for its state, and nothing else."""
         self._ended, self._run = self._run, None
+        self._configured = True
         self.autocast = nullcontext()
 
     @contextmanager
@@ -492,10 +494,11 @@ class TrainerBase(Hooks, AbstractTrainer):
         try:
             yield run
         finally:
+            configured = self._configured
             self._drop_run()
             for name in _OF_A_RUN:
                 vars(self).pop(name, None)
-            vars(self).update(held)
+            vars(self).update(held, _configured=configured)
 
     @property
     def _at_hand(self) -> Run:

@@ -339,7 +339,7 @@ def _open_records(trainer: TrainerBase, run: Run) -> None:
     everywhere = run.world.all_gather_object((recorder.wanted, recorder.writes))
     recorder.wanted, recorder.writes = map(any, zip(*everywhere, strict=True))
     if trainer.run_dir is None:
-        run.plan.add("nothing is written: no rows, no checkpoints", "run_dir")
+        run.plan.add("nothing is written: no checkpoints, rows stay in memory", "run_dir")
         return
     _on_disk(trainer, partial(_make_folder, trainer, run, trainer.run_dir))
     policy = trainer.checkpoint_policy

@@ -77,6 +77,7 @@ class Trainer(TrainerBase):
         parallel: the layout over processes.
         callbacks: behaviour to plug in.
         loggers: sinks for rows beside metrics.jsonl and timing.jsonl; only [] turns all rows off.
+            Without a run_dir rows are kept in memory, for `Result.history`.
         progress: print the plan and show progress.
         log_every: optimizer steps between two rows.
         run_dir: the run's folder; None to write nothing.
@@ -487,9 +488,9 @@ class Trainer(TrainerBase):
         weights: Weights = "auto",
     ) -> dict[str, float]:
         with self._run_aside() as run:
-            configures = self._ended is None
             wanted = Wanted(loader, checkpoint, weights)
-            with opened(self, run, wanted, configures=configures):
+            with opened(self, run, wanted, configures=not self._configured):
+                self._configured = True
                 if not (self.validation or self.is_overridden("evaluate")):
                     raise ConfigError(
                         "there is nothing to validate with: give evaluate() a loader, or the "
@@ -546,7 +547,8 @@ class Trainer(TrainerBase):
             )
         with self._run_aside() as run:
             wanted = Wanted(loader, checkpoint, weights)
-            with opened(self, run, wanted, configures=self._ended is None):
+            with opened(self, run, wanted, configures=not self._configured):
+                self._configured = True
                 yield Predictions(self, run)
 
     def _end_epoch(self) -> None:
