@@ -272,13 +272,11 @@ def test_split_and_stopped_again_and_again(
     check_chain(ranks, size, tmp_path, plan, [3])
 
 
-@pytest.mark.parametrize(
-    ("size", "plan"), [(2, Plan(steps=6, expert=2)), (4, Plan(steps=6, shard=2, expert=2))]
-)
+@pytest.mark.parametrize(("size", "plan"), [(2, Plan(steps=6, expert=2))])
 def test_with_some_of_the_experts_and_stopped_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
-    """Experts on one rank each, and in two copies."""
+    """Experts on one rank each; `test_expert_combinations.py` has them beside other layouts."""
     check_chain(ranks, size, tmp_path, plan, [3])
 
 
@@ -286,16 +284,14 @@ def test_with_some_of_the_experts_and_stopped_again(
     ("size", "plan"),
     [
         (2, Plan(batch=10, stages=2)),
-        (4, Plan(steps=6, stages=2)),
         (4, Plan(steps=6, stages=2, shard=2)),
-        (4, Plan(batch=10, steps=6, stages=2, tensor=2)),
     ],
 )
 def test_in_stages_and_stopped_again_and_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
     """Two stages, the first with running statistics, the second with dropout; on four ranks two
-    copies of each, or two shards, or with split modules."""
+    shards of each. `test_stage_layouts.py` has them with split modules and parts of sequences."""
     check_chain(ranks, size, tmp_path, plan, [2, 5] if size == 2 else [3])
 
 

@@ -96,7 +96,7 @@ def test_a_storm_of_kills(ranks: Ranks) -> None:
 def be_a_storm() -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
-    sys.exit(storm.main(["--kills", "6", "--signals", "5", "--reads", "5", "--seed", "3"]))
+    sys.exit(storm.main(["--kills", "5", "--signals", "3", "--reads", "3", "--seed", "3"]))
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))

@@ -146,11 +146,13 @@ def test_functions_that_may_be_called_are_of_the_users_own(sneaky: Roots, target
     assert found.__module__ == "sneaky"
 
 
+SLOTS = ["model", "optimizer", "lr_scheduler", "loss_fn", "train_dataloader", "val_dataloader"]
+WAYS = ["plain", "partial", "interpolated", "environment", "nested"]
+
+
 @pytest.mark.parametrize(
-    "slot",
-    ["model", "optimizer", "lr_scheduler", "loss_fn", "train_dataloader", "val_dataloader"],
+    ("slot", "how"), [*zip(SLOTS, ["plain"] * 6, strict=True), *(("loss_fn", w) for w in WAYS[1:])]
 )
-@pytest.mark.parametrize("how", ["plain", "partial", "interpolated", "environment", "nested"])
 def test_however_a_command_is_brought_in_it_is_refused(
     recipe: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slot: str, how: str
 ):

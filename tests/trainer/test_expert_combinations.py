@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from builders import Count
-from emulated_ring import emulate
 from kept import EachStep, Kept, run
 from mixture import Mixture
 from paceline import Parallel, Trainer
@@ -212,11 +211,11 @@ def overflow(parallel: Parallel | None = None) -> tuple[Kept, EachStep]:
 
 
 def fit_half() -> Any:
-    return [overflow(layout) for layout in (Parallel(expert=2), Parallel(dp_shard=4, expert=2))]
+    return [overflow(layout) for layout in (Parallel(dp_shard=4, expert=2),)]
 
 
 def test_what_overflows_in_one_ranks_experts_skips_the_step_on_all(ranks: Ranks) -> None:
-    """Two copies of the experts, and two shards: the ranks do what one process does."""
+    """Two shards of the experts: the ranks do what one process does."""
     alone, once = overflow()
     assert once.scales == [2.0**16, 2.0**15, 2.0**15, 2.0**15]
     for found in ranks(fit_half, 4):
@@ -232,15 +231,12 @@ LAYOUTS = [
     Parallel(tensor=2, expert=2, dp_shard=2, plan=Net.tp_plan | Net.ep_plan),
     Parallel(context=2, expert=4),
     Parallel(context=2, expert=2, dp_shard=2),
-    Parallel(context=2, expert=2, context_attention="ring"),
 ]
 
 
 def fit_layouts() -> Any:
     found = []
     for parallel in LAYOUTS:
-        if parallel.rings:
-            emulate(exact=True)
         found.append(fit(parallel))
     return found
 

@@ -209,9 +209,7 @@ def test_stages_without_attention_are_warned_of_once(ranks: Ranks) -> None:
     assert [len(told) for told in ranks(warned_of, 4, False)] == [1] * 4
 
 
-@pytest.mark.parametrize(
-    "parallel", [pytest.param(SPLIT, id="split modules"), pytest.param(PARTS, id="parts")]
-)
+@pytest.mark.parametrize("parallel", [pytest.param(SPLIT, id="split modules")])
 def test_a_checkpoint_is_read_in_any_layout(
     ranks: Ranks, parallel: Parallel, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import enum
+import functools
 import inspect
 import json
 import re
@@ -321,7 +322,7 @@ def signature_of(target: Callable[..., Any]) -> Signature:
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     takes_any = takes_more = False
-    passed: tuple[int, set[str]] = 0, set()  # to the base's, by position and by name
+    passed: tuple[int, frozenset[str]] = 0, frozenset()  # to the base's, by position and by name
     for owner in owners:
         try:
             found = list(inspect.signature(owner).parameters.values())
@@ -368,18 +369,19 @@ def _constructors(cls: type) -> list[Any]:
     return [*found, _nothing]
 
 
-def _passed_on(init: Any) -> tuple[int, set[str]]:
+@functools.lru_cache(256)  # source code takes long to read
+def _passed_on(init: Any) -> tuple[int, frozenset[str]]:
     """The arguments that a constructor gives to its base's: how many by position, and names."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(init)))
     except (OSError, TypeError, SyntaxError):
-        return 0, set()
+        return 0, frozenset()
     for call in ast.walk(code):
         match call:
             case ast.Call(ast.Attribute(ast.Call(ast.Name("super")), "__init__"), args, keywords):
-                named = {keyword.arg for keyword in keywords if keyword.arg is not None}
+                named = frozenset(word.arg for word in keywords if word.arg is not None)
                 return sum(not isinstance(one, ast.Starred) for one in args), named
-    return 0, set()
+    return 0, frozenset()
 
 
 def _nothing(self: object) -> None:
