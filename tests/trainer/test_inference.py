@@ -241,6 +241,24 @@ def test_an_output_that_is_not_one_a_sample_is_refused() -> None:
         Summing(**settings()).predict(batches(10))
 
 
+class Changing(Trainer):
+    """In its second batch it returns other outputs than before, or fails."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1 and self.loss_fn is None:
+            raise ValueError("broken")
+        return dict.fromkeys("ab"[batch_idx:], batch[0])
+
+
+def test_each_batch_has_the_same_outputs() -> None:
+    """Given an error in a batch, its note names the batch."""
+    with pytest.raises(DataError, match="'b' for batch 1, and 'a', 'b' before"):
+        Changing(model=line(), loss_fn=nn.MSELoss()).predict(batches(8))
+    with pytest.raises(ValueError, match="broken") as caught:
+        Changing(model=line()).predict(batches(8))
+    assert caught.value.__notes__[0].startswith("in batch 1 of the prediction, rank 0: ")
+
+
 def test_weights_of_another_model_are_refused(run: Path) -> None:
     with pytest.raises(MismatchError, match="model"):
         Trainer(model=line(), loss_fn=nn.MSELoss()).evaluate(batches(4), checkpoint=run)
