@@ -68,13 +68,15 @@ def test_predictions_are_written_in_the_order_of_the_samples(paceline, trained: 
 
 def test_the_files_errors_are_told_from_those_of_the_data(tmp_path: Path) -> None:
     """Neither leaves a file."""
-    for name in ("a.jsonl", "a.npz"):
-        with (
-            pytest.raises(FileNotFoundError, match="image.png"),
-            open_predictions(tmp_path / name) as file,
-        ):
+
+    def fails(name: str) -> None:
+        with open_predictions(tmp_path / name) as file:
             file.write({"": torch.ones(2)})
-            raise FileNotFoundError("image.png")
+            Path("image.png").read_bytes()
+
+    for name in ("a.jsonl", "a.npz"):
+        with pytest.raises(FileNotFoundError, match=r"image\.png"):
+            fails(name)
     with (
         pytest.raises(DataError, match="an output called 'index'"),
         open_predictions(tmp_path / "a.jsonl") as file,
