@@ -191,7 +191,7 @@ class Reader:
         self._layout = layout
         self._loader = loader
         self.persistent = loader.persistent_workers
-        # Workers have copies, of which nobody hears.
+        # Workers have copies, which this process cannot ask for their state.
         parts = () if loader.num_workers else ("dataset", "collate_fn")
         self.objects = Kept(loader, parts)
         self.unheard = Kept(loader, ("dataset", "collate_fn")).names if loader.num_workers else []
