@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.checkpoint import CheckpointPolicy, reasons_due, to_keep
 from paceline.checkup import PreflightReport, preflight
 from paceline.checkup.costs import Length, most_checkpoints
+from paceline.checkup.preflight_checks import labels
+from paceline.checkup.rehearsal import Seen, _watch_loss
 from paceline.errors import ConfigError
 
 
@@ -92,7 +97,6 @@ def test_an_earlier_run_is_neither_read_nor_changed(recipe, tmp_path: Path):
         ("optimizer.lr=500.0", "loss in the steps", "FAIL", "is lr too high, or a warm-up"),
         ("optimizer.lr=1e-30", "optimizer step", "FAIL", "no weight changed"),
         ("+model.blind=true", "outputs", "WARN", "the same for all samples"),
-        ("+train_dataloader.dataset.broken=true", "inputs", "FAIL", "batch[0] of the first batch"),
         ("+train_dataloader.dataset.same=true", "inputs", "WARN", "the same in all samples"),
         (
             "+train_dataloader.dataset.highest=3",
@@ -116,6 +120,24 @@ def test_a_loss_that_is_no_number_fails(recipe):
     assert found(report, "forward pass")[0] == "FAIL"
     assert "loss nan" in found(report, "forward pass")[1]
     assert found(report, "checkpoint")[0] == "SKIP"
+
+
+def test_inputs_that_are_no_numbers_are_named(recipe):
+    """They need not fail the run: targets may hold NaN where they are masked."""
+    report = preflight(recipe("+train_dataloader.dataset.broken=true"))
+    status, detail = found(report, "inputs")
+    assert (status, detail[:27]) == ("WARN", "batch[0] of the first batch")
+    assert found(report, "backward pass")[0] == "FAIL"
+
+
+def test_labels_that_the_loss_ignores_are_no_classes():
+    loss = partial(torch.nn.functional.cross_entropy, ignore_index=255)
+    trainer: Any = SimpleNamespace(loss_fn=loss)
+    seen = Seen()
+    unwatch = _watch_loss(trainer, seen)
+    trainer.loss_fn(torch.zeros(3, 2), torch.tensor([0, 255, 1]))
+    unwatch()
+    assert (seen.labels, labels(trainer, seen)) == ((0, 1), [])
 
 
 def test_targets_that_broadcast_against_outputs_are_pointed_out(recipe):

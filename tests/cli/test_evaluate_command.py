@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from paceline.errors import DataError
+from paceline.log.predictions import open_predictions
 
 DATA = (
     "{_target_: torch.utils.data.DataLoader, dataset: {_target_: toy.Points, n: 11}, batch_size: 4}"
@@ -60,6 +64,25 @@ def test_predictions_are_written_in_the_order_of_the_samples(paceline, trained: 
     of_two = [json.loads(line)["prediction"] for line in two]
     np.testing.assert_allclose(np.array(of_two), found, rtol=1e-6)
     assert {path.name for path in tmp_path.glob(".*.new")} == set()
+
+
+def test_the_files_errors_are_told_from_those_of_the_data(tmp_path: Path) -> None:
+    """Neither leaves a file."""
+
+    def fails(name: str) -> None:
+        with open_predictions(tmp_path / name) as file:
+            file.write({"": torch.ones(2)})
+            Path("image.png").read_bytes()
+
+    for name in ("a.jsonl", "a.npz"):
+        with pytest.raises(FileNotFoundError, match=r"image\.png"):
+            fails(name)
+    with (
+        pytest.raises(DataError, match="an output called 'index'"),
+        open_predictions(tmp_path / "a.jsonl") as file,
+    ):
+        file.write({"index": torch.ones(2)})
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_mistakes_are_one_message(paceline, trained: Path):

@@ -191,11 +191,22 @@ def test_values_that_are_not_finite_or_no_numbers(tmp_path: Path) -> None:
     sink = TensorBoard()
     sink.open(RunInfo(tmp_path, "id", resumed=True))
     sink.write({"step": 1, "a": math.inf, "b": math.nan, "c": "text", "d": 3, "epoch": 0})
+    sink.write_media(1, "pixels", Image(torch.full((4, 4), math.nan, dtype=torch.bfloat16)))
+    spread = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([1e9, math.nan, -math.inf])])
+    sink.write_media(1, "spread", Histogram(spread.bfloat16()))
+    sink.write_media(1, "empty", Histogram(torch.tensor([math.nan])))
+    sink.write_media(1, "words", Histogram(["no", "numbers"]))
+    sink.write({"step": 2, "d": 4})
     sink.close("complete")
-    found = {tag: value for tag, _, value in written(tmp_path)}
-    assert found.keys() == {"a", "b", "d"}
-    assert (found["a"], found["d"]) == (math.inf, 3.0)
-    assert math.isnan(found["b"])
+    found = {(tag, step): value for tag, step, value in shown(tmp_path)}
+    assert found.keys() == {("a", 1), ("b", 1), ("d", 1), ("d", 2)}
+    assert (found["a", 1], found["d", 1], found["d", 2]) == (math.inf, 3.0, 4.0)
+    assert math.isnan(found["b", 1])
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert (reader.Tags()["images"], reader.Tags()["histograms"]) == (["pixels"], ["spread"])
+    [shape] = reader.Histograms("spread")
+    assert (shape.histogram_value.num, len(shape.histogram_value.bucket) < 100) == (1001, True)
 
 
 def test_without_a_run_folder_nothing_is_written(tmp_path: Path, monkeypatch: Any) -> None:

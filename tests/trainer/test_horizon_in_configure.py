@@ -153,17 +153,19 @@ def test_before_any_run_it_is_not_known() -> None:
 class Lengthens:
     """Batches of one sample; a pass has 5 of them, 6 or 5."""
 
-    pass_ = 0
+    pass_ = drawn = 0
 
     def set_epoch(self, pass_: int) -> None:
         self.pass_ = pass_
 
     def __iter__(self) -> Any:
-        return iter([[i] for i in range((5, 6, 5)[self.pass_])])
+        self.drawn += 1
+        return iter([[i] for i in range((5, 6, 5)[self.pass_ % 3])])
 
 
 def test_passes_of_different_lengths_are_counted_one_by_one() -> None:
-    """Given a batch sampler of 5, 6 and 5 batches, a schedule of the run's length ends with it."""
+    """Given a batch sampler of 5, 6 and 5 batches, a schedule of the run's length ends with it.
+    Of a thousand passes some are drawn, and the length is estimated."""
 
     class Decays(Trainer):
         def configure(self) -> None:
@@ -174,7 +176,10 @@ def test_passes_of_different_lengths_are_counted_one_by_one() -> None:
         def on_step_end(self, metrics: Any) -> None:
             self.rates.append(self.optimizer.param_groups[0]["lr"])
 
-    loader = DataLoader(batches(24).dataset, batch_sampler=Lengthens())
+    sampler: Any = Lengthens()
+    loader = DataLoader(batches(24).dataset, batch_sampler=sampler)
+    assert abs(count_windows(loader, WindowSize(), 3000, None, dp_size=1, seed=0) - 16000) < 30
+    assert sampler.drawn < 110
     assert count_windows(loader, WindowSize(), 3, None, dp_size=1, seed=0) == 16
     trainer = fitted(Decays, train_dataloader=loader, epochs=3)
     assert (trainer.global_step, trainer.training_horizon) == (16, 16)

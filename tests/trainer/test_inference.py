@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from paceline import Callback, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
-from paceline.errors import ConfigError, DataError, MismatchError
+from paceline.errors import ConfigError, DataError, MismatchError, PeerError
 from paceline.testing import Ranks, bits
+from paceline.world.meeting import announce_exit
 from small import batches, fitted, line, points, settings
 
 SPLIT = {"0": "colwise", "2": "rowwise"}
@@ -196,11 +197,18 @@ def everywhere(folder: Path) -> Any:
             assert trained.evaluate() == trained.result.metrics
     alone = Trainer(model=network())
     shares = DataLoader(Share(alone.world.rank, alone.world.size), 2)
-    return found, alone.predict(shares)
+    streamed = alone.predict(shares)
+    if alone.world.rank == 1:  # as the command does for an error between two runs
+        assert announce_exit(1, "broken")
+    else:
+        with pytest.raises(PeerError, match="rank 1 failed before the ranks had met: broken"):
+            alone.predict(shares)
+    return found, streamed
 
 
 def test_two_ranks_evaluate_and_predict_as_one_does(run: Path, ranks: Ranks) -> None:
-    """Eleven rows in copies, shards and split modules; a stream's batches take turns."""
+    """Eleven rows in copies, shards and split modules; a stream's batches take turns. One that
+    fails afterwards ends the other, which waits for it in the next meeting."""
     one = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
     metrics, outputs = one.evaluate(batches(11)), one.predict(batches(11))
     x = points(11).tensors[0]
@@ -239,6 +247,24 @@ class Summing(Trainer):
 def test_an_output_that_is_not_one_a_sample_is_refused() -> None:
     with pytest.raises(DataError, match=r"shape \(\) for a batch of 4 samples"):
         Summing(**settings()).predict(batches(10))
+
+
+class Changing(Trainer):
+    """In its second batch it returns other outputs than before, or fails."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1 and self.loss_fn is None:
+            raise ValueError("broken")
+        return dict.fromkeys("ab"[batch_idx:], batch[0])
+
+
+def test_each_batch_has_the_same_outputs() -> None:
+    """Given an error in a batch, its note names the batch."""
+    with pytest.raises(DataError, match="'b' for batch 1, and 'a', 'b' before"):
+        Changing(model=line(), loss_fn=nn.MSELoss()).predict(batches(8))
+    with pytest.raises(ValueError, match="broken") as caught:
+        Changing(model=line()).predict(batches(8))
+    assert caught.value.__notes__[0].startswith("in batch 1 of the prediction, rank 0: ")
 
 
 def test_weights_of_another_model_are_refused(run: Path) -> None:

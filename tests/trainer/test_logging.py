@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from builders import Noisy, Regression, loader, make_model
-from paceline import Trainer
+from paceline import Callback, Trainer
 from paceline.errors import ConfigError, MetricError
 from paceline.log import Image, Sink, Table, Text
 from paceline.testing import Ranks, StopAt, assert_resumes_exactly
@@ -79,9 +79,10 @@ def test_an_epoch_has_a_row_with_the_means_of_its_steps() -> None:
     assert found["step"] == [3, 5, 6, 9, 10, 12, 15]
 
 
-def in_parts(run_dir: Path | None) -> Regression:
+def in_parts(run_dir: Path | None, **changes: Any) -> Regression:
     model = make_model()
     return Regression(
+        **changes,
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
         train_dataloader=loader(Noisy(), 15),
@@ -95,6 +96,24 @@ def in_parts(run_dir: Path | None) -> Regression:
 def test_so_it_has_after_a_resume(tmp_path: Path) -> None:
     """Stopped between the rows of an epoch, and between an epoch's end and the next row."""
     assert_resumes_exactly(in_parts, tmp_path, stop_at=[2, 6, 8])
+
+
+class Looks(Callback):
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        pass
+
+
+def test_rows_that_are_turned_on_later_are_of_the_epochs_from_then_on(tmp_path: Path) -> None:
+    """Given a run without rows, of which a callback looks at the metrics, stopped after its
+    second epoch."""
+    whole = in_parts(None).train(seed=1)
+    stop = StopAt(whole.global_step // 3 * 2)
+    in_parts(tmp_path, callbacks=[Looks(), stop], loggers=[]).train(seed=1)
+    history = in_parts(tmp_path).train(seed=1).history
+    *_, second, third = [v for v in whole.history["epoch/train/loss"] if not math.isnan(v)]
+    found = [v for v in history["epoch/train/loss"] if not math.isnan(v)]
+    assert found[-1] == third
+    assert found[0] < second, "of its last steps, in which the loss is lower"
 
 
 def of_epochs(layout_dir: Path) -> list[float]:

@@ -41,10 +41,11 @@ class GradientMonitor(Callback):
         self._names: dict[int, str] = {}
         self._layers: dict[torch.Tensor, str] = {}
         self._largest: dict[str, torch.Tensor] = {}  # since the last row
+        self._stepped = False  # before the first step there is no state
 
     def on_setup(self, trainer: Trainer) -> None:
         """A run begins: forgets the norms of one before."""
-        self._largest = {}
+        self._largest, self._stepped = {}, False
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Names the optimizers and layers.
@@ -88,17 +89,18 @@ class GradientMonitor(Callback):
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Adds the largest norm of its steps to a row."""
+        self._stepped = True
         if metrics:
             metrics |= {f"max_{name}": float(norm) for name, norm in self._largest.items()}
             self._largest = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The largest norm since the last row."""
-        return {"largest": dict(self._largest)}
+        return {"largest": dict(self._largest)} if self._stepped else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self._largest = dict(state["largest"])
+        self._largest, self._stepped = dict(state["largest"]), True
 
     def _log_layers(self, trainer: Trainer, parameters: list[torch.Tensor]) -> None:
         layers: dict[str, list[torch.Tensor]] = {}

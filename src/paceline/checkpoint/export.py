@@ -32,7 +32,7 @@ Weights = Literal["auto", "live", "averaged"]
 """Which weights of a checkpoint.
 
 "live" are the trained ones, "averaged" those that `AveragedWeights`, `SWA` or `ScheduleFree` kept,
-and "auto" those that the run's metrics are of: the averaged ones if it validated with them.
+and "auto" the weights that the run validated with: the averaged ones if a callback swapped them in.
 """
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +78,7 @@ def export(
     Args:
         source: a run folder, or a checkpoint in it.
         to: a file ending in `.safetensors`, or a folder; by default the run's `exports` folder.
-        weights: "auto" for those that the run's metrics are of, "live" for the trained ones,
+        weights: "auto" for the weights that the run validated with, "live" for the trained ones,
             "averaged" for those that `AveragedWeights`, `SWA` or `ScheduleFree` kept.
         checkpoint: in a run folder, "latest", "best" or a name such as "step_00000120".
         model: the name of one of several models; None for all.
@@ -171,10 +171,13 @@ def _none_in(path: Path) -> str:
 
 
 def check_weights(weights: str) -> None:
-    """Refuses what is none of `Weights`.
+    """Checks a choice of weights.
+
+    Args:
+        weights: the choice.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: `weights` is not one of `Weights`.
     """
     if weights not in get_args(Weights):
         raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkup.rehearsal import LOOKED_INTO, VALIDATED, LossCall, Parameter, Seen
+from paceline.checkup.rehearsal import LOOKED_INTO, VALIDATED, LossCall, Parameter, Seen, options_of
 from paceline.checkup.report import Check, readable_seconds
 from paceline.data.loader import loaders_by_name
 from paceline.errors import some
@@ -58,7 +58,7 @@ def training_data(trainer: Trainer, seen: Seen) -> list[Check]:
     checks = [Check("training data", "PASS", detail)]
     if seen.bad_inputs:
         detail = f"{some(seen.bad_inputs)} of the first batch: NaN or infinity among the values"
-        checks.append(Check("inputs", "FAIL", detail))
+        checks.append(Check("inputs", "WARN", detail))
     if seen.same_inputs:
         detail = f"{some(seen.same_inputs)}: the same in all samples of the first batch"
         checks.append(Check("inputs", "WARN", detail))
@@ -143,10 +143,8 @@ def _classes(call: LossCall) -> int:
 
 def _chance(trainer: Trainer, call: LossCall) -> list[Check]:
     """For class indices: whether the first loss is about that of a random guess, ln(classes)."""
-    function: Any = trainer.loss_fn
-    kind, name = getattr(function, "func", function), _name_of_loss(trainer)
-    options = getattr(function, "keywords", vars(function) if kind is function else {})
-    mean = options.get("reduction", "mean") == "mean"
+    name = _name_of_loss(trainer)
+    mean = options_of(trainer.loss_fn).get("reduction", "mean") == "mean"
     if name not in _INDEX_LOSSES or not (call.indices and mean) or call.value is None:
         return []
     classes = _classes(call)

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from paceline.checkpoint.comparison import differing
 from paceline.checkpoint.state import parameter_names
@@ -317,6 +318,15 @@ class _FirstBatches:
         self._validation.close()
 
 
+def options_of(loss_fn: Any) -> Mapping[str, Any]:
+    """A loss function's options by name: the keywords of a `partial`, a module's attributes.
+
+    Args:
+        loss_fn: the trainer's.
+    """
+    return getattr(loss_fn, "keywords", getattr(loss_fn, "__dict__", {}))
+
+
 def _watch_loss(trainer: Trainer, seen: Seen) -> Callable[[], None]:
     """Records the first call of `trainer.loss_fn`; returns a function that unwraps it."""
     loss_fn = trainer.loss_fn
@@ -331,7 +341,7 @@ def _watch_loss(trainer: Trainer, seen: Seen) -> Callable[[], None]:
         outputs, targets = tensors[:2]
         seen.same_outputs = _same_for_all(outputs)
         if seen.call is None and not targets.is_floating_point() and not targets.is_complex():
-            kept = targets[targets != getattr(loss_fn, "ignore_index", -100)]
+            kept = targets[targets != options_of(loss_fn).get("ignore_index", -100)]
             seen.labels = (int(kept.min()), int(kept.max())) if kept.numel() else None
             seen.call = LossCall(tuple(outputs.shape), tuple(targets.shape), True, None)
 
@@ -388,25 +398,14 @@ def _some_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def _look_at_inputs(batch: Any, seen: Seen) -> None:
     """Notes the tensors of a batch that hold no numbers, or the same in each sample."""
-    for name, tensor in _tensors(batch):
-        if not (tensor.is_floating_point() and tensor.numel()):
+    for path, tensor in tree_leaves_with_path(batch):
+        if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel()):
             continue
+        name = f"batch{keystr(path)}"
         if not bool(torch.isfinite(tensor).all()):
             seen.bad_inputs.append(name)
         elif _same_for_all(tensor):
             seen.same_inputs.append(name)
-
-
-def _tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a batch, each with the expression that gives it."""
-    if isinstance(batch, torch.Tensor):
-        yield name, batch
-    elif isinstance(batch, dict):
-        for key, value in batch.items():
-            yield from _tensors(value, f"{name}[{key!r}]")
-    elif isinstance(batch, list | tuple):
-        for i, value in enumerate(batch):
-            yield from _tensors(value, f"{name}[{i}]")
 
 
 def _same_for_all(tensor: torch.Tensor) -> bool:

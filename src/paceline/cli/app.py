@@ -74,11 +74,11 @@ def run() -> None:
 
 
 def _end(code: int, error: Exception) -> NoReturn:
-    """Exits, after the other ranks have heard of an error before they met."""
+    """Exits, after informing the other ranks of an error before they met."""
     if _rank():
-        from paceline.world.meeting import part
+        from paceline.world.meeting import announce_exit
 
-        part(code, error)
+        announce_exit(code, error)
     sys.exit(code)
 
 

@@ -191,7 +191,7 @@ class Reader:
         self._layout = layout
         self._loader = loader
         self.persistent = loader.persistent_workers
-        # Workers have copies, of which nobody hears.
+        # Workers have copies, which this process cannot ask for their state.
         parts = () if loader.num_workers else ("dataset", "collate_fn")
         self.objects = Kept(loader, parts)
         self.unheard = Kept(loader, ("dataset", "collate_fn")).names if loader.num_workers else []
@@ -233,7 +233,8 @@ class Reader:
             yield pin_memory(fetch(request)) if pins else fetch(request)
 
 
-_COUNTED = 1000  # passes at most that are drawn to count a run's steps
+# What is drawn at most to count a run's steps, beside the first two passes.
+_COUNTED_PASSES, _COUNTED_UNITS = 100, 1_000_000
 _TO_BE_DRAWN = -1  # an epoch's end, before its order is known
 
 
@@ -248,9 +249,13 @@ class IndexedSource:
         identity: settings that a resumed run must not change.
         plan: decisions, for the printed plan.
         sampled: the order, if it is that of the user's own sampler.
+
+    Attributes:
+        estimates: whether `windows_in` has counted the first passes only, of different lengths.
     """
 
     per_rank = False
+    estimates = False
 
     def __init__(
         self,
@@ -313,13 +318,20 @@ class IndexedSource:
 
     def _count_windows(self, epochs: int, most: int | None) -> int:
         assert self.windows_per_epoch is not None
-        if epochs < 2 or self._varying is None or self._varying.keeps_length:
+        if epochs < 2 or self._varying is None:
             return self.windows_per_epoch * epochs
-        steps = done = 0
-        while done < min(epochs, _COUNTED) and (most is None or steps < most):
-            steps += -(-self._layout.units(done) // self._window)
-            done += 1
-        return steps + self.windows_per_epoch * (epochs - done)
+        steps = done = units = 0
+        with self._varying.looking_ahead():
+            if self._varying.keeps_length:
+                return self.windows_per_epoch * epochs
+            while done < min(epochs, _COUNTED_PASSES) and (most is None or steps < most):
+                if done > 1 and units > _COUNTED_UNITS:
+                    break
+                units += self._layout.units(done)
+                steps += -(-self._layout.units(done) // self._window)
+                done += 1
+        self.estimates = done < epochs and (most is None or steps < most)
+        return steps + round(steps / done * (epochs - done))
 
     def repartition(self, rank: int, ranks: int) -> None:
         """Splits the same windows among another number of ranks from the next window on.

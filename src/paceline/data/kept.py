@@ -36,6 +36,7 @@ class Kept:
         self._depth = depth
         self._takers: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {}
         self._seen: set[int] = set()
+        self._searched: dict[int, int] = {}  # the least depth at which an object was searched
         if "loader" in parts:
             self._add_generators("loader", loader, depth)
         for part in _PARTS:
@@ -88,7 +89,10 @@ class Kept:
             if takers is not None:
                 self._seen.add(id(value))
                 self._takers[f"{name}.{attribute}"] = takers
-            elif depth < self._depth and not isinstance(value, _LEFT_ALONE):
+            elif isinstance(value, _LEFT_ALONE):
+                continue
+            elif depth < self._searched.get(id(value), self._depth):
+                self._searched[id(value)] = depth
                 self._add_generators(f"{name}.{attribute}", value, depth + 1)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
@@ -160,6 +161,15 @@ class Sampled(Order):
     def keeps_length(self) -> bool:
         """Whether each pass is as long as the first: as the sampler says, and the second is."""
         return self.length(0) == self.length(1) == _length(self._sampler)
+
+    @contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """A context for the lengths of later passes, which leaves the pass at hand as it is."""
+        held = self._pass, self._units
+        try:
+            yield
+        finally:
+            self._pass, self._units = held
 
     def slice(self, pass_: int, start: int, stop: int) -> Sequence[Any]:
         return self._draw(pass_)[start:stop]

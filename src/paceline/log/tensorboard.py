@@ -19,6 +19,7 @@ from paceline.log.media import Histogram, Image, Media, Text
 from paceline.log.sinks import RunInfo, Sink
 
 FOLDER = "tensorboard"
+_BINS = 64  # of a histogram
 _COUNTERS = ("step", "epoch", "samples", "items")  # a validation's row repeats them
 
 _log = logging.getLogger(__name__)
@@ -83,12 +84,11 @@ class TensorBoard(Sink):
 
     def _write(self, make: Callable[[], bytes]) -> None:
         """Adds records; if that fails they are lost, with one warning."""
-        records = b"" if self._file is not None else self._beginning()
-        records += make()
         try:
-            self._append(records)
+            made = make()
+            self._append(made if self._file is not None else self._beginning() + made)
             self._warned = False
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  a copy never ends a run
             if not self._warned:
                 _log.warning("%s cannot be written (%s); its rows are lost.", self._folder, error)
             self._warned = True
@@ -96,8 +96,7 @@ class TensorBoard(Sink):
     def write_media(self, step: int, name: str, value: Media) -> None:
         """See `Sink.write_media`. A table is shown as text."""
         if self._folder is not None:
-            summary = _summary(name, value)
-            self._write(lambda: _record(_event(step=step, summary=summary)))
+            self._write(lambda: _record(_event(step=step, summary=_summary(name, value))))
 
     def sync(self) -> None:
         """See `Sink.sync`; no checkpoint depends on a copy, so a failure is only reported."""
@@ -138,11 +137,11 @@ class TensorBoard(Sink):
         seconds, count = int(time.time()), len(_event_files(self._folder))
         # TensorBoard reads a folder's files in the order of their names.
         name = f"events.out.tfevents.{seconds:010d}.{count:05d}.{socket.gethostname()}"
-        self._file = self._folder / name
         records = _record(_event(version=True)) + _hyperparameters(self._settings)
         if self._resumed_at is not None:
             # A running TensorBoard discards the truncated part.
             records += _record(_event(step=self._resumed_at + 1, start=True))
+        self._file = self._folder / name
         return records
 
     def _append(self, records: bytes) -> None:
@@ -188,14 +187,17 @@ def _hyperparameters(settings: Mapping[str, Any]) -> bytes:
 
 
 def _summary(name: str, value: Media) -> Any:
-    """A value that is no number, as TensorBoard's protocol buffer."""
+    """A value that is no number, as TensorBoard's protocol buffer; None without finite values."""
     from torch.utils.tensorboard import summary
 
     if isinstance(value, Image):
-        return summary.image(name, value.channels_first.numpy(), dataformats="CHW")
+        pixels = value.channels_first
+        pixels = pixels.float().nan_to_num() if pixels.is_floating_point() else pixels
+        return summary.image(name, pixels.numpy(), dataformats="CHW")
     if isinstance(value, Histogram):
-        values = torch.as_tensor(value.values).detach().float().cpu().numpy()
-        return summary.histogram(name, values, bins="auto")
+        values = torch.as_tensor(value.values).detach().float().cpu()
+        values = values[values.isfinite()]
+        return summary.histogram(name, values.numpy(), bins=_BINS) if len(values) else None
     return summary.text(name, value.text if isinstance(value, Text) else value.markdown)
 
 

@@ -97,18 +97,16 @@ class Replica(DistributedDataParallel):
         dense = [p for p in self.exchanged if id(p) not in self.sparse]
         return min(dense or self.exchanged, key=torch.Tensor.numel)
 
-    def attach(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
+    def attach(self, poison: torch.Tensor | float) -> None:
         """Has the sentinel's gradient become NaN in this window's exchange if a loss is not finite.
 
         Args:
-            loss: a scalar, returned as it is.
             poison: zero, or NaN if the loss is not finite; a number or a scalar.
         """
         state, factor = vars(self), poison + 1
         if self._handle is None:
             state["_handle"] = self.sentinel.register_hook(self._mark)
         state["_factor"] = factor if self._factor is None else self._factor * factor
-        return loss
 
     def _mark(self, gradient: torch.Tensor) -> torch.Tensor:
         """Before the exchange, and only of a gradient that the loss makes."""
@@ -118,7 +116,7 @@ class Replica(DistributedDataParallel):
         return gradient if factor is None else gradient * factor
 
     def verdict(self) -> torch.Tensor | None:
-        """Whether a rank has told of a NaN in this window; None if no gradient can tell."""
+        """Whether a rank has marked a NaN in this window; None if no gradient can show it."""
         gradient = self.sentinel.grad if self._verdict is None else self._verdict
         return None if gradient is None else ~torch.isfinite(gradient.sum())
 
@@ -289,7 +287,7 @@ def trainable(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def hooks_off(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Within it the user's hooks on parameters hear of no gradient."""
+    """A context in which the user's hooks on parameters are not called."""
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
     held: list[tuple[Any, str, Any]] = [
         (parameter, name, hooks)

@@ -123,18 +123,16 @@ class Shards:
     def check_exchanged(self) -> None:
         """Nothing to refuse: a sharded parameter that is used without a call is no plain tensor."""
 
-    def attach(self, loss: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
+    def attach(self, poison: torch.Tensor | float) -> None:
         """Adds zero, or NaN, to the sentinel's gradient in the next backward pass.
 
         Args:
-            loss: a scalar, returned as it is.
             poison: zero, or NaN if the loss is not finite; a number or a scalar.
         """
         self._poison = poison
-        return loss
 
     def verdict(self) -> torch.Tensor | None:
-        """Whether a rank has told of a NaN in this window; None if no gradient can tell.
+        """Whether a rank has marked a NaN in this window; None if no gradient can show it.
 
         A part of a sum that is too large for its type says nothing: only its own rank sees it.
         """

@@ -47,8 +47,8 @@ def load_model(
 
     Args:
         run_dir: the run folder.
-        weights: "auto" for those that the run's metrics are of, which are the averaged ones if
-            it validated with them; "live" for the trained weights, "averaged" for those that a
+        weights: "auto" for the weights that the run validated with, averaged ones if a callback
+            swapped them in; "live" for the trained weights, "averaged" for those that a
             callback such as `AveragedWeights` kept.
         checkpoint: "latest", "best" or a name such as "step_00000120".
         model: the model's name, if the recipe has several.

@@ -86,7 +86,7 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
 def loading_weights_first(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps an `evaluate()` of the user's own: outside a run, weights are loaded before it.
 
-    The arguments of the Trainer's say which; its own it has none.
+    The arguments choose the weights; the user's method gets none.
     """
 
     @wraps(evaluate)

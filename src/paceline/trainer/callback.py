@@ -80,12 +80,23 @@ class Callback(Generic[Kind]):
 
 
 def trainers_of(callback: Callback) -> list[Any]:
-    """The classes that a trainer has to be of to take a callback, from `Callback[MyTrainer]`."""
+    """The classes that a trainer has to be of to take a callback, from `Callback[MyTrainer]`.
+
+    Of a protocol that is not `runtime_checkable` nothing is required.
+    """
     return [
         argument
         for cls in type(callback).__mro__
         for base in vars(cls).get("__orig_bases__", ())
         if isinstance(origin := get_origin(base), type) and issubclass(origin, Callback)
         for argument in get_args(base)
-        if isinstance(argument, type | UnionType)
+        if isinstance(argument, type | UnionType) and _is_checkable(argument)
     ]
+
+
+def _is_checkable(kind: Any) -> bool:
+    try:
+        isinstance(None, kind)
+    except TypeError:
+        return False
+    return True

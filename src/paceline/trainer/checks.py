@@ -97,7 +97,7 @@ def check_settings(trainer: TrainerBase) -> None:
 
 
 def check_components(trainer: TrainerBase) -> None:
-    """Refuses what cannot train: models, optimizers, schedulers and data that do not fit.
+    """Raises if models, optimizers, schedulers and data do not fit together.
 
     Raises:
         ConfigError: with one line a mistake.
@@ -125,7 +125,7 @@ def check_data(trainer: TrainerBase) -> None:
 
 
 def check_validation(trainer: TrainerBase) -> None:
-    """Refuses what cannot be validated with: settings, and loaders that are none.
+    """Raises if a setting of the validation is invalid, or a loader is not one.
 
     Raises:
         ConfigError: with one line a mistake.
@@ -540,7 +540,7 @@ def _wrong_names(loaders: Mapping[Any, Any]) -> list[str]:
 
 
 def _wrong_sizes(trainer: TrainerBase) -> list[str]:
-    """Settings on windows that a source, which makes its own, would never hear of."""
+    """Settings on windows, which have no effect on a source that makes its own."""
     if makes_sources(trainer.train_dataloader):
         return []
     given = {
@@ -550,7 +550,7 @@ def _wrong_sizes(trainer: TrainerBase) -> list[str]:
     }
     return [
         f"{name}: the source given as train_dataloader makes its own windows: leave this out, or "
-        "give an object with open_source(size, ...), which is told."
+        "give an object with open_source(size, ...), which gets it."
         for name, is_given in given.items()
         if is_given
     ]
@@ -610,9 +610,12 @@ def never_measured(trainer: TrainerBase, metric: str) -> list[str]:
 
 
 def _may_measure(callback: object) -> bool:
-    """Whether a callback may add to a validation's metrics; one of ours that judges does not."""
+    """Whether a callback may add to a validation's metrics.
+
+    Paceline's own callbacks that end a run by its metrics (early stopping) add none.
+    """
     if not isinstance(callback, Callback):
-        return True  # which is told elsewhere
+        return True  # another check reports it
     judges = overrides(callback, "out_of_patience", Callback)
     ours = type(callback).__module__.startswith("paceline.")
     return not (judges and ours) and any(overrides(callback, name, Callback) for name in _ADDING)

@@ -39,6 +39,8 @@ def whereabouts(trainer: TrainerBase, run: Run) -> str:
         run: under way.
     """
     step = run.progress.global_step
+    if run.predicted is not None:
+        return f"batch {run.predicted} of the prediction"
     if run.validating:
         which = "" if run.val_name is None else f" {run.val_name!r}"
         return f"the validation{which} after step {step}"
@@ -115,7 +117,8 @@ def in_validation(
     if is_lost_connection(error):
         return
     rank = run.world.rank
-    where = f"{whereabouts(trainer, run)}, batch {batch_idx}, rank {rank}: {describe(batch)}"
+    which = "" if run.predicted is not None else f", batch {batch_idx}"
+    where = f"{whereabouts(trainer, run)}{which}, rank {rank}: {describe(batch)}"
     first = batch_idx == 0 and run.progress.validated_at < 0
     first = first and _passed_through(error, [trainer.validation_step])
     _note(error, "validation_step", where, _hint(trainer, batch) if first else None)

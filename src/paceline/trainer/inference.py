@@ -89,10 +89,12 @@ def opened(trainer: TrainerBase, run: Run, wanted: Wanted, *, configures: bool) 
                 raise
             raise failure from error
         finally:
-            swapped.close()
-            if wanted.loader is not None:
-                trainer.val_dataloader, trainer.max_val_batches = given
-            lifecycle.teardown(trainer, run, failure)
+            try:
+                swapped.close()
+            finally:
+                if wanted.loader is not None:
+                    trainer.val_dataloader, trainer.max_val_batches = given
+                lifecycle.teardown(trainer, run, failure)
 
 
 def _start(

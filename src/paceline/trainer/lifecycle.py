@@ -233,7 +233,7 @@ def configure(trainer: TrainerBase, run: Run) -> None:
 
 
 def _fix(trainer: TrainerBase, run: Run) -> None:
-    """From here on, what the run has read is not assigned anew: nobody would hear of it."""
+    """From here on, assigning what the run has read raises: it would have no effect."""
     trained = {
         name
         for name, model in vars(trainer).items()
@@ -477,6 +477,8 @@ def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
     """Lines of the plan beside those of data and placement, each with its setting."""
     horizon = trainer.training_horizon
     end = "the data" if horizon is None else f"{horizon} optimizer steps"
+    if getattr(trainer.source, "estimates", False):
+        end += " (estimated: the sampler's passes differ in length)"
     yield f"ends after {end}", "epochs, max_steps"
     yield f"seed {run.seed}", "train(seed=...)"
     if trainer.has_validation:

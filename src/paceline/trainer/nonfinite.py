@@ -105,11 +105,13 @@ class NonFiniteGuard:
         return self._poisoned(weighted, clean) if told else weighted
 
     def _poisoned(self, weighted: torch.Tensor, poison: torch.Tensor | float) -> torch.Tensor:
-        """Makes a loss NaN, or leaves it, and has the replica that was called tell the others."""
+        """Makes a loss NaN, or leaves it; the replica that was called informs the other ranks."""
         called: list[Any] = [replica for replica in self._replicas if replica.called]
         weighted = weighted * (poison + 1)
         # Of several, not every one need take part in this loss.
-        return called[0].attach(weighted, poison) if len(called) == 1 else weighted
+        if len(called) == 1:
+            called[0].attach(poison)
+        return weighted
 
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a gradient norm that somebody has computed (clipping, a gradient monitor)."""
@@ -210,7 +212,7 @@ class NonFiniteGuard:
         """Ends a run in which a bad loss would stay this rank's secret.
 
         Raises:
-            NonFiniteError: the others have not been told of this rank's.
+            NonFiniteError: the other ranks do not know of this rank's.
         """
         if not all(replica.delivered for replica in self._replicas) and bool(bad):
             raise NonFiniteError(

@@ -175,7 +175,7 @@ class Optimization:
         """Steps one optimizer and its schedulers; the only one if no name is given.
 
         Returns:
-            The norm of its gradients before clipping, on the device; None where none was taken.
+            The norm of its gradients before clipping, on the device; None if none was measured.
 
         Raises:
             ConfigError: no such optimizer, or several and none was named.

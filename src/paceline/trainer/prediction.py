@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from paceline.data.batches import describe, samples_in
-from paceline.data.loader import check_keeps_order
+from paceline.data.loader import check_keeps_order, loaders_by_name
 from paceline.errors import ConfigError, DataError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.error_context import in_validation
@@ -52,7 +52,7 @@ class Predictions:
                     f"predict() does not exist yet with parallel.{name}: leave it out. A "
                     "checkpoint is read in any layout."
                 )
-        ((_, loader),) = _by_name(trainer.val_dataloader)
+        (loader,) = loaders_by_name(trainer.val_dataloader).values()
         check_keeps_order(loader)
         self._trainer, self._run = trainer, run
 
@@ -72,13 +72,22 @@ class Predictions:
     def _batches(self) -> Iterator[Outputs]:
         (data,) = self._trainer.validation.values()
         batches, batch_idx = data.batches(), 0
+        names: set[str] = set()
         while True:
+            self._run.predicted = batch_idx
             batch = next(batches, None)  # ranks that iterate their own shares may have more
             mine = None if batch is None else self._outputs(*batch, batch_idx)
             everywhere = self._run.world.gather_parts(mine)
             if all(outputs is None for outputs in everywhere):
                 return
-            yield from (outputs for outputs in everywhere if outputs)
+            for outputs in filter(None, everywhere):
+                names = names or set(outputs)
+                if set(outputs) != names:
+                    raise DataError(
+                        f"predict_step returned {_names(outputs)} for batch {batch_idx}, and "
+                        f"{_names(names)} before: return the same outputs for each batch."
+                    )
+                yield outputs
             batch_idx += 1
 
     def _outputs(self, batch: Any, size: int, batch_idx: int) -> Outputs:
@@ -100,11 +109,14 @@ class Predictions:
         except Exception as error:
             in_validation(trainer, run, error, batch, batch_idx)
             raise
-        return {name: _checked(v, samples, batch) for name, v in _named(returned).items()}
+        outputs = {name: _checked(v, samples, batch) for name, v in _named(returned).items()}
+        if not outputs:
+            raise DataError(f"predict_step returned {returned!r}, without any output.")
+        return outputs
 
 
-def _by_name(loaders: Any) -> list[tuple[Any, Any]]:
-    return list(loaders.items()) if isinstance(loaders, Mapping) else [(None, loaders)]
+def _names(outputs: Iterable[str]) -> str:
+    return ", ".join(repr(name) if name else "an unnamed output" for name in sorted(outputs))
 
 
 def _named(returned: Any) -> Outputs:

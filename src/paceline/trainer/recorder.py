@@ -109,7 +109,8 @@ class Recorder:
         """The row of the steps since the last one, the same on every rank; starts a new one."""
         fresh = self.train.sums()
         means = merge(self._world.gather_parts(_added(self._carried, fresh)))
-        self._epoch, self._carried = _added(self._epoch, fresh), {}
+        self._epoch = _added(self._epoch, fresh) if self.writes else {}
+        self._carried = {}
         self.train.reset()
         return {**self._counters(), **self._rates(), **means}
 
@@ -121,6 +122,7 @@ class Recorder:
     def end_epoch(self) -> None:
         """Writes the row of the epoch that ends: the means of all that was logged in its steps."""
         if not self.writes:
+            self._epoch = {}
             return
         fresh = self.train.sums()
         means = merge(self._world.gather_parts(_added(self._epoch, fresh)))

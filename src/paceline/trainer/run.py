@@ -108,8 +108,9 @@ class Run:
         validating: whether a validation is under way.
         started_validation: whether a validation has started for its listeners, and not ended.
         val_name: the validation loader at hand, if it has a name.
+        predicted: the batch that is predicted, from 0; None if nothing is predicted.
         open_data: opens the data, unless that is done.
-        check_settings: refuses settings that were changed to what cannot be.
+        check_settings: raises if a setting was changed to an invalid value.
         trained: whether this process has something to train.
         settled: whether the loop is between two windows with nothing pending, so that state may be
             saved.
@@ -152,6 +153,7 @@ class Run:
     validating: bool = False
     started_validation: bool = False
     val_name: str | None = None
+    predicted: int | None = None
     open_data: Callable[[], None] = lambda: None
     check_settings: Callable[[], None] = lambda: None
     trained: bool = False

@@ -103,6 +103,7 @@ class StopAgreement:
     def __init__(self, world: World, stop_file: Path | None) -> None:
         global _runs
         _runs += 1
+        meeting.begin()
         self._prefix = f"paceline/{_runs}/"
         self._world = world
         self._stop_file = stop_file if world.is_main else None
@@ -172,7 +173,7 @@ class StopAgreement:
                 self._handlers[number] = signal.signal(number, self._on_signal)
                 if leaves and handler.came == number:  # as the ranks met, which all of them heed
                     self._on_signal(number, None)
-        meeting.listens()
+        meeting.end()
         return True
 
     def watch(self, where: Callable[[], str]) -> None:
@@ -306,9 +307,9 @@ class StopAgreement:
         """Publishes the error unless another rank has; returns that rank's."""
         store = self._store
         if store is None:
-            meeting.part(USAGE if isinstance(error, ConfigError) else FAILED, error)
+            meeting.announce_exit(USAGE if isinstance(error, ConfigError) else FAILED, error)
             return None
-        meeting.told()
+        meeting.announced()
         how = "lost its connections" if is_lost_connection(error) else "failed"
         if timed_out(error):
             how = "has waited in a collective that another rank has not joined"

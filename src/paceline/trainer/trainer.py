@@ -300,9 +300,13 @@ class Trainer(TrainerBase):
     def optimizer_step(self, name: str | None = None) -> torch.Tensor | None:
         """Steps the named optimizer and its schedulers; without a name, every optimizer.
 
+        Args:
+            name: the optimizer's; None for every optimizer.
+
         Returns:
-            The norm of the gradients before clipping, on the device; None where none is taken
-            (`max_grad_norm`, `check_gradients`, GradientMonitor). Of several, that of the last.
+            The norm of the gradients before clipping, on the device; None unless something
+            measures it (`max_grad_norm`, `check_gradients`, GradientMonitor). Of several
+            optimizers, the last one's.
         """
         norm = None
         for each in (name,) if name is not None else self.optimization.optimizers:
@@ -451,15 +455,16 @@ class Trainer(TrainerBase):
         also without a `val_dataloader`. There models are in eval mode and gradients off, random
         numbers depend on seed, step and rank alone, and `log` gives means over all ranks. Modes and
         training's random numbers are as before afterwards. `super().evaluate()` validates on the
-        loaders. Outside a run it is called with these arguments, which it does not get.
+        loaders. Outside a run these arguments choose weights and data; your method is called
+        without any.
 
         Args:
             loader: in place of `val_dataloader`; outside a run.
             checkpoint: "latest", "best" or the name of one in `run_dir`, or the path of a
                 checkpoint or of another run's folder; None for the latest if there is one, else the
                 weights at hand. Outside a run.
-            weights: "auto" for those that validations measure, which are the averaged ones if a
-                callback keeps some to validate with; "live" for the trained, "averaged" for the
+            weights: "auto" for the weights that the run validated with, averaged ones if a
+                callback swapped them in; "live" for the trained, "averaged" for the
                 averaged ones. Outside a run.
 
         Returns:
@@ -540,6 +545,10 @@ class Trainer(TrainerBase):
 
         Args:
             loader, checkpoint, weights: as for `predict`.
+
+        Raises:
+            ConfigError, DataError, CheckpointError, MismatchError: as for `predict`; what is wrong
+                with a batch is raised as it is iterated.
         """
         if self._run is not None:
             raise ConfigError(

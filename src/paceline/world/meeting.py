@@ -31,8 +31,8 @@ from paceline.world.layout import Parallel
 # released, and so that other ranks can still read the error of a rank whose group is gone.
 _meetings: dict[tuple[str, str], Any] = {}
 _held = 0  # meetings of this process that are over, equal on all ranks
-_has_met = False  # the ranks have, and this one does not listen for signals to the run yet
-_told = False  # the others know, or are to find out in the run, why this rank leaves
+_has_met = False  # the ranks have, and the run does not handle this rank's signals yet
+_announced = False  # the others know why this rank exits, or the run informs them
 _WORD = "word"  # the key of the first word
 _MET = "met"
 _POLL = 0.02  # seconds between two looks
@@ -52,38 +52,38 @@ def join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
             or another rank has left for such an error.
         PeerError: another rank has left.
     """
-    global _held, _has_met, _told
+    global _held, _has_met, _announced
     store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timeout))
     word = _await_all(store, rank, size, timeout)
     if word != _MET:
-        _held, _told = _held + 1, True
+        _held, _announced = _held + 1, True
         store.set(f"left/{rank}", "")
         raise _left(*json.loads(word))
-    _has_met, _told = True, False
+    _has_met, _announced = True, False
     _held += 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def part(code: int, why: str | BaseException) -> bool:
-    """Tells the other ranks, before they have met, that this one leaves.
+def announce_exit(code: int, why: str | BaseException) -> bool:
+    """Informs the other ranks, before they have met, that this one exits.
 
-    Does nothing where an agent looks after them, and after the run has told them.
+    Does nothing where an agent looks after them, and after the run has informed them.
 
     Args:
-        code: with which it leaves.
+        code: with which it exits.
         why: the error, or the signal's name.
 
     Returns:
-        False if they have met already: then the run tells them.
+        False if they have met already: then the run informs them.
     """
-    global _held, _told
+    global _held, _announced
     if _has_met:
         return False
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if _told or size == 1 or not place or _has_agent() or dist.is_initialized():
+    if _announced or size == 1 or not place or _has_agent() or dist.is_initialized():
         return True
-    _told = True
+    _announced = True
     try:
         store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timedelta(seconds=_LINGER)))
         if store.compare_set(_WORD, "", json.dumps([rank, code, _in_a_line(why)])).decode() == _MET:
@@ -92,24 +92,30 @@ def part(code: int, why: str | BaseException) -> bool:
         store.set(f"left/{rank}", "")
         if rank == 0:  # whose store it is
             _await(store, [f"left/{other}" for other in range(size)], _LINGER)
-    except Exception:  # noqa: BLE001  nobody is there to be told
+    except Exception:  # noqa: BLE001  no other rank is there
         pass
     return True
 
 
-def told() -> None:
-    """The run has told the others why this rank leaves, or they have told this one."""
-    global _told
-    _told = True
+def announced() -> None:
+    """The run has informed the other ranks why this one exits, or failed because of another."""
+    global _announced
+    _announced = True
 
 
-def listens() -> None:
-    """From now on, the run hears this rank's signals and tells the others."""
+def end() -> None:
+    """The meeting is over: the run handles this rank's signals, or its process group is closed."""
     global _has_met
     _has_met = False
 
 
-signals.tell_others = part
+def begin() -> None:
+    """A new run is made, whose ranks have yet to meet: what an earlier one announced is past."""
+    global _has_met, _announced
+    _has_met = _announced = False
+
+
+signals.announce_exit = announce_exit
 
 
 def _in_a_line(why: str | BaseException) -> str:

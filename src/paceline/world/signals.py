@@ -29,10 +29,10 @@ ASKED = STOPS[:3]
 SAME = 2.0
 """Seconds within which a second signal is the first one, passed on."""
 LEFT = "PACELINE_LEFT"
-"""The environment variable with the file that tells `launch` that a worker leaves at once."""
+"""The environment variable with the file that shows `launch` that a worker leaves at once."""
 
-tell_others: Callable[[int, str], bool] | None = None
-"""Tells the other ranks that this one leaves (`meeting.part`), once that is imported."""
+announce_exit: Callable[[int, str], bool] | None = None
+"""Informs the other ranks that this one exits (`meeting.announce_exit`), once that is imported."""
 _IMPORTS = 15.0  # seconds that may take
 _looking = False  # a thread looks for signals
 
@@ -70,7 +70,7 @@ class LeaveAtOnce:
         self._once = threading.Lock()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Leaves; a process that was forked from the one that listens dies as if nobody did."""
+        """Leaves; a process forked from the one that handles signals dies by the signal."""
         if os.getpid() != self._process:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -78,7 +78,7 @@ class LeaveAtOnce:
         self.came = self.came or number
         name = signal.Signals(number).name
         if frame is not None and _looking and _is_one_of_several():
-            return  # to the import or connection that the thread needs to tell the others
+            return  # to the import or connection that the thread needs to inform the others
         if self._once.acquire(blocking=False) and _others_know(name):
             if self._before is not None:
                 self._before()
@@ -90,15 +90,15 @@ def _is_one_of_several() -> bool:
 
 
 def _others_know(name: str) -> bool:
-    """Tells the other ranks that this one leaves; returns False if all have met by now."""
+    """Informs the other ranks that this one exits; returns False if all have met by now."""
     if not _is_one_of_several():
         return True
     with contextlib.suppress(KeyError, OSError):  # it was started by `launch`
         open(os.environ[LEFT], "w").close()
     deadline = time.monotonic() + _IMPORTS
-    while tell_others is None and time.monotonic() < deadline:
+    while announce_exit is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    return tell_others is None or tell_others(STOPPED, name)
+    return announce_exit is None or announce_exit(STOPPED, name)
 
 
 def leave(why: str, when: str = "before training began", *, tell: bool = True) -> None:
@@ -130,11 +130,11 @@ def leave_at_once_on_signals(handler: LeaveAtOnce | None = None) -> None:
     for number in STOPS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, handler)
-    told, tells = os.pipe()
-    os.set_blocking(tells, False)
-    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
-    threading.Thread(target=_look, args=(told,), name="paceline-signals", daemon=True).start()
+    threading.Thread(target=_look, args=(reading,), name="paceline-signals", daemon=True).start()
     _looking = True
     atexit.register(leave_in_peace)  # called last of all, since it is registered first
 
@@ -147,8 +147,8 @@ def leave_in_peace() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _look(told: int) -> None:
-    while numbers := os.read(told, 64):
+def _look(reading: int) -> None:
+    while numbers := os.read(reading, 64):
         for number in numbers:
             handler = signal.getsignal(number)
             if isinstance(handler, LeaveAtOnce):

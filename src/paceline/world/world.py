@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.errors import ConfigError
+from paceline.world import meeting
 from paceline.world.dtensors import forget_other_meshes
 from paceline.world.environment import adopt_slurm, is_srun_task
 from paceline.world.layout import Parallel
-from paceline.world.meeting import join
 
 _POLL = 0.001  # seconds between two looks of who waits for the others
 
@@ -113,7 +113,7 @@ class World:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
+            meeting.join(backend, self.rank, self.size, timedelta(seconds=self.timeout))
             self._owns_group = True
         self.control_group = self.new_group()
         self._check_one_layout()
@@ -227,6 +227,7 @@ class World:
         if dist.is_initialized():
             if self._owns_group:
                 dist.destroy_process_group()
+                meeting.end()
             elif self.control_group is not None:
                 dist.destroy_process_group(self.control_group)
                 for group in (self._parts_group, *self._stage_groups):
