@@ -24,7 +24,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from paceline import Callback, Resume, Trainer
+from paceline import Callback, Parallel, Resume, Trainer
 from paceline.errors import ResumeError
 from paceline.testing import StopAt
 from paceline.trainer.identity_keys import FIRST_PARTS
@@ -288,6 +288,63 @@ def test_what_may_change_does_and_what_may_not_if_it_is_accepted(tmp_path: Path)
     accept = Resume(accept=("data.dataset.scale", "data.content"))
     again = fitted(run_dir=tmp_path, resume=accept, **more | loads(Scaled(2.0)))
     assert again.result.complete
+
+
+class Clocked(nn.Linear):
+    """A line that knows when it was made, in a flag or a number of its own."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        Clocked.made += 1
+        self.made_at, self.is_first = float(Clocked.made), Clocked.made % 2 == 1
+
+
+class Collated(TensorDataset):
+    def __init__(self, *tensors: torch.Tensor, rows: Any) -> None:
+        super().__init__(*tensors)
+        self.rows = rows
+
+    def collate(self, samples: list[Any]) -> Any:
+        return default_collate(samples)
+
+
+class Warms(Trainer):
+    """Its schedule is a method of its own, or a function that calls it."""
+
+    def __init__(self, *, bound: bool, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.bound = bound
+
+    def rate(self, step: int) -> float:
+        return min(1.0, (step + 1) / 4)
+
+    def configure(self) -> None:
+        rate = self.rate if self.bound else (lambda step: self.rate(step))
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_functions_of_the_trainer_or_a_dataset_bring_no_settings_of_theirs(
+    bound: bool, tmp_path: Path
+) -> None:
+    def run(**changes: Any) -> Warms:
+        dataset = Collated(*points().tensors, rows=torch.ones(100))
+        given = {
+            **modelled(Clocked(), line(1)),
+            **loads(dataset, collate_fn=dataset.collate),
+            **changes,
+        }
+        return fitted(Warms, run_dir=tmp_path, bound=bound, **given)
+
+    run(callbacks=[StopAt(2)])
+    layout = Parallel(activation_checkpointing="full")
+    again = run(epochs=3, log_every=1, parallel=layout, callbacks=[StopAt(12)])
+    assert again.global_step == 12
+    known = again.state_dict()["identity"]
+    within = ("lr_scheduler.lr_lambdas.0.", "data.collate_fn.")
+    assert not [key for key in known if key.startswith(within)]
 
 
 def test_a_complete_run_with_other_data_is_refused_too(tmp_path: Path) -> None:

@@ -23,6 +23,15 @@ def refused(seed: int = 0, **changes: Any) -> str:
     return "trained"
 
 
+class Main(torch.nn.Linear):
+    """A line that knows whether it is the first rank's, and when it was made."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        super().__init__(3, 1)
+        torch.nn.init.ones_(self.weight)
+        self.is_main, self.made_at = is_main, 1.0 if is_main else 2.0
+
+
 def refuse_all() -> list[str]:
     first = os.environ["RANK"] == "0"
     model = line()
@@ -43,7 +52,7 @@ def refuse_all() -> list[str]:
         refused(loss_fn=torch.nn.SmoothL1Loss(beta=1.0 if first else 2.0), checkpoint=None),
         refused(model=line().train(first)),
         refused(train_dataloader=DataLoader(TensorDataset(*part, *part), 4)),
-        refused(),
+        refused(model=Main(is_main=first)),
     ]
 
 
@@ -71,11 +80,14 @@ def test_what_differs_between_ranks_is_named_on_each(ranks: Ranks) -> None:
 
 
 class Seen(Callback):
-    """Has a tensor of its own on each rank, in its state or under the rank's key."""
+    """Has a tensor of its own on each rank, in its state or under the rank's key.
+
+    It sets a number on the model, another one on each rank.
+    """
 
     def __init__(self, *, by_rank: bool, since: int = 0) -> None:
         self.by_rank, self.since = by_rank, since
-        self.seen = torch.zeros(3)
+        self.seen, self.last = torch.zeros(3), 0.0
 
     def on_train_start(self, trainer: Any) -> None:
         self.change(trainer)
@@ -86,6 +98,8 @@ class Seen(Callback):
     def change(self, trainer: Any) -> None:
         if trainer.global_step >= self.since:
             self.seen += 1 + trainer.world.rank
+        model = trainer.named_models()["model"]
+        model.last = 10.0 * trainer.global_step + trainer.world.rank
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.by_rank else {"seen": self.seen}
@@ -99,6 +113,7 @@ class Seen(Callback):
 
     def on_load_checkpoint(self, trainer: Any, state: dict[str, Any]) -> None:
         self.seen = state["rank"][str(trainer.world.rank)]["seen"]
+        self.last = trainer.named_models()["model"].last
 
 
 def saved(folder: Path, *, by_rank: bool, since: int = 0) -> Any:
@@ -112,7 +127,7 @@ def saved(folder: Path, *, by_rank: bool, since: int = 0) -> Any:
             return str(error)
         if steps == 2:
             seen = Seen(by_rank=by_rank, since=since)
-    return seen.seen.tolist()
+    return [*seen.seen.tolist(), seen.last]
 
 
 def save_all(folder: Path) -> list[Any]:
@@ -127,9 +142,10 @@ def test_state_that_differs_by_rank_is_each_ranks_own_or_refused(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     """Given a callback with another tensor on each rank, when the run saves and resumes, then each
-    rank has its own back from the key `rank`; in the state of all it is refused."""
+    rank has its own back from the key `rank`; in the state of all it is refused. A number that
+    each rank sets on its model is each one's own too."""
     for rank, (refused, later, kept) in enumerate(ranks(save_all, 2, tmp_path)):
         assert "callbacks.Seen.seen: differs between rank 0 and rank 1" in refused
         assert "callbacks.Seen.seen: differs between rank 0 and rank 1" in later
-        assert kept == [5.0 * (1 + rank)] * 3  # two starts and three steps
+        assert kept == [5.0 * (1 + rank)] * 3 + [20.0 + rank]  # two starts and three steps
     assert not (tmp_path / "refused" / "checkpoints" / "step_00000001").exists()

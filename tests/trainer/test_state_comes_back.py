@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from paceline import Callback, Trainer
+from paceline import Callback, CheckpointPolicy, Trainer
 from paceline.errors import MismatchError, StateError
 from paceline.testing.tracing import StopAt
 from small import batches, line, points, settings
@@ -389,6 +389,48 @@ def test_attributes_that_training_changes(tmp_path: Path) -> None:
     assert trainer.model.calls == STEPS
     said = "training changes seen of callbacks.Remembers: no checkpoint holds it"
     assert said in str([str(each) for each in trainer.plan])
+    assert said in (tmp_path / "run.json").read_text()
+
+
+class Late(Trainer):
+    """Makes its average as training starts, and changes a model's number in the seventh step."""
+
+    back_at: tuple[float, int] | None = None
+
+    def on_train_start(self) -> None:
+        self.ema = Ema()
+
+    def on_step_end(self, metrics: dict[str, Any]) -> None:
+        self.ema.value += 1
+        if self.global_step == 7 and self.back_at is None and self.on_nonfinite == "rewind":
+            self.named_models()["model"].seen = 7
+            self.request_rewind(6)
+
+    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        if hasattr(self, "ema"):
+            self.back_at = self.ema.value, self.named_models()["model"].seen
+
+
+def test_an_object_that_is_made_as_training_starts(tmp_path: Path) -> None:
+    """Given one that counts steps, when the run is resumed twice, or goes back, it counts on."""
+    trainer = resumed(lambda: {"model": line()}, tmp_path / "resumed", 3, 7, kind=Late)
+    assert trainer.ema.value == STEPS
+
+    model = line()
+    model.seen = 0
+    made = {"run_dir": tmp_path / "back", "checkpoint": CheckpointPolicy(every_steps=5)}
+    trainer = Late(**settings(model=model, on_nonfinite="rewind", **made))
+    trainer.fit(seed=1)
+    assert trainer.back_at == (5.0, 0)
+
+
+def test_a_state_that_cannot_be_stored_says_how_to_leave_it_out(tmp_path: Path) -> None:
+    trainer = Trainer(**settings(run_dir=tmp_path))
+    trainer.ema = Ema()
+    trainer.ema.value = object()
+    with pytest.raises(StateError, match=r"objects\.ema\.value: an object cannot") as caught:
+        trainer.fit()
+    assert "begin its name with an underscore" in caught.value.__notes__[0]
 
 
 def test_weights_that_training_ties_are_refused_by_name(tmp_path: Path) -> None:

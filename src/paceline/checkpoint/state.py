@@ -13,6 +13,7 @@
     rank/<r>/reader       what this rank's dataset keeps, such as a generator of its own
     rank/<r>/generators   of random generators that are attributes of the trainer, a callback, a
                           module or the loss
+    rank/<r>/attributes   plain attributes of models, loss and settings that training has changed
     rank/<r>/validation   what the validation loaders' objects keep, by the loaders' names
     rank/<r>/sums         open metric sums
     rank/0/sinks          byte offsets of the row files
@@ -21,7 +22,6 @@
     identity_parts        which keys of the identity each of its parts gives
     made                  what training has changed of how models and optimizers were made: forms of
                           buffers, what requires gradients, modes, parameter groups, later models
-    attributes            plain attributes of models, loss and settings that training has changed
     leaves_out            optimizers whose parameters a window may leave without a gradient
 
 There are no random states: streams are derived from their purpose (`world/seeding.py`).

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import PurePath
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from paceline.data.content import digest
+from paceline.trainer.abstract import AbstractTrainer
+from paceline.trainer.callback import Callback
 
 # The shapes of weights show them.
 _SHOWN_BY_WEIGHTS = {
@@ -41,6 +43,8 @@ _FREE = {
     *("log_every", "log_interval", "save_every", "save_interval", "eval_every", "eval_interval"),
     *("verbose", "debug", "progress", "compile"),
 }
+# What has arguments that are compared elsewhere, or may change: not looked into wherever it is met.
+_APART = (AbstractTrainer, Callback, torch.nn.Module, torch.utils.data.Dataset)
 _LONG = 16  # of more numbers a digest is kept
 _DEEP = 4
 # A model's arguments as they were when it was first seen: placing it changes its modules.
@@ -84,7 +88,7 @@ def flattened(
         flat = _value(value)
         if flat is not UNKNOWN:
             keys[key] = flat
-        elif depth >= _DEEP or isinstance(value, torch.nn.Module | torch.Tensor):
+        elif depth >= _DEEP or isinstance(value, (*_APART, torch.Tensor)):
             continue
         elif isinstance(value, list | tuple) and len(value) <= _LONG:
             items = {str(i): item for i, item in enumerate(value)}
@@ -99,7 +103,7 @@ def flattened(
         elif _holds_settings(value):
             held = {k: v for k, v in vars(value).items() if k not in _FREE}
             keys |= flattened(key, held, depth + 1, plain=plain)
-        elif hasattr(value, "__dict__") and not (plain or _is_dataset(value)):
+        elif hasattr(value, "__dict__") and not plain:
             keys[key] = kind_of(value)
             keys |= flattened(key, kept_by(value), depth + 1)
     return keys
@@ -109,10 +113,11 @@ def _holds_settings(value: Any) -> bool:
     """Whether an object is nothing but its attributes: a configuration.
 
     The words of a command line (`argparse.Namespace`) are left out: they say everything about a
-    run, and much of that may change.
+    run, and much of that may change. So are Paceline's own objects, such as a layout.
     """
     return type(value) is SimpleNamespace or (
         hasattr(value, "__dict__")
+        and not type(value).__module__.startswith("paceline.")
         and (is_dataclass(value) or hasattr(type(value), "model_fields"))  # as pydantic's have
     )
 
@@ -141,13 +146,15 @@ _OF_EVERY_MODULE = vars(torch.nn.Module()).keys()
 def _taken_by(function: Callable[..., Any]) -> dict[str, Any]:
     """What a function has from around it: of a partial its arguments, of a closure its variables.
 
-    Defaults are among it: `lambda step, n=n: ...` takes `n` by one.
+    Defaults are among it: `lambda step, n=n: ...` takes `n` by one. Of a bound method it is what
+    its owner keeps, unless that is compared by itself, or holds data.
     """
     if isinstance(function, partial):
         given = {str(i): value for i, value in enumerate(function.args)} | dict(function.keywords)
         return _taken_by(function.func) | given
     owner = getattr(function, "__self__", None)
-    found = kept_by(owner) if hasattr(owner, "__dict__") and not inspect.ismodule(owner) else {}
+    apart = isinstance(owner, (*_APART, ModuleType)) or hasattr(type(owner), "__getitem__")
+    found = kept_by(owner) if hasattr(owner, "__dict__") and not apart else {}
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     for name, cell in zip(
@@ -232,8 +239,6 @@ def arguments_in_model(model: torch.nn.Module) -> dict[str, Any]:
             cls = type(module)
             found.setdefault("modules", []).append(cls.__name__)
             held = {k: v for k, v in kept_by(module).items() if k not in _SHOWN_BY_WEIGHTS}
-            if not cls.__module__.startswith("torch."):
-                held = _switches(module) | held
             for key, value in flattened(cls.__name__, held, plain=True).items():
                 found.setdefault(key, []).append(value)
         _first_seen[model] = {
@@ -250,15 +255,6 @@ def switched_off(model: torch.nn.Module) -> dict[str, Any]:
         in_eval = [name or "." for name, module in model.named_modules() if not module.training]
         _first_off[model] = {"frozen": _value(frozen), "eval": _value(in_eval)}
     return _first_off[model]
-
-
-def _switches(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's rates and switches, under whatever names it keeps them."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if type(value) in (float, bool) and name[0] != "_" and name not in {"training", *_FREE}
-    }
 
 
 def kind_of(thing: Any) -> str | None:

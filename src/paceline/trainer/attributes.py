@@ -2,9 +2,9 @@
 
 A hook may set `dropout.p` or `trainer.max_grad_norm`, a model may count its calls. torch saves none
 of it, so that a run resumed in mid-epoch would continue with the values of the start. Numbers,
-strings and None of models and the loss come back. Of an object that has changed anything else as
-well (a cache, a list, a hook) nothing does, since its parts would not fit each other: the plan
-names it, and what has changed on a callback or the Trainer.
+strings and None of models and the loss come back, on each rank its own. Of an object that has
+changed anything else as well (a cache, a list, a hook) nothing does, since its parts would not fit
+each other: the plan names it, and what has changed on a callback or the Trainer.
 """
 
 from __future__ import annotations
@@ -61,14 +61,20 @@ def changed_since(start: Seen, trainer: TrainerBase) -> tuple[Seen, list[str]]:
 def give_back(start: Seen, trainer: TrainerBase, changed: Mapping[str, Any]) -> None:
     """Sets what a run had changed, unless it is another value at this run's start.
 
+    What this run itself has changed since, and was not changed then, is as at its start again.
+
     Args:
         start: what `attributes_of` gave at this run's start.
         trainer: whose objects they are.
         changed: as `changed_since` gave it.
     """
+    since, _ = changed_since(start, trainer)
     for name, thing, _, _ in _holders(trainer):
+        at_start = start.get(name, {})
+        for key in since.get(name, {}).keys() & at_start.keys() - changed.get(name, {}).keys():
+            setattr(thing, key, at_start[key])
         for key, (before, now) in changed.get(name, {}).items():
-            if start.get(name, {}).get(key) == before:
+            if at_start.get(key) == before:
                 setattr(thing, key, now)
 
 
@@ -95,7 +101,10 @@ def _holders(trainer: TrainerBase) -> Iterator[tuple[str, Any, dict[str, Any], b
 
 
 def _of_module(module: torch.nn.Module) -> dict[str, Any]:
-    private = not type(module).__module__.startswith("torch.")
+    classes = (cls.__module__ for cls in type(module).__mro__)  # FSDP2 makes one of its own
+    private = not next(m for m in classes if not m.startswith("torch.distributed.")).startswith(
+        "torch."
+    )
     held = {
         key: value
         for key, value in vars(module).items()

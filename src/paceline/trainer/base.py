@@ -190,11 +190,21 @@ class TrainerBase(Hooks, AbstractTrainer):
         run = vars(self).get("_run")
         if run is not None and name in run.fixed:
             raise read_already(name)
+        if run is None:
+            super().__setattr__(name, value)
+            return
+        before = getattr(self, name, None) if name in READ_ALWAYS else None
         super().__setattr__(name, value)
-        if run is not None and name in READ_ALWAYS:
-            run.check_settings()
-        if run is not None and isinstance(value, (torch.nn.Module, dict)):
+        if name in READ_ALWAYS:
+            try:
+                run.check_settings()
+            except ConfigError:
+                super().__setattr__(name, before)
+                raise
+        if isinstance(value, (torch.nn.Module, dict)):
             run.load_waiting(value if isinstance(value, dict) else {name: value})
+        elif name in run.waiting_objects and hasattr(value, "load_state_dict"):
+            value.load_state_dict(run.waiting_objects.pop(name))
 
     # Counters
 

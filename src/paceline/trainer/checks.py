@@ -253,10 +253,11 @@ def _wrong_stages(trainer: TrainerBase, parallel: Parallel) -> list[str]:
 
 
 def _wrong_callbacks(trainer: TrainerBase) -> list[str]:
-    wrong = misspelt_hooks(trainer) + _never_called(trainer)
+    used = set[str]().union(*map(_used_by, (trainer, *trainer.callbacks)))
+    wrong = misspelt_hooks(trainer) + _never_called(trainer, used)
     for callback in trainer.callbacks:
         if isinstance(callback, Callback):
-            wrong += misspelt_hooks(callback) + _never_called(callback)
+            wrong += misspelt_hooks(callback) + _never_called(callback, used)
             wrong += [
                 f"callbacks: {type(callback).__name__} is for trainers of the kind "
                 f"{getattr(kind, '__name__', kind)}, which {type(trainer).__name__} is not."
@@ -288,22 +289,34 @@ def check_engine(trainer: TrainerBase) -> None:
         raise ConfigError(wrong[0])
 
 
-def _never_called(thing: Any) -> list[str]:
+def _own_methods(thing: Any) -> dict[str, Any]:
+    """The methods of an object that are the user's, by name."""
+    return {
+        name: value
+        for base in type(thing).__mro__
+        if not base.__module__.startswith("paceline.") and base is not object
+        for name, value in vars(base).items()
+        if inspect.isfunction(value)
+    }
+
+
+def _used_by(thing: Any) -> set[str]:
+    """The names that the user's methods of an object refer to."""
+    methods = map(inspect.unwrap, _own_methods(thing).values())
+    return {name for method in methods for name in _names_in(method.__code__)}
+
+
+def _never_called(thing: Any, used: set[str]) -> list[str]:
     """A trainer's or callback's methods that mean one of ours, by other systems' names or misspelt.
 
-    One that another method of theirs refers to is a helper, and left alone.
+    Args:
+        thing: the trainer or callback.
+        used: what methods of any of them refer to: it is a helper, and left alone.
     """
     is_trainer, kind = isinstance(thing, TrainerBase), type(thing).__name__
     ours = [base for base in type(thing).__mro__ if base.__module__.startswith("paceline.")]
     known = {name for base in ours for name in vars(base)}
-    own = {
-        name: value
-        for base in type(thing).__mro__
-        if base not in ours and base is not object
-        for name, value in vars(base).items()
-        if inspect.isfunction(value)
-    }
-    used = {name for method in own.values() for name in _names_in(inspect.unwrap(method).__code__)}
+    own = _own_methods(thing)
     elsewhere = METHODS_ELSEWHERE if is_trainer else EVENTS_ELSEWHERE
     methods = [name for name in known if is_trainer and name[0] != "_" and name[:3] != "on_"]
     wrong = [

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from paceline.data.batches import describe
-from paceline.errors import LossError, NonFiniteError, PacelineError, PeerError, some
+from paceline.errors import (
+    LossError,
+    NonFiniteError,
+    PacelineError,
+    PeerError,
+    StateError,
+    some,
+)
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
 from paceline.trainer.stop import is_lost_connection, timed_out
@@ -27,6 +34,9 @@ _SECOND_BACKWARD = (
 _SHARDED = (
     "A sharded model has its parameters whole while it is called: put what uses them, or another "
     "method of the model, into its forward(), and call the model itself, self.model(...)."
+)
+_LEFT_OUT = (
+    "To leave an attribute of the Trainer out of checkpoints, begin its name with an underscore."
 )
 _SHOWN = 32  # sample indices in a message
 
@@ -78,6 +88,8 @@ def in_training(trainer: TrainerBase, run: Run, error: BaseException) -> BaseExc
             f"all ranks call the same models equally often?{_called(trainer, run)} The report "
             f"above, of some rank, says where each of them was. ({error})"
         )
+    if isinstance(error, StateError) and str(error).startswith("objects."):
+        error.add_note(_LEFT_OUT)
     if run.batch_items is None or not isinstance(error, Exception):
         return error
     if is_lost_connection(error):

@@ -133,7 +133,7 @@ def start(trainer: TrainerBase, run: Run) -> None:
     for hook in run.events.on_setup:
         hook()
     add_own_identity(trainer, run)
-    run.made_with = settings_of_parts(trainer)
+    run.made_with = run.world.broadcast_object(settings_of_parts(trainer))
     run.made = Made.of(trainer.named_models(), trainer.named_optimizers())
     run.attributes = attributes_of(trainer)
     _load(trainer, run)
@@ -248,10 +248,12 @@ def _fix(trainer: TrainerBase, run: Run) -> None:
             vars(trainer)[name] = FixedList(given)
             run.cleanup.callback(vars(trainer).update, {name: given})
     for name, given in list(vars(trainer).items()):
-        held = given.values() if isinstance(given, dict) else ()
+        held = given.values() if type(given) is dict else ()
         components = all(isinstance(one, (*steps, torch.nn.Module)) for one in held)
         if held and (name == "val_dataloader" or (components and name[0] != "_")):
             grows = all(isinstance(one, torch.nn.Module) for one in held)
+            if not grows or any(p.requires_grad for one in held for p in one.parameters()):
+                run.fixed |= {name}
             vars(trainer)[name] = FixedDict(name, given, grows=grows)
             run.cleanup.callback(_thaw, trainer, name, given)
     run.check_settings = partial(check_changed, trainer)
@@ -259,8 +261,10 @@ def _fix(trainer: TrainerBase, run: Run) -> None:
 
 def _thaw(trainer: TrainerBase, name: str, given: dict[str, Any]) -> None:
     """Leaves the user with the dictionary of before, and what was added to it."""
-    given |= dict(vars(trainer)[name])
-    vars(trainer)[name] = given
+    held = vars(trainer).get(name)
+    if isinstance(held, FixedDict):  # else the user has assigned another one
+        given |= dict(held)
+        vars(trainer)[name] = given
 
 
 def _open_data(trainer: TrainerBase, run: Run) -> None:

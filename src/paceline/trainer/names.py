@@ -80,7 +80,7 @@ def load_by_name(
     say: Callable[[str], None],
     settings: Mapping[str, Any],
     stored_settings: Mapping[str, Any] | None,
-) -> None:
+) -> dict[str, Any]:
     """Gives things their stored states; a new one starts fresh, and one that is gone is reported.
 
     Several of one name are told apart by their settings, whatever their order.
@@ -90,9 +90,14 @@ def load_by_name(
         here: the things by name, with `state_dict` and `load_state_dict`.
         stored: their states by name; a state that is empty need not be there.
         say: takes a line for people.
-        settings: `settings_of` the things, from before they had a state to change them.
+        settings: `settings_of` the things, from before they had a state to change them; one that
+            has come since need not be there.
         stored_settings: those of the things whose states were stored, if they are known.
+
+    Returns:
+        The states that none of the things has got, by name.
     """
+    settings = {**settings_of({k: v for k, v in here.items() if k not in settings}), **settings}
     state = {key for one in stored.values() if isinstance(one, Mapping) for key in one}
     before = stored_settings or {}
     theirs = _matched(
@@ -104,8 +109,11 @@ def load_by_name(
             thing.load_state_dict(stored[theirs[name]])
         elif thing.state_dict():
             say(f"the {kind} {name!r} is new in this run: it starts fresh.")
-    for name in stored.keys() - set(theirs.values()):
-        say(f"the {kind} {name!r} of the checkpoint is no longer there.")
+    left = {name: state for name, state in stored.items() if name not in theirs.values()}
+    later = kind == "checkpoint object"  # an attribute that training may assign
+    for name in left:
+        say(f"the {kind} {name!r} of the checkpoint is {'not' if later else 'no longer'} there.")
+    return left
 
 
 def _without(state: set[str], settings: Mapping[str, Any] | None) -> dict[str, Any] | None:

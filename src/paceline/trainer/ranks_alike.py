@@ -110,8 +110,9 @@ def check_components_alike(trainer: TrainerBase, run: Run) -> None:
     found["loss_fn"] = kind_of(trainer.loss_fn)
     for name, thing in {"loss_fn": trainer.loss_fn, **trainer.named_models()}.items():
         if isinstance(thing, torch.nn.Module):
-            arguments = arguments_in_model(thing)
-            found |= {f"{name}, {key}": value for key, value in arguments.items()}
+            # A switch may be the first rank's alone, as for what prints.
+            arguments = arguments_in_model(thing).items()
+            found |= {f"{name}, {k}": v for k, v in arguments if not isinstance(v, bool)}
             found[f"{name}, in eval mode"] = [k for k, m in thing.named_modules() if not m.training]
     _check_alike(run.world, found)
 

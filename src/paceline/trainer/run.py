@@ -124,6 +124,7 @@ class Run:
         attributes: of the objects then, beside their state (`attributes.py`).
         proven: the optimizers whose state was there when it was last proven that it can be loaded.
         waiting: states of models that the resumed run has not made yet, by name.
+        waiting_objects: those of checkpoint objects.
         made_with: the settings of callbacks and checkpoint objects at the run's start.
         fixed: attributes of the Trainer that the run has read, so that setting them is refused.
         cleanup: what is undone at the end.
@@ -169,6 +170,7 @@ class Run:
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     proven: set[str] = field(default_factory=set)
     waiting: dict[str, Any] = field(default_factory=dict)
+    waiting_objects: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     cleanup: ExitStack = field(default_factory=ExitStack)

@@ -7,6 +7,7 @@ schedule where it would stand had it run from the start.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from paceline.checkpoint.state import (
     regroup,
 )
 from paceline.data.kept import Kept, generators_in
-from paceline.errors import ResumeError
+from paceline.errors import ResumeError, some
 from paceline.trainer.attributes import changed_since, give_back
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import watched_by
@@ -84,8 +85,10 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
     if pipeline is not None:
         pipeline.complete(optimizers)
     attributes, lost = changed_since(run.attributes, trainer)
-    for what in lost:
-        run.plan.add(f"training changes {what}: no checkpoint holds it", "state_dict()")
+    if attributes:
+        rank["attributes"] = attributes
+    _report_lost(trainer, run, lost)
+    objects = {name: thing.state_dict() for name, thing in trainer.named_objects().items()}
     return {
         "models": {name: model.state_dict() for name, model in models.items()} | run.waiting,
         "optimizers": optimizers,
@@ -98,7 +101,7 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "data": None if trainer.source.per_rank else source,
         "monitor": None if monitor is None else monitor.state_dict(),
         "callbacks": states,
-        "objects": {name: thing.state_dict() for name, thing in trainer.named_objects().items()},
+        "objects": run.waiting_objects | objects,
         "settings": {
             "monitor": None if monitor is None else watched_by(monitor),
             "callbacks": {name: run.made_with["callbacks"].get(name) for name in states},
@@ -109,10 +112,23 @@ def gather_state(trainer: TrainerBase, run: Run) -> dict[str, Any]:
         "identity_parts": run.identity.parts,
         "horizon": horizon(trainer),
         "made": run.made.changes(models, trainer.named_optimizers()),
-        "attributes": attributes,
         "leaves_out": trainer.optimization.leaves_out,
         **_of_groups(trainer),
     }
+
+
+def _report_lost(trainer: TrainerBase, run: Run, lost: list[str]) -> None:
+    """Adds to the plan what training changes and no checkpoint holds, and prints what is new."""
+    new: list[str] = []
+    for what in lost:
+        known = len(run.plan)
+        run.plan.add(f"training changes {what}: no checkpoint holds it", "state_dict()")
+        if len(run.plan) > known:
+            new.append(what)
+    if new and run.trained:  # else the plan has yet to be printed and written
+        trainer.say(f"training changes {some(new)}: no checkpoint holds it  [state_dict()]")
+        with contextlib.suppress(OSError):  # it is written once more at the end
+            run.record.update(plan=run.plan.as_list())
 
 
 def settings_of_parts(trainer: TrainerBase) -> dict[str, Any]:
@@ -147,12 +163,16 @@ def _asked(data: Any, what: str) -> dict[str, Any]:
 
 def _load_part(
     trainer: TrainerBase, part: str, things: Mapping[str, Any], made_with: Any, tree: dict[str, Any]
-) -> None:
-    """Callbacks, or checkpoint objects, of which those that were given a name keep it."""
+) -> dict[str, Any]:
+    """Callbacks, or checkpoint objects, of which those that were given a name keep it.
+
+    Returns:
+        The states for which there is none.
+    """
     kind = {"callbacks": "callback", "objects": "checkpoint object"}[part]
     named = part == "objects" and isinstance(trainer.checkpoint_objects, Mapping)
     theirs = None if named else tree.get("settings", {}).get(part)
-    load_by_name(kind, things, tree[part], trainer.say, made_with, theirs)
+    return load_by_name(kind, things, tree[part], trainer.say, made_with, theirs)
 
 
 def _another_metric(trainer: TrainerBase, tree: dict[str, Any]) -> bool:
@@ -172,6 +192,18 @@ def _load_objects_of_data(trainer: TrainerBase, own: dict[str, Any]) -> None:
     for data, load, state in loads:
         if state is not None and hasattr(data, load):
             getattr(data, load)(state)
+
+
+def _attributes(ranks: Mapping[str, Any], run: Run) -> dict[str, dict[str, Any]]:
+    """What training had changed: on as many ranks, this one's, else what was the same on all."""
+    found = {rank: one.get("attributes", {}) for rank, one in ranks.items()}
+    if len(ranks) == run.world.size:
+        return found.get(str(run.world.rank), {})
+    same: dict[str, dict[str, Any]] = {}
+    for holder in {name for one in found.values() for name in one}:
+        held = [one[holder] for one in found.values() if holder in one]  # else of another stage
+        same[holder] = {k: v for k, v in held[0].items() if all(o.get(k) == v for o in held)}
+    return same
 
 
 def _of_groups(trainer: TrainerBase) -> dict[str, Any]:
@@ -207,7 +239,7 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
         if name in made.models:
             empty_buffers(model, made.models[name], tree["models"][name])
             made.models[name].switch(model, changes.get("models", {}).get(name, {}))
-    give_back(run.attributes, trainer, tree.get("attributes", {}))
+    give_back(run.attributes, trainer, _attributes(tree["rank"], run))
     for name, optimizer in trainer.named_optimizers().items():
         regroup(optimizer, tree["optimizers"][name]["groups"], models)
     _load_optimizers(trainer, tree, found.accepted, parameter_names(models))
@@ -226,7 +258,9 @@ def load_state(trainer: TrainerBase, run: Run, tree: dict[str, Any]) -> None:
             trainer.metric_monitor.load_state_dict(tree["monitor"])
     named = {"callbacks": unique_names(trainer.callbacks), "objects": trainer.named_objects()}
     for part, things in named.items():
-        _load_part(trainer, part, things, run.made_with[part], tree)
+        left = _load_part(trainer, part, things, run.made_with[part], tree)
+        if part == "objects":  # training may make them on its way, as it did
+            run.waiting_objects = {k: v for k, v in left.items() if k not in things}
     trainer.recorder.load_state_dict(tree["rank"])
     generators = tree["rank"].get(str(run.world.rank), {}).get("generators", {})
     for name, kept in _generators(trainer).items():
