@@ -288,6 +288,26 @@ def test_datasets_of_one_tensor_are_predicted() -> None:
     torch.testing.assert_close(found, line()(x).detach())
 
 
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.scale
+
+
+class Annealing(Callback):
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        trainer.model.scale = 1.0 + trainer.current_epoch
+
+
+def test_what_training_has_changed_of_a_model_comes_with_its_weights(tmp_path: Path) -> None:
+    options = {"callbacks": [Annealing()], "val_dataloader": batches(7), "run_dir": tmp_path}
+    logged = fitted(model=Scaled(3, 1), lr=1e-3, **options).result.metrics
+    new = Trainer(model=Scaled(3, 1), loss_fn=nn.MSELoss(), run_dir=tmp_path)
+    assert new.evaluate(batches(7)) == logged
+    assert new.model.scale == 2.0
+
+
 class Configured(Trainer):
     """Makes another model each time that it is asked."""
 

@@ -26,6 +26,8 @@ _PLAIN = (bool, int, float, str, type(None))
 _OF_EVERY_MODULE = {*vars(torch.nn.Module()), "training"}
 _MOST = 100  # tensors of a container that are looked at
 
+OF_THE_RUN = "the run"  # the name under which the Trainer's settings are kept
+
 Seen = dict[str, dict[str, Any]]
 
 
@@ -80,7 +82,7 @@ def give_back(start: Seen, trainer: TrainerBase, changed: Mapping[str, Any]) -> 
 
 def _holders(trainer: TrainerBase) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
     """Each object's name, the object, its attributes, and whether they are given back."""
-    yield "the run", trainer, {name: getattr(trainer, name) for name in _SETTINGS}, True
+    yield OF_THE_RUN, trainer, {name: getattr(trainer, name) for name in _SETTINGS}, True
     known = TrainerBase.__annotations__
     own = {k: v for k, v in vars(trainer).items() if k not in known and isinstance(v, _PLAIN)}
     own = {key: value for key, value in own.items() if key[0] != "_"}

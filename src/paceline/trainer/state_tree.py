@@ -26,7 +26,7 @@ from paceline.checkpoint.state import (
 )
 from paceline.data.kept import Kept, generators_in
 from paceline.errors import ResumeError, some
-from paceline.trainer.attributes import changed_since, give_back
+from paceline.trainer.attributes import OF_THE_RUN, attributes_of, changed_since, give_back
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.monitor import watched_by
 from paceline.trainer.names import load_by_name, settings_of, unique_names
@@ -292,6 +292,9 @@ def load_for_inference(
     for name, model in models.items():
         load_tensors(model, weights[name])
         empty_buffers(model, made.models[name], weights[name])
+    changed = _attributes(tree.get("rank", {}), run)
+    changed.pop(OF_THE_RUN, None)  # settings of training
+    give_back(attributes_of(trainer), trainer, changed)
     objects = trainer.named_objects()
     _load_part(trainer, "objects", objects, settings_of(objects), tree)
     run.progress.load_state_dict(tree["progress"])
