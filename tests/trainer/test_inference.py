@@ -149,7 +149,7 @@ def test_callbacks_hear_of_its_batches_and_of_nothing_that_training_decides() ->
     assert noted.events == ["setup", "batch", "batch", "batch", "teardown"]
 
 
-class Stuck(Noted):
+class Stuck(Callback):
     @contextmanager
     def applied(self) -> Iterator[None]:
         yield
@@ -157,12 +157,12 @@ class Stuck(Noted):
 
 
 def test_what_fails_as_weights_are_swapped_back_leaves_the_trainer_usable() -> None:
-    stuck = Stuck()
-    trainer = Trainer(model=line(), loss_fn=nn.MSELoss(), callbacks=[stuck])
+    noted = Noted()
+    trainer = Trainer(model=line(), loss_fn=nn.MSELoss(), callbacks=[Stuck(), noted])
     for _ in range(2):
         with pytest.raises(RuntimeError, match="stuck"):
             trainer.evaluate(batches(4), weights="averaged")
-    assert (stuck.events.count("teardown"), trainer.val_dataloader) == (2, None)
+    assert (noted.events.count("teardown"), trainer.val_dataloader) == (2, None)
 
 
 class Named(Trainer):
