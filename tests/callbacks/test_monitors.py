@@ -41,7 +41,9 @@ def flat_norm(gradients) -> float:
 
 def test_the_gradient_norm_is_logged_and_noted_each_step() -> None:
     expected: list[float] = []
-    trainer = FakeTrainer(GradientMonitor())
+    monitor = GradientMonitor()
+    trainer = FakeTrainer(monitor)
+    assert monitor.state_dict() == {}, "so that a run without one resumes without a word"
     original = trainer.fire
 
     def watch(event: str, *arguments) -> None:
@@ -55,6 +57,7 @@ def test_the_gradient_norm_is_logged_and_noted_each_step() -> None:
         expected
     )
     assert [norm.item() for norm in trainer.norms] == pytest.approx(expected)
+    assert monitor.state_dict().keys() == {"largest"}, "also where a row has just taken it"
 
 
 def test_every_and_per_layer() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,22 @@ def test_callbacks_hear_of_its_batches_and_of_nothing_that_training_decides() ->
     noted.events.clear()
     assert trainer.evaluate() == trainer.result.metrics
     assert noted.events == ["setup", "batch", "batch", "batch", "teardown"]
+
+
+class Stuck(Callback):
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        yield
+        raise RuntimeError("stuck")
+
+
+def test_what_fails_as_weights_are_swapped_back_leaves_the_trainer_usable() -> None:
+    noted = Noted()
+    trainer = Trainer(model=line(), loss_fn=nn.MSELoss(), callbacks=[Stuck(), noted])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="stuck"):
+            trainer.evaluate(batches(4), weights="averaged")
+    assert (noted.events.count("teardown"), trainer.val_dataloader) == (2, None)
 
 
 class Named(Trainer):

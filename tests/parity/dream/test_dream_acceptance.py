@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -339,6 +339,12 @@ def test_DT_23_a_background_save_has_its_steps_weights_and_a_failing_one_is_name
     assert "step 4: the checkpoint could not be written: No space left on device" in text
 
 
+class Shaped(Protocol):
+    """What no `isinstance` can check."""
+
+    shape: int
+
+
 class Sized:
     """A mixin that a callback may ask for."""
 
@@ -354,8 +360,10 @@ def test_DT_32_a_callback_for_a_kind_of_trainer_is_refused_by_others() -> None:
 
     class More(Measures): ...
 
+    class AnyShape(Callback[Shaped]): ...
+
     measures = More()
-    fitted(Big, callbacks=[measures])
+    fitted(Big, callbacks=[measures, AnyShape()])
     assert measures.size == 3
     text = message(ConfigError, callbacks=[More(), Trace()])
     assert "callbacks: More is for trainers of the kind Sized, which Trainer is not." in text
