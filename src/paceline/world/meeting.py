@@ -36,6 +36,7 @@ _announced = False  # the others know why this rank exits, or the run informs th
 _WORD = "word"  # the key of the first word
 _MET = "met"
 _POLL = 0.02  # seconds between two looks
+_IN_PASSING = 1.0  # seconds for which a rank tries to inform the others of a signal
 _LINGER = 10.0  # seconds for which rank 0 keeps the store for the others, and they look for it
 
 
@@ -84,14 +85,15 @@ def announce_exit(code: int, why: str | BaseException) -> bool:
     if _announced or size == 1 or not place or _has_agent() or dist.is_initialized():
         return True
     _announced = True
+    seconds = _IN_PASSING if code == STOPPED else _LINGER  # at a signal it is soon killed
     try:
-        store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timedelta(seconds=_LINGER)))
+        store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timedelta(seconds=seconds)))
         if store.compare_set(_WORD, "", json.dumps([rank, code, _in_a_line(why)])).decode() == _MET:
             return False
         _held += 1
         store.set(f"left/{rank}", "")
         if rank == 0:  # whose store it is
-            _await(store, [f"left/{other}" for other in range(size)], _LINGER)
+            _await(store, [f"left/{other}" for other in range(size)], seconds)
     except Exception:  # noqa: BLE001  no other rank is there
         pass
     return True
