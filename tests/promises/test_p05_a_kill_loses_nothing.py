@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from faults import DOES_NOT_ANSWER, FaultyDisk, QuickDisk, unreadable_from
 
 import storm
 from builders import Noisy, Regression, loader, make_model
 from endings import ending, saved_steps
+from faults import DOES_NOT_ANSWER, FaultyDisk, QuickDisk, unreadable_from
 from paceline import Callback, CheckpointPolicy, MetricMonitor, reading
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from faults import QuickDisk
 from torch import nn
 from torch.utils.data import DataLoader
 
+from faults import QuickDisk
 from paceline import (
     AbstractTrainerConfig,
     Callback,
