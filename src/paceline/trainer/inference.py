@@ -27,6 +27,7 @@ from paceline.trainer.checks import check_validation
 from paceline.trainer.events import Events
 from paceline.trainer.run import Run
 from paceline.trainer.state_tree import load_for_inference
+from paceline.world import meeting
 from paceline.world.seeding import random_state_kept, seed_everything
 
 _LOADED = ("objects", "progress", "settings", "made", "rank")  # of a checkpoint, beside weights
@@ -101,6 +102,7 @@ def _start(
     trainer: TrainerBase, run: Run, wanted: Wanted, swapped: ExitStack, configures: bool
 ) -> None:
     run.world.open()
+    meeting.end()  # a signal ends this rank at once: there is nothing to save
     run.stop.watch(partial(error_context.whereabouts, trainer, run))
     if trainer.deterministic:
         lifecycle.set_determinism(run)
