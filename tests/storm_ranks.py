@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults import DOES_NOT_ANSWER, unreadable_from
 
 from builders import Noisy, Regression, loader, make_model
+from faults import DOES_NOT_ANSWER, unreadable_from
 from paceline import Callback, CheckpointPolicy, MetricMonitor, Parallel, reading
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine

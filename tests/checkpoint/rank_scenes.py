@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from faults import FaultyDisk, QuickDisk, fails_at
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from faults import FaultyDisk, QuickDisk, fails_at
 from paceline.checkpoint import CheckpointPolicy, NativeEngine, read_manifest
 from paceline.errors import CheckpointError, MismatchError, StateError
 from paceline.world.layout import Parallel

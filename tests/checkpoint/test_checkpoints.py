@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from faults import FaultyDisk, QuickDisk, fails_at, leftovers, opened, state, value_of
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from faults import FaultyDisk, QuickDisk, fails_at, leftovers, opened, state, value_of
 from paceline.checkpoint import (
     CheckpointPolicy,
     check_fits,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import opened, state, value_of
 
+from faults import opened, state, value_of
 from paceline.checkpoint import load_tree, read_manifest, verify
 from paceline.checkpoint.publication import MANIFEST, STATE, _own_checksum
 from paceline.checkpoint.safetensors_file import read_header

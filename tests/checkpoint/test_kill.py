@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from faults import Died, FaultyDisk, dies_at, fails_at, in_child, leftovers, opened, state, value_of
 
+from faults import Died, FaultyDisk, dies_at, fails_at, in_child, leftovers, opened, state, value_of
 from paceline.errors import CheckpointError
 
 

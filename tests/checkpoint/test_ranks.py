@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from faults import leftovers, opened
 from rank_scenes import WHOLE, play
 
+from faults import leftovers, opened
 from paceline.testing import Ranks
 
 

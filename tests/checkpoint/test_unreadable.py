@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from faults import (
     DOES_NOT_ANSWER,
     FaultyReader,
@@ -19,7 +20,6 @@ from faults import (
     unreadable_from,
     value_of,
 )
-
 from paceline import reading
 from paceline.checkpoint.publication import MANIFEST
 from paceline.errors import CheckpointError
