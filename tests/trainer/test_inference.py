@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ from paceline.callbacks import AveragedWeights
 from paceline.errors import ConfigError, DataError, MismatchError, PeerError
 from paceline.testing import Ranks, bits
 from paceline.world.meeting import announce_exit
+from paceline.world.signals import leave_at_once_on_signals
 from small import batches, fitted, line, points, settings
 
 SPLIT = {"0": "colwise", "2": "rowwise"}
@@ -347,3 +351,20 @@ def test_what_configure_makes_is_made_once_and_keeps_the_weights_that_were_loade
     trained = Configured(**options, progress=False, val_dataloader=batches(7))
     trained.train(seed=2)
     assert trained.evaluate() == trained.result.metrics
+
+
+class Slow(Trainer):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+
+
+def evaluate_slowly() -> None:
+    leave_at_once_on_signals()  # as a command does
+    Slow(model=line(), loss_fn=nn.MSELoss()).evaluate(batches(8))
+
+
+def test_a_signal_to_ranks_that_evaluate_ends_them_at_once(ranks: Ranks) -> None:
+    ended = ranks.outcomes(evaluate_slowly, 2)
+    assert [one.code for one in ended] == [75, 75]
+    assert all(one.seconds < 10 for one in ended)

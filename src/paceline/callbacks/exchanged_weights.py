@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
 
 
-class ExchangedWeights(Callback):
+class ExchangedWeights(Callback, ABC):
     """Swaps other weights into the models for each validation, then restores the trained ones.
 
     A subclass loads these weights in `_exchange` and keeps copies of the trained ones, which
@@ -27,11 +28,13 @@ class ExchangedWeights(Callback):
     def __init__(self, *, evaluate: bool = True) -> None:
         self.evaluate = evaluate
 
+    @abstractmethod
     def _exchange(self) -> None:
-        raise NotImplementedError
+        """Swaps the other weights in."""
 
+    @abstractmethod
     def _put_back(self) -> None:
-        raise NotImplementedError
+        """Copies the trained weights back."""
 
     def on_validation_start(self, trainer: Trainer) -> None:
         """Swaps the other weights in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,13 @@ class WeightAverage(ExchangedWeights):
         self._started = False
         self._kept: dict[str, torch.Tensor] | None = None  # the trained weights, while exchanged
 
+    @abstractmethod
     def _is_due(self, step: int) -> bool:
         """Whether the average is updated after `step` steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _share(self) -> float:
         """The fraction of the distance to the weights that the next update covers, from 0 to 1."""
-        raise NotImplementedError
 
     def _is_of_use(self) -> bool:
         """Whether there is an average to validate with."""

@@ -40,7 +40,7 @@ def _continues(row: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
 
 
 class CsvTable:
-    """The table of a run that goes on: each row is in the file at once.
+    """The table of a run in progress: each row is in the file as soon as it is added.
 
     It is a copy, which is made anew from the rows at the run's end: a failure to write only
     causes a warning.

@@ -277,8 +277,8 @@ class RowFile:
         had = self._rows
         self._find_end()
         first = self._rows + 1
-        told = "%s was shortened while the run goes on: rows %d to %d are lost."
-        _log.warning(told, self.path, first, had)
+        message = "%s was shortened during the run: rows %d to %d are lost."
+        _log.warning(message, self.path, first, had)
 
     def _put_back(self) -> None:
         """Puts the file back where somebody has removed or replaced it meanwhile.
@@ -305,7 +305,7 @@ class RowFile:
         self._handle = handle
         what = "removed" if there is None else "replaced"
         _log.warning(
-            "%s was %s while the run goes on: its %d rows were written again%s.",
+            "%s was %s during the run: its %d rows were written again%s.",
             self.path,
             what,
             self._rows,
@@ -317,7 +317,7 @@ class JsonlSink(Sink):
     """Writes `metrics.jsonl` and `timing.jsonl` in the run folder, and `metrics.csv` beside them.
 
     The table has one line for each step that has a row: what was trained and what a validation
-    after it measured. It is there while the run goes on.
+    after it measured. It is up to date throughout the run.
 
     Floats are written so that they are read back bit by bit; since JSON has no non-finite
     numbers, those are the strings "nan", "inf" and "-inf" (`read_rows` returns floats).

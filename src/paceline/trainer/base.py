@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from paceline.checkpoint import CheckpointEngine
-from paceline.checkpoint.export import Weights
 from paceline.data.batches import count_first_dimension
 from paceline.data.source import Source, Validation, windows_in
 from paceline.errors import ConfigError, some
@@ -79,21 +78,6 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             self._asked_seed = self._own_loop = None
         return getattr(self, "result", None) if outcome is None else outcome
-
-    return wrapped
-
-
-def loading_weights_first(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps an `evaluate()` of the user's own: outside a run, weights are loaded before it.
-
-    The arguments choose the weights; the user's method gets none.
-    """
-
-    @wraps(evaluate)
-    def wrapped(self: TrainerBase, *args: Any, **kwargs: Any) -> Any:
-        if self._run is not None:
-            return evaluate(self, *args, **kwargs)
-        return self._evaluate_aside(*args, **kwargs)
 
     return wrapped
 
@@ -264,29 +248,8 @@ class TrainerBase(Hooks, AbstractTrainer):
         """A validation's metrics beyond those logged."""
 
     @abstractmethod
-    def evaluate(
-        self,
-        loader: Any = None,
-        *,
-        checkpoint: str | Path | None = None,
-        weights: Weights = "auto",
-    ) -> dict[str, float] | None:
-        """Validates.
-
-        Args:
-            loader: in place of `val_dataloader`.
-            checkpoint, weights: which to load first, outside a run.
-        """
-
-    @abstractmethod
-    def _evaluate_aside(
-        self,
-        loader: Any = None,
-        *,
-        checkpoint: str | Path | None = None,
-        weights: Weights = "auto",
-    ) -> dict[str, float]:
-        """Validates outside a run; the arguments are those of `evaluate`."""
+    def evaluate(self) -> dict[str, float] | None:
+        """Validates."""
 
     @abstractmethod
     def predict_step(self, batch: Any, batch_idx: int) -> Any:

@@ -83,7 +83,7 @@ def load_by_name(
 ) -> dict[str, Any]:
     """Gives things their stored states; a new one starts fresh, and one that is gone is reported.
 
-    Several of one name are told apart by their settings, whatever their order.
+    Several with the same name are distinguished by their settings, in any order.
 
     Args:
         kind: what they are, for people.

@@ -22,10 +22,10 @@ from typing import Any
 from paceline.errors import some
 from paceline.world.world import World
 
-# As shares of the time that a collective may wait.
-_STILL = 0.9  # a rank may stand still before somebody asks
-_ANSWERS = 0.08  # the others may take to answer
-_EVERY = 0.01  # between two looks
+# As fractions of the time that a collective may wait.
+_STILL = 0.9  # without progress, after which a rank asks the others where they are
+_ANSWERS = 0.08  # that the others have to answer
+_EVERY = 0.01  # between two looks at the store
 _CALLS = 3  # shown of a rank's stack, beside a library's that they are in
 _RANKS = 8  # named of those that are at the same place
 _LIBRARIES = {"torch", *sys.stdlib_module_names}

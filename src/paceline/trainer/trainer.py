@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from paceline.data.batches import inputs_and_targets, inputs_of
 from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
 from paceline.errors import ConfigError, unknown_settings
 from paceline.trainer import as_dataclass, decisions, lifecycle, saving
-from paceline.trainer.base import TrainerBase, ending_its_run, loading_weights_first
+from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.callback import Callback
 from paceline.trainer.checks import check_settings
 from paceline.trainer.events import overrides
@@ -166,7 +166,7 @@ class Trainer(TrainerBase):
         if "train" in vars(cls):
             cls.train = ending_its_run(cls.train)
         if "evaluate" in vars(cls):
-            cls.evaluate = loading_weights_first(cls.evaluate)
+            cls.evaluate = _loading_weights_first(cls.evaluate)
 
     # What a model's author writes
 
@@ -492,16 +492,20 @@ class Trainer(TrainerBase):
         checkpoint: str | Path | None = None,
         weights: Weights = "auto",
     ) -> dict[str, float]:
-        with self._run_aside() as run:
-            wanted = Wanted(loader, checkpoint, weights)
-            with opened(self, run, wanted, configures=not self._configured):
-                self._configured = True
-                if not (self.validation or self.is_overridden("evaluate")):
-                    raise ConfigError(
-                        "there is nothing to validate with: give evaluate() a loader, or the "
-                        "trainer a val_dataloader."
-                    )
-                return measure(self, run) or {}
+        with self._inference(Wanted(loader, checkpoint, weights)) as run:
+            if not (self.validation or self.is_overridden("evaluate")):
+                raise ConfigError(
+                    "there is nothing to validate with: give evaluate() a loader, or the trainer a "
+                    "val_dataloader."
+                )
+            return measure(self, run) or {}
+
+    @contextmanager
+    def _inference(self, wanted: Wanted) -> Iterator[Run]:
+        """A run that does not train, with models placed and loaded, and data open."""
+        with self._run_aside() as run, opened(self, run, wanted, configures=not self._configured):
+            self._configured = True
+            yield run
 
     def predict(
         self,
@@ -554,11 +558,8 @@ class Trainer(TrainerBase):
             raise ConfigError(
                 "predict() works outside a run; within one, call the model in a hook of yours."
             )
-        with self._run_aside() as run:
-            wanted = Wanted(loader, checkpoint, weights)
-            with opened(self, run, wanted, configures=not self._configured):
-                self._configured = True
-                yield Predictions(self, run)
+        with self._inference(Wanted(loader, checkpoint, weights)) as run:
+            yield Predictions(self, run)
 
     def _end_epoch(self) -> None:
         self.optimization.step_schedulers("epoch")
@@ -655,6 +656,21 @@ class Trainer(TrainerBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, within a run."""
         load_state(self, self._at_hand, state_dict)
+
+
+def _loading_weights_first(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps an `evaluate()` of the user's own: outside a run, weights are loaded before it.
+
+    The arguments choose the weights; the user's method gets none.
+    """
+
+    @wraps(evaluate)
+    def wrapped(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self._run is not None:
+            return evaluate(self, *args, **kwargs)
+        return self._evaluate_aside(*args, **kwargs)
+
+    return wrapped
 
 
 _SETTINGS = tuple(inspect.signature(Trainer).parameters)[:-1]

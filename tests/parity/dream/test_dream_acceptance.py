@@ -8,7 +8,6 @@ it does instead.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import itertools
 import json
 import threading
@@ -295,8 +294,6 @@ def by_torchmetrics(samples: int) -> tuple[Any, Any]:
 
 def test_DT_15_torchmetrics_are_those_of_one_process(ranks: Any) -> None:
     """On two ranks, of which one has no sample."""
-    if importlib.util.find_spec("torchmetrics") is None:
-        pytest.skip("torchmetrics is not installed")
     for measured, expected in ranks(by_torchmetrics, 2, 1):
         assert measured == pytest.approx(expected, rel=1e-5)
 
