@@ -30,7 +30,8 @@ from paceline.trainer.state_tree import load_for_inference
 from paceline.world import meeting
 from paceline.world.seeding import random_state_kept, seed_everything
 
-_LOADED = ("objects", "progress", "settings", "made", "rank")  # of a checkpoint, beside weights
+# Of a checkpoint, beside the weights.
+_LOADED = ("identity", "objects", "progress", "settings", "made", "rank")
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def _start(
     if trainer.deterministic:
         lifecycle.set_determinism(run)
     found = _find(trainer, run, wanted)
-    if found is not None:
-        run.seed = _seed_of(found)
+    tree = {} if found is None else load_tree(found.path, parts=_LOADED)
+    run.seed = int(tree.get("identity", {}).get("seed", run.seed))  # of the run that saved it
     seed_everything(run.seed)
     if configures:
         run.open_data = partial(_open_training_data, trainer, run)
@@ -131,7 +132,6 @@ def _start(
     for hook in run.events.on_setup:
         hook()
     if found is not None:
-        tree = load_tree(found.path, parts=_LOADED)
         weights = read_weights(found, wanted.weights)
         load_for_inference(trainer, run, tree, weights)
         if trainer.parallel.partitions_state:
@@ -195,9 +195,3 @@ def _look_up(run_dir: Path | None, checkpoint: str | Path | None) -> Checkpoint 
             "the path of a run or of a checkpoint."
         )
     return find_checkpoint(run_dir, str(checkpoint))
-
-
-def _seed_of(found: Checkpoint) -> int:
-    """The seed of the run that saved it, of which a validation's random numbers are made."""
-    identity = load_tree(found.path, parts=("identity",)).get("identity", {})
-    return int(identity.get("seed", 0))
