@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
 
-from paceline import World
+from paceline import Trainer, World
 from paceline.testing import Ranks, RanksFailed, run_ranks
 
 
@@ -44,6 +46,26 @@ def test_a_hang_ends_in_time_and_says_where() -> None:
     assert "rank 1 of 2 hung and was killed" in said
     assert "in hang_on_rank_1" in said
     assert "rank 0" not in said
+
+
+class Hanging(Trainer):
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        threading.Event().wait()
+        return self.model(batch).mean()
+
+
+def hang_in_training() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = DataLoader(torch.ones(2, 1))  # pyright: ignore[reportArgumentType]
+    trainer = Hanging(model, optimizer, train_dataloader=rows, epochs=1, progress=False)
+    trainer.train()
+
+
+def test_a_hang_in_training_says_where_too() -> None:
+    """The trainer handles the signals that ask a process for something."""
+    with pytest.raises(RanksFailed, match=r"line \d+ in training_step"):
+        run_ranks(hang_in_training, 1, limit=2)
 
 
 def fail_on_rank_1() -> None:
