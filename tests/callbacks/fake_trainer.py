@@ -38,6 +38,7 @@ class FakeTrainer(Hooks):
         self.global_step = self.current_epoch = 0
         self.epochs, self.training_horizon = 2, 8
         self.log_every = log_every
+        self.recorder = SimpleNamespace(every=log_every)
         self.validation: Any = {None: SimpleNamespace(length=2)}
         self.max_val_batches = None
         self.progress = SimpleNamespace(samples=0, items=0, rates={}, begun=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 import torch
 from fake_trainer import FakeTrainer
@@ -41,9 +44,7 @@ def test_off_a_terminal_each_row_and_each_validation_is_one_line(clock) -> None:
     trainer.validate().end()
     lines = out.getvalue().splitlines()
     assert len(lines) == 3, "the last row is not repeated at the end"
-    assert re.fullmatch(
-        r"epoch 1/2  step 2/8  train/loss [\d.]+  8 samples/s  0:00:06 left", lines[0]
-    )
+    assert re.fullmatch(r"epoch 1/2  step 2/8  loss [\d.]+  8 samples/s  0:06 left", lines[0])
     assert re.match(r"epoch 1/2  step 4/8  ", lines[1])
     assert lines[2] == "validation at step 4  val/loss 0.25"
     assert "\r" not in out.getvalue()
@@ -59,6 +60,81 @@ def test_fast_rows_are_not_a_flood_of_lines_and_the_last_is_always_shown(clock) 
     trainer.end()
     steps = [int(step) for step in re.findall(r"step (\d+)/", out.getvalue())]
     assert steps == [1, 9, 17, 25]
+
+
+def test_the_log_of_a_long_run_stays_short(clock) -> None:
+    """Given a day with a row each 10 s and a validation each minute, the pauses between lines grow
+    to 10 minutes, and the last row and the last validation are shown."""
+    out = io.StringIO()
+    trainer = FakeTrainer(Progress(file=out), log_every=1).start()
+    trainer.training_horizon = 8640
+    for i in range(1, 8641):
+        clock.now += 10
+        trainer.step()
+        if i % 6 == 0:
+            trainer.fire("on_metrics", {"val/loss": float(i)})
+    trainer.end()
+    lines = out.getvalue().splitlines()
+    rows = [int(step) for step in re.findall(r"step (\d+)/", out.getvalue())]
+    assert len(lines) < 400
+    assert rows[:3] == [1, 2, 3]
+    assert max(b - a for a, b in itertools.pairwise(rows)) == 60
+    assert rows[-1] == 8640
+    assert any("val/loss 8640" in line for line in lines[-3:])
+
+
+@pytest.mark.parametrize(
+    ("columns", "notes"),
+    [
+        (40, "loss 0.5"),
+        (60, "loss 0.5  6:30:00 left"),
+        (80, "loss 0.5  lr 0.001  8 samples/s  6:30:00 left"),
+        (140, "loss 0.5  lr 0.001  accuracy 0.25  grad_norm 2  8 samples/s  6:30:00 left"),
+    ],
+)
+def test_the_line_fits_the_terminal(clock, monkeypatch, columns: int, notes: str) -> None:
+    """Loss, rate, speed and time left come before other values, and nothing is cut."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = Terminal()
+    trainer = FakeTrainer(Progress(file=out)).start()
+    trainer.training_horizon, trainer.global_step = 23_401, 1
+    clock.now += 1
+    values = {"train/accuracy": 0.25, "grad_norm": 2.0, "lr": 0.001, "train/loss": 0.5}
+    trainer.fire("on_step_end", {"step": 1, "samples": 8, **values})
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).splitlines()
+    assert drawn[-1].rstrip().endswith(f"1/23401  {notes}")
+    assert "…" not in out.getvalue()
+    assert all(len(line) <= columns for line in drawn)
+    trainer.end()
+
+
+def test_a_notebook_has_one_line_that_lives() -> None:
+    """Given a cell that trains, its output is the plan, one display, and what the run says."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    (live,) = [one for one in outputs if one.output_type == "display_data"]
+    assert re.fullmatch(
+        r"epoch 2/2  step 8/8  loss [\d.]+  lr 0.01  [\d,]+ samples/s  0:00 left"
+        r"  \|  validation at step 8  val/loss [\d.]+",
+        live.data["text/plain"],
+    )
+    printed = "".join(one.text for one in outputs if one.output_type == "stream").splitlines()
+    assert printed.pop().startswith("paceline: complete at step 8")
+    assert all(line.startswith("plan: ") for line in printed)
+    assert len(printed) < 10
+
+
+CELL = """
+import torch
+from paceline import Trainer
+model = torch.nn.Linear(3, 1)
+batches = [(torch.rand(2, 3), torch.rand(2, 1))] * 4
+Trainer(
+    model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+    loss_fn=torch.nn.MSELoss(), train_dataloader=batches, val_dataloader=batches, epochs=2,
+).fit();
+"""
 
 
 def test_a_long_validation_is_seen_to_move(clock) -> None:
@@ -134,7 +210,7 @@ def test_a_run_without_epochs_or_horizon_is_shown(clock) -> None:
     trainer.epochs = trainer.training_horizon = None
     trainer.validation = {}
     trainer.start().step(2).validate()
-    assert out.getvalue().startswith("epoch 1  step 2  train/loss")
+    assert out.getvalue().startswith("epoch 1  step 2  loss")
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])

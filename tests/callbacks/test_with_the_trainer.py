@@ -102,7 +102,7 @@ def test_progress_shows_rows_and_validations() -> None:
         ["epoch 2", "step 10/12"],
         ["epoch 3", "step 12/12"],
     ]
-    assert all("train/loss" in line and "samples/s" in line for line in training)
+    assert all("  loss " in line and "samples/s" in line for line in training)
     assert sum(line.startswith("validation at step") for line in lines) == 4
 
 

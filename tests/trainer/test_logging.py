@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from builders import Noisy, Regression, loader, make_model
-from paceline import Callback, Trainer
+from paceline import Callback, Trainer, World
 from paceline.errors import ConfigError, MetricError
 from paceline.log import Image, Sink, Table, Text
 from paceline.testing import Ranks, StopAt, assert_resumes_exactly
@@ -55,6 +55,47 @@ def test_an_optimizer_is_not_called_loss() -> None:
     model = line()
     named = {"loss": torch.optim.SGD(model.parameters(), lr=0.1)}
     assert "name the optimizer otherwise" in message(ConfigError, model=model, optimizer=named)
+
+
+@pytest.mark.parametrize(
+    ("samples", "steps"),
+    [(12, [1, 2, 3]), (100, [*range(2, 25, 2), 25]), (2400, [*range(50, 601, 50)])],
+)
+def test_an_epoch_has_some_ten_rows_unless_one_says_otherwise(
+    samples: int, steps: list[int]
+) -> None:
+    """Given an epoch of 3, 25 and 600 steps, there are rows every 1, 2 and 50 steps."""
+    trainer = fitted(train_dataloader=batches(samples), loggers=[(found := Seen())], epochs=1)
+    assert found.steps == steps
+    assert f"a row of metrics every {steps[0]} step" in str([*map(str, trainer.plan)])
+
+
+class Seen(Sink):
+    """The steps of the rows."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        if not any(name.startswith("epoch/") for name in row):
+            self.steps.append(row["step"])
+
+
+def test_ranks_whose_streams_differ_have_rows_at_the_same_steps(ranks: Ranks) -> None:
+    assert ranks(rows_of_streams, 2) == [[*range(1, 31)], [*range(1, 31)]]
+
+
+def rows_of_streams() -> list[int]:
+    steps: list[int] = []
+
+    class Steps(Callback):
+        def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            if metrics:
+                steps.append(metrics["step"])
+
+    own = [(torch.ones(4, 3), torch.ones(4, 1))] * (10 + 20 * World().rank)
+    fitted(train_dataloader=own, callbacks=[Steps()], epochs=1)
+    return steps
 
 
 def test_an_epoch_has_a_row_with_the_means_of_its_steps() -> None:

@@ -176,7 +176,7 @@ class Scoring(Trainer):
 def test_what_is_logged_as_training_ends_is_in_the_last_row(tmp_path: Path) -> None:
     """Also once the complete run was started again; what comes later than that is an error."""
     for _ in range(2):
-        fitted(Scoring, run_dir=tmp_path)
+        fitted(Scoring, run_dir=tmp_path, log_every=50)
         last = step_rows(tmp_path)[-1]
         assert (last["step"], last["final/score"]) == (10, 42.0)
         assert [row["step"] for row in step_rows(tmp_path)] == [10, 10]

@@ -64,7 +64,7 @@ class UpdateRatio(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Copies the weights, if there will be a row at this step."""
         step = trainer.global_step + 1
-        if step % trainer.log_every or step % self.every:
+        if step % trainer.recorder.every or step % self.every:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -79,6 +79,31 @@ class CheckpointPolicy:
         if mistakes:
             raise ConfigError("checkpoint: " + "; ".join(mistakes))
 
+    def in_words(self) -> str:
+        """When it saves and what it keeps, as a line of the plan."""
+        when = [
+            *([] if self.every_epochs is None else [f"every {_some('epoch', self.every_epochs)}"]),
+            *([] if self.every_steps is None else [f"every {_some('step', self.every_steps)}"]),
+            *(["at each best metric"] if self.save_best else []),
+        ]
+        kept = [
+            "all" if self.keep_last is None else f"the newest{_count(self.keep_last)}",
+            *([f"the best{_count(self.keep_best)}"] if self.save_best else []),
+            *([f"those of every {self.keep_every_steps} steps"] if self.keep_every_steps else []),
+        ]
+        waits = "" if self.asynchronous else "; training waits"
+        engine = "" if self.engine == NATIVE else f"; engine {self.engine}"
+        times = " and ".join(when) or "at the end"
+        return f"saves {times}, keeps {' and '.join(kept)}{waits}{engine}"
+
+
+def _some(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{count} {noun}s"
+
+
+def _count(number: int) -> str:
+    return "" if number == 1 else f" {number}"
+
 
 class Kept(Protocol):
     """What `to_keep` needs to know about a checkpoint."""

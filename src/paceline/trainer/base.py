@@ -136,7 +136,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     callbacks: list[Any]
     loggers: Any
     show_progress: bool
-    log_every: int
+    log_every: int | None
     run_dir: Path | None
     resume: Resume
 
@@ -181,7 +181,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         super().__setattr__(name, value)
         if name in READ_ALWAYS:
             try:
-                run.check_settings()
+                run.take_settings()
             except ConfigError:
                 super().__setattr__(name, before)
                 raise

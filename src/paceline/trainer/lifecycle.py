@@ -46,7 +46,7 @@ from paceline.trainer.ranks_alike import (
     check_data_alike,
     check_settings_alike,
 )
-from paceline.trainer.recorder import Recorder
+from paceline.trainer.recorder import Recorder, rows_every
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run, StopBeforeWindow
 from paceline.trainer.settings import READ_BY_OPENING, READ_ONCE, FixedDict, FixedList
@@ -256,7 +256,18 @@ def _fix(trainer: TrainerBase, run: Run) -> None:
                 run.fixed |= {name}
             vars(trainer)[name] = FixedDict(name, given, grows=grows)
             run.cleanup.callback(_thaw, trainer, name, given)
-    run.check_settings = partial(check_changed, trainer)
+    run.take_settings = partial(_take_settings, trainer)
+    run.take_settings()
+
+
+def _take_settings(trainer: TrainerBase) -> None:
+    """Has the settings that may change within a run count from here on.
+
+    Raises:
+        ConfigError: one has an impossible value.
+    """
+    check_changed(trainer)
+    trainer.recorder.every = trainer.log_every or trainer.recorder.default_every
 
 
 def _thaw(trainer: TrainerBase, name: str, given: dict[str, Any]) -> None:
@@ -297,7 +308,7 @@ def open_training_data(trainer: TrainerBase, run: Run) -> None:
             trainer.source = groups.open_training(loader, size, seed, world)
     run.model_key = mix(stream(seed, "model"), world.part)
     for decision, setting in trainer.source.plan:
-        run.plan.add(decision, setting)
+        run.plan.add(decision, setting, given=setting == "shuffle")  # as the loader says
 
 
 def open_validation_data(trainer: TrainerBase, run: Run) -> None:
@@ -340,8 +351,11 @@ def _open_records(trainer: TrainerBase, run: Run) -> None:
     trainer.recorder.train = logged
     # A row takes every rank, though only one may have a callback that looks at it.
     recorder = trainer.recorder
-    everywhere = run.world.all_gather_object((recorder.wanted, recorder.writes))
-    recorder.wanted, recorder.writes = map(any, zip(*everywhere, strict=True))
+    every = rows_every(trainer.source.windows_per_epoch)  # of streams each rank knows its own
+    everywhere = run.world.all_gather_object((recorder.wanted, recorder.writes, every))
+    wanted, writes, intervals = zip(*everywhere, strict=True)
+    recorder.wanted, recorder.writes = any(wanted), any(writes)
+    recorder.default_every = min(intervals)
     if trainer.run_dir is None:
         run.plan.add("nothing is written: no checkpoints, rows stay in memory", "run_dir")
         return
@@ -450,12 +464,10 @@ def _extend(trainer: TrainerBase, run: Run) -> None:
 def _describe(trainer: TrainerBase, run: Run) -> None:
     """The plan: what was decided, printed and kept in run.json."""
     plan = run.plan
-    for decision, setting in [
-        (f"computes on {run.device} in {run.placement.computes_in}", "precision"),
-        *run.placement.lines(),
-        *_decisions(trainer, run),
-    ]:
+    plan.add(f"computes on {run.device} in {run.placement.computes_in}", "precision")
+    for decision, setting in run.placement.lines():
         plan.add(decision, setting)
+    _add_decisions(trainer, run)
     if run.saver is not None and trainer.checkpoint_policy is not None and not run.is_over:
         run.saver.check_space(trainer.state_dict())
     _on_disk(trainer, run.start_record)
@@ -477,26 +489,30 @@ _MORE = {
 }
 
 
-def _decisions(trainer: TrainerBase, run: Run) -> Iterator[tuple[str, str]]:
-    """Lines of the plan beside those of data and placement, each with its setting."""
-    horizon = trainer.training_horizon
+def _add_decisions(trainer: TrainerBase, run: Run) -> None:
+    """Adds the plan's lines beside those of data and placement."""
+    add, horizon = run.plan.add, trainer.training_horizon
     end = "the data" if horizon is None else f"{horizon} optimizer steps"
     if getattr(trainer.source, "estimates", False):
         end += " (estimated: the sampler's passes differ in length)"
-    yield f"ends after {end}", "epochs, max_steps"
-    yield f"seed {run.seed}", "train(seed=...)"
+    add(f"ends after {end}", "epochs, max_steps")
+    add(f"seed {run.seed}", "train(seed=...)")
     if trainer.has_validation:
-        yield f"validates every {trainer.validate_every}", "validate_every"
+        every = trainer.validate_every
+        add(f"validates every {every}", "validate_every", given=every != "epoch")
     if trainer.max_val_batches is not None:
-        yield _left_out(trainer), "validate_every"
-    if trainer.checkpoint_policy is None:
-        yield "saves no checkpoint: a run that is stopped starts anew", "checkpoint"
+        add(_left_out(trainer), "validate_every")
+    rows = counted(trainer.recorder.every, "step")
+    add(f"a row of metrics every {rows}", "log_every", given=trainer.log_every is not None)
+    policy = trainer.checkpoint_policy
+    if policy is None:
+        add("saves no checkpoint: a run that is stopped starts anew", "checkpoint")
     elif run.saver is not None:
-        yield f"saves by {trainer.checkpoint_policy}", "checkpoint"
+        add(policy.in_words(), "checkpoint", given=policy != CheckpointPolicy())
     optimizers = trainer.named_optimizers().values()
     fused = (getattr(each, "_step_supports_amp_scaling", False) for each in optimizers)
     if not run.on_cpu and not all(fused):
-        yield "an unfused optimizer waits for the device each step", "optimizer(fused=True)"
+        add("an unfused optimizer waits for the device each step", "optimizer(fused=True)")
 
 
 def _left_out(trainer: TrainerBase) -> str:

@@ -20,7 +20,17 @@ from paceline.trainer.run import Run
 Sums = dict[str, tuple[float, float]]
 """Sums of value x weight and of weight, by name."""
 
+_MOST = 50  # optimizer steps between two rows, unless the user says more
 _RESERVED = ("step", "epoch", "samples", "items")
+
+
+def rows_every(windows_per_epoch: int | None) -> int:
+    """Optimizer steps between two rows that nobody has set: some ten rows an epoch.
+
+    Args:
+        windows_per_epoch: optimizer steps in an epoch; None if nobody knows.
+    """
+    return _MOST if windows_per_epoch is None else min(_MOST, max(1, windows_per_epoch // 10))
 
 
 class Recorder:
@@ -33,6 +43,8 @@ class Recorder:
     Attributes:
         train, val: open sums of training and of the validation at hand.
         wanted: whether anybody looks at rows; if not, the loop's own loss is not even added.
+        every: optimizer steps between two rows.
+        default_every: what it is while the user sets nothing.
         writes: whether rows are written; if not, epochs have none.
         ended: whether the last row is written.
     """
@@ -48,6 +60,7 @@ class Recorder:
         self.val = Accumulator(reads_are_free=free)
         self.writes = bool(sinks)
         self.wanted = self.writes or bool(run.events.on_step_end)
+        self.every = self.default_every = _MOST
         self.ended = False
         self._said_unseen = False
         # Sums of the open row from before the epoch, and of the epoch from before the open row.

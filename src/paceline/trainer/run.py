@@ -110,7 +110,7 @@ class Run:
         val_name: the validation loader at hand, if it has a name.
         predicted: the batch that is predicted, from 0; None if nothing is predicted.
         open_data: opens the data, unless that is done.
-        check_settings: raises if a setting was changed to an invalid value.
+        take_settings: has changed settings count; raises if one has an invalid value.
         trained: whether this process has something to train.
         settled: whether the loop is between two windows with nothing pending, so that state may be
             saved.
@@ -156,7 +156,7 @@ class Run:
     val_name: str | None = None
     predicted: int | None = None
     open_data: Callable[[], None] = lambda: None
-    check_settings: Callable[[], None] = lambda: None
+    take_settings: Callable[[], None] = lambda: None
     trained: bool = False
     settled: bool = False
     stopped: bool = False

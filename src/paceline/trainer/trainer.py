@@ -79,7 +79,8 @@ class Trainer(TrainerBase):
         loggers: sinks for rows beside metrics.jsonl and timing.jsonl; only [] turns all rows off.
             Without a run_dir rows are kept in memory, for `Result.history`.
         progress: print the plan and show progress.
-        log_every: optimizer steps between two rows.
+        log_every: optimizer steps between two rows; None for some ten rows an epoch, at most one
+            every 50 steps.
         run_dir: the run's folder; None to write nothing.
         resume: "auto", "must", "never", "fresh", the path of a checkpoint, or a `Resume`.
 
@@ -114,7 +115,7 @@ class Trainer(TrainerBase):
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Any] | None = None,
         progress: bool = True,
-        log_every: int = 50,
+        log_every: int | None = None,
         run_dir: str | Path | None = None,
         resume: str | Resume = "auto",
         **unknown: Any,
@@ -377,7 +378,7 @@ class Trainer(TrainerBase):
         progress.samples += window.samples
         progress.items += window.items
         row: dict[str, Any] = {}
-        if progress.global_step % self.log_every == 0:
+        if progress.global_step % self.recorder.every == 0:
             self.optimization.guard.read()
             row = self.recorder.row() if self.recorder.wanted else {}
         for hook in run.events.on_step_end:

@@ -140,7 +140,7 @@ class _RowAnEpoch(Callback):
     """A row of the training loss for each epoch, in place of one for each `log_every` steps."""
 
     def on_setup(self, trainer: Trainer) -> None:
-        trainer.log_every = trainer.source.windows_per_epoch or trainer.log_every
+        trainer.log_every = trainer.source.windows_per_epoch
 
 
 def _metric(name: str) -> str:
