@@ -163,6 +163,39 @@ def test_parts_of_sequences_equal_whole_ones(ranks: Ranks, size: int, parallel: 
             assert kept.metrics == pytest.approx(one.metrics, rel=1e-10)
 
 
+class Predicting(Fit):
+    """Predicts logits, or for `pooled` their means."""
+
+    pooled = False
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.model(batch[0])
+        return {"logits": logits, "means": logits.mean(1)} if self.pooled else logits
+
+
+def predictions(parallel: Parallel | None) -> torch.Tensor:
+    if parallel is not None and parallel.rings:
+        emulate(exact=True)
+    trainer = make(Case(Predicting), parallel)
+    outputs = trainer.predict(DataLoader(data(5), 2))
+    if parallel is not None:
+        trainer.pooled = True
+        with pytest.raises(DataError, match=r"an output of shape \(2, 7\) is not one for each"):
+            trainer.predict(DataLoader(data(5), 2))
+    return outputs
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(2, Parallel(context=2)), (4, RING)])
+def test_parts_of_sequences_are_predicted_whole(
+    ranks: Ranks, size: int, parallel: Parallel
+) -> None:
+    """All logits in order, on 4 ranks of two copies; what has no positions is refused."""
+    whole = predictions(None)
+    assert whole.shape == (5, LENGTH, WORDS)
+    for outputs in ranks(predictions, size, parallel):
+        torch.testing.assert_close(outputs, whole, rtol=1e-10, atol=1e-10)
+
+
 class Readers(nn.Module):
     """Two blocks of attention, one after the other."""
 

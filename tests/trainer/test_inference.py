@@ -204,7 +204,12 @@ class Share(IterableDataset):
         return iter(self.rows)
 
 
-LAYOUTS = [Parallel(), Parallel(dp_shard=2), Parallel(tensor=2, plan=SPLIT)]
+LAYOUTS = [
+    Parallel(),
+    Parallel(dp_shard=2),
+    Parallel(tensor=2, plan=SPLIT),
+    Parallel(pipeline=2),
+]
 
 
 def everywhere(folder: Path) -> Any:
@@ -229,7 +234,7 @@ def everywhere(folder: Path) -> Any:
 
 
 def test_two_ranks_evaluate_and_predict_as_one_does(run: Path, ranks: Ranks) -> None:
-    """Eleven rows in copies, shards and split modules; a stream's batches take turns. One that
+    """Eleven rows in copies, shards, split modules and stages; a stream's batches take turns. One that
     fails afterwards ends the other, which waits for it in the next meeting."""
     one = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
     metrics, outputs = one.evaluate(batches(11)), one.predict(batches(11))

@@ -224,6 +224,26 @@ def _part(tensor: torch.Tensor, dim: int, mesh: DeviceMesh, ring: bool) -> torch
     return torch.cat([pieces[rank], pieces[-1 - rank]], dim)
 
 
+def whole_of(part: torch.Tensor, mesh: DeviceMesh, *, ring: bool = False) -> torch.Tensor:
+    """Sequences from the parts that `part_of` made, on each rank that has one.
+
+    Args:
+        part: [samples, this rank's positions, ...].
+        mesh: the ranks that share a sequence.
+        ring: whether the parts are cut for torch's ring attention.
+
+    Returns:
+        [samples, positions, ...], in their order.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    whole = DTensor.from_local(part.contiguous(), mesh, [Shard(1)], run_check=False).full_tensor()
+    if not ring:
+        return whole
+    pieces = whole.chunk(2 * mesh.size(), 1)
+    return torch.cat([*pieces[::2], *reversed(pieces[1::2])], 1)
+
+
 def _by_all_to_all(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mesh: DeviceMesh, **options: Any
 ) -> torch.Tensor:

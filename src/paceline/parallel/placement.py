@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from paceline.checkpoint.state import parameter_names
 from paceline.data.batches import to_device
-from paceline.errors import ConfigError, some
+from paceline.errors import ConfigError, DataError, some
 from paceline.log.plan import Plan
 from paceline.parallel.compile_blocks import memory_budget
-from paceline.parallel.context_parallel import Sequences, part_of, ring_attention
+from paceline.parallel.context_parallel import Sequences, part_of, ring_attention, whole_of
 from paceline.parallel.ddp import Replica, Synchronizer, replicate, sparse_parameters, zero_loss
 from paceline.parallel.float8 import Float8Layers, float8_layers
 from paceline.parallel.materialize import Materializer
@@ -311,6 +312,29 @@ class Placement:
         if self._world.context_mesh is not None:
             batch = part_of(batch, self._world.context_mesh, ring=self._parallel.rings)
         return batch if self._device.type == "cpu" else to_device(batch, self._device)
+
+    def whole_output(self, output: torch.Tensor, batch: Any) -> torch.Tensor:
+        """An output for all positions of the samples, of which this rank may have a part alone.
+
+        Args:
+            output: of this rank.
+            batch: which `local_batch` gave for it.
+
+        Raises:
+            DataError: sequences lie in parts, and the output is not one for each position.
+        """
+        mesh = self._world.context_mesh
+        if mesh is None:
+            return output
+        leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
+        lengths = {leaf.shape[1] for leaf in leaves if leaf.dim() > 1}
+        if output.dim() < 2 or output.shape[1] not in lengths:
+            raise DataError(
+                f"parallel.context={mesh.size()}: an output of shape {tuple(output.shape)} is not "
+                "one for each position, [samples, positions, ...]: predict without it. A "
+                "checkpoint is read in any layout."
+            )
+        return whole_of(output, mesh, ring=self._parallel.rings)
 
     def norm_of(self, gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
         """The 2-norm of gradients as one vector, over all ranks that have a part of them."""

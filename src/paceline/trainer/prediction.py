@@ -46,12 +46,6 @@ class Predictions:
         if len(trainer.validation) > 1:
             names = ", ".join(map(repr, trainer.validation))
             raise ConfigError(f"val_dataloader has several loaders ({names}): predict one of them.")
-        for name in ("context", "pipeline"):
-            if getattr(trainer.parallel, name) > 1:
-                raise ConfigError(
-                    f"predict() does not exist yet with parallel.{name}: leave it out. A "
-                    "checkpoint is read in any layout."
-                )
         (loader,) = loaders_by_name(trainer.val_dataloader).values()
         check_keeps_order(loader)
         self._trainer, self._run = trainer, run
@@ -109,10 +103,24 @@ class Predictions:
         except Exception as error:
             in_validation(trainer, run, error, batch, batch_idx)
             raise
-        outputs = {name: _checked(v, samples, batch) for name, v in _named(returned).items()}
+        outputs = {
+            name: _checked(self._whole(value, batch), samples, batch)
+            for name, value in _named(returned).items()
+        }
         if not outputs:
             raise DataError(f"predict_step returned {returned!r}, without any output.")
-        return outputs
+        mesh = run.world.context_mesh
+        return outputs if mesh is None or mesh.get_local_rank() == 0 else {}
+
+    def _whole(self, value: Any, batch: Any) -> Any:
+        """An output with all that other ranks have of it."""
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore
+            return self._run.placement.whole_output(value, batch)
+        return value
 
 
 def _names(outputs: Iterable[str]) -> str:
@@ -138,11 +146,7 @@ def _checked(value: Any, samples: int, batch: Any) -> Any:
     Raises:
         DataError: it is neither, or has another number of entries.
     """
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, torch.Tensor):
-        value = value.detach()
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore
         value = value.to("cpu", copy=True)  # which waits for what the ranks still exchange
         count = len(value) if value.dim() else None
     else:

@@ -531,7 +531,8 @@ class Trainer(TrainerBase):
         Raises:
             ConfigError: there is nothing to predict, or no such checkpoint; the loader shuffles; or
                 it is called within a run.
-            DataError: `predict_step` does not return one output a sample.
+            DataError: `predict_step` does not return one output a sample, or with
+                `parallel.context` one for each of its positions.
             CheckpointError: the checkpoint is damaged, or has no averaged weights.
             MismatchError: the checkpoint is of other models.
         """
