@@ -120,7 +120,7 @@ def evaluate(model: nn.Module, text: Tensor, count: int) -> float:
 
 
 def train(
-    steps: int = 120,
+    steps: int = 80,
     every: int = 40,
     warm_up: int = 20,
     val_batches: int = 8,

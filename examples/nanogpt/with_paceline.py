@@ -52,7 +52,7 @@ class GPTTrainer(Trainer):
 
 
 def make_trainer(
-    steps: int = 120,
+    steps: int = 80,
     every: int = 40,
     warm_up: int = 20,
     val_batches: int = 8,

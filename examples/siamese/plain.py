@@ -66,7 +66,7 @@ def make(pairs: int, width: int) -> tuple[Siamese, DataLoader[Triple], DataLoade
     return model, train, DataLoader(Pairs(x[1400:], y[1400:], pairs // 4, seed=2), 256)
 
 
-def train(epochs: int = 8, pairs: int = 4_000, width: int = 16) -> Siamese:
+def train(epochs: int = 6, pairs: int = 4_000, width: int = 16) -> Siamese:
     """Trains, prints a line of what came of it, and returns the model."""
     model, train_loader, val_loader = make(pairs, width)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)

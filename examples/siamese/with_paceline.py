@@ -31,7 +31,7 @@ class SiameseTrainer(Trainer):
 
 
 def make_trainer(
-    epochs: int = 8, pairs: int = 4_000, width: int = 16, **settings: Any
+    epochs: int = 6, pairs: int = 4_000, width: int = 16, **settings: Any
 ) -> SiameseTrainer:
     """The run of `plain.py`; further settings of the Trainer may be given."""
     model, train_loader, val_loader = make(pairs, width)

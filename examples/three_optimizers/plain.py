@@ -78,7 +78,7 @@ def make(n: int, width: int) -> tuple[Actor, Critic, Temperature, Loader]:
     return actor, critic, temperature, DataLoader(transitions(n), 128)
 
 
-def train(epochs: int = 10, n: int = 10_000, width: int = 64) -> dict[str, nn.Module]:
+def train(epochs: int = 5, n: int = 10_000, width: int = 64) -> dict[str, nn.Module]:
     """Trains, prints a line of what came of it, and returns the models."""
     actor, critic, temperature, loader = make(n, width)
     target = copy.deepcopy(critic).requires_grad_(False)

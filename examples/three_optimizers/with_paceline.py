@@ -62,7 +62,7 @@ class SACTrainer(Trainer):
                     slow.lerp_(following, FOLLOW)
 
 
-def make_trainer(epochs: int = 10, n: int = 10_000, width: int = 64, **settings: Any) -> SACTrainer:
+def make_trainer(epochs: int = 5, n: int = 10_000, width: int = 64, **settings: Any) -> SACTrainer:
     """The run of `plain.py`; further settings of the Trainer may be given."""
     return SACTrainer(n, width, epochs=epochs, **settings)
 

@@ -75,7 +75,7 @@ def make(words: int, vocabulary: int, width: int) -> tuple[WordModel, Chunks, Ch
 
 
 def train(
-    epochs: int = 3, words: int = 60_000, vocabulary: int = 2_000, width: int = 64
+    epochs: int = 2, words: int = 40_000, vocabulary: int = 2_000, width: int = 64
 ) -> WordModel:
     """Trains, prints a line of what came of it, and returns the model."""
     model, train_chunks, val_chunks = make(words, vocabulary, width)

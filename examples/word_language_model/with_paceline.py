@@ -53,8 +53,8 @@ class WordTrainer(Trainer):
 
 
 def make_trainer(
-    epochs: int = 3,
-    words: int = 60_000,
+    epochs: int = 2,
+    words: int = 40_000,
     vocabulary: int = 2_000,
     width: int = 64,
     **settings: Any,
