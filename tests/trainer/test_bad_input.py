@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from paceline.errors import (
 )
 from paceline.testing import rows
 from paceline.trainer import checks
+from paceline.trainer.settings import ELSEWHERE, EVENTS_ELSEWHERE, METHODS_ELSEWHERE
 from small import batches, checkpoints, fitted, line, message, points, same, settings, weights, wide
 
 
@@ -48,6 +50,13 @@ def contents(folder: Path) -> dict[str, str]:
         ("max_epochs", "epochs"),
         ("device", "the device follows from the machine"),
         ("save_last_k", "CheckpointPolicy(keep_last=...)"),
+        ("devices", "`paceline train RECIPE --nproc N`, or torchrun"),
+        ("val_check_interval", "validate_every, in optimizer steps"),
+        ("warmup_steps", "lr_scheduler=WarmupCosine("),
+        ("per_device_train_batch_size", "the batch_size of train_dataloader"),
+        ("mixed_precision", "here it is precision"),
+        ("max_iters", "here it is max_steps"),
+        ("validation_split", "val_dataloader=DataLoader(...)"),
         ("epoch", "did you mean 'epochs'"),
         ("fnord", "no such setting"),
     ],
@@ -62,6 +71,23 @@ def test_a_keyword_of_another_system_names_ours(keyword: str, ours: str) -> None
 def test_unknown_keywords_are_named_all_at_once() -> None:
     with pytest.raises(ConfigError, match=r"criterion: .*\n.*scheduler: "):
         Trainer(criterion=1, scheduler=2)
+
+
+def test_each_name_of_the_table_is_one_that_a_trainer_does_not_have() -> None:
+    """An entry for a keyword, a method or an event of ours would never be read."""
+    with pytest.raises(ConfigError) as caught:
+        Trainer(**dict.fromkeys(ELSEWHERE, 1))
+    assert str(caught.value).count("here it is") == len(ELSEWHERE)
+    assert [name for name in METHODS_ELSEWHERE if hasattr(Trainer, name)] == []
+    assert [name for name in EVENTS_ELSEWHERE if hasattr(Callback, name)] == []
+
+
+def test_a_model_given_to_fit_is_told_where_it_belongs() -> None:
+    with pytest.raises(ConfigError, match=r"seed=Linear.*: expected a whole number\. Models, "):
+        Trainer(**settings()).fit(line())  # pyright: ignore[reportArgumentType]
+    trainer = Trainer(**settings())
+    trainer.fit(np.int64(3))  # pyright: ignore[reportArgumentType]
+    assert trainer.seed == 3
 
 
 ANY = torch.optim.SGD(line().parameters(), lr=1.0)
@@ -422,6 +448,9 @@ def test_no_space_for_a_checkpoint_is_said_before_the_first_step(
         ("_train_epoch", "epoch"),
         ("eval_forward", "validation_step"),
         ("on_epoch_begin", "on_train_epoch_start"),
+        ("prepare_data", "configure"),
+        ("on_test_begin", "on_validation_start"),
+        ("teardown", "on_teardown"),
     ],
 )
 def test_a_method_of_another_system_s_name_is_told_ours(name: str, ours: str) -> None:
@@ -434,12 +463,13 @@ def test_a_method_of_another_system_s_name_is_told_ours(name: str, ours: str) ->
 
 def test_a_callback_s_and_an_attribute_s_names_of_other_systems_are_told_ours() -> None:
     kind = type("Migrated", (Trainer,), {"val_dataloader": lambda self: batches()})
-    callback = type("Hook", (Callback,), {"after_train_iter": lambda self: None})
+    names = ("after_train_iter", "set_model", "setup")
+    callback = type("Hook", (Callback,), dict.fromkeys(names, lambda self: None))
     said = message(ConfigError, kind, callbacks=[callback()])
     assert "Migrated defines the method val_dataloader, which nothing calls" in said
-    assert (
-        "Hook defines after_train_iter, which nothing calls; here it is on_train_batch_end" in said
-    )
+    assert "Hook defines after_train_iter, which nothing calls; here it is on_train_batch" in said
+    assert "Hook defines set_model, which nothing calls; here it is on_setup" in said
+    assert "Hook defines setup, which nothing calls; here it is on_setup" in said
 
 
 class Helped(Trainer):

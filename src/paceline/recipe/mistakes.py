@@ -17,6 +17,7 @@ Path = tuple[str, ...]
 
 # Other names for our keys, from other libraries.
 _ALSO_CALLED = {
+    **ELSEWHERE,
     "learning_rate": "lr",
     "base_lr": "lr",
     "wd": "weight_decay",
@@ -27,7 +28,6 @@ _ALSO_CALLED = {
     "monitor": "metric_monitor",
     "patience": "early_stop",
     "early_stopping": "early_stop",
-    **ELSEWHERE,
 }
 _MOST = 14  # the most names to list
 

@@ -30,7 +30,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.replica_groups import ReplicaGroups
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import READ_ALWAYS, Resume, read_already
+from paceline.trainer.settings import READ_ALWAYS, Resume, read_already, whole_seed
 from paceline.trainer.slots import TRAINER_SLOTS, slots_of
 from paceline.trainer.stop import StopAgreement, behind_boundary
 from paceline.trainer.window import Window
@@ -428,8 +428,7 @@ class TrainerBase(Hooks, AbstractTrainer):
             seed: of every random stream; None for that of an overridden `train(seed=...)`, or 0.
             trains: whether it is one that a stop file stops.
         """
-        seed = self._asked_seed if seed is None else seed
-        self.seed = 0 if seed is None else seed
+        self.seed = whole_seed(self._asked_seed if seed is None else seed)
         if self.run_dir is not None:
             self.run_dir = Path(self.run_dir).absolute()  # wherever the process goes meanwhile
         self.plan = type(self.plan)()

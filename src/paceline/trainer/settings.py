@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,71 @@ ELSEWHERE = {
     "seed": "train(seed=...)",
     "early_stopping_config": "early_stop=... with metric_monitor=MetricMonitor(...)",
     "device": "nothing: the device follows from the machine (trainer.device)",
+    "accelerator": "nothing: the device follows from the machine (trainer.device)",
+    "devices": "`paceline train RECIPE --nproc N`, or torchrun",
+    "num_nodes": "torchrun, or `paceline train RECIPE --slurm nodes=N`",
+    "strategy": "parallel=Parallel(...); several processes replicate the model by default",
+    "default_root_dir": "run_dir",
+    "output_dir": "run_dir",
+    "enable_progress_bar": "progress",
+    "verbose": "progress",
+    "enable_checkpointing": "checkpoint=None for no checkpoints",
+    "enable_model_summary": "`paceline preview RECIPE`",
+    "fast_dev_run": "`paceline preflight RECIPE`",
+    "limit_train_batches": "epoch_length, in micro-batches",
+    "steps_per_epoch": "epoch_length, in micro-batches",
+    "val_check_interval": "validate_every, in optimizer steps",
+    "check_val_every_n_epoch": "validate_every, in optimizer steps",
+    "validation_freq": "validate_every, in optimizer steps",
+    "eval_strategy": 'validate_every, "epoch" or a number of optimizer steps',
+    "eval_steps": "validate_every",
+    "validation_steps": "validate_every=ValidationPolicy(max_batches=...)",
+    "max_time": "callbacks=[TimeLimit(...)]",
+    "profiler": "callbacks=[Profiler(...)]",
+    "gradient_clip_algorithm": "max_grad_norm, which clips by the norm",
+    "log_with": "loggers",
+    "report_to": "loggers",
+    "logging_steps": "log_every",
+    "mixed_precision": "precision",
+    "fp16": 'precision="fp16"',
+    "bf16": 'precision="bf16"',
+    "torch_compile": "compile",
+    "jit_compile": "compile",
+    "full_determinism": "deterministic",
+    "gradient_checkpointing": "parallel=Parallel(activation_checkpointing=...)",
+    "fsdp": "parallel=Parallel(dp_shard=...)",
+    "deepspeed": "parallel=Parallel(dp_shard=...)",
+    "ddp_find_unused_parameters": "parallel=Parallel(find_unused_parameters=...)",
+    "split_batches": "global_batch_size",
+    "step_scheduler_with_optimizer": "lr_scheduler_interval",
+    "max_train_steps": "max_steps",
+    "max_iters": "max_steps",
+    "learning_rate": "optimizer=torch.optim.AdamW(model.parameters(), lr=...)",
+    "weight_decay": "optimizer=torch.optim.AdamW(model.parameters(), weight_decay=...)",
+    "optimizers": "optimizer and lr_scheduler",
+    "lr_scheduler_type": "lr_scheduler=WarmupCosine(...), or any of torch's",
+    "warmup_steps": "lr_scheduler=WarmupCosine(optimizer, total_steps=..., warmup=...)",
+    "warmup_ratio": "lr_scheduler=WarmupCosine(optimizer, total_steps=..., warmup=...)",
+    "per_device_train_batch_size": "the batch_size of train_dataloader, or global_batch_size",
+    "per_device_eval_batch_size": "the batch_size of val_dataloader",
+    "batch_size": "the batch_size of the loader, or global_batch_size",
+    "shuffle": "shuffle=... of the loader",
+    "dataloader_num_workers": "num_workers=... of the loader",
+    "data_collator": "collate_fn=... of the loader",
+    "train_dataset": "train_dataloader=DataLoader(...)",
+    "eval_dataset": "val_dataloader=DataLoader(...)",
+    "validation_data": "val_dataloader=DataLoader(...)",
+    "validation_split": "val_dataloader=DataLoader(...), of a part of the data",
+    "compute_metrics": "get_val_metrics, or log, of a subclass",
+    "metrics": "get_val_metrics, or log, of a subclass",
+    "class_weight": "loss_fn=CrossEntropyLoss(weight=...)",
+    "save_strategy": "checkpoint=CheckpointPolicy(every_epochs=..., every_steps=...)",
+    "save_steps": "checkpoint=CheckpointPolicy(every_steps=...)",
+    "save_total_limit": "checkpoint=CheckpointPolicy(keep_last=...)",
+    "metric_for_best_model": "metric_monitor=MetricMonitor(...)",
+    "greater_is_better": 'metric_monitor=MetricMonitor(..., mode="max")',
+    "load_best_model_at_end": 'nothing: evaluate, predict and export take checkpoint="best"',
+    "initial_epoch": "nothing: a run resumes by itself (resume)",
 }
 METHODS_ELSEWHERE = {
     "train_step": "training_step",
@@ -155,9 +221,26 @@ METHODS_ELSEWHERE = {
     "on_evaluate": "on_validation_end",
     "on_validation_epoch_start": "on_validation_start",
     "on_validation_epoch_end": "on_validation_end",
+    "on_prediction_step": "on_validation_batch_end",
+    "on_test_start": "on_validation_start",
+    "on_test_begin": "on_validation_start",
+    "on_test_batch_begin": "on_validation_batch_start",
+    "prediction_loop": "evaluate",
+    "make_train_function": "step",
+    "manual_backward": "backward",
+    "prepare_data": "configure",
+    "configure_sharded_model": "parallel=Parallel(...)",
+    "get_decay_parameter_names": "configure",
+    "get_optimizer_cls_and_kwargs": "configure",
+    "predict_dataloader": "predict(loader)",
+    "get_test_dataloader": "evaluate(loader)",
+    "teardown": "on_teardown",
 }
 # Of callbacks and hooks, where they do not begin with "on_".
 EVENTS_ELSEWHERE = {
+    "setup": "on_setup",
+    "teardown": "on_teardown",
+    "set_model": "on_setup",
     "before_fit": "on_train_start",
     "before_run": "on_train_start",
     "before_train": "on_train_start",
@@ -214,6 +297,24 @@ READ_ONCE = frozenset(
         "seed",
     }
 )
+
+
+def whole_seed(seed: Any) -> int:
+    """A run's seed; None is 0.
+
+    Args:
+        seed: as it was given to `train` or `fit`.
+
+    Raises:
+        ConfigError: it is no whole number, such as a model that other trainers' `fit` takes.
+    """
+    try:
+        return 0 if seed is None else operator.index(seed)
+    except TypeError:
+        raise ConfigError(
+            f"seed={seed!r:.60}: expected a whole number. Models, optimizers and loaders are given "
+            "to Trainer(...)."
+        ) from None
 
 
 def read_already(name: str) -> ConfigError:
