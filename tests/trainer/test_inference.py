@@ -234,8 +234,8 @@ def everywhere(folder: Path) -> Any:
 
 
 def test_two_ranks_evaluate_and_predict_as_one_does(run: Path, ranks: Ranks) -> None:
-    """Eleven rows in copies, shards, split modules and stages; a stream's batches take turns. One that
-    fails afterwards ends the other, which waits for it in the next meeting."""
+    """Eleven rows in copies, shards, split modules and stages; a stream's batches take turns. One
+    that fails afterwards ends the other, which waits for it in the next meeting."""
     one = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
     metrics, outputs = one.evaluate(batches(11)), one.predict(batches(11))
     x = points(11).tensors[0]
