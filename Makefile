@@ -3,6 +3,7 @@
 # make test    the same with every test
 # make durations  measures every test, and writes down which are too slow for `make check`
 # make docs    the documentation as a website, in site/
+# make pictures  the pictures in the documentation, from runs made for them: some minutes
 # make storm   kills and signals runs, and fails their reads, at random: they end as undisturbed ones
 # make layouts trains runs drawn at random in layouts drawn at random, and compares them
 # make bench   speed beside a hand-written loop and other trainers
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test style types tests-fast tests-all durations docs storm layouts bench gpu
+.PHONY: demo check test style types tests-fast tests-all durations docs pictures storm layouts bench gpu
 .DELETE_ON_ERROR:
 
 demo: .venv/.recipes
@@ -42,8 +43,13 @@ tests-all: .venv/.dev
 durations: .venv/.dev
 	$(BIN)/pytest --measure -n 2 --dist worksteal
 
+# `--strict` fails for what Zensical itself finds, not for what the reader of docstrings does.
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # the variable: a banner that is no warning
+	$(BIN)/zensical build --strict --clean >.venv/docs.log 2>&1; code=$$?; cat .venv/docs.log; \
+	! grep --quiet --extended-regexp '^(griffe|mkdocstrings):' .venv/docs.log && exit $$code
+
+pictures: .venv/.docs .venv/.recipes
+	$(BIN)/python docs/pictures/make.py
 
 storm: .venv/.dev
 	$(BIN)/python tests/storm.py

@@ -22,6 +22,7 @@ from paceline.trainer.events import EVENTS
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+PICTURES = sorted(DOCS.rglob("*.svg"))
 
 
 @pytest.fixture
@@ -49,16 +50,37 @@ def test_each_block_is_of_a_language_that_is_run(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_each_link_leads_somewhere(page: str) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text())
+def test_each_link_and_picture_is_there(page: str) -> None:
+    """Anchors are checked by `make docs`, which does not look for pictures."""
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (DOCS / page).read_text())
     here = (DOCS / page).parent
     assert [x for x in links if "://" not in x and not (here / x).exists()] == []
 
 
-def test_the_navigation_lists_every_page() -> None:
+def test_the_navigation_lists_every_page_once() -> None:
+    """`make docs` notices neither a page that it leaves out nor one that is not there."""
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = re.findall(r"[\w/]+\.md", str(config["nav"]))
     assert sorted(listed) == PAGES
+
+
+def test_pages_fetch_nothing_from_elsewhere() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert config["theme"]["font"] is False
+    shown = "".join((DOCS / page).read_text() for page in PAGES)
+    styles = "".join(path.read_text() for path in DOCS.rglob("*.css"))
+    assert not re.search(r"!\[[^]]*\]\(\w+://|<(?:img|script|link|iframe)\b", shown)
+    assert not re.search(r"@import|url\(", styles)
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.name)
+def test_a_picture_is_small_and_shown_and_keeps_to_itself(picture: Path) -> None:
+    """It names no folder of the machine that made it, and fetches nothing."""
+    text = picture.read_text()
+    assert len(text) < 60_000
+    assert not re.search(r"@import|@font-face|(?:href=|src=|url\()[\"']?\w+://", text)
+    assert not re.search(r"/(?:home|root|tmp|work|Users)/", text)
+    assert any(f"pictures/{picture.name}" in (DOCS / page).read_text() for page in PAGES)
 
 
 def test_the_event_table_is_that_of_the_code() -> None:
