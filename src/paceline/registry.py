@@ -43,6 +43,7 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "progress": "paceline.callbacks.progress:Progress",
         "averaged_weights": "paceline.callbacks.averaged_weights:AveragedWeights",
         "early_stopping": "paceline.callbacks.early_stopping:EarlyStopping",
+        "freeze": "paceline.callbacks.freeze:Freeze",
         "gradient_explosion": "paceline.callbacks.gradient_explosion:GradientExplosion",
         "gradient_monitor": "paceline.callbacks.gradient_monitor:GradientMonitor",
         "learning_rate": "paceline.callbacks.learning_rate:LearningRate",

@@ -20,6 +20,7 @@ from paceline.testing import Ranks, StopAt, bits
 EVERY: dict[str, dict[str, Any]] = {
     "averaged_weights": {"decay": 0.9, "every": 2},
     "early_stopping": {"patience": 9, "min_delta": 0.01, "relative": True},
+    "freeze": {"names": "*bias", "until_step": 5},
     "gradient_explosion": {"factor": 1.01, "window": 5, "warmup": 2},
     "gradient_monitor": {"per_layer": True},
     "learning_rate": {},
@@ -34,6 +35,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "update_ratio": {"every": 4},
 }
 
+CHANGE_WEIGHTS = ("freeze", "schedule_free")
 
 # What a run with one of them needs besides.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -68,7 +70,7 @@ def test_a_validation_that_is_left_is_made_again(name: str, tmp_path: Path) -> N
     check_resumed(tmp_path, lambda: make(name), LeaveValidation(6), **NEEDS.get(name, {}))
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "schedule_free"])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in CHANGE_WEIGHTS])
 def test_the_trained_weights_are_those_without_it(name: str, tmp_path: Path) -> None:
     check_undisturbed(tmp_path, lambda: make(name), **NEEDS.get(name, {}))
 

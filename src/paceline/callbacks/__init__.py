@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paceline.callbacks.averaged_weights import AveragedWeights
     from paceline.callbacks.early_stopping import EarlyStopping
+    from paceline.callbacks.freeze import Freeze
     from paceline.callbacks.gradient_explosion import GradientExplosion
     from paceline.callbacks.gradient_monitor import GradientMonitor
     from paceline.callbacks.learning_rate import LearningRate
@@ -29,6 +30,7 @@ _MODULES = {
     "AveragedWeights": "paceline.callbacks.averaged_weights",
     "Callback": "paceline.trainer.callback",
     "EarlyStopping": "paceline.callbacks.early_stopping",
+    "Freeze": "paceline.callbacks.freeze",
     "GradientExplosion": "paceline.callbacks.gradient_explosion",
     "GradientMonitor": "paceline.callbacks.gradient_monitor",
     "LearningRate": "paceline.callbacks.learning_rate",
@@ -48,6 +50,7 @@ __all__ = [
     "AveragedWeights",
     "Callback",
     "EarlyStopping",
+    "Freeze",
     "GradientExplosion",
     "GradientMonitor",
     "LearningRate",

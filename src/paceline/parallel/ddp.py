@@ -17,6 +17,9 @@ from paceline.world.dtensors import local_part
 
 _NONE: frozenset[int] = frozenset()
 
+# Of a module, whoever has registered them.
+_HOOKS = [name for name in vars(torch.nn.Module()) if "hooks" in name]
+
 
 class Synchronizer(Protocol):
     """Keeps one model's copies equal, or its parts together: a `Replica`, `Shards`, `StageShards`.
@@ -39,6 +42,10 @@ class Synchronizer(Protocol):
         """A micro-batch begins; gradients are synchronized in the window's last."""
         ...
 
+    def exchange_without(self, frozen: Set[int]) -> None:
+        """Leaves frozen parameters, by their `id`, out of what is exchanged from now on."""
+        ...
+
     def check_exchanged(self) -> None:
         """Raises LossError if gradients were not synchronized."""
         ...
@@ -54,13 +61,16 @@ class Replica(DistributedDataParallel):
         delivered: whether all that it was told in this window has reached that gradient: always.
         whole_way: whether ranks exchange something within the model too, so that the backward pass
             of a loss of zero has to take the whole way.
-        exchanged: the parameters whose gradients it exchanges, in torch's order.
+        placed: the parameters that required gradients as it was made.
+        exchanged: the parameters whose gradients it exchanges, in torch's order; none while all of
+            them are frozen.
         sparse: the `id` of each whose gradient is sparse.
     """
 
     called = False
     delivered = True
     whole_way = False
+    placed: list[torch.nn.Parameter]
     exchanged: list[torch.nn.Parameter]
     sparse: frozenset[int] = _NONE
     _probes: list[torch.Tensor]
@@ -72,7 +82,7 @@ class Replica(DistributedDataParallel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.exchanged:
             vars(self)["called"] = True
             if self.whole_way:
                 vars(self).setdefault("_probes", []).extend(probes(outputs))
@@ -85,12 +95,54 @@ class Replica(DistributedDataParallel):
             state.update(_factor=None, _verdict=None, _ready=None)
         elif exchange:
             state["_ready"] = self.reducer.get_backward_stats()
-        state.update(called=False, require_backward_grad_sync=exchange, _exchanges=exchange)
-        state["_probes"] = []
+        state.update(called=False, _exchanges=exchange, _probes=[])
+        state["require_backward_grad_sync"] = exchange and bool(self.exchanged)
 
     @property
     def covered(self) -> frozenset[int]:
-        return frozenset(id(p) for p in self.module.parameters() if p.requires_grad)
+        return frozenset(map(id, self.exchanged))
+
+    def exchange_without(self, frozen: Set[int]) -> None:
+        """Exchanges the gradients of all but some of its parameters from now on.
+
+        DDP is made anew for it, in all ranks at the same boundary: it would wait for the gradient
+        of each parameter, and exchange it, for as long as it lasts.
+
+        Args:
+            frozen: the `id` of each parameter that is frozen; others may be among them.
+        """
+        wanted = [p for p in self.placed if id(p) not in frozen]
+        if list(map(id, wanted)) == list(map(id, self.exchanged)):
+            return
+        state = vars(self)
+        if not wanted:  # which DDP refuses
+            state.update(exchanged=[], sparse=_NONE)
+            return
+        kept = {name: state[name] for name in ("training", *_HOOKS)}
+        comm_hooks = self._comm_hooks
+        for name in ("reducer", "logger"):  # the old reducer's hooks go with it
+            state.pop(name)
+        with trainable(wanted):
+            super().__init__(
+                self.module,
+                device_ids=self.device_ids,
+                process_group=self.process_group,
+                init_sync=False,  # the copies are equal
+            )
+            self.settle()
+        state.update(kept)
+        for hook, of_hook in comm_hooks:
+            self.register_comm_hook(of_hook, hook)
+
+    def settle(self) -> None:
+        """Finds what it exchanges, and fixes how; DDP was just made."""
+        state = vars(self)
+        state.pop("sentinel", None)
+        state.update(_factor=None, _verdict=None, _ready=None, _exchanges=True, called=False)
+        state["exchanged"] = [p for p in self.module.parameters() if p.requires_grad]
+        state["sparse"] = frozenset(sparse_parameters(self.module))
+        with hooks_off(self.exchanged):
+            _fix_buckets(self)
 
     @cached_property
     def sentinel(self) -> torch.nn.Parameter:
@@ -117,6 +169,8 @@ class Replica(DistributedDataParallel):
 
     def verdict(self) -> torch.Tensor | None:
         """Whether a rank has marked a NaN in this window; None if no gradient can show it."""
+        if not self.exchanged:
+            return None
         gradient = self.sentinel.grad if self._verdict is None else self._verdict
         return None if gradient is None else ~torch.isfinite(gradient.sum())
 
@@ -151,6 +205,8 @@ class Replica(DistributedDataParallel):
         Raises:
             RuntimeError: torch does not say which they are.
         """
+        if not self.exchanged:
+            return []
         missing = self._unreached()
         left_out = [p for p in missing if p.grad is None]
         if missing:
@@ -204,11 +260,9 @@ def replicate(
     """
     device_ids = None if device.type == "cpu" else [device]
     replica = Replica(module, device_ids=device_ids, process_group=group)
-    exchanged = [p for p in module.parameters() if p.requires_grad]
-    sparse = frozenset(sparse_parameters(module))
-    vars(replica).update(whole_way=whole_way, exchanged=exchanged, sparse=sparse)
-    with hooks_off(exchanged):
-        _fix_buckets(replica)
+    placed = [p for p in module.parameters() if p.requires_grad]
+    vars(replica).update(whole_way=whole_way, placed=placed)
+    replica.settle()
     return replica
 
 
@@ -220,23 +274,27 @@ def _fix_buckets(replica: Replica) -> None:
     Two backward passes of a zero loss over all parameters, in their order, settle it.
     """
     module, parameters = replica.module, replica.exchanged
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-
-    own = vars(module).get("forward")
-    module.forward = partial(zero_loss, parameters, replica.sparse)  # pyright: ignore[reportAttributeAccessIssue]
+    replica.module = _Zero(parameters, replica.sparse)  # no hook of the user's, nothing compiled
+    replica.broadcast_buffers = False
     try:
         for _ in range(2):
             replica().backward()
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        replica.module = module
+        replica.broadcast_buffers = True
     for parameter in parameters:
         parameter.grad = None
-    with torch.no_grad():
-        for buffer, value in kept:
-            buffer.copy_(value)
+
+
+class _Zero(torch.nn.Module):
+    """Computes `zero_loss`."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], sparse: Set[int]) -> None:
+        super().__init__()
+        self._loss = partial(zero_loss, parameters, sparse)
+
+    def forward(self) -> torch.Tensor:
+        return self._loss()
 
 
 def zero_loss(parameters: Iterable[torch.nn.Parameter], sparse: Set[int] = _NONE) -> torch.Tensor:

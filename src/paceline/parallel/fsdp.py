@@ -11,7 +11,7 @@ precise as the model was made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from paceline.parallel.ddp import probes, tensors_in, zero_of
 from paceline.parallel.expert_parallel import distribute_experts, expert_modules, shard_dimension
 from paceline.parallel.pipeline_stages import given_up_kept
 from paceline.parallel.tensor_parallel import split_modules
-from paceline.world.dtensors import is_dtensor, local_part
+from paceline.world.dtensors import is_dtensor, local_part, reshard
 from paceline.world.world import World, send
 
 Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -102,12 +102,28 @@ class Shards:
         self._gathered: torch.Tensor | None = None  # the sentinel, as the model last computed with
         others = {id(p) for unit in (*units[:-1], *experts.values()) for p in unit.parameters()}
         own = [key for key, p in module.named_parameters() if id(p) not in others]
-        self._place = None if splits else _sentinel(module, own)
-        self.sentinel = None if self._place is None else module.get_parameter(self._place)
+        self._own = [] if splits else own
+        self._watched: Any = None  # the handle of the sentinel's hook
+        self._choose_sentinel()
         module.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
         module.register_forward_hook(self._note_outputs)
-        if self._place is not None:
-            module.register_forward_pre_hook(self._watch_sentinel)  # behind FSDP2's, which gathers
+        module.register_forward_pre_hook(self._watch_sentinel)  # behind FSDP2's, which gathers
+
+    def _choose_sentinel(self) -> None:
+        self._place = _sentinel(self.module, self._own)
+        self.sentinel = None if self._place is None else self.module.get_parameter(self._place)
+
+    def exchange_without(self, frozen: Set[int]) -> None:
+        """Follows a change of what is frozen; torch exchanges what has a gradient.
+
+        Args:
+            frozen: the `id` of each parameter that is frozen; others may be among them.
+        """
+        _follow_trained(self.module)
+        if self._watched is not None:
+            self._watched.remove()
+        self._watched = self._gathered = None
+        self._choose_sentinel()
 
     def begin(self, *, exchange: bool) -> None:
         """A micro-batch begins; gradients are exchanged in the window's last."""
@@ -153,9 +169,11 @@ class Shards:
             self.calls.append((module, args, kwargs))
 
     def _watch_sentinel(self, module: Any, args: Any) -> None:
+        if self._place is None or not torch.is_grad_enabled():
+            return
         gathered = module.get_parameter(self._place)
-        if torch.is_grad_enabled() and gathered is not self._gathered:
-            gathered.register_hook(self._mark)
+        if gathered is not self._gathered:
+            self._watched = gathered.register_hook(self._mark)
             self._gathered = gathered
 
     def _mark(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -324,6 +342,14 @@ class StageShards:
         self._stage.set_reshard_after_backward(exchange)
         self._stage.set_requires_gradient_sync(exchange)
 
+    def exchange_without(self, frozen: Set[int]) -> None:
+        """Follows a change of what is frozen; torch exchanges what has a gradient.
+
+        Args:
+            frozen: the `id` of each parameter that is frozen; others may be among them.
+        """
+        _follow_trained(self._stage)
+
     def check_exchanged(self) -> None:
         """Nothing to refuse: the schedule makes all calls."""
 
@@ -338,6 +364,19 @@ def _kept_buffers(module: torch.nn.Module) -> Iterator[torch.Tensor]:
         for key, buffer in part._buffers.items():
             if buffer is not None and key not in part._non_persistent_buffers_set:
                 yield buffer
+
+
+def _follow_trained(module: torch.nn.Module) -> None:
+    """Has FSDP2 look anew at which parameters are trained.
+
+    It takes the dtypes in which a block's gradients are summed and kept from its trained
+    parameters, once: of a block that is frozen then it would never know them.
+    """
+    reshard([module])
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            for group in part._get_fsdp_state()._fsdp_param_groups:
+                group._init_mp_dtypes()
 
 
 def _forget_calls(module: Any) -> None:

@@ -305,6 +305,20 @@ class Placement:
 
     # What the loop asks
 
+    @property
+    def covered(self) -> Set[int]:
+        """The `id` of each parameter whose gradient replicas take care of."""
+        return frozenset().union(*(replica.covered for replica in self.replicas))
+
+    def exchange_without(self, frozen: Set[int]) -> None:
+        """Leaves frozen parameters out of what the ranks exchange; all ranks do at one boundary.
+
+        Args:
+            frozen: the `id` of each parameter that is frozen for a while.
+        """
+        for replica in self.replicas:
+            replica.exchange_without(frozen)
+
     def local_batch(self, batch: Any) -> Any:
         """What this rank computes of a batch, on its device."""
         if self.takes_batches_as_read:
@@ -492,7 +506,7 @@ def check_synchronized(
     raise ConfigError(
         f"only this rank has the gradient of {some(names)}: what is trained was made, or "
         "set to require a gradient, after the models were placed. Make it in configure(); "
-        "what is to be trained later starts as trainable, in a group whose lr is 0 until then."
+        "what is to be trained later starts as trainable, frozen until then by the callback Freeze."
     )
 
 

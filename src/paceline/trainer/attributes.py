@@ -23,7 +23,7 @@ from paceline.trainer.settings import READ_ALWAYS
 
 _SETTINGS = [name for name in READ_ALWAYS if name != "metric_monitor"]
 _PLAIN = (bool, int, float, str, type(None))
-_OF_EVERY_MODULE = {*vars(torch.nn.Module()), "training"}
+_OF_EVERY_MODULE = {*vars(torch.nn.Module()), "training", "train"}
 _MOST = 100  # tensors of a container that are looked at
 
 OF_THE_RUN = "the run"  # the name under which the Trainer's settings are kept

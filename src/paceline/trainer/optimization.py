@@ -63,7 +63,7 @@ class Optimization:
             name = components.get_name_by_optimizer(scheduler.optimizer)
             self._schedulers[name].append(scheduler)
         replicas = self._placement.replicas
-        self._covered = frozenset().union(*(replica.covered for replica in replicas))
+        self._covered = self._placement.covered
         self._copies = {
             name: [
                 replica
@@ -118,6 +118,19 @@ class Optimization:
             if not known and self._copies[name]:
                 line = "exchanges in each window which parameters have gradients"
                 self._run.plan.add(line, "parallel.find_unused_parameters")
+
+    def exchange_without(self, frozen: Set[int]) -> None:
+        """Leaves frozen parameters out of what the ranks exchange; all ranks do at one boundary.
+
+        Args:
+            frozen: the `id` of each parameter that is frozen for a while; what was frozen before
+                and is not among them is exchanged again.
+        """
+        self._placement.exchange_without(frozen)
+        self._covered = self._placement.covered
+        # What trains from now on may be left out by losses that reached all before.
+        self._leaves_out = {name: known or None for name, known in self._leaves_out.items()}
+        self.compared = not self._splits
 
     def begin(self, window: Window) -> None:
         """A new window: gradients from before it are no part of it, whoever has made them.
