@@ -155,8 +155,8 @@ class Optimization:
         assert window is not None
         if isinstance(loss, dict):
             loss = self._of_dictionary(loss)
-        if self._checks_clear and loss is not None:
-            self._check_clear()
+        if self._checks_clear:
+            self._check_clear(loss)
         check_loss(loss)
         if self._splits:
             loss = whole(loss)  # of logits whose classes are split
@@ -373,8 +373,11 @@ class Optimization:
         schedulers = chain.from_iterable(self._schedulers.values())
         return [getattr(scheduler, "last_epoch", None) for scheduler in schedulers]
 
-    def _check_clear(self) -> None:
+    def _check_clear(self, loss: Any) -> None:
         """Refuses what a training_step must leave to the loop: steps, and gradients of its own.
+
+        Args:
+            loss: that it returned; nothing is refused with a reason of its own.
 
         Raises:
             LossError: it has stepped a scheduler, or made gradients to which the loss's would add.
@@ -382,6 +385,8 @@ class Optimization:
         self._checks_clear = False  # a training_step that does so does so in its first call
         while self._refusals:
             self._refusals.pop().remove()
+        if loss is None:
+            return
         if self._counts != self._steps_of_schedulers():
             raise LossError(_OWN_STEP.format("the learning-rate scheduler"))
         parameters = chain.from_iterable(map(_parameters, self.optimizers.values()))
