@@ -151,7 +151,13 @@ def test_a_seed_that_fails_on_one_of_two_processes_ends_the_command(paceline):
     words = (*SEEDS[:2], "seeds=[1,2]", "trainer.bad=0", "trainer.how=raise")
     code, _, err = paceline.launch(*words, "--nproc", "2")
     assert code == 1, err
-    assert "ValueError: a fault on purpose" in err
+    lines = err.splitlines()
+    assert "ValueError: a fault on purpose" in lines
+    assert err.count("Traceback") == 1  # of rank 0, with the user's own frames
+    assert err.count('  File "') == 1
+    ended = "rank 1 ended, as the others did, because rank 0 failed: ValueError: a fault on purpose"
+    assert lines.count(ended) + err.count("rank 1 was killed by SIGTERM") == 1
+    assert len(lines) < 15
     assert "seeds after it wait: seeds=[2]" in err
     assert "seed 2, 2 of 2" not in err
 

@@ -16,7 +16,17 @@ from paceline.log import files
 from paceline.log.plan import Plan
 from paceline.log.provenance import git_state
 from paceline.log.run_record import RunRecord, read_run
-from paceline.log.secrets import mask_command, mask_text
+from paceline.log.secrets import is_credential, mask_command, mask_text, without_credentials
+
+
+def test_what_is_certainly_a_credential_of_a_header() -> None:
+    headers = ("x-token", "X-Api-Token", "authorization", "Proxy-Authorization", "Ocp-Apim-Key")
+    assert all(map(is_credential, headers))
+    kept = ("pad_token", "text_key", "eos_token", "sort_key", "token", "key", "tokenizer", "x-keys")
+    assert not any(map(is_credential, kept))
+    given = {"headers": {"x-token": "abc", "Accept": "json"}, "pad_token": "<pad>"}
+    held = {"headers": {"x-token": "???", "Accept": "json"}, "pad_token": "<pad>"}
+    assert without_credentials(given) == held
 
 
 def started(run_dir: Path, **settings) -> RunRecord:

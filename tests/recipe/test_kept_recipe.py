@@ -10,8 +10,8 @@ import yaml
 
 from paceline.checkup.preflight import told as told_in_a_line
 from paceline.checkup.settings import settings_of
-from paceline.cli.traceback import told_in_full
 from paceline.errors import RecipeError
+from paceline.log.traceback import told_in_full
 from paceline.recipe import build_trainer, load_model, load_recipe
 from paceline.runs import differences, find_runs
 

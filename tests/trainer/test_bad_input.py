@@ -304,6 +304,8 @@ class Returns(Trainer):
         (lambda loss: {"optimizer": None}, "returned nothing for 'optimizer'"),
         (lambda loss: {"optimizer": loss.detach()}, "without a gradient for 'optimizer'"),
         (lambda loss: {}, "no loss"),
+        (lambda loss: {"mse": loss}, "with 'mse', and the loop takes the loss from its 'loss'"),
+        (lambda loss: loss.backward() or loss.detach(), "training_step leaves gradients on"),
     ],
 )
 def test_a_loss_that_is_none(make: Any, text: str) -> None:
@@ -311,6 +313,34 @@ def test_a_loss_that_is_none(make: Any, text: str) -> None:
     said = message(LossError, trainer)
     assert text in said
     assert "in step 1, batch 0" in said
+
+
+@pytest.mark.parametrize("what", ["optimizer", "lr_scheduler"])
+def test_a_step_of_its_own_in_training_step(what: str) -> None:
+    """Refused in the first window; afterwards nothing is left on the optimizer."""
+
+    class Steps(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            getattr(self, what).step()
+            return loss
+
+    model = line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    made = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler}
+    said = message(LossError, Steps, **made)
+    assert "itself, and the loop does so too: leave it out, and return the loss" in said
+    assert "override step(window) with self.backward(loss) and self.optimizer_step()" in said
+    assert not optimizer._optimizer_step_pre_hooks
+    own = type("Own", (Steps,), {"step": own_step})  # one's own step() may
+    assert fitted(own, **made, resume="never").result.complete
+
+
+def own_step(self: Trainer, window: Any) -> None:
+    for batch, batch_idx in window:
+        self.backward(Trainer.training_step(self, batch, batch_idx))
+    self.optimizer.step()
 
 
 def test_a_loss_of_one_element_is_one_number() -> None:

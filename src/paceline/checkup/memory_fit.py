@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from paceline.checkup.ledger import Peak
 from paceline.checkup.onpaper import STAGES, StepOnPaper
-from paceline.checkup.preflight import NEARLY_FULL, alone, cause_of, stack_of, told
+from paceline.checkup.preflight import NEARLY_FULL, alone, cause_of, told
 from paceline.checkup.report import Check, Report, readable_bytes
 from paceline.checkup.suspicious_settings import wrong_settings
 from paceline.errors import ConfigError, PacelineError
+from paceline.log.traceback import told_in_full
 from paceline.recipe.recipe import Recipe
 from paceline.world.layout import Parallel
 
@@ -224,7 +225,7 @@ def _judge(report: FitReport, search: _Search) -> None:
 def _fail(report: FitReport, step: StepOnPaper, error: Exception) -> None:
     cause, stage = cause_of(error), step.ledger.moment
     if not isinstance(cause, PacelineError):
-        report.stack = stack_of(cause)
+        report.stack = told_in_full(cause)
     report.checks.append(Check(stage, "FAIL", told(error)))
     for later in (*STAGES[STAGES.index(stage) + 1 :], "memory"):
         report.checks.append(Check(later, "SKIP", f"after the failure of: {stage}"))

@@ -25,6 +25,7 @@ from paceline.checkup.suspicious_settings import wrong_lengths, wrong_settings
 from paceline.data.source import batches_in
 from paceline.errors import ConfigError, DataError, MetricError, NonFiniteError, PacelineError, some
 from paceline.log.secrets import mask_credentials
+from paceline.log.traceback import told_in_full
 from paceline.recipe.builder import build_trainer, origin
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.settings import Resume, ValidationPolicy
@@ -159,7 +160,7 @@ class _Preflight:
         seen, report = self.rehearsal.seen, self.report
         cause = cause_of(error)
         if not isinstance(cause, PacelineError):
-            report.stack = stack_of(cause)
+            report.stack = told_in_full(cause)
         stage = _stage(error, seen)
         if stage != STAGES[0] and all(check.name != STAGES[0] for check in report.checks):
             self._verdicts(until=stage)
@@ -281,11 +282,6 @@ def told(error: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     return mask_credentials(f"{type(cause).__name__}: {last}{origin(cause)}")
-
-
-def stack_of(error: BaseException) -> str:
-    """An error with its traceback, the recipe's credentials masked."""
-    return mask_credentials("".join(traceback.format_exception(error)).rstrip())
 
 
 def _existing(path: Path) -> Path:

@@ -18,7 +18,6 @@ from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
 from paceline.cli.runs import runs
 from paceline.cli.streams import make_lasting
-from paceline.cli.traceback import told_in_full
 from paceline.cli.train import train
 from paceline.errors import CheckpointError, ConfigError, PacelineError
 from paceline.exit_codes import FAILED, USAGE
@@ -65,11 +64,15 @@ def run() -> None:
     try:
         app(prog_name="paceline")
     except PacelineError as error:
-        _show(error)
+        if not _is_told_by_another(error):
+            _show(error)
         _end(USAGE if isinstance(error, ConfigError) else FAILED, error)
     except Exception as error:  # noqa: BLE001 - of the user's own code
-        who = f"{_rank()} failed:\n" if _rank() else ""
-        print(f"{who}{told_in_full(error)}", file=sys.stderr, flush=True)
+        if not _is_told_by_another(error):
+            from paceline.log.traceback import told_in_full
+
+            who = f"{_rank()} failed:\n" if _rank() else ""
+            print(f"{who}{told_in_full(error)}", file=sys.stderr, flush=True)
         _end(FAILED, error)
 
 
@@ -82,12 +85,33 @@ def _end(code: int, error: Exception) -> NoReturn:
     sys.exit(code)
 
 
+def _is_told_by_another(error: Exception) -> bool:
+    """Whether another rank failed first and shows its error, so that here a line is enough."""
+    from paceline.log.secrets import mask_credentials
+    from paceline.log.traceback import SWITCH, behind_another
+
+    found = behind_another(error)
+    if found is None or os.environ.get(SWITCH) == "full":
+        return False
+    failed, what, is_all = found
+    rank, place = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    if not is_all:
+        line = f"rank {rank} failed too: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    elif place == int(failed == rank - place):  # the first on this machine but for that one
+        line = f"rank {rank} ended, as the others did, because {what}"
+    else:
+        return True
+    print(mask_credentials(line), file=sys.stderr, flush=True)
+    return True
+
+
 def _show(error: PacelineError) -> None:
     """An error as one message, with the traceback if the user's own code is the cause."""
     from rich.console import Console
     from rich.text import Text
 
     from paceline.log.secrets import mask_credentials
+    from paceline.log.traceback import told_in_full
     from paceline.runs.text import printable
 
     console = Console(stderr=True, soft_wrap=True)

@@ -60,10 +60,24 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print the recipe; build nothing.")
     ] = False,
+    replay_failure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Take the step of this run that was not finite once more, and name the module "
+            "that it comes from. Exit code 1 if it is not finite again.",
+        ),
+    ] = None,
 ) -> None:
     """Trains a recipe or a RunConfig; the same command resumes a run that was stopped."""
     if fresh and resume != "auto":
         raise ConfigError("--fresh and --resume exclude each other.")
+    others = (fresh, resume != "auto", slurm, dry_run, nnodes, max_restarts)
+    if replay_failure is not None and any(others):
+        raise ConfigError(
+            "--replay-failure goes with --nproc, --accept, --init-from and --trust; leave the "
+            "other options out."
+        )
     with _nothing_collected():
         from paceline.recipe.recipe import is_run_config, load_recipe
         from paceline.trainer.settings import Resume
@@ -83,11 +97,19 @@ def train(
     alone = here or (nproc or 1, machines, max_restarts) == (1, ONE_MACHINE, 0)
     how = Resume("fresh" if fresh else resume, accept=tuple(accept or ()), init_from=init_from)
     if loaded is None:
+        if replay_failure is not None:
+            raise ConfigError("--replay-failure takes recipes, and no RunConfig.")
         if slurm:
             raise ConfigError("--slurm takes recipes; start a RunConfig with srun.")
         if not alone and not dry_run:
             raise typer.Exit(launch_again(nproc or 1, machines, max_restarts))
         return _train_config(recipe, overrides or (), allowed, how, dry_run)
+    if replay_failure is not None:
+        from paceline.checkup.replay import last_failure
+
+        last_failure(replay_failure)  # before any process is started for it
+        if alone:
+            return _replay(loaded, replay_failure, how)
     if slurm or resume == "must":
         loaded.check_folder_stays("--slurm" if slurm else "--resume must")
     if dry_run:
@@ -150,6 +172,31 @@ def _train(recipe: Recipe, resume: Resume) -> None:
             raise typer.Exit(FAILED)
     else:
         train_recipe(recipe, resume)
+
+
+def _replay(recipe: Recipe, run: Path, resume: Resume) -> None:
+    """Takes the run's step that was not finite once more, and says where that began."""
+    from paceline.checkup.replay import replay_failure, seed_of
+    from paceline.cli.reports import own_output_apart
+    from paceline.errors import Preempted
+    from paceline.recipe.builder import build_trainer
+
+    seed = seed_of(run)
+    if recipe.seeds and seed is not None:
+        recipe = recipe.of_seed(seed)
+    if seed not in (None, recipe.seed):
+        raise ConfigError(f"{run} was trained with seed {seed}: write seed={seed}.")
+    try:
+        with own_output_apart():
+            trainer = build_trainer(recipe, resume=resume)
+            replay = replay_failure(trainer, run)
+    except Preempted as stop:
+        print(f"paceline: the replay was stopped by {stop.result.stopped_by}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+    if trainer.world.is_main:
+        print(replay, flush=True)
+    if replay.reproduced:
+        raise typer.Exit(FAILED)
 
 
 def _train_config(

@@ -11,11 +11,12 @@ MISSING = "???"
 """Stands in a recipe for a value that the user must supply."""
 
 # Names of values that are certainly credentials. Of a recipe these alone are left out: with a
-# `pad_token` or a `text_key` missing it would not run again.
+# `pad_token` or a `text_key` missing it would not run again. With a hyphen it is a header's.
 _CREDENTIAL_NAME = (
-    r"(?:[\w.-]*[_.-])?(?:api_?key|passwords?|passwd|passphrase|secrets?|secret_?key|private_?key"
-    r"|authorization"
+    r"(?:(?:[\w.-]*[_.-])?(?:api_?key|passwords?|passwd|passphrase|secrets?|secret_?key"
+    r"|private_?key|authorization"
     r"|(?:access|auth|hf|api|bearer|refresh)_?token)"
+    r"|\w[\w.-]*-(?:token|key))"
 )
 _CREDENTIAL = re.compile(_CREDENTIAL_NAME, re.IGNORECASE)
 _CREDENTIAL_INSIDE = re.compile(rf"(\b{_CREDENTIAL_NAME}\s*=\s*)[^\s'\"]+", re.IGNORECASE)

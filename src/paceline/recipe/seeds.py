@@ -8,7 +8,6 @@ import math
 import re
 import statistics
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from paceline.log.floats import as_text
 from paceline.log.kept_code import RECIPE_FILE
 from paceline.log.run_record import read_run
 from paceline.log.secrets import mask_credentials
+from paceline.log.traceback import told_in_full
 from paceline.recipe.builder import build_trainer
 from paceline.recipe.recipe import Recipe
 from paceline.trainer.result import Result
@@ -192,8 +192,7 @@ def each_seed(
             errors.append(error)
             why = mask_credentials(f"{type(error).__name__}: {error}")
             if len(seeds) > 1:
-                stack = mask_credentials("".join(traceback.format_exception(error)))
-                _say(f"seed {seed} failed:\n{stack}")
+                _say(f"seed {seed} failed:\n{told_in_full(error)}")
         else:
             value = metrics.get(metric, 0.0)
             why = "" if math.isfinite(value) else f"ended with {metric} = {value}"

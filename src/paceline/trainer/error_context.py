@@ -28,8 +28,9 @@ from paceline.trainer.stop import is_lost_connection, timed_out
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, KeyError)
 _SECOND_BACKWARD = (
     "the loss has no graph any more. Does training_step call backward() itself? It returns the "
-    "loss, and the loop calls backward() and steps the optimizer. Does the loss depend on a tensor "
-    "of an earlier step? Detach that tensor."
+    "loss, and the loop calls backward() and steps the optimizer; to do so yourself, override "
+    "step(window) with self.backward(loss) and self.optimizer_step(). Does the loss depend on a "
+    "tensor of an earlier step? Detach that tensor."
 )
 _SHARDED = (
     "A sharded model has its parameters whole while it is called: put what uses them, or another "

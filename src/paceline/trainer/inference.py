@@ -20,7 +20,8 @@ from paceline.checkpoint.engine import Checkpoint
 from paceline.checkpoint.export import Weights, check_weights, find_checkpoint, read_weights
 from paceline.checkpoint.native_engine import load_tree
 from paceline.checkpoint.state import load_tensors
-from paceline.errors import ConfigError, PacelineError
+from paceline.errors import ConfigError, MismatchError, PacelineError, PeerError
+from paceline.log.files import shown
 from paceline.trainer import error_context, lifecycle
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_validation
@@ -89,7 +90,7 @@ def opened(trainer: TrainerBase, run: Run, wanted: Wanted, *, configures: bool) 
                 hook(failure)
             if failure is error:
                 raise
-            raise failure from error
+            raise failure from (None if isinstance(failure, PeerError) else error)
         finally:
             try:
                 swapped.close()
@@ -133,7 +134,13 @@ def _start(
         hook()
     if found is not None:
         weights = read_weights(found, wanted.weights)
-        load_for_inference(trainer, run, tree, weights)
+        try:
+            load_for_inference(trainer, run, tree, weights)
+        except MismatchError as error:
+            raise MismatchError(
+                f"{error}\n{shown(found.path)} is of another model: make the model as the run did, "
+                "or give checkpoint= one of this model's."
+            ) from error
         if trainer.parallel.partitions_state:
             for name, model in whole.items():
                 load_tensors(model, weights[name])

@@ -24,6 +24,7 @@ from paceline.errors import (
     ConfigError,
     DataError,
     MismatchError,
+    PeerError,
     Preempted,
     UnreadableError,
     counted,
@@ -79,7 +80,7 @@ def running(trainer: TrainerBase, run: Run) -> Iterator[None]:
         failure = fail(trainer, run, error)
         if failure is error:
             raise
-        raise failure from error
+        raise failure from (None if isinstance(failure, PeerError) else error)
     finally:
         teardown(trainer, run, failure)
     # A signal that came too late to stop the run asks the process to leave all the same.

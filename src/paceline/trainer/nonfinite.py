@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from paceline.checkpoint import encode
 from paceline.data.batches import describe
 from paceline.errors import NonFiniteError, StateError
+from paceline.log.files import shown
 from paceline.trainer.run import KeptBuffers, Run
 from paceline.trainer.window import Window
 from paceline.world.dtensors import dense_part, whole
 
+KEPT = "nonfinite_step_"  # of a folder's name, before the step and "_rank_N"
 _REMEMBERED = 4096  # windows whose samples can still be named when a device's verdict is read
 
 
@@ -54,7 +56,7 @@ class NonFiniteGuard:
         self._flag: torch.Tensor | None = None  # on the device: bad in this window
         self._bad_step: torch.Tensor | None = None  # on the device: the first bad step, or -1
         self._unread: deque[tuple[int, Callable[[], list[Any]]]] = deque(maxlen=_REMEMBERED)
-        self._kept: Path | None = None
+        self._kept: tuple[Path, str] | None = None
         self._keeps_buffers = policy in ("stop", "skip")
         self._buffers: KeptBuffers | None = None  # before this window: statistics move in forward
 
@@ -171,6 +173,7 @@ class NonFiniteGuard:
         for ids in samples:
             rank = self._world.rank
             message += f"; rank {rank} had the samples {ids} (a list a micro-batch)"
+            self._keep(step, ids, None)
         self._act(message, step)
 
     def _note(self, what: dict[str, Any]) -> None:
@@ -183,7 +186,7 @@ class NonFiniteGuard:
                 "samples": window.ids(),
                 "batch": describe(window.batch),
             }
-            self._keep_batch(window.batch)
+            self._keep(self._run.global_step, self._found["samples"], window.batch)
 
     def _is_bad_anywhere(self) -> bool:
         verdicts = self._verdicts()
@@ -286,27 +289,55 @@ class NonFiniteGuard:
             return True
         return not bool(sticky)
 
-    def _keep_batch(self, batch: Any) -> None:
-        folder = self._run.settings.run_dir
-        if folder is None:
+    def _keep(self, step: int, samples: list[Any], batch: Any) -> None:
+        """Keeps a bad window's samples in the run's folder, and the batch if it is at hand."""
+        run_dir = self._run.settings.run_dir
+        if run_dir is None:
             return
-        name = f"nonfinite_step_{self._run.global_step + 1}_rank_{self._world.rank}"
-        self._kept = _write_batch(batch, folder / name)
+        folder = run_dir / f"{KEPT}{step + 1}_rank_{self._world.rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "samples.json").write_text(json.dumps(samples, default=str))
+        if batch is None or _write_batch(batch, folder):
+            self._kept = folder, "samples" if batch is None else "batch"
 
     def _kept_note(self) -> str:
-        return "" if self._kept is None else f"\n  the batch is kept in {self._kept}"
+        if self._kept is None:
+            return ""
+        folder, what = self._kept
+        note = f"\n  the {what} {'are' if what == 'samples' else 'is'} kept in {folder}"
+        if self._run.settings.resolved_recipe is not None:
+            run_dir = shown(folder.parent)
+            ranks = f" --nproc {self._ranks}" if self._ranks > 1 else ""
+            note += (
+                "\n  which module it comes from: "
+                f"paceline train {run_dir}/recipe.yaml --replay-failure {run_dir}{ranks}"
+            )
+        return note
 
 
-def _write_batch(batch: Any, folder: Path) -> Path | None:
-    """Keeps a batch for a replay: tensors as safetensors, the rest as JSON."""
+def kept_failures(run_dir: Path) -> dict[int, list[int]]:
+    """The steps of a run that were not finite, with the ranks that have found it.
+
+    Args:
+        run_dir: the run's folder, which is only read.
+    """
+    steps: dict[int, list[int]] = {}
+    for folder in sorted(run_dir.glob(f"{KEPT}*_rank_*")):
+        step, _, rank = folder.name.removeprefix(KEPT).partition("_rank_")
+        if step.isdecimal() and rank.isdecimal():
+            steps.setdefault(int(step), []).append(int(rank))
+    return steps
+
+
+def _write_batch(batch: Any, folder: Path) -> bool:
+    """Keeps a batch: tensors as safetensors, the rest as JSON."""
     try:
         tensors, skeleton = encode({"batch": batch})
     except StateError:
-        return None  # objects of the user's own: the sample ids name the batch
-    folder.mkdir(parents=True, exist_ok=True)
+        return False  # objects of the user's own: the sample ids name the batch
     save_file(tensors, folder / "batch.safetensors")
     (folder / "batch.json").write_text(json.dumps(skeleton))
-    return folder
+    return True
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -36,6 +36,11 @@ from paceline.world.dtensors import (
 )
 from paceline.world.world import World
 
+_OWN_STEP = (
+    "training_step steps {} itself, and the loop does so too: leave it out, and return the loss. "
+    "To step yourself, override step(window) with self.backward(loss) and self.optimizer_step()."
+)
+
 
 class Optimization:
     """Does a window's mathematics.
@@ -82,6 +87,8 @@ class Optimization:
         self._stood_in: set[int] = set()  # parameters with a gradient from stand-ins alone
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         self._checks_clear = not components.is_overridden("step")  # before the first backward pass
+        self._refusals: list[Any] = []  # hooks of optimizers, until then
+        self._counts: list[Any] = []  # the schedulers' before it
         self._found_independent = False  # losses by optimizer name have been checked
         self._splits = parallel.tensor > 1
         self._several_meshes = parallel.tensor * parallel.expert > 1
@@ -142,6 +149,8 @@ class Optimization:
             clear_gradients(optimizer)
         self._stood_in.clear()
         self.guard.begin(window)
+        if self._checks_clear:
+            self._refuse_steps()
 
     def backward(self, loss: Any, only: str | Collection[str] | None = None) -> None:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items.
@@ -159,9 +168,9 @@ class Optimization:
         assert window is not None
         if isinstance(loss, dict):
             loss = self._of_dictionary(loss)
-        check_loss(loss)
         if self._checks_clear:
-            self._check_clear()
+            self._check_clear(loss)
+        check_loss(loss)
         if self._splits:
             loss = whole(loss)  # of logits whose classes are split
         if self._scale_is_due:
@@ -334,6 +343,12 @@ class Optimization:
 
     def _sum_of_independent(self, losses: dict[str, Any]) -> torch.Tensor:
         """One loss from those by optimizer name, whose gradients must not mix."""
+        if self._single and losses and self._single not in losses:
+            raise LossError(
+                f"training_step returned a dictionary with {some(map(repr, losses))}, and the loop "
+                "takes the loss from its 'loss': return {'loss': loss, ...}. What else is in it is "
+                "logged."
+            )
         _check_names(losses, self.optimizers, "training_step")
         for name, part in losses.items():
             check_loss(part, f" for {name!r}")
@@ -356,13 +371,37 @@ class Optimization:
                     "gradients of the others alone."
                 )
 
-    def _check_clear(self) -> None:
-        """Refuses gradients that a training_step has made itself, to which the loss's would add.
+    def _refuse_steps(self) -> None:
+        """Has the first training_step raise if it steps an optimizer itself."""
+
+        def refuse(*_: Any) -> None:
+            raise LossError(_OWN_STEP.format("the optimizer"))
+
+        for optimizer in self.optimizers.values():
+            self._refusals.append(optimizer.register_step_pre_hook(refuse))
+            self._run.cleanup.callback(self._refusals[-1].remove)
+        self._counts = self._steps_of_schedulers()
+
+    def _steps_of_schedulers(self) -> list[Any]:
+        schedulers = chain.from_iterable(self._schedulers.values())
+        return [getattr(scheduler, "last_epoch", None) for scheduler in schedulers]
+
+    def _check_clear(self, loss: Any) -> None:
+        """Refuses what a training_step must leave to the loop: steps, and gradients of its own.
+
+        Args:
+            loss: that it returned; nothing is refused with a reason of its own.
 
         Raises:
-            LossError: there are some.
+            LossError: it has stepped a scheduler, or made gradients to which the loss's would add.
         """
         self._checks_clear = False  # a training_step that does so does so in its first call
+        while self._refusals:
+            self._refusals.pop().remove()
+        if loss is None:
+            return
+        if self._counts != self._steps_of_schedulers():
+            raise LossError(_OWN_STEP.format("the learning-rate scheduler"))
         parameters = chain.from_iterable(map(_parameters, self.optimizers.values()))
         gradients = [(p, dense_part(local_part(p.grad))) for p in parameters if p.grad is not None]
         made = [parameter for parameter, gradient in gradients if gradient.any()]

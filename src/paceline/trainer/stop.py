@@ -43,6 +43,7 @@ with the data's state from before the draw.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -57,6 +58,7 @@ import torch.distributed as dist
 
 from paceline.errors import CheckpointError, ConfigError, PeerError
 from paceline.exit_codes import FAILED, USAGE
+from paceline.log.traceback import FIRST
 from paceline.trainer.stall import StallReport
 from paceline.world import meeting
 from paceline.world.signals import ASKED, SAME, STOPS, LeaveAtOnce, leave
@@ -301,7 +303,11 @@ class StopAgreement:
             first = self._peer_error
         if is_lost_connection(error):
             self._leave_if_none_has_begun()
-        return PeerError(first) if first is not None and is_lost_connection(error) else None
+            return None if first is None else PeerError(first)
+        if first is not None:
+            with contextlib.suppress(AttributeError):  # an error may take no attributes
+                setattr(error, FIRST, first)
+        return None
 
     def _publish(self, error: BaseException) -> str | None:
         """Publishes the error unless another rank has; returns that rank's."""

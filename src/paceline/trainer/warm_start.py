@@ -14,7 +14,7 @@ from paceline.checkpoint.engine import engine_of
 from paceline.checkpoint.policy import NATIVE
 from paceline.checkpoint.safetensors_file import read_metadata
 from paceline.checkpoint.state import load_tensors
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, some
 
 
 def load_weights(
@@ -44,7 +44,11 @@ def load_weights(
         unexpected += [f"{name}.{k}" for k in there if k not in fits]
         load_tensors(model, fits)
     if not loaded:
-        raise CheckpointError(f"init_from={path}: no tensor there fits this trainer's models.")
+        raise CheckpointError(
+            f"init_from={path}: no tensor there fits this trainer's models: it has "
+            f"{some(unexpected, 4)}, and they have {some(missing, 4)}. Give weights whose names "
+            "and shapes are the models'."
+        )
     say(
         f"weights from {source}: {loaded} tensors loaded; missing: {', '.join(missing) or 'none'}; "
         f"unexpected: {', '.join(unexpected) or 'none'}."

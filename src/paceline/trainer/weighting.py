@@ -124,7 +124,9 @@ def check_loss(loss: Any, which: str = "", giver: str = "training_step") -> None
     if not isinstance(loss, torch.Tensor):
         raise LossError(
             f"{giver} returned {loss!r:.80}{which} of type {type(loss).__name__}; it returns "
-            "the mean loss over the batch's items, a tensor of one element."
+            "the mean loss over the batch's items, a tensor of one element: loss, and not "
+            "loss.item(), nor (loss, other). To log something beside it, return "
+            "{'loss': loss, 'name': other}."
         )
     if loss.numel() != 1:
         raise LossError(

@@ -198,17 +198,17 @@ def _all_stopped(failures: dict[int, ProcessFailure]) -> bool:
 
 
 def _report(failures: dict[int, ProcessFailure]) -> None:
-    """Prints a line to stderr for each rank that failed."""
+    """Prints to stderr how the ranks that failed ended."""
     if _all_stopped(failures):
         return
-    for rank, failure in sorted(failures.items()):
-        code = failure.exitcode
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"exited with code {code}"
-        )
-        print(f"paceline: rank {rank} {how}", file=sys.stderr)
+    codes = {failure.exitcode for failure in failures.values()}
+    for code in sorted(codes):
+        ranks = sorted(rank for rank, failure in failures.items() if failure.exitcode == code)
+        who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        how = f"exited with code {code}"
+        if code < 0:
+            how = f"{'were' if len(ranks) > 1 else 'was'} killed by {signal.Signals(-code).name}"
+        print(f"paceline: {who} {how}", file=sys.stderr)
 
 
 def _answer(failures: dict[int, ProcessFailure]) -> int:

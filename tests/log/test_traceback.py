@@ -9,7 +9,8 @@ import torch
 
 from builders import code_forgotten
 from paceline import Trainer
-from paceline.cli.traceback import told_in_full
+from paceline.errors import PeerError
+from paceline.log.traceback import FIRST, behind_another, told_in_full
 from small import fitted
 
 CODE = """
@@ -42,10 +43,22 @@ def test_the_frames_of_the_user_are_shown(tmp_path: Path, monkeypatch: pytest.Mo
         "in forward", "in lookup"
     ]  # fmt: skip
     assert "KeyError: 'missing'" in told
+    assert not any(set(line.strip()) <= {"^", "~"} for line in told)
     assert any("failed on its first batch" in line for line in told)
     assert told[-1].endswith("PACELINE_TRACEBACK=full shows them)")
     monkeypatch.setenv("PACELINE_TRACEBACK", "full")
     assert any("_call_impl" in line for line in told_in_full(error).splitlines())
+
+
+def test_only_the_first_rank_that_failed_tells_all() -> None:
+    """What came of its failure, or is the same error, is known from it; another error is not."""
+    first = "rank 3 failed: ValueError: a\nb"
+    assert behind_another(PeerError(first)) == (3, "rank 3 failed: ValueError: a", True)
+    for error, is_all in ((ValueError("a\nc"), True), (ValueError("d"), False)):
+        assert behind_another(error) is None
+        setattr(error, FIRST, first)
+        assert behind_another(error) == (3, "rank 3 failed: ValueError: a", is_all)
+    assert behind_another(PeerError("step 3, batch 2: rank 0 has waited in a collective")) is None
 
 
 def test_where_it_was_raised_is_shown_and_an_error_without_a_users_frame_is_whole() -> None:

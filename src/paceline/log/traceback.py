@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from paceline.errors import PeerError
+
 SWITCH = "PACELINE_TRACEBACK"
+FIRST = "_paceline_first"  # an attribute of an error that came after another rank's: that one
 _OURS = (str(Path(__file__).resolve().parents[1]),)
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
@@ -32,6 +36,25 @@ def told_in_full(error: BaseException) -> str:
             left_out = f"({hidden} frames of installed packages left out: {SWITCH}=full shows them)"
             return f"{_text(told)}\n{left_out}"
     return _text(told)
+
+
+def behind_another(error: BaseException) -> tuple[int, str, bool] | None:
+    """Which rank's failure came before an error of this rank.
+
+    Args:
+        error: of this rank.
+
+    Returns:
+        That rank, what it said in a line, and whether it says all there is to say: this rank's is
+        the same error, or only comes of that one. None if this rank failed by itself.
+    """
+    of_peer = isinstance(error, PeerError)
+    first = str(error) if of_peer else getattr(error, FIRST, "")
+    match = re.match(r"rank (\d+) (failed|lost its connections)[^:]*: (.*)", first)
+    if match is None:
+        return None
+    same = match[3] == f"{type(error).__name__}: {error}".split("\n")[0]
+    return int(match[1]), match[0], of_peer or same
 
 
 def _text(told: traceback.TracebackException) -> str:
@@ -58,5 +81,7 @@ def _hide(told: traceback.TracebackException) -> int:
     """Leaves out frames that are not the user's, but for the last; returns how many."""
     kept = [f for i, f in enumerate(told.stack) if _is_users(f) or i == len(told.stack) - 1]
     hidden = len(told.stack) - len(kept)
-    told.stack = traceback.StackSummary.from_list(kept)
+    # Without columns, which Python underlines: a line less for each frame.
+    plain = [traceback.FrameSummary(f.filename, f.lineno, f.name, line=f.line) for f in kept]
+    told.stack = traceback.StackSummary.from_list(plain)
     return hidden
