@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.errors import ConfigError, counted, nearest
+from paceline.errors import ConfigError, counted, nearest, some
 from paceline.trainer.callback import Callback
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ class Freeze(Callback):
         for name in self.names:
             parameters, parts = _found(models, name)
             if not parameters and not parts:
+                parts_of = [f"{m}.{part}" for m, model in models.items() for part in model._modules]
                 raise ConfigError(
                     f"Freeze({name!r}): there is nothing to freeze under this name"
-                    f"{nearest(name, _names(models))}"
+                    + (nearest(name, _names(models)) or f"; there is {some(parts_of)}")
                 )
             self._parameters |= {id(p): p for p in parameters if p.requires_grad}
             self._modes |= {id(part): (part, part.training) for part in parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -199,11 +199,15 @@ class _ReplicaOnPaper:
     delivered = True
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        trained = {id(p): p.nbytes for p in parameters if p.requires_grad}
-        self.covered = frozenset(trained)
-        self.bucket_bytes = sum(trained.values())
+        self._placed = {id(p): p.nbytes for p in parameters if p.requires_grad}
+        self.exchange_without(frozenset())
 
     def begin(self, *, exchange: bool) -> None: ...
+
+    def exchange_without(self, frozen: Set[int]) -> None:
+        exchanged = {key: size for key, size in self._placed.items() if key not in frozen}
+        self.covered = frozenset(exchanged)
+        self.bucket_bytes = sum(exchanged.values())
 
     def check_exchanged(self) -> None: ...
 

@@ -503,8 +503,9 @@ def _add_decisions(trainer: TrainerBase, run: Run) -> None:
         add(f"validates every {every}", "validate_every", given=every != "epoch")
     if trainer.max_val_batches is not None:
         add(_left_out(trainer), "validate_every")
-    rows = counted(trainer.recorder.every, "step")
-    add(f"a row of metrics every {rows}", "log_every", given=trainer.log_every is not None)
+    every = trainer.recorder.every
+    rows = "each step" if every == 1 else f"every {every} steps"
+    add(f"a row of metrics {rows}", "log_every", given=trainer.log_every is not None)
     policy = trainer.checkpoint_policy
     if policy is None:
         add("saves no checkpoint: a run that is stopped starts anew", "checkpoint")
