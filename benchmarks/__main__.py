@@ -13,6 +13,7 @@ NAMES = (
     "dry_run",
     "memory",
     "memory_on_paper",
+    "evaluation",
     "checkpoints",
     "scaling",
 )
