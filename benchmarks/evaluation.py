@@ -132,7 +132,7 @@ def main() -> None:
             rows.append([task, name, shown, f"{statistics.median(ratio):.3f}"])
     peaks = {samples: peak(samples) for samples in SAMPLES}
     text = (
-        "## Evaluating\n\nCPU time of one evaluation, and its ratio to the loop of its round.\n\n"
+        "## Evaluating\n\nCPU time of an evaluation; ratio to the loop of its round.\n\n"
     )
     text += common.table(["model", "", "ms", "ratio"], rows)
     text += "\n\n## Predicting into a file\n\nThe process's largest resident set.\n\n"

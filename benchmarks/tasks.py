@@ -1,7 +1,7 @@
 """What is trained: three small tasks, the same for every contestant.
 
-All turns of a run together are a multiple of 50 steps: on the tiny model Paceline writes a row every
-50, on the others, whose epochs are short, some ten an epoch.
+All turns of a run together are a multiple of 50 steps: on the tiny model Paceline writes a row
+every 50, on the others, whose epochs are short, some ten an epoch.
 """
 
 from __future__ import annotations
