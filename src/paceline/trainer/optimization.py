@@ -86,7 +86,9 @@ class Optimization:
         self._leaves_out = dict.fromkeys(self.optimizers, True if always else None)
         self._stood_in: set[int] = set()  # parameters with a gradient from stand-ins alone
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
-        self._checks_clear = not components.is_overridden("step")  # before the first backward pass
+        # Before the first backward pass; stages have no training_step.
+        staged = self._placement.pipeline is not None
+        self._checks_clear = not (staged or components.is_overridden("step"))
         self._refusals: list[Any] = []  # hooks of optimizers, until then
         self._counts: list[Any] = []  # the schedulers' before it
         self._found_independent = False  # losses by optimizer name have been checked
