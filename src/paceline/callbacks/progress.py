@@ -289,7 +289,8 @@ class _Bars:
         self._width = 24 if console.width >= 120 else 12 if console.width >= 100 else 8
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=self._width),
+            # The terminal's own colours, which are made for its background.
+            BarColumn(self._width, "bright_black", "cyan", "green", "cyan"),
             TextColumn("{task.fields[notes]}", markup=False),
             console=console,
             auto_refresh=False,
