@@ -131,9 +131,7 @@ def main() -> None:
             shown = common.spread([1000 * value for value in values])
             rows.append([task, name, shown, f"{statistics.median(ratio):.3f}"])
     peaks = {samples: peak(samples) for samples in SAMPLES}
-    text = (
-        "## Evaluating\n\nCPU time of an evaluation; ratio to the loop of its round.\n\n"
-    )
+    text = "## Evaluating\n\nCPU time of an evaluation; ratio to the loop of its round.\n\n"
     text += common.table(["model", "", "ms", "ratio"], rows)
     text += "\n\n## Predicting into a file\n\nThe process's largest resident set.\n\n"
     text += common.table(["samples", "MB"], [[f"{n:,}", f"{mb:.0f}"] for n, mb in peaks.items()])

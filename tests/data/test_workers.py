@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
-from paceline import Trainer
+from paceline import Trainer, World
 from paceline.testing import Ranks
 
 
@@ -167,3 +169,33 @@ def wait_until(happens: Any) -> None:
     while not happens():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+class Collecting(Dataset):
+    """Collects garbage wherever it is read."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        gc.collect()
+        return torch.tensor(index)
+
+
+def read_after_a_run() -> list[int]:
+    gc.disable()
+    world = World().open()
+    group = dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(1), group=group)
+    held: list[Any] = [group]
+    held.append(held)  # a cycle: it waits for garbage collection
+    world.close()
+    del group, held
+    numbers = [number.item() for number in DataLoader(Collecting(), num_workers=1)]
+    assert not gc.isenabled(), "as it was"
+    return numbers
+
+
+def test_a_worker_does_not_collect_the_process_groups_of_an_earlier_run(ranks: Ranks) -> None:
+    """Their destructor waits for threads, which a forked process does not have."""
+    assert ranks(read_after_a_run, 2) == [[0, 1], [0, 1]]

@@ -148,9 +148,9 @@ def _wait(pids: Sequence[int], folder: Path, limit: float) -> list[tuple[Any, ..
 
 
 def _kill(pids: Sequence[int]) -> None:
-    """Kills ranks that hang, after they have written where."""
+    """Kills ranks that hang, after they and their loader workers have written where."""
     for pid in pids:
-        os.kill(pid, _TRACE)
+        os.killpg(pid, _TRACE)
     time.sleep(_TRACED if pids else 0)
     for pid in pids:
         os.killpg(pid, signal.SIGKILL)

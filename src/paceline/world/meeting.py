@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from paceline.errors import ConfigError, PeerError
 from paceline.exit_codes import STOPPED, USAGE
 from paceline.world import signals
+from paceline.world.forks import spare_parents_garbage
 from paceline.world.layout import Parallel
 
 # The stores through which this process joined others, by address. They are kept while the process
@@ -62,6 +63,7 @@ def join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
         raise _left(*json.loads(word))
     _has_met, _announced = True, False
     _held += 1
+    spare_parents_garbage()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
