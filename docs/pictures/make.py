@@ -2,7 +2,8 @@
 
 - `curve-light.svg`, `curve-dark.svg`: the loss of an uninterrupted run, and of one that was killed
   and resumed. Nothing is drawn unless both end with the same bytes of rows and state.
-- `plan.svg`, `preflight.svg`: what these commands print on a terminal.
+- `plan.svg`, `preflight.svg`: what these commands print on a terminal; `plan-narrow.svg`,
+  `preflight-narrow.svg`: the same on one as narrow as a phone.
 
 The runs are of `recipes/digits.yaml`, in a temporary folder.
 """
@@ -31,7 +32,7 @@ from rich.text import Text
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[1] / "recipes"
 RECIPE = "recipes/digits.yaml"
-COLUMNS = 96  # of the terminal
+COLUMNS = {"": 96, "-narrow": 48}  # of the terminals in the pictures
 MONOSPACE = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 CURVE = ("trainer.epochs=6", "trainer.log_every=1")
 KILL = 85  # the optimizer step after which the run is killed, in the middle of an epoch
@@ -53,7 +54,12 @@ def main() -> None:
             "preflight": f"preflight {RECIPE}",
             "plan": f"train {RECIPE} trainer.epochs=2",
         }.items():
-            draw_terminal(picture, f"$ paceline {command}\n{printed(folder, command)}")
+            lines = printed(folder, command).splitlines(keepends=True)
+            # A terminal shows a bar in place of the lines that say where the run is.
+            kept = "".join(line for line in lines if not line.startswith("epoch "))
+            text = f"$ paceline {command}\n{kept}"
+            for suffix, columns in COLUMNS.items():
+                draw_terminal(picture + suffix, text, columns)
         undisturbed = train(folder, "undisturbed")
         at, lost, resumed = train_killed(folder, "killed")
         for palette in PALETTES:
@@ -61,8 +67,8 @@ def main() -> None:
 
 
 def start(folder: Path, *words: str, **settings: Any) -> subprocess.Popen[str]:
-    """Starts `paceline` in a folder, as on a terminal of `COLUMNS` columns."""
-    environment = {**os.environ, "COLUMNS": str(COLUMNS), "FORCE_COLOR": "1"}
+    """Starts `paceline` in a folder, as on a terminal too wide for any line to be wrapped."""
+    environment = {**os.environ, "COLUMNS": "1000", "FORCE_COLOR": "1"}
     command = [sys.executable, "-m", "paceline", *words]
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **settings)
 
@@ -76,9 +82,9 @@ def printed(folder: Path, command: str) -> str:
     return text
 
 
-def draw_terminal(name: str, text: str) -> None:
+def draw_terminal(name: str, text: str, columns: int) -> None:
     """Writes a picture of a terminal that shows `text`. Its fonts are those of the reader."""
-    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(text.rstrip()))
     own = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     own = re.sub(r"font-family: (Fira Code|arial)[^;]*", f"font-family: {MONOSPACE}", own)

@@ -79,7 +79,7 @@ class Trainer(TrainerBase):
         loggers: sinks for rows beside metrics.jsonl and timing.jsonl; only [] turns all rows off.
             Without a run_dir rows are kept in memory, for `Result.history`.
         progress: print the plan and show progress.
-        log_every: optimizer steps between two rows; None for some ten rows an epoch, at most one
+        log_every: optimizer steps between two rows; None for some ten rows an epoch, at least one
             every 50 steps.
         run_dir: the run's folder; None to write nothing.
         resume: "auto", "must", "never", "fresh", the path of a checkpoint, or a `Resume`.
