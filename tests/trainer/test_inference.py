@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from mixture import Mixture
 from paceline import Callback, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.errors import ConfigError, DataError, MismatchError, PeerError
 from paceline.testing import Ranks, bits
+from paceline.world.dtensors import local_part
 from paceline.world.meeting import announce_exit
 from paceline.world.signals import leave_at_once_on_signals
 from small import batches, fitted, line, points, settings
@@ -212,16 +214,89 @@ LAYOUTS = [
 ]
 
 
+class Drifting(nn.Module):
+    """Adds what training has made of things that no state dictionary holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+        self.mean, self.sums, self.rate = torch.zeros(1), [torch.zeros(1)], 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+            self.mean = self.mean + 0.2
+            self.sums[0] = self.sums[0] + 0.1
+            self.rate += 0.05
+        return x + self.calls + self.mean + self.sums[0] + self.rate
+
+
+TRAINED = [
+    *((layout, network) for layout in LAYOUTS),
+    (
+        Parallel(expert=2, plan={"0.experts": "experts"}),
+        lambda: nn.Sequential(Mixture(3), nn.Linear(3, 1)),
+    ),
+]
+
+
+def evaluated_after_training(layout: Parallel, model: nn.Module, folder: Path) -> None:
+    """The same object again and again, with the weights at hand and a checkpoint's."""
+    trained = Trainer(
+        **settings(
+            nn.Sequential(*model, Drifting()),
+            val_dataloader=batches(11),
+            callbacks=[AveragedWeights(decay=0.5)],
+            parallel=layout,
+            max_steps=2,
+        )
+    )
+    logged = trained.train(seed=1).metrics
+    optimizer, state = trained.optimizer, bits(local_state(trained))
+    assert trained.evaluate() == logged == trained.evaluate(weights="averaged")
+    live = trained.evaluate(weights="live")
+    assert live != logged
+    outputs = trained.predict(batches(11), weights="live")
+    loss = nn.functional.mse_loss(outputs, points(11).tensors[1]).item()
+    assert live == pytest.approx({"val/loss": loss})
+    assert bits(local_state(trained)) == state
+    assert trained.optimizer is optimizer
+    if layout.partitions_state:
+        with pytest.raises(ConfigError, match="make a new Trainer with a new model and optimizer"):
+            trained.train(epochs=3)
+        trained.parallel = Parallel()
+        with pytest.raises(ConfigError, match="says another layout now: leave it as it was"):
+            trained.evaluate()
+        trained.parallel = layout
+    assert trained.evaluate() == logged
+    if not layout.expert > 1:  # of the network, as the run in the folder
+        loaded = trained.evaluate(checkpoint=folder, weights="live")
+        assert loaded == trained.evaluate(weights="live") != live
+
+
+def local_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of what this rank has of the model; the shapes of what other stages have."""
+    state = trainer.model.state_dict()
+    return {key: local_part(value).detach().clone() for key, value in state.items()}
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("it cannot be copied")
+
+
 def everywhere(folder: Path) -> Any:
     """Evaluated and predicted by new objects, and by those that have trained."""
+    for layout, model in TRAINED:
+        torch.manual_seed(3)
+        evaluated_after_training(layout, model(), folder)
+    uncopied = fitted(model=Uncopied(3, 1), parallel=LAYOUTS[1])
+    with pytest.raises(ConfigError, match=r"model is spread .*\(TypeError: it cannot be copied\)"):
+        uncopied.evaluate(batches(4))
     found = []
     for layout in LAYOUTS:
         new = Trainer(model=network(), loss_fn=nn.MSELoss(), parallel=layout)
         found.append((new.evaluate(batches(11), checkpoint=folder), new.predict(batches(11))))
-        if not layout.partitions_state:  # else a model stays spread after training
-            trained = make(None, parallel=layout, max_steps=2)
-            trained.train(seed=1)
-            assert trained.evaluate() == trained.result.metrics
     alone = Trainer(model=network())
     shares = DataLoader(Share(alone.world.rank, alone.world.size), 2)
     streamed = alone.predict(shares)
@@ -235,7 +310,8 @@ def everywhere(folder: Path) -> Any:
 
 def test_two_ranks_evaluate_and_predict_as_one_does(run: Path, ranks: Ranks) -> None:
     """Eleven rows in copies, shards, split modules and stages; a stream's batches take turns. One
-    that fails afterwards ends the other, which waits for it in the next meeting."""
+    that fails afterwards ends the other, which waits for it in the next meeting. What has trained
+    measures what the run has measured, as often as it is asked."""
     one = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
     metrics, outputs = one.evaluate(batches(11)), one.predict(batches(11))
     x = points(11).tensors[0]

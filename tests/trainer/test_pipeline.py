@@ -374,7 +374,7 @@ def test_what_cannot_be_cut_is_refused(ranks: Ranks) -> None:
     expected = (
         "parallel.pipeline=2: 'model' has 1 layers to share out, 0, and each stage needs one",
         "parallel.pipeline: scale of 'model' belong to none of the modules that compute it",
-        "the model 'model' is cut already, by an earlier run: build it anew",
+        "the model 'model' is cut already, by an earlier run: make a new Trainer",
         "GradientMonitor(per_layer=True): no rank has the gradients of all layers",
         "compile=True: the model 'model' has no repeated blocks",
     )

@@ -16,6 +16,7 @@ import torch
 
 from paceline.errors import ConfigError, some
 from paceline.parallel.blocks import repeated_blocks
+from paceline.parallel.outline import is_outlined
 from paceline.parallel.pipeline_stages import is_given_up
 from paceline.world.dtensors import is_dtensor
 from paceline.world.seeding import mix, seed_everything, stream
@@ -64,6 +65,8 @@ class Materializer:
         if not empty:
             return
         marks = {key: _materialize(tensor, self._device) for key, tensor in empty.items()}
+        if any(is_outlined(tensor) for tensor in empty.values()):
+            return  # another model has the values
         parts = [id(part) for part in self._module.modules()]
         seed_everything(mix(stream(self._seed, "init"), parts.index(id(unit))))
         _fill(unit, set(empty), set(empty))
@@ -86,7 +89,8 @@ class Materializer:
 
 def without_a_way(model: torch.nn.Module) -> list[str]:
     """Names of meta tensors that no method of their module, nor of one around it, could fill."""
-    names = {id(t): name for name, t in _named_tensors(model) if t.is_meta}
+    meta = [(name, t) for name, t in _named_tensors(model) if t.is_meta and not is_given_up(t)]
+    names = {id(t): name for name, t in meta}
     for module in model.modules():
         if _own_way(module, whole=True):
             filled = _tensors(module)

@@ -61,7 +61,10 @@ def place_stages(
         ConfigError: the model cannot be cut, or is cut already.
     """
     if any(is_given_up(tensor) for tensor in tensors_of(model)):
-        raise ConfigError(f"the model {name!r} is cut already, by an earlier run: build it anew.")
+        raise ConfigError(
+            f"the model {name!r} is cut already, by an earlier run: make a new Trainer with a new "
+            "model and optimizer, which resumes if run_dir is the earlier run's."
+        )
     uncut = repeated_blocks(model) if world.shards > 1 else list(kept_whole)
     stages = stages_of(model, name, world.parallel.pipeline, uncut)
     held = [{id(t): t for layer in s.values() for t in tensors_of(layer)} for s in stages]

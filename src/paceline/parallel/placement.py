@@ -20,6 +20,7 @@ from paceline.parallel.context_parallel import Sequences, part_of, ring_attentio
 from paceline.parallel.ddp import Replica, Synchronizer, replicate, sparse_parameters, zero_loss
 from paceline.parallel.float8 import Float8Layers, float8_layers
 from paceline.parallel.materialize import Materializer
+from paceline.parallel.outline import keep_outlines
 from paceline.world.dtensors import total_norm
 from paceline.world.world import World, send
 
@@ -132,6 +133,7 @@ class Placement:
         self._compile = compile
         if self._parallel.partitions_state:
             _check_apart(models)
+            keep_outlines(models.values())
         self._enter_contexts()
         self.float8 = float8_layers(self._precision, self._world, self._plan)
         placed = {id(m): self._placed(m, name, optimizers) for name, m in models.items()}

@@ -6,7 +6,6 @@ into them first. Nothing is written: no row, no checkpoint, nothing in the run's
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from paceline.checkpoint.native_engine import load_tree
 from paceline.checkpoint.state import load_tensors
 from paceline.errors import ConfigError, MismatchError, PacelineError, PeerError
 from paceline.log.files import shown
+from paceline.parallel.outline import copies_to_place, is_spread, take_over
 from paceline.trainer import error_context, lifecycle
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.checks import check_validation
@@ -122,12 +122,24 @@ def _start(
         raise ConfigError("model: there is no model, neither given nor made in configure().")
     lifecycle.open_validation_data(trainer, run)
     whole = trainer.named_models()
-    if trainer.parallel.partitions_state:
-        _swap_copies_in(trainer, swapped)
+    spread: dict[str, tuple[torch.nn.Module, torch.nn.Module]] = {}
+    if trainer.parallel.partitions_state or any(map(is_spread, whole.values())):
+        spread = _swap_copies_in(trainer, swapped)
     trainer.setup()
     swapping = [each for each in trainer.callbacks if isinstance(each, SwapsWeights)]
+    if found is None and wanted.weights == "averaged" and len(swapping) != 1:
+        raise ConfigError(
+            "weights='averaged': there is no checkpoint, and no callback here keeps an average."
+        )
+    with ExitStack() as exchanged:
+        if spread and found is None and wanted.weights != "live":
+            for each in swapping:  # which have the weights of the models that were trained
+                if wanted.weights == "averaged" or getattr(each, "evaluate", True):
+                    exchanged.enter_context(each.applied())
+        for name, (model, copied) in spread.items():
+            take_over(model, copied, name)
     heard = trainer.callbacks
-    if found is not None or wanted.weights != "auto":
+    if found is not None or wanted.weights != "auto" or spread:
         heard = [each for each in heard if each not in swapping]
     run.events = Events(trainer, heard)
     for hook in run.events.on_setup:
@@ -141,19 +153,23 @@ def _start(
                 f"{error}\n{shown(found.path)} is of another model: make the model as the run did, "
                 "or give checkpoint= one of this model's."
             ) from error
-        if trainer.parallel.partitions_state:
-            for name, model in whole.items():
+        for name, model in whole.items() if trainer.parallel.partitions_state else ():
+            if name in spread:
+                take_over(spread[name][1], model, name)
+            else:
                 load_tensors(model, weights[name])
-    elif wanted.weights == "averaged":
-        if len(swapping) != 1:
-            raise ConfigError(
-                "weights='averaged': there is no checkpoint, and no callback here keeps an average."
-            )
+    elif wanted.weights == "averaged" and not spread:
         swapped.enter_context(swapping[0].applied())
 
 
-def _swap_copies_in(trainer: TrainerBase, swapped: ExitStack) -> None:
-    """Has copies of the models spread: a spread model stays so, and could not be placed again."""
+def _swap_copies_in(
+    trainer: TrainerBase, swapped: ExitStack
+) -> dict[str, tuple[torch.nn.Module, torch.nn.Module]]:
+    """Has copies of the models spread: a spread model stays so, and could not be placed again.
+
+    Returns:
+        By name, the models that are spread already, each with its copy, which lacks the values.
+    """
     modules = {n: v for n, v in vars(trainer).items() if isinstance(v, (torch.nn.Module, dict))}
     held = {
         name: value
@@ -161,9 +177,11 @@ def _swap_copies_in(trainer: TrainerBase, swapped: ExitStack) -> None:
         if not isinstance(value, dict)
         or (value and all(isinstance(each, torch.nn.Module) for each in value.values()))
     }
-    for name, copied in copy.deepcopy(held).items():  # in one go: they may share parts
+    copies, spread = copies_to_place(held)
+    for name, copied in copies.items():
         setattr(trainer, name, copied)
     swapped.callback(vars(trainer).update, held)
+    return spread
 
 
 def _open_training_data(trainer: TrainerBase, run: Run) -> None:

@@ -77,12 +77,13 @@ def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
         value: of the same shape; a full tensor has to be equal on all processes.
     """
     value = spread_like(value, target)
-    if is_dtensor(target) and _spread_alike(target, value):  # torch would plan each shape first
+    if is_dtensor(target) and spread_alike(target, value):  # torch would plan each shape first
         target, value = local_part(target), local_part(value)
     target.detach().copy_(value)
 
 
-def _spread_alike(one: Any, other: Any) -> bool:
+def spread_alike(one: Any, other: Any) -> bool:
+    """Whether two DTensors lie on the same ranks in the same way."""
     return one.device_mesh == other.device_mesh and one.placements == other.placements
 
 
