@@ -86,7 +86,9 @@ class Optimization:
         self._leaves_out = dict.fromkeys(self.optimizers, True if always else None)
         self._stood_in: set[int] = set()  # parameters with a gradient from stand-ins alone
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
-        self._checks_clear = not components.is_overridden("step")  # before the first backward pass
+        staged = self._placement.pipeline is not None  # whose training_step nobody calls
+        # Before the first backward pass.
+        self._checks_clear = not staged and not components.is_overridden("step")
         self._refusals: list[Any] = []  # hooks of optimizers, until then
         self._counts: list[Any] = []  # the schedulers' before it
         self._found_independent = False  # losses by optimizer name have been checked
