@@ -226,6 +226,7 @@ def test_one_that_is_taken_out_of_a_resumed_run_no_longer_freezes(tmp_path: Path
     [
         (partial(Freeze, "0.0.wieght"), "nothing to freeze under this name; did you mean '0.0.we"),
         (partial(Freeze, ["0", "bakcbone.*"]), r"'bakcbone.\*'\): .* name; there is model.0, mo"),
+        (partial(Freeze, "3"), r"Freeze\('3'\): it has no parameters to freeze$"),
         (partial(Freeze, "*"), r"nothing is left to train at step 1: every parameter is frozen"),
         (partial(Freeze, []), "expected a name, or a list of names"),
         (partial(Freeze, "0", until_step=0), r"until_step=0\): expected a number from 1 on"),
@@ -234,7 +235,7 @@ def test_one_that_is_taken_out_of_a_resumed_run_no_longer_freezes(tmp_path: Path
     ],
 )
 def test_what_cannot_be_frozen_is_refused(make: Any, said: str) -> None:
-    model = network()
+    model = network().append(nn.Identity())
     with pytest.raises(PacelineError, match=said):
         Trainer(**settings(model, callbacks=[make()])).fit()
     assert all(p.requires_grad for p in model[0].parameters())

@@ -153,6 +153,20 @@ def test_a_step_that_is_finite_now_is_said_to_be(tmp_path: Path) -> None:
     assert "the failure does not occur again" in str(replay)
 
 
+def test_accumulated_windows_and_those_that_a_rewind_has_passed_over(tmp_path: Path) -> None:
+    """Given row 14 in step 2 and again in step 5, of which no checkpoint of before is left."""
+    how = {"gradient_accumulation_steps": 2, "on_nonfinite": "rewind"}
+    run = make(Log, tmp_path, **how)
+    run.checkpoint_policy = CheckpointPolicy(every_steps=1)
+    run.fit(seed=3)
+    assert run.progress.skips == [1, 4]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
+    again = make(Log, tmp_path, **how)
+    replay = replay_failure(again, tmp_path)
+    assert (replay.step, replay.from_step, replay.reproduced) == (5, 0, True)
+    assert again.progress.skips == [1]
+
+
 def test_what_was_not_finite_to_begin_with_is_named(tmp_path: Path) -> None:
     x, y = points().tensors
     x = x.clone()

@@ -72,6 +72,18 @@ def keeps_gradients(self: Optimization, window: Window) -> None:
     self.guard.begin(window)
 
 
+def zeros_for_frozen(self: Optimization, window: Window) -> None:
+    _begin(self, window)
+    for optimizer in self.optimizers.values():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+
+
+_begin = Optimization.begin
+
+
 def announces_openly(run: Any, window: Window) -> None:
     for hook in run.events.on_train_batch_start:
         hook(window.batch, window.batch_idx)

@@ -17,7 +17,7 @@ from test_p04_every_sample_once import Case as Pass
 from test_p05_a_kill_loses_nothing import DAMAGE, HARMLESS
 
 from paceline import reading
-from paceline.callbacks import AveragedWeights
+from paceline.callbacks import AveragedWeights, Freeze
 from paceline.checkpoint import native_engine, publication, safetensors_file
 from paceline.checkpoint.state import ModelForm
 from paceline.data import fetch, loader
@@ -87,6 +87,7 @@ P6, P8 = "test_p06_a_signal_is_a_clean_stop", "test_p08_cheap"
 P9 = "test_p09_wrong_before_expensive"
 P10, P11 = "test_p10_opening_a_run_executes_nothing", "test_p11_a_run_explains_itself"
 P12, P13 = "test_p12_resume_costs_the_same_anywhere", "test_p13_nothing_behind_your_back"
+FREEZE = "test_freeze"
 ALONE, RECORD = "test_p01_exact_resume", "test_run_record"
 AGREE = "test_ranks_agree"
 UNUSED = "test_what_no_loss_reaches_at_last_keeps_no_gradient_and_all_else_is_exchanged"
@@ -550,5 +551,17 @@ MUTANTS = [
         ((loader, "_trimmed"),),
         defects.unsaid,
         f"{P13}:test_what_drop_last_leaves_out_is_counted",
+    ),
+    Mutant(
+        "a resumed run trains what is frozen until its next step",
+        ((Freeze, "on_load_checkpoint"), (Freeze, "on_train_start")),
+        defects.nothing,
+        f"{FREEZE}:test_stopped_anywhere_it_ends_with_the_same_bytes",
+    ),
+    Mutant(
+        "what is frozen has gradients of zero, and decays",
+        ((Optimization, "begin"),),
+        defects.zeros_for_frozen,
+        f"{FREEZE}:test_it_trains_as_a_loop_in_plain_torch_that_unfreezes_by_and_by",
     ),
 ]

@@ -39,7 +39,7 @@ def call_broken(mutant: str, function: Callable[..., Any], args: tuple[Any, ...]
 def test_it_is_caught(
     mutant: Mutant, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rooms = [str(TESTS / room) for room in ("data", "trainer", "log", "checkpoint")]
+    rooms = [str(TESTS / room) for room in ("data", "trainer", "log", "checkpoint", "callbacks")]
     monkeypatch.setattr(sys, "path", [*sys.path, *rooms])
     module, name = mutant.test.split(":")
     test = getattr(importlib.import_module(module), name)

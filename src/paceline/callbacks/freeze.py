@@ -87,11 +87,7 @@ class Freeze(Callback):
         for name in self.names:
             parameters, parts = _found(models, name)
             if not parameters and not parts:
-                parts_of = [f"{m}.{part}" for m, model in models.items() for part in model._modules]
-                raise ConfigError(
-                    f"Freeze({name!r}): there is nothing to freeze under this name"
-                    + (nearest(name, _names(models)) or f"; there is {some(parts_of)}")
-                )
+                raise ConfigError(_nothing_under(name, models))
             self._parameters |= {id(p): p for p in parameters if p.requires_grad}
             self._modes |= {id(part): (part, part.training) for part in parts}
         self._describe(trainer, models)
@@ -229,6 +225,15 @@ def _found(
         if _has_statistics(module) and any(meant(f"{full}.{key}") for key in _STATISTICS):
             parts.append(module)
     return parameters, parts
+
+
+def _nothing_under(name: str, models: Mapping[str, torch.nn.Module]) -> str:
+    names = _names(models)
+    if name in names:
+        return f"Freeze({name!r}): it has no parameters to freeze"
+    parts = [f"{key}.{part}" for key, model in models.items() for part in model._modules]
+    known = nearest(name, names) or f"; there is {some(parts)}"
+    return f"Freeze({name!r}): there is nothing to freeze under this name{known}"
 
 
 def _modules(models: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:

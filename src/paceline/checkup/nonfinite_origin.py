@@ -110,6 +110,7 @@ class StepWatch(Callback):
 
     Args:
         step: which, from 1.
+        skips: steps before it, from 0, that the run has passed over since it went back.
 
     Attributes:
         ranks: what each rank has seen, once the step's gradients are there.
@@ -118,8 +119,9 @@ class StepWatch(Callback):
     priority = 10**9
     name = "replay"
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, skips: Iterable[int] = ()) -> None:
         self.step = step
+        self._skips = set(skips)
         self.ranks: list[Seen] = []
         self._losses: dict[int, float] = {}
         self._origin: Origin | None = None
@@ -128,6 +130,11 @@ class StepWatch(Callback):
         self._samples: list[Any] = []
         self._forward: _Forward | None = None
         self._undo = ExitStack()
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Passes over what the run has passed over, but for the step itself."""
+        skips = {*trainer.progress.skips, *self._skips} - {self.step - 1}
+        trainer.progress.skips = sorted(skips)
 
     def on_train_batch_start(self, trainer: Trainer, batch: Any, batch_idx: int) -> None:
         """Begins with the step's first micro-batch."""

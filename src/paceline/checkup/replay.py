@@ -121,7 +121,8 @@ def replay_failure(trainer: Trainer, run_dir: Path | str) -> Replay:
         f"replays step {step} of {shown(run_dir)}, after {counted(count, 'step')} of training from "
         f"{'the start' if found is None else found.path.name}."
     )
-    watch = StepWatch(step)
+    rewinds = trainer.on_nonfinite == "rewind"
+    watch = StepWatch(step, [n - 1 for n in kept_failures(run_dir) if rewinds and n < step])
     with _scratch(run_dir, removes=trainer.world.local_rank == 0) as scratch:
         _prepare(trainer, run_dir, scratch, found, watch)
         try:
@@ -198,9 +199,11 @@ def _prepare(
 ) -> None:
     """Has a trainer resume the run in a temporary folder, where nothing is kept."""
     if trainer.global_batch_size is None:
-        trainer.global_batch_size = kept_global_batch_size(
+        size = kept_global_batch_size(
             run_dir, Resume(), trainer.train_dataloader, trainer.gradient_accumulation_steps
         )
+        if size is not None:  # from which the accumulation follows
+            trainer.global_batch_size, trainer.gradient_accumulation_steps = size, 1
     for callback in trainer.callbacks:
         if isinstance(callback, RecordRecipe):
             callback.run_dir = scratch / "run"
