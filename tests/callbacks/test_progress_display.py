@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -187,6 +188,14 @@ def test_names_in_brackets_are_no_markup(clock) -> None:
     trainer.end()
     assert "acc[bold] 0.5" in out.getvalue()
     assert "acc[/red] 0.5" in out.getvalue()
+
+
+def test_a_name_that_the_stream_cannot_encode_does_not_end_the_run() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    trainer = FakeTrainer(Progress(file=out, line_seconds=0)).start()
+    trainer.fire("on_metrics", {"val/größe": math.nan})
+    out.seek(0)
+    assert out.read() == "validation at step 0  val/gr\\xf6\\xdfe nan\n"
 
 
 def test_other_ranks_are_silent() -> None:

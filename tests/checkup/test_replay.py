@@ -15,6 +15,7 @@ from paceline import CheckpointPolicy, Trainer
 from paceline.checkup import replay_failure
 from paceline.checkup.nonfinite_origin import Seen
 from paceline.errors import ConfigError, NonFiniteError, PacelineError
+from paceline.log import Sink
 from paceline.trainer.nonfinite import kept_failures
 from paceline.world.world import World
 from small import points, same, settings, weights
@@ -153,6 +154,14 @@ def test_a_step_that_is_finite_now_is_said_to_be(tmp_path: Path) -> None:
     assert "the failure does not occur again" in str(replay)
 
 
+class Rows(Sink):
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.found.append(row)
+
+
 def test_accumulated_windows_and_those_that_a_rewind_has_passed_over(tmp_path: Path) -> None:
     """Given row 14 in step 2 and again in step 5, of which no checkpoint of before is left."""
     how = {"gradient_accumulation_steps": 2, "on_nonfinite": "rewind"}
@@ -161,9 +170,10 @@ def test_accumulated_windows_and_those_that_a_rewind_has_passed_over(tmp_path: P
     run.fit(seed=3)
     assert run.progress.skips == [1, 4]
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
-    again = make(Log, tmp_path, **how)
+    again = make(Log, tmp_path, **how, log_every=1, loggers=[(rows := Rows())])
     replay = replay_failure(again, tmp_path)
     assert (replay.step, replay.from_step, replay.reproduced) == (5, 0, True)
+    assert not rows.found
     assert again.progress.skips == [1]
 
 

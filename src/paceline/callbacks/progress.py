@@ -241,7 +241,10 @@ class _Lines:
     def validation_over(self) -> None: ...
 
     def result(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        # A name that the stream cannot encode does not end the run.
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        print(shown, file=self._stream, flush=True)
 
     def close(self) -> None: ...
 
