@@ -32,7 +32,8 @@ class Freeze(Callback):
 
     With several of these callbacks a parameter is trained once none of them freezes it any more.
     What was frozen before the run (`requires_grad_(False)`) stays frozen. After the run, all is
-    trainable that was so before it.
+    trainable that was so before it. Leave `requires_grad` of what it freezes to it: a resumed run
+    freezes it again, whatever a hook of yours did meanwhile.
 
     Args:
         names: a name, or several.
