@@ -109,12 +109,20 @@ def take_over(source: torch.nn.Module, target: torch.nn.Module, name: str) -> No
 
 
 def is_spread(model: torch.nn.Module) -> bool:
-    """Whether a rank holds only a part of the model's values, or a DTensor of them."""
+    """Whether the ranks share the model's values out.
+
+    Args:
+        model: whole, or after it was placed.
+    """
     return any(is_dtensor(tensor) or is_given_up(tensor) for tensor in tensors_of(model))
 
 
 def is_outlined(tensor: torch.Tensor) -> bool:
-    """Whether a tensor belongs to a copy of an outline, and takes over its values later."""
+    """Whether a tensor belongs to an outline or its copy, which takes its values over later.
+
+    Args:
+        tensor: a parameter or buffer.
+    """
     return getattr(tensor, "outlined", False)
 
 

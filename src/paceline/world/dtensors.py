@@ -83,7 +83,11 @@ def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def spread_alike(one: Any, other: Any) -> bool:
-    """Whether two DTensors lie on the same ranks in the same way."""
+    """Whether two DTensors lie on the same ranks in the same way.
+
+    Args:
+        one, other: DTensors.
+    """
     return one.device_mesh == other.device_mesh and one.placements == other.placements
 
 
