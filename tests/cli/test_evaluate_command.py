@@ -21,7 +21,8 @@ RUN = "runs/p/n"
 
 @pytest.fixture
 def trained(paceline, tmp_path: Path) -> Path:
-    code, _, err = paceline("train", "toy.yaml", "trainer.epochs=1", VAL)
+    schedule = "+lr_scheduler={type: warmup_cosine, warmup: 0.1}"  # as long as the run
+    code, _, err = paceline("train", "toy.yaml", "trainer.epochs=1", VAL, schedule)
     assert code == 0, err
     return tmp_path / RUN
 

@@ -502,6 +502,24 @@ def test_a_callback_s_and_an_attribute_s_names_of_other_systems_are_told_ours() 
     assert "Hook defines setup, which nothing calls; here it is on_setup" in said
 
 
+@pytest.mark.parametrize("base", [Trainer, Callback])
+def test_another_system_s_hook_is_told_the_event_and_not_the_nearest_word(base: type) -> None:
+    """`on_step_begin` is nearest to `on_step_end`, which would run at the other end of a step."""
+    hooks = {
+        "on_train_batch_begin": "on_train_batch_start",
+        "on_step_begin": "on_train_batch_start",
+        "on_validation_epoch_end": "on_validation_end",
+        "on_epoch_end": "on_train_epoch_end",
+    }
+    theirs = type("Theirs", (base,), dict.fromkeys(hooks, lambda self, *_: None))
+    if base is Trainer:
+        said = message(ConfigError, theirs)
+    else:
+        said = message(ConfigError, callbacks=[theirs()])
+    for name, ours in hooks.items():
+        assert f"Theirs defines {name}, which is no event; here it is {ours}." in said
+
+
 class Helped(Trainer):
     def compute_loss(self, batch: Any) -> torch.Tensor:
         return self.loss(batch)

@@ -78,7 +78,8 @@ def _show(report: Mapping[str, Any]) -> None:
     for name, value in metrics.items():
         before = value if logged is None else logged.get(name, "nothing")
         beside = "" if _same(value, before) else f"   logged: {before}"
-        print(printable(f"  {name:{width}}  {value:.6g}{beside}"))
+        shown = value if beside else f"{value:.6g}"  # what differs may do so in the last digit
+        print(printable(f"  {name:{width}}  {shown}{beside}"))
     if logged is None:
         print("The run logged no validation at this step.")
     elif report["equal"]:

@@ -132,7 +132,8 @@ def load_trainer(
     path = folder_of_step(Path(run_dir), found.step) / RECIPE_FILE
     # Nothing is sent anywhere, so that no credential is needed.
     recipe = check(compose(path, overrides).filled(MASK), trust)
-    trainer = build_trainer(recipe)
+    # Nothing is trained, so that a step of the run need not fit this number of processes.
+    trainer = build_trainer(recipe, resume="fresh")
     trainer.run_dir, trainer.seed = None, recipe.seed
     progress = load_tree(found.path, parts=("progress",)).get("progress", {})
     here = progress.get("validated_at") == found.step

@@ -41,6 +41,7 @@ import torch
 
 from paceline.errors import nearest
 from paceline.trainer.callback import Callback
+from paceline.trainer.settings import METHODS_ELSEWHERE
 
 
 class Hooks:
@@ -166,9 +167,15 @@ def misspelt_hooks(listener: object) -> list[str]:
         if name.startswith("on_") and name not in EVENTS and callable(getattr(listener, name, None))
     ]
     return [
-        f"{type(listener).__name__} defines {name}, which is no event"
-        f"{nearest(name, EVENTS) or '.'} "
+        f"{type(listener).__name__} defines {name}, which is no event{_meant(name)} "
         + (f"Events: {', '.join(EVENTS)}" if strict else "If it is your own, rename it.")
         for name in names
         if strict or get_close_matches(name, EVENTS, n=1, cutoff=0.75)
     ]
+
+
+def _meant(name: str) -> str:
+    """The event that another system's hook is here, or else the nearest one."""
+    if name in METHODS_ELSEWHERE:  # the nearest to on_step_begin is on_step_end
+        return f"; here it is {METHODS_ELSEWHERE[name]}."
+    return nearest(name, EVENTS) or "."
