@@ -120,9 +120,9 @@ def test_it_trains_as_a_loop_in_plain_torch_that_unfreezes_by_and_by() -> None:
     assert torch.equal(trainer.model[2].bias, started["2.bias"])
     assert int(model[0][1].num_batches_tracked) == STEPS - 5
     plan = [str(line) for line in trainer.plan]
-    assert "freezes 1 until step 4: 20 of 49 parameters  [Freeze(until_step)]" in plan
+    assert "freezes 1 for 4 steps: 20 of 49 parameters  [Freeze(until_step)]" in plan
     assert (
-        "freezes model.0.* until epoch 1: 24 of 49 parameters, 1 module with running statistics in "
+        "freezes model.0.* for 1 epoch: 24 of 49 parameters, 1 module with running statistics in "
         "eval mode  [Freeze(until_epoch)]"
     ) in plan
 

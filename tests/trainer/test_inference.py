@@ -284,6 +284,13 @@ class Uncopied(nn.Linear):
         raise TypeError("it cannot be copied")
 
 
+class Lengthy(Trainer):
+    """Asks how long the run is, as one with a schedule does."""
+
+    def configure(self) -> None:
+        assert self.training_horizon
+
+
 def everywhere(folder: Path) -> Any:
     """Evaluated and predicted by new objects, and by those that have trained."""
     for layout, model in TRAINED:
@@ -296,6 +303,11 @@ def everywhere(folder: Path) -> Any:
     for layout in LAYOUTS:
         new = Trainer(model=network(), loss_fn=nn.MSELoss(), parallel=layout)
         found.append((new.evaluate(batches(11), checkpoint=folder), new.predict(batches(11))))
+    metrics = Lengthy(
+        model=network(), loss_fn=nn.MSELoss(), train_dataloader=batches(8), epochs=1,
+        global_batch_size=4,  # which two ranks could not train with
+    ).evaluate(batches(11), checkpoint=folder)  # fmt: skip
+    assert metrics == found[0][0]
     alone = Trainer(model=network())
     shares = DataLoader(Share(alone.world.rank, alone.world.size), 2)
     streamed = alone.predict(shares)

@@ -159,9 +159,9 @@ class Freeze(Callback):
         frozen = sum(parameter.numel() for parameter in self._parameters.values())
         until, setting = "for good", "until_step, until_epoch"
         if self.until_step is not None:
-            until, setting = f"until step {self.until_step}", "until_step"
+            until, setting = f"for {counted(self.until_step, 'step')}", "until_step"
         elif self.until_epoch is not None:
-            until, setting = f"until epoch {self.until_epoch}", "until_epoch"
+            until, setting = f"for {counted(self.until_epoch, 'epoch')}", "until_epoch"
         kept = ""
         if self._modes:
             kept = f", {counted(len(self._modes), 'module')} with running statistics in eval mode"

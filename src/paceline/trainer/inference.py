@@ -187,7 +187,8 @@ def _swap_copies_in(
 def _open_training_data(trainer: TrainerBase, run: Run) -> None:
     """For a `configure()` that asks how long a run is."""
     run.open_data = lambda: None
-    lifecycle.open_training_data(trainer, run)
+    # Nothing is trained: the ranks need not be able to make the run's windows.
+    lifecycle.open_training_data(trainer, run, None)
 
 
 def _find(trainer: TrainerBase, run: Run, wanted: Wanted) -> Checkpoint | None:

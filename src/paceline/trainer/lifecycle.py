@@ -280,25 +280,28 @@ def _thaw(trainer: TrainerBase, name: str, given: dict[str, Any]) -> None:
 
 
 def _open_data(trainer: TrainerBase, run: Run) -> None:
-    open_training_data(trainer, run)
+    open_training_data(trainer, run, _global_batch_size(trainer, run))
     open_validation_data(trainer, run)
 
 
-def open_training_data(trainer: TrainerBase, run: Run) -> None:
+def _global_batch_size(trainer: TrainerBase, run: Run) -> int | None:
+    """Samples an optimizer step, if they are set or a resumed run has them."""
+    if trainer.global_batch_size is not None:
+        return trainer.global_batch_size
+    loader, accumulation = trainer.train_dataloader, trainer.gradient_accumulation_steps
+    kept = resume.kept_global_batch_size(trainer.run_dir, trainer.resume, loader, accumulation)
+    return run.world.broadcast_object(kept)
+
+
+def open_training_data(trainer: TrainerBase, run: Run, global_batch_size: int | None) -> None:
     """Opens the training data.
 
     Args:
         trainer: which gets the source.
         run: that starts.
+        global_batch_size: samples an optimizer step; None for as many as the ranks make.
     """
     seed, world, accumulation = run.seed, run.world, trainer.gradient_accumulation_steps
-    global_batch_size = trainer.global_batch_size
-    if global_batch_size is None:
-        global_batch_size = world.broadcast_object(
-            resume.kept_global_batch_size(
-                trainer.run_dir, trainer.resume, trainer.train_dataloader, accumulation
-            )
-        )
     size = WindowSize(accumulation, global_batch_size, trainer.epoch_length)
     with _speaking_of("train_dataloader"):
         loader, groups = trainer.train_dataloader, trainer.replica_groups
