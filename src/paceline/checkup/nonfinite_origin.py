@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import math
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +24,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
+from paceline.log.traceback import is_users
 from paceline.trainer.callback import Callback
 from paceline.trainer.trainer import Trainer
 from paceline.world.dtensors import dense_part, local_part
@@ -33,8 +32,6 @@ from paceline.world.dtensors import dense_part, local_part
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
-_OURS = str(Path(__file__).resolve().parents[1])
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Frames further out are those that train, and did not compute.
 _LOOP = frozenset(f.__code__ for f in (Trainer.train, Trainer.fit, Trainer.epoch))
 
@@ -401,6 +398,6 @@ def _place_of_call() -> str | None:
     """File and line of the user's code that is at work, if it is the user's that computes."""
     for frame in _frames():
         file = frame.f_code.co_filename
-        if not file.startswith(("<", _OURS, *_INSTALLED)):
+        if is_users(file):
             return f"{file}:{frame.f_lineno}"
     return None

@@ -13,7 +13,7 @@ from paceline.errors import PeerError
 
 SWITCH = "PACELINE_TRACEBACK"
 FIRST = "_paceline_first"  # an attribute of an error that came after another rank's: that one
-_OURS = (str(Path(__file__).resolve().parents[1]),)
+_OURS = str(Path(__file__).resolve().parents[1])
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -29,7 +29,7 @@ def told_in_full(error: BaseException) -> str:
     """
     told = traceback.TracebackException.from_exception(error)
     if os.environ.get(SWITCH) != "full" and any(
-        _is_users(f) for e in _chain(told) for f in e.stack
+        is_users(f.filename) for e in _chain(told) for f in e.stack
     ):
         hidden = sum(map(_hide, _chain(told)))
         if hidden:
@@ -72,14 +72,14 @@ def _chain(told: traceback.TracebackException) -> Iterator[traceback.TracebackEx
         each = each.__cause__ or shown
 
 
-def _is_users(frame: traceback.FrameSummary) -> bool:
-    file = frame.filename
-    return not file.startswith(("<", *_OURS, *_INSTALLED))
+def is_users(file: str) -> bool:
+    """Whether a file of code is the user's own: not Paceline's, and not installed."""
+    return not file.startswith(("<", _OURS, *_INSTALLED))
 
 
 def _hide(told: traceback.TracebackException) -> int:
     """Leaves out frames that are not the user's, but for the last; returns how many."""
-    kept = [f for i, f in enumerate(told.stack) if _is_users(f) or i == len(told.stack) - 1]
+    kept = [f for i, f in enumerate(told.stack) if is_users(f.filename) or i == len(told.stack) - 1]
     hidden = len(told.stack) - len(kept)
     # Without columns, which Python underlines: a line less for each frame.
     plain = [traceback.FrameSummary(f.filename, f.lineno, f.name, line=f.line) for f in kept]
