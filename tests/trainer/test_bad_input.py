@@ -337,6 +337,25 @@ def test_a_step_of_its_own_in_training_step(what: str) -> None:
     assert fitted(own, **made, resume="never").result.complete
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_clearing_gradients_within_a_window_is_refused(accumulation: int) -> None:
+    """It would drop the micro-batch before; with one a window it drops nothing."""
+
+    class Clears(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.optimizer.zero_grad()
+            return super().training_step(batch, batch_idx)
+
+    model = line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = {"model": model, "optimizer": optimizer, "gradient_accumulation_steps": accumulation}
+    if accumulation == 1:
+        assert fitted(Clears, **made).result.complete
+    else:
+        assert "leave zero_grad() out" in message(LossError, Clears, **made)
+    assert "zero_grad" not in vars(optimizer)
+
+
 def own_step(self: Trainer, window: Any) -> None:
     for batch, batch_idx in window:
         self.backward(Trainer.training_step(self, batch, batch_idx))

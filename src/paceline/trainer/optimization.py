@@ -10,7 +10,7 @@ is read with the next row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -39,6 +39,12 @@ from paceline.world.world import World
 _OWN_STEP = (
     "training_step steps {} itself, and the loop does so too: leave it out, and return the loss. "
     "To step yourself, override step(window) with self.backward(loss) and self.optimizer_step()."
+)
+
+
+_OWN_CLEARING = (
+    "training_step clears gradients itself, which drops those of the window's micro-batches before "
+    "this one: leave zero_grad() out. The loop clears them before each window."
 )
 
 
@@ -89,7 +95,7 @@ class Optimization:
         # Before the first backward pass; stages have no training_step.
         staged = self._placement.pipeline is not None
         self._checks_clear = not (staged or components.is_overridden("step"))
-        self._refusals: list[Any] = []  # hooks of optimizers, until then
+        self._refusals: list[Callable[[], Any]] = []  # what takes them back then
         self._counts: list[Any] = []  # the schedulers' before it
         self._found_independent = False  # losses by optimizer name have been checked
         self._splits = parallel.tensor > 1
@@ -147,12 +153,14 @@ class Optimization:
         Args:
             window: the one at hand from now on.
         """
+        if self._checks_clear:
+            self._take_refusals_back()  # of a window that was passed over
         for optimizer in self.optimizers.values():
             clear_gradients(optimizer)
         self._stood_in.clear()
         self.guard.begin(window)
         if self._checks_clear:
-            self._refuse_steps()
+            self._refuse_steps(window)
 
     def backward(self, loss: Any, only: str | Collection[str] | None = None) -> None:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items.
@@ -373,16 +381,27 @@ class Optimization:
                     "gradients of the others alone."
                 )
 
-    def _refuse_steps(self) -> None:
-        """Has the first training_step raise if it steps an optimizer itself."""
+    def _refuse_steps(self, window: Window) -> None:
+        """Has the first training_step raise if it steps an optimizer, or clears its gradients."""
 
         def refuse(*_: Any) -> None:
             raise LossError(_OWN_STEP.format("the optimizer"))
 
+        def refuse_clearing(set_to_none: bool = True) -> None:
+            raise LossError(_OWN_CLEARING)
+
         for optimizer in self.optimizers.values():
-            self._refusals.append(optimizer.register_step_pre_hook(refuse))
-            self._run.cleanup.callback(self._refusals[-1].remove)
+            self._refusals.append(optimizer.register_step_pre_hook(refuse).remove)
+            if len(window) > 1 and "zero_grad" not in vars(optimizer):
+                vars(optimizer)["zero_grad"] = refuse_clearing
+                self._refusals.append(partial(vars(optimizer).pop, "zero_grad", None))
+        for take_back in self._refusals:
+            self._run.cleanup.callback(take_back)
         self._counts = self._steps_of_schedulers()
+
+    def _take_refusals_back(self) -> None:
+        while self._refusals:
+            self._refusals.pop()()
 
     def _steps_of_schedulers(self) -> list[Any]:
         schedulers = chain.from_iterable(self._schedulers.values())
@@ -398,8 +417,7 @@ class Optimization:
             LossError: it has stepped a scheduler, or made gradients to which the loss's would add.
         """
         self._checks_clear = False  # a training_step that does so does so in its first call
-        while self._refusals:
-            self._refusals.pop().remove()
+        self._take_refusals_back()
         if loss is None:
             return
         if self._counts != self._steps_of_schedulers():
