@@ -258,7 +258,7 @@ SCHEDULES: list[tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = [
 def test_a_changed_schedule_is_refused_and_if_accepted_takes_its_place_on_the_new_curve(
     then: Any, now: Any, key: str, tmp_path: Path
 ) -> None:
-    stopped(tmp_path, step=6, epochs=4, max_steps=10, **scheduled(then))
+    stopped(tmp_path, step=6, epochs=4, max_steps=10, log_every=50, **scheduled(then))
     with pytest.raises(ResumeError) as caught:
         fitted(run_dir=tmp_path, epochs=4, max_steps=20, **scheduled(now))
     assert key in str(caught.value)

@@ -133,7 +133,8 @@ class Placement:
         self._compile = compile
         if self._parallel.partitions_state:
             _check_apart(models)
-            keep_outlines(models.values())
+            if not self._world.on_paper:  # where nothing is evaluated
+                keep_outlines(models.values())
         self._enter_contexts()
         self.float8 = float8_layers(self._precision, self._world, self._plan)
         placed = {id(m): self._placed(m, name, optimizers) for name, m in models.items()}

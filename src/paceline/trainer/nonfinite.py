@@ -301,12 +301,13 @@ class NonFiniteGuard:
             self._kept = folder, "samples" if batch is None else "batch"
 
     def _kept_note(self) -> str:
-        if self._kept is None:
-            return ""
-        folder, what = self._kept
-        note = f"\n  the {what} {'are' if what == 'samples' else 'is'} kept in {folder}"
-        if self._run.settings.resolved_recipe is not None:
-            run_dir = shown(folder.parent)
+        """Where this rank has kept its part, and how any rank's is taken once more."""
+        note, run_dir = "", self._run.settings.run_dir
+        if self._kept is not None:
+            folder, what = self._kept
+            note = f"\n  the {what} {'are' if what == 'samples' else 'is'} kept in {folder}"
+        if run_dir is not None and self._run.settings.resolved_recipe is not None:
+            run_dir = shown(run_dir)
             ranks = f" --nproc {self._ranks}" if self._ranks > 1 else ""
             note += (
                 "\n  which module it comes from: "

@@ -31,6 +31,8 @@ class WorldOnPaper(World):
         ConfigError: the layout does not match that many ranks.
     """
 
+    on_paper = True
+
     def __init__(self, parallel: Parallel, ranks: int) -> None:
         self.parallel = parallel
         self.ranks = ranks

@@ -48,7 +48,10 @@ class World:
         expert_mesh: the processes of `mesh`, arranged for experts, which are split along its
             dimension "expert"; or None.
         control_group: a gloo group for small host-side messages, or None with one process.
+        on_paper: whether it is simulated; see `WorldOnPaper`.
     """
+
+    on_paper = False
 
     def __init__(self, parallel: Parallel | None = None) -> None:
         adopt_slurm()
