@@ -7,34 +7,22 @@ difference who seeds that one while training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 Loader = DataLoader[tuple[Tensor, ...]]
 LATENT = 16
 ADAM = {"lr": 2e-3, "betas": (0.5, 0.999)}
 
 
-class EpochOrder(Sampler[int]):
-    """A permutation for each epoch, as `DistributedSampler` draws it."""
+class EpochOrder(DistributedSampler):
+    """A permutation for each epoch, drawn from its number, for one process."""
 
-    def __init__(self, n: int) -> None:
-        self.n, self.epoch = n, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.epoch)
-        yield from torch.randperm(self.n, generator=generator).tolist()
+    def __init__(self, data: Dataset) -> None:
+        super().__init__(data, num_replicas=1, rank=0)
 
 
 class Generator(nn.Sequential):
@@ -81,7 +69,8 @@ def make(images: int, width: int) -> tuple[Generator, Discriminator, Loader]:
     generator, discriminator = Generator(width), Discriminator(width)
     generator.apply(as_dcgan)
     discriminator.apply(as_dcgan)
-    return generator, discriminator, DataLoader(TensorDataset(x), 64, sampler=EpochOrder(len(x)))
+    data = TensorDataset(x)
+    return generator, discriminator, DataLoader(data, 64, sampler=EpochOrder(data))
 
 
 def verdict_loss(logits: Tensor, label: float) -> Tensor:

@@ -8,32 +8,20 @@ batch's items, as Paceline wants it, and not the sum over the batch that is ofte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 Loader = DataLoader[tuple[Tensor, ...]]
 
 
-class EpochOrder(Sampler[int]):
-    """A permutation for each epoch, as `DistributedSampler` draws it."""
+class EpochOrder(DistributedSampler):
+    """A permutation for each epoch, drawn from its number, for one process."""
 
-    def __init__(self, n: int) -> None:
-        self.n, self.epoch = n, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.epoch)
-        yield from torch.randperm(self.n, generator=generator).tolist()
+    def __init__(self, data: Dataset) -> None:
+        super().__init__(data, num_replicas=1, rank=0)
 
 
 class VAE(nn.Module):
@@ -69,7 +57,8 @@ def make(images: int, width: int) -> tuple[VAE, Loader, Loader]:
     border = len(x) * 4 // 5
     torch.manual_seed(0)
     model = VAE(width)
-    train = DataLoader(TensorDataset(x[:border]), 64, sampler=EpochOrder(border))
+    pictures = TensorDataset(x[:border])
+    train = DataLoader(pictures, 64, sampler=EpochOrder(pictures))
     return model, train, DataLoader(TensorDataset(x[border:]), 256)
 
 

@@ -337,7 +337,7 @@ def test_a_monitored_metric_that_nobody_measures_fails(recipe):
 
 
 def test_seeds_that_stand_twice_are_a_mistake_of_the_recipe(recipe):
-    with pytest.raises(ConfigError, match="3 stand there twice"):
+    with pytest.raises(ConfigError, match="3 appear more than once"):
         recipe("+seeds=[3,4,3]")
 
 

@@ -9,9 +9,9 @@ from typing import Any, TextIO
 
 
 class Lasting:
-    """A stream that goes on, in silence, when its reader has gone or its terminal is closed.
+    """A stream that silently drops its output once its reader or terminal is gone.
 
-    A run does not fail because nobody looks at it any more.
+    A run must not fail because nobody watches it any more.
 
     Args:
         stream: where text goes as long as it can.

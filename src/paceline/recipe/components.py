@@ -48,7 +48,7 @@ _NESTED = {
     "batch_sampler": {"filled": ("data_source",)},
 }
 _TAKES_FUNCTIONS = ("LambdaLR", "MultiplicativeLR")
-_MISTAKEN = object()  # in the place of a component that has mistakes
+_MISTAKEN = object()  # replaces a component that has mistakes
 _FORBIDDEN = "Hydra only composes recipes, so its options for instantiation do not exist here"
 
 

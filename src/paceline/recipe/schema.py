@@ -60,7 +60,9 @@ def different_seeds(seeds: list[int]) -> list[int]:
     """`seeds`, if there are any and no two are equal; else a ValueError."""
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if not seeds or twice:
-        what = f"{', '.join(map(str, twice))} stand there twice" if twice else "the list is empty"
+        what = (
+            f"{', '.join(map(str, twice))} appear more than once" if twice else "the list is empty"
+        )
         raise ValueError(f"expected the seeds of different runs; {what}.")
     return seeds
 

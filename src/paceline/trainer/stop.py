@@ -157,8 +157,8 @@ class StopAgreement:
         """Listens for signals from now on; returns False beside the main thread, where nobody can.
 
         A signal that the process ignores (as a shell's background jobs do Ctrl-C), or that is
-        handled outside of Python, is left alone. A command that leaves at once goes on doing so,
-        with several ranks once they have agreed.
+        handled outside of Python, is left alone. A command that exits at once on a signal
+        still does so, on several ranks once they have agreed.
 
         Args:
             begun: whether training begins now.
@@ -185,7 +185,7 @@ class StopAgreement:
         before `open` is agreed on at the first point.
 
         Args:
-            where: says which step and batch this rank is at, should it come no further.
+            where: says which step and batch this rank is at, for the report if it stalls.
         """
         self._store = self._world.store()
         if self._world.size > 1 or self._stop_file is not None:

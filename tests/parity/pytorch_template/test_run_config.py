@@ -231,7 +231,7 @@ def test_PT_04_what_is_hardly_meant_is_listed(capsys: pytest.CaptureFixture[str]
 
 
 def test_PT_04_the_same_seed_twice_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"seeds: .*1 stand there twice"):
+    with pytest.raises(RecipeError, match=r"seeds: .*1 appear more than once"):
         config(seeds=[1, 2, 1])
 
 
