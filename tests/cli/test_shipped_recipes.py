@@ -34,6 +34,10 @@ def test_the_gpt_learns_and_writes(paceline, tmp_path: Path):
     assert code == 0, err
     assert metrics(tmp_path / "runs/gpt/manual")["val/loss"] < 3.5  # a guess is ln(103) = 4.6
     assert "\nThe " in out
+    said = (tmp_path / "runs/gpt/manual/run.json").read_text()
+    assert "saves every epoch and every 100 steps, keeps the newest" in said, (
+        "and no best: no metric"
+    )
 
 
 KILLED = ("trainer.epochs=3", "optimizer.lr=3e-4", "model.width=8", "--nproc", "2")
@@ -66,8 +70,8 @@ def test_a_sharded_gpt_is_killed_and_goes_on_as_one_process(paceline, wait_for, 
     words += (
         *GPT,
         "trainer.max_steps=20",
-        "+checkpoint.every_steps=4",
-        "checkpoint.every_epochs=null",
+        "checkpoint.every_steps=4",
+        "+checkpoint.every_epochs=null",
     )
     process = paceline.start(*words, "--nproc", "2", "parallel.dp_shard=2")
     wait_for("runs/gpt/manual/checkpoints/latest")

@@ -112,7 +112,7 @@ def test_a_mistake_in_a_group_file_names_that_file(recipe: Write, tmp_path: Path
         ("checkpoint=always", "checkpoint: expected a mapping"),
         ("parallel.pipeline=0", "parallel.pipeline=0: expected 1 or more processes"),
         ("parallel.dp_shard=0", "parallel.dp_shard=0: expected 1 or more processes"),
-        ("seeds=[1,2,1]", "seeds: expected the seeds of different runs; 1 stand"),
+        ("seeds=[1,2,1]", "seeds: expected the seeds of different runs; 1 appear"),
         ("seeds=[]", "seeds: expected the seeds of different runs; the list is empty"),
         ("seeds=3", "seeds: expected a valid list, got 3"),
         ("seeds=[1,a]", "seeds.1: expected a valid integer, got 'a'"),

@@ -79,16 +79,21 @@ class CheckpointPolicy:
         if mistakes:
             raise ConfigError("checkpoint: " + "; ".join(mistakes))
 
-    def in_words(self) -> str:
-        """When it saves and what it keeps, as a line of the plan."""
+    def in_words(self, *, monitored: bool) -> str:
+        """When it saves and what it keeps, as a line of the plan.
+
+        Args:
+            monitored: whether there is a metric, of which one may be the best.
+        """
+        best = self.save_best and monitored
         when = [
             *([] if self.every_epochs is None else [f"every {_some('epoch', self.every_epochs)}"]),
             *([] if self.every_steps is None else [f"every {_some('step', self.every_steps)}"]),
-            *(["at each best metric"] if self.save_best else []),
+            *(["at each best metric"] if best else []),
         ]
         kept = [
             "all" if self.keep_last is None else f"the newest{_count(self.keep_last)}",
-            *([f"the best{_count(self.keep_best)}"] if self.save_best else []),
+            *([f"the best{_count(self.keep_best)}"] if best else []),
             *([f"those of every {self.keep_every_steps} steps"] if self.keep_every_steps else []),
         ]
         waits = "" if self.asynchronous else "; training waits"

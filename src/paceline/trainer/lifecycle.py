@@ -513,7 +513,8 @@ def _add_decisions(trainer: TrainerBase, run: Run) -> None:
     if policy is None:
         add("saves no checkpoint: a run that is stopped starts anew", "checkpoint")
     elif run.saver is not None:
-        add(policy.in_words(), "checkpoint", given=policy != CheckpointPolicy())
+        line = policy.in_words(monitored=trainer.metric_monitor is not None)
+        add(line, "checkpoint", given=policy != CheckpointPolicy())
     optimizers = trainer.named_optimizers().values()
     fused = (getattr(each, "_step_supports_amp_scaling", False) for each in optimizers)
     if not run.on_cpu and not all(fused):
