@@ -99,6 +99,12 @@ def test_the_batch_is_kept_for_a_replay(tmp_path: Path) -> None:
     assert torch.equal(kept[1].nan_to_num(7.0), y[8:12].nan_to_num(7.0))
 
 
+def test_what_cannot_be_kept_does_not_hide_the_failure(tmp_path: Path) -> None:
+    (tmp_path / "nonfinite_step_3_rank_0").touch()
+    with pytest.raises(NonFiniteError, match=r"(?s)step 3 is .* nothing is kept in .*rank_0"):
+        fitted(train_dataloader=data(), run_dir=tmp_path)
+
+
 def test_without_a_run_folder_no_batch_is_written(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NonFiniteError):

@@ -53,13 +53,15 @@ class Plan:
         return len(self._lines)
 
     def show(self, file: TextIO | None = None) -> None:
-        """Prints what was decided for the user: plain lines off a terminal.
+        """Prints what was decided for the user; off a terminal each line begins with "plan: ".
 
         Args:
             file: where to; stdout by default.
         """
         stream: TextIO = sys.stdout if file is None else file
         lines = [line for line in self._lines if not line.given]
+        if not lines:
+            return
         if not stream.isatty():
             for line in lines:
                 print(f"plan: {line}", file=stream, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from paceline.checkpoint import encode
@@ -57,6 +58,7 @@ class NonFiniteGuard:
         self._bad_step: torch.Tensor | None = None  # on the device: the first bad step, or -1
         self._unread: deque[tuple[int, Callable[[], list[Any]]]] = deque(maxlen=_REMEMBERED)
         self._kept: tuple[Path, str] | None = None
+        self._not_kept = ""  # why
         self._keeps_buffers = policy in ("stop", "skip")
         self._buffers: KeptBuffers | None = None  # before this window: statistics move in forward
 
@@ -295,19 +297,25 @@ class NonFiniteGuard:
         if run_dir is None:
             return
         folder = run_dir / f"{KEPT}{step + 1}_rank_{self._world.rank}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "samples.json").write_text(json.dumps(samples, default=str))
-        if batch is None or _write_batch(batch, folder):
-            self._kept = folder, "samples" if batch is None else "batch"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "samples.json").write_text(json.dumps(samples, default=str))
+            with_batch = batch is not None and _write_batch(batch, folder)
+        except (OSError, SafetensorError) as error:  # not in place of the error that is under way
+            self._not_kept = f"\n  nothing is kept in {folder} ({error})"
+        else:
+            self._kept = folder, "batch" if with_batch else "samples"
 
     def _kept_note(self) -> str:
         """Where this rank has kept its part, and how any rank's is taken once more."""
-        note, run_dir = "", self._run.settings.run_dir
+        note, folder = "", self._run.settings.run_dir
         if self._kept is not None:
-            folder, what = self._kept
-            note = f"\n  the {what} {'are' if what == 'samples' else 'is'} kept in {folder}"
-        if run_dir is not None and self._run.settings.resolved_recipe is not None:
-            run_dir = shown(run_dir)
+            kept, what = self._kept
+            note = f"\n  the {what} {'are' if what == 'samples' else 'is'} kept in {kept}"
+        elif self._not_kept or self._ranks == 1:
+            return self._not_kept
+        if folder is not None and self._run.settings.resolved_recipe is not None:
+            run_dir = shown(folder)
             ranks = f" --nproc {self._ranks}" if self._ranks > 1 else ""
             note += (
                 "\n  which module it comes from: "

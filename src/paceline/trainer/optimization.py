@@ -40,8 +40,6 @@ _OWN_STEP = (
     "training_step steps {} itself, and the loop does so too: leave it out, and return the loss. "
     "To step yourself, override step(window) with self.backward(loss) and self.optimizer_step()."
 )
-
-
 _OWN_CLEARING = (
     "training_step clears gradients itself, which drops those of the window's micro-batches before "
     "this one: leave zero_grad() out. The loop clears them before each window."
