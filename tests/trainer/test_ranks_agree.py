@@ -43,14 +43,18 @@ class AskSoon(Callback):
     on_train_batch_end = on_validation_batch_end = on_step_end = on_metrics = count
 
 
-def stop_often(times: int) -> list[Any]:
-    """Runs that are asked to stop by any rank, at any event, with ranks out of step."""
+def stop_often(times: int, places: set[tuple[str, ...]]) -> list[Any]:
+    """Runs that are asked to stop by any rank, at any event, with ranks out of step.
+
+    There are `times` of them, and more until one has stopped at each of the places: where a run
+    stops depends on how fast the machine is.
+    """
     stop._POLL = 0.003
     draws, ends = random.Random(0), []
     World().open()  # ... a group of our own, in which run follows run
-    for _ in range(times):
+    while len(ends) < times or (len(ends) < 100 and not places <= {tuple(at) for _, at, _ in ends}):
         asker = AskSoon(draws.randrange(World().size), draws.randrange(1, 60))
-        trainer = small(asker, validate_every=2, rows=22, max_steps=40)
+        trainer = small(asker, validate_every=2, rows=46, max_steps=40)
         trainer.jitter = 0.004
         trainer.train(seed=1)
         ends.append((trainer.global_step, trainer.progress.pending, trainer.result.stopped_by))
@@ -61,11 +65,12 @@ def stop_often(times: int) -> list[Any]:
 
 
 def test_whoever_asks_and_whenever_all_stop_at_one_boundary(ranks: Ranks) -> None:
-    """15 runs on 4 ranks, out of step on purpose, in one process group."""
-    first, *others = ranks(stop_often, 4, 15)
+    """15 runs or more on 4 ranks, out of step on purpose, in one process group."""
+    places = {("validation",), ()}
+    first, *others = ranks(stop_often, 4, 15, places, limit=240)
     assert all(other == first for other in others)
     assert {reason for _, _, reason in first} == {"asked"}
-    assert {tuple(pending) for _, pending, _ in first} >= {("validation",), ()}
+    assert {tuple(pending) for _, pending, _ in first} >= places
 
 
 def agree(in_validation: bool) -> list[bool]:
