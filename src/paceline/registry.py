@@ -2,14 +2,23 @@
 
 The tables below give import paths, so that a class is imported only when it is used and this module
 depends on nothing: `KINDS` lists what there are names for, `_SHIPPED` the names that ship with
-Paceline. `register` adds a user's own classes.
+Paceline. Three things add a user's own:
+
+- a class that derives from a kind's base class and gives itself a `name` registers itself; one that
+  has none of its own is abstract;
+- `register` adds any class or function;
+- installed packages name modules or classes as entry points of the group "paceline", which are
+  imported once a name is asked for that is not known.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from paceline.errors import ConfigError, nearest
@@ -33,6 +42,13 @@ KINDS: dict[str, str] = {
     "callback": "paceline.trainer.callback:Callback",
     "logger": "paceline.log.sinks:Sink",
     "checkpoint_engine": "paceline.checkpoint.engine:CheckpointEngine",
+    "model_factory": "paceline.factories.bases:ModelFactory",
+    "tokenizer_factory": "paceline.factories.bases:TokenizerFactory",
+    "data_factory": "paceline.factories.bases:DataFactory",
+    "data_source": "paceline.factories.bases:DataSource",
+    "optimizer_factory": "paceline.factories.bases:OptimizerFactory",
+    "scheduler_factory": "paceline.factories.bases:SchedulerFactory",
+    "checkpoint": "paceline.factories.checkpoint:CheckpointEngine",
 }
 
 _SHIPPED: dict[str, dict[str, str]] = {
@@ -60,7 +76,20 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "native": "paceline.checkpoint.native_engine:NativeEngine",
     },
     "lr_scheduler": {
+        "warmup_constant": "paceline.recipe.schedules:WarmupConstant",
         "warmup_cosine": "paceline.recipe.schedules:WarmupCosine",
+        "warmup_linear": "paceline.recipe.schedules:WarmupLinear",
+        "warmup_stable_decay": "paceline.recipe.schedules:WarmupStableDecay",
+    },
+    "optimizer_factory": {
+        "adamw": "paceline.factories.optimizers:AdamWFactory",
+        "sgd": "paceline.factories.optimizers:SGDFactory",
+    },
+    "scheduler_factory": {
+        "constant": "paceline.factories.schedules:ConstantFactory",
+        "cosine": "paceline.factories.schedules:CosineFactory",
+        "linear": "paceline.factories.schedules:LinearFactory",
+        "wsd": "paceline.factories.schedules:StableDecayFactory",
     },
     "logger": {
         "jsonl": "paceline.log.sinks:JsonlSink",
@@ -68,6 +97,7 @@ _SHIPPED: dict[str, dict[str, str]] = {
     },
 }
 _registered: dict[str, dict[str, Any]] = {}
+_of_packages: dict[str, dict[str, Any]] = {}  # what their entry points have registered
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:
@@ -88,25 +118,52 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     _check_kind(kind)
 
     def add(target: T) -> T:
-        held = _registered.get(kind, {}).get(name)
-        if held is not None and getattr(held, "__qualname__", None) != getattr(
-            target, "__qualname__", None
-        ):
-            raise ConfigError(f"the {kind} name {name!r} is already registered for {held!r}")
+        if held := taken_by(kind, name, target):
+            raise ConfigError(f"the {kind} name {name!r} is taken by {held}; choose another.")
         _registered.setdefault(kind, {})[name] = target
         return target
 
     return add
 
 
+def register_named(kind: str, cls: type) -> None:
+    """Registers a class of `kind` that gives itself a `name`; for `__init_subclass__` of a base.
+
+    Args:
+        kind: one of `KINDS`.
+        cls: a class just defined. An inherited name is not its own: it is abstract then.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+    name = vars(cls).get("name")
+    if isinstance(name, str) and name:
+        register(kind, name)(cls)
+
+
+def taken_by(kind: str, name: str, target: Any) -> str | None:
+    """The dotted path of what already has a name; None if it is free, or is this very target's.
+
+    Args:
+        kind: one of `KINDS`.
+        name: as recipes write it.
+        target: the class or function that asks for it.
+    """
+    held = _held(kind, name)
+    return None if held in (None, _reference(target)) else held.replace(":", ".")
+
+
 def names(kind: str) -> list[str]:
     """Every name that `lookup` knows for `kind`, sorted.
 
     Raises:
-        ConfigError: there is no such kind.
+        ConfigError: there is no such kind, or an installed package cannot be imported.
     """
     _check_kind(kind)
-    return sorted({*_SHIPPED.get(kind, {}), *_registered.get(kind, {})})
+    _import_packages()
+    return sorted(
+        {n for table in (_SHIPPED, _of_packages, _registered) for n in table.get(kind, {})}
+    )
 
 
 def lookup(kind: str, name: str) -> Any:
@@ -119,16 +176,36 @@ def lookup(kind: str, name: str) -> Any:
     Raises:
         ConfigError: no such kind or name; the nearest known one is suggested.
     """
-    known = names(kind)
-    if name not in known:
-        there_is = f" Known: {', '.join(known)}" if known else ""
-        raise ConfigError(
-            f"no {kind} is registered as {name!r}{nearest(name, known) or '.'}{there_is}"
-        )
+    _check_kind(kind)
     if name in _registered.get(kind, {}):
         return _registered[kind][name]
-    module, _, attribute = _SHIPPED[kind][name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    if name in _SHIPPED.get(kind, {}):
+        module, _, attribute = _SHIPPED[kind][name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    known = names(kind)
+    if name in _of_packages.get(kind, {}):
+        return _of_packages[kind][name]
+    there_is = f" Known: {', '.join(known)}" if known else ""
+    raise ConfigError(f"no {kind} is registered as {name!r}{nearest(name, known) or '.'}{there_is}")
+
+
+def origin(kind: str, name: str) -> str:
+    """Where a registered class or function comes from, for people.
+
+    Args:
+        kind: one of `KINDS`.
+        name: one of `names(kind)`.
+
+    Returns:
+        Its dotted path, and the file for what is neither Paceline's nor an installed package's.
+    """
+    held = _held(kind, name) or ""
+    module = held.partition(":")[0]
+    path = held.replace(":", ".")
+    if name in _SHIPPED.get(kind, {}) or name in _of_packages.get(kind, {}):
+        return path
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return f"{path} ({file})" if file else path
 
 
 @contextlib.contextmanager
@@ -140,6 +217,43 @@ def restored() -> Iterator[None]:
     finally:
         _registered.clear()
         _registered.update(before)
+
+
+def _reference(target: Any) -> str:
+    """What a class or function is known by: a reloaded module's is the same one."""
+    name = getattr(target, "__qualname__", None) or repr(target)
+    return f"{getattr(target, '__module__', '')}:{name}"
+
+
+def _held(kind: str, name: str) -> str | None:
+    """What is registered as `name`, by its reference."""
+    for table in (_registered, _of_packages):
+        if name in table.get(kind, {}):
+            return _reference(table[kind][name])
+    return _SHIPPED.get(kind, {}).get(name)
+
+
+@cache
+def _import_packages() -> None:
+    """Imports what installed packages name as entry points; their classes register themselves.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    with restored():
+        before = {kind: dict(named) for kind, named in _registered.items()}
+        for point in entry_points(group="paceline"):
+            try:
+                point.load()
+            except Exception as error:
+                raise ConfigError(
+                    f"the entry point {point.name!r} of an installed package, {point.value!r}, "
+                    f"cannot be imported: {type(error).__name__}: {error}"
+                ) from error
+        for kind, named in _registered.items():
+            known = before.get(kind, {})
+            fresh = {name: held for name, held in named.items() if name not in known}
+            _of_packages.setdefault(kind, {}).update(fresh)
 
 
 def _check_kind(kind: str) -> None:

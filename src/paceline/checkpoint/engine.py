@@ -84,6 +84,10 @@ class CheckpointEngine(ABC):
         world: the ranks that save together.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        registry.register_named(KIND, cls)
+
     def __init__(self, folder: Path, policy: CheckpointPolicy, world: World) -> None:
         self.folder = folder
         self.policy = policy

@@ -114,9 +114,9 @@ class StepWatch(Callback):
     """
 
     priority = 10**9
-    name = "replay"
 
     def __init__(self, step: int, skips: Iterable[int] = ()) -> None:
+        self.name = "replay"
         self.step = step
         self._skips = set(skips)
         self.ranks: list[Seen] = []

@@ -121,6 +121,9 @@ class Seen:
     extra_schedule_step: bool = False
 
 
+_NAME = "preflight"
+
+
 class Rehearsal(Callback):
     """Observes the first steps of a run, then asks it to stop.
 
@@ -131,9 +134,9 @@ class Rehearsal(Callback):
     """
 
     priority = 10**9
-    name = "preflight"
 
     def __init__(self) -> None:
+        self.name = _NAME
         self.seen = Seen()
         self._names: dict[int, str] = {}
         # A parameter, its tensor, the place of its strongest gradient, and some of its values.
@@ -272,9 +275,9 @@ class Reload(Callback):
     """
 
     priority = 10**9
-    name = Rehearsal.name  # it replaces that callback
 
     def __init__(self) -> None:
+        self.name = _NAME  # it replaces that callback
         self.differences: list[str] | None = None
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import typer
 from paceline.cli.doctor import doctor
 from paceline.cli.evaluate import evaluate
 from paceline.cli.export import export
+from paceline.cli.list import list_names
 from paceline.cli.new import new
 from paceline.cli.predict import predict
 from paceline.cli.preflight import preflight
@@ -34,6 +35,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(export)
 app.command()(preview)
+app.command("list")(list_names)
 app.command()(new)
 app.command()(doctor)
 

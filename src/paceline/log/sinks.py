@@ -25,6 +25,7 @@ from paceline.log.csv_table import CsvTable, lines
 from paceline.log.files import replacing, sync_folder
 from paceline.log.floats import as_text, revived
 from paceline.reading import open_file, patiently, read_at
+from paceline.registry import register_named
 
 if TYPE_CHECKING:
     from paceline.log.media import Media
@@ -65,10 +66,14 @@ class Sink:
 
     Attributes:
         name: a checkpoint keeps the sink's state under it; the class's name unless set. A second
-            sink of a name gets `_2`.
+            sink of a name gets `_2`. A class that sets it is known to recipes by it.
     """
 
     name: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_named("logger", cls)
 
     def open(self, run: RunInfo) -> None:
         """Called once before the first row, and before `load_state_dict`.

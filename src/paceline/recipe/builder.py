@@ -20,7 +20,7 @@ from paceline.recipe.horizon import Horizon
 from paceline.recipe.identity import identity_of, targets_of
 from paceline.recipe.mistakes import Path as Place
 from paceline.recipe.mistakes import dotted, with_article
-from paceline.recipe.parts import Part, each
+from paceline.recipe.parts import Part, each, own_fields, trainer_class
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
 from paceline.trainer.settings import Resume
@@ -54,7 +54,8 @@ class Builder:
             RecipeError: its constructor failed, or returned an object of another kind.
         """
         args = [self._value(value) for value in component.args]
-        kwargs = self._arguments(component)
+        kwargs = {} if component.config is not None else self._arguments(component)
+        kwargs |= {} if component.config is None else {"config": component.config}
         kwargs |= {name: v for name, v in given.items() if name in component.parameters}
         if component.kind.is_value and not inspect.isclass(component.target):
             plain = not (args or kwargs)
@@ -123,11 +124,59 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
     """
     recipe = replace(recipe, plan=[*recipe.plan])  # a copy, to add this trainer's decisions
     builder = Builder(recipe.composed.mistakes().locate)
+    arguments = _arguments(builder, recipe, resume)
+    component = recipe.trainer
+    if signature_of(component.target).takes_any:  # a function that passes its **settings on
+        component = replace(component, parameters=frozenset(arguments))
+    if recipe.config is not None:
+        arguments["config"] = recipe.config
+        component = replace(component, kwargs=_settings(recipe))
+    trainer = builder.build(component, **arguments)
+    describe(trainer, recipe)
+    return trainer
+
+
+def describe(trainer: Trainer, recipe: Recipe) -> None:
+    """Tells a trainer what its recipe says, which a resumed run must find unchanged.
+
+    Args:
+        trainer: built from the recipe.
+        recipe: the checked recipe.
+    """
+    trainer.resolved_recipe = recipe.tree
+    trainer.recipe_identity, trainer.recipe_targets = identity_of(recipe), targets_of(recipe)
+
+
+def trainer_arguments(recipe: Recipe, *, resume: Any = "auto") -> dict[str, Any]:
+    """The keyword arguments of the Trainer that a recipe describes, built.
+
+    Args:
+        recipe: the checked recipe.
+        resume: the Trainer's `resume`.
+
+    Raises:
+        RecipeError: a constructor failed; the message gives its place and error.
+    """
+    builder = Builder(recipe.composed.mistakes().locate)
+    return {**_settings(recipe), **_arguments(builder, recipe, resume)}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What stands under `trainer:` for the Trainer itself, not for its class's config."""
+    own = own_fields(trainer_class(recipe.trainer.target))
+    return {name: value for name, value in recipe.trainer.kwargs.items() if name not in own}
+
+
+def _arguments(builder: Builder, recipe: Recipe, resume: Any) -> dict[str, Any]:
+    """What the sections of a recipe describe, built."""
     arguments: dict[str, Any] = dict(recipe.settings)
     # Before any random number is drawn: the weights are a function of the seed.
     seed_everything(recipe.seed)
     resume = resume if isinstance(resume, Resume) else Resume(str(resume))
+    made_later = () if recipe.config is None else type(recipe.config).model_fields
     for slot, part in recipe.parts.items():
+        if slot in made_later:
+            continue
         if slot == "optimizer":
             arguments[slot] = _optimizers(builder, recipe, arguments["model"])
         elif slot == "lr_scheduler":
@@ -135,15 +184,10 @@ def build_trainer(recipe: Recipe, *, resume: Any = "auto") -> Trainer:
             arguments[slot] = _schedulers(builder, length, arguments["optimizer"])
         else:
             arguments[slot] = _alike(part, {name: builder.build(c) for name, c in each(part)})
-    arguments["callbacks"] = [*arguments.get("callbacks", []), *_records(recipe)]
-    arguments |= {"run_dir": str(recipe.run_dir), "resume": resume}
-    component = recipe.trainer
-    if signature_of(component.target).takes_any:  # a function that passes its **settings on
-        component = replace(component, parameters=frozenset(arguments))
-    trainer = builder.build(component, **arguments)
-    trainer.resolved_recipe = recipe.tree
-    trainer.recipe_identity, trainer.recipe_targets = identity_of(recipe), targets_of(recipe)
-    return trainer
+    exporters = [builder.build(one) for one in recipe.exporters]
+    own = [*arguments.get("callbacks", []), *exporters]
+    arguments["callbacks"] = [*own, *_records(recipe)]
+    return arguments | {"run_dir": str(recipe.run_dir), "resume": resume}
 
 
 def _optimizers(builder: Builder, recipe: Recipe, model: Any) -> Any:

@@ -15,12 +15,13 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from paceline import registry
 from paceline.data.source import WindowSize
 from paceline.errors import ConfigError
 from paceline.parallel.float8 import missing
 from paceline.recipe.components import Component, Signature, signature_of
 from paceline.recipe.mistakes import Mistakes
-from paceline.recipe.parts import Part, each, is_several, trainer_class
+from paceline.recipe.parts import Part, each, is_several, trainer_class, trainer_config_type
 from paceline.recipe.schema import Schema
 from paceline.trainer.checks import wrong_settings, wrong_steps, wrong_validation
 from paceline.trainer.monitor import MetricMonitor
@@ -67,7 +68,8 @@ def check_combinations(
         lines += wrong_validation(stand_in) + wrong_steps(stand_in)
     if target is not None:
         signature = signature_of(target)
-        _check_taken(signature, sections, mistakes)
+        if trainer_config_type(cls) is None:
+            _check_taken(signature, sections, mistakes)
         # The builder always gives a callback, the one that records the recipe.
         fillable = set(slots_of(cls)) - {"callbacks"}
         required = [name for name in signature.required if name in fillable]
@@ -110,10 +112,21 @@ def _stand_in(
     held["model"] = {} if is_several("model", sections.get("model")) else None
     held["_epochs"] = held.pop("epochs")
     held["show_progress"] = held.pop("progress")
-    held["checkpoint_policy"] = schema.checkpoint or None if schema.checkpoint != {} else {}
+    held["checkpoint_policy"] = _policy_given(schema.checkpoint)
     held["run_dir"] = "a recipe's run always has one"
     vars(stand_in).update(held)
     return stand_in
+
+
+def _policy_given(node: Any) -> Any:
+    """What `checkpoint:` says of the engine that a run resumes from; None for none."""
+    if isinstance(node, list):
+        others = registry.names("checkpoint")
+        node = next(
+            (one for one in node if isinstance(one, Mapping) and one.get("type") not in others),
+            None,
+        )
+    return node if node or node == {} else None
 
 
 def _overrides_configure(cls: type[Trainer]) -> bool:

@@ -27,8 +27,9 @@ import torch
 
 from paceline import registry
 from paceline.errors import ConfigError, RecipeError, nearest
-from paceline.recipe.mistakes import Mistakes, Path, suggestion
+from paceline.recipe.mistakes import Mistakes, Path, dotted, suggestion
 from paceline.recipe.targets import KINDS, Kind, Roots, check_kind, find_target, kind_of
+from paceline.recipe.typed import Config, OfKind, config_type_of, human_number, of_kind
 from paceline.trainer.slots import is_base_class
 
 # Arguments that are components of a kind of their own, wherever they occur.
@@ -49,6 +50,7 @@ _NESTED = {
 }
 _TAKES_FUNCTIONS = ("LambdaLR", "MultiplicativeLR")
 _MISTAKEN = object()  # replaces a component that has mistakes
+_PLAIN_NUMBER = re.compile(r"[-+\d._]+")  # a text all the same: "1" is not 1
 _FORBIDDEN = "Hydra only composes recipes, so its options for instantiation do not exist here"
 
 
@@ -63,6 +65,7 @@ class Component:
         args: positional arguments (`_args_`); may hold Components, as may `kwargs`.
         kwargs: keyword arguments.
         parameters: the names of keyword arguments that the target takes.
+        config: of a class with a `config_type`: the keyword arguments, as the object it takes.
     """
 
     path: Path
@@ -71,11 +74,28 @@ class Component:
     args: list[Any] = field(default_factory=list)
     kwargs: dict[str, Any] = field(default_factory=dict)
     parameters: frozenset[str] = frozenset()
+    config: Config | None = None
 
 
 def is_component(node: Any) -> bool:
     """Whether a node of a recipe says that it is one object to build."""
     return isinstance(node, Mapping) and ("_target_" in node or "type" in node)
+
+
+def _is_several(node: Mapping[str, Any]) -> bool:
+    """Whether a node holds several components by name, not one."""
+    if not node or is_component(node):
+        return False
+    return all(isinstance(one, Mapping | str) for one in node.values())
+
+
+def configs_in(value: Any) -> Any:
+    """A value of a recipe with the config of each Component in its place."""
+    if isinstance(value, Component):
+        return value.config
+    if isinstance(value, Mapping):
+        return {key: configs_in(one) for key, one in value.items()}
+    return [configs_in(one) for one in value] if isinstance(value, list) else value
 
 
 def arguments_of(node: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -159,6 +179,9 @@ class Checker:
             for name, value in arguments.items():
                 self._argument(name, value, None, (*path, name))
             return None
+        config_type = config_type_of(target)
+        if config_type is not None:
+            return self._typed(target, config_type, arguments, path, kind)
         before = self.mistakes.count
         if not isinstance(args, list | tuple):
             self.mistakes.add((*path, "_args_"), f"expected a list, got {args!r}")
@@ -178,6 +201,105 @@ class Checker:
             return None
         known = frozenset(signature.named)
         return Component(path, kind, target, positional, kwargs, known)
+
+    def _typed(
+        self,
+        target: Any,
+        config_type: type[Config],
+        arguments: Mapping[str, Any],
+        path: Path,
+        kind: Kind,
+    ) -> Component | None:
+        """Checks the arguments of a class with a `config_type`; see `call`."""
+        held = self.fields(config_type, arguments, path)
+        if held is None:
+            return None
+        config = self.config(config_type, held, path, type=getattr(target, "name", ""))
+        if config is None:
+            return None
+        config._class = target
+        return Component(path, kind, target, kwargs=held, config=config)
+
+    def fields(
+        self,
+        config_type: type[Config],
+        arguments: Mapping[str, Any],
+        path: Path,
+        *,
+        without: Collection[str] = (),
+    ) -> dict[str, Any] | None:
+        """Checks the fields of a `Config` one by one.
+
+        Args:
+            config_type: the type of the config.
+            arguments: the values from the recipe.
+            path: the place of the config in the recipe.
+            without: fields that are given elsewhere.
+
+        Returns:
+            The values, with a Component for each that the recipe describes; None if there are
+            mistakes.
+        """
+        before, held = self.mistakes.count, {}
+        apart = {"type", *without}
+        known = {n: f for n, f in config_type.model_fields.items() if n not in apart}
+        for name, value in arguments.items():
+            where = (*path, name)
+            if name not in known:
+                self.mistakes.add(where, f"there is no such key{suggestion(name, known)}")
+                continue
+            mark = of_kind(known[name])
+            if mark is not None:
+                held[name] = self._of_kind(value, mark, where)
+                continue
+            try:
+                held[name] = fit(value, known[name].rebuild_annotation())
+            except ValueError as error:
+                self.mistakes.add(where, str(error))
+        for name, one in known.items():
+            if one.is_required() and name not in arguments:
+                self.mistakes.add(path, f"{dotted((*path, name))} is missing.")
+        return held if self.mistakes.count == before else None
+
+    def config(
+        self, config_type: type[Config], held: Mapping[str, Any], path: Path, **more: Any
+    ) -> Config | None:
+        """A config of fields that were checked one by one.
+
+        Args:
+            config_type: its type.
+            held: the fields; of Components, the configs are taken.
+            path: the place of the config in the recipe.
+            **more: fields that the recipe does not give.
+
+        Returns:
+            The config; None, and a mistake, if its fields do not fit together.
+        """
+        try:
+            return config_type(**{n: configs_in(v) for n, v in held.items()}, **more)
+        except pydantic.ValidationError as error:
+            for part in error.errors():
+                text = part["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+                self.mistakes.add((*path, *map(str, part["loc"])), text)
+            return None
+
+    def _of_kind(self, given: Any, mark: OfKind, path: Path) -> Any:
+        """The components in a field that holds components of a kind."""
+        value: Any = given
+        if isinstance(value, list):
+            return [self._of_kind(one, mark, (*path, str(i))) for i, one in enumerate(value)]
+        if isinstance(value, str) and mark.shorthand is not None:
+            try:
+                value = dict(mark.shorthand(value))
+            except ConfigError as error:
+                self.mistakes.add(path, str(error))
+                return _MISTAKEN
+        if isinstance(value, Mapping) and _is_several(value):
+            return {str(k): self._of_kind(v, mark, (*path, str(k))) for k, v in value.items()}
+        if isinstance(value, Mapping) and not is_component(value) and mark.default:
+            value = {"type": mark.default, **value}
+        made = self.component(value, KINDS[mark.kind], path)
+        return _MISTAKEN if made is None else made
 
     def target(self, node: Mapping[str, Any], kind: Kind, path: Path) -> Callable[..., Any] | None:
         """Finds the class or function that a component names.
@@ -439,9 +561,17 @@ def fit(value: Any, hint: Any) -> Any:
     try:
         fitted = adapter.validate_json(text, strict=True)
     except pydantic.ValidationError as error:
+        number = human_number(value) if isinstance(value, str) and takes_number(hint) else None
+        if number is not None and not _PLAIN_NUMBER.fullmatch(value):
+            return fit(number, hint)
         raise ValueError(f"expected {_expected(error, value, hint)}, got {value!r}") from error
     texts_as_keys = typing.get_args(hint)[:1] == (str,)
     return fitted if texts_as_keys else _with_own_keys(value, fitted)
+
+
+def takes_number(hint: Any) -> bool:
+    """Whether an annotation takes numbers, which may then be written as `1.25K` or `5%` as well."""
+    return any(member in (int, float) for member in _members(hint))
 
 
 def as_yaml_writes(hint: Any) -> Any:

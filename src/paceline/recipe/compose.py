@@ -74,12 +74,14 @@ class Composed:
         overrides: the overrides that were applied.
         config: the tree, with interpolations unresolved.
         noted: the mistakes found during composition.
+        is_file: whether the recipe is the file at `path`, not a dictionary.
     """
 
     path: FilePath
     overrides: tuple[Taken, ...]
     config: DictConfig
     noted: Mistakes
+    is_file: bool = True
 
     def text(self) -> str:
         """The recipe as YAML, to be shown or written.
@@ -128,7 +130,7 @@ class Composed:
         marks: dict[Path, str] = {}
 
         def locate(path: Path) -> str:
-            if not marks:
+            if not marks and self.is_file:
                 marks.update(_marks(self))
             while path and path not in marks:  # a missing key is reported at its parent
                 path = path[:-1]
@@ -146,7 +148,7 @@ class Composed:
 
     def own_keys(self) -> set[str]:
         """Top-level keys that other keys refer to, by `${key}` or by a YAML anchor."""
-        own = shared_keys(read_node(self.path))
+        own = shared_keys(read_node(self.path)) if self.is_file else set()
         for name, value in self.tree().items():
             own |= set(_REFERENCE.findall(str(value))) - {name}
         return own
@@ -175,6 +177,26 @@ def compose(path: FilePath | str, overrides: Sequence[str] = ()) -> Composed:
     _check_file(file, noted)
     config, taken = _compose(file, taken, noted)
     return Composed(file, tuple(taken), config, noted)
+
+
+def composed_of(tree: Mapping[str, Any]) -> Composed:
+    """A recipe that is given as a dictionary.
+
+    Args:
+        tree: what its file would hold. `defaults` are not read, and `code` is relative to the
+            working folder.
+
+    Raises:
+        RecipeError: something in it is no plain value.
+    """
+    register_resolvers()
+    forget()
+    place = FilePath("dictionary")
+    try:
+        config = OmegaConf.create(dict(tree))
+    except Exception as error:  # OmegaConf's
+        raise RecipeError(f"the recipe's dictionary: {told(error)}") from error
+    return Composed(place, (), config, Mistakes(lambda _: str(place)), is_file=False)
 
 
 def _read_overrides(texts: Sequence[str], folder: FilePath, noted: Mistakes) -> list[Taken]:

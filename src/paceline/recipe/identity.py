@@ -71,11 +71,17 @@ def _of_component(component: Component, *, is_known: bool = False) -> dict[str, 
     is_loader = isinstance(target, type) and issubclass(target, DataLoader)
     values = dict(component.kwargs)
     values |= {f"_args_.{i}": value for i, value in enumerate(component.args)}
-    defaults = signature_of(target).defaults
+    if component.config is None:
+        defaults = signature_of(target).defaults
+        free = _OF_LOADERS if is_loader else ()
+    else:
+        config_type = type(component.config)
+        defaults = {name: field.default for name, field in config_type.model_fields.items()}
+        free = config_type.free
     for name, value in values.items():
         # To say what is the default is no change.
         is_default = name in defaults and _is_same(value, defaults[name])
-        if is_default or (is_loader and name in _OF_LOADERS):
+        if is_default or name in free:
             continue
         keys |= _of_value(f"{prefix}.{name}", value)
     return keys

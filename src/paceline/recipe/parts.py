@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from paceline import registry
 from paceline.checkpoint import CheckpointPolicy, engine_class
+from paceline.checkpoint.engine import KIND as ENGINES
+from paceline.checkpoint.policy import NATIVE
 from paceline.errors import ConfigError
 from paceline.recipe.components import Checker, Component, arguments_of, is_component, signature_of
 from paceline.recipe.groups import Group, check_groups
 from paceline.recipe.mistakes import Path, suggestion
 from paceline.recipe.schema import Schema, foreign
 from paceline.recipe.targets import KINDS, Kind, kind_of, returned_class
+from paceline.recipe.typed import Config
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.settings import ValidationPolicy
-from paceline.trainer.slots import Slot, slots_of
+from paceline.trainer.slots import TRAINER_SLOTS, Slot, slots_of
 from paceline.trainer.trainer import Trainer
 from paceline.world.layout import Parallel
 
@@ -76,7 +81,63 @@ def check_trainer(
         where = (*path, "validate_every")
         node["validate_every"] = settings(ValidationPolicy, node["validate_every"], where, checker)
     arguments, args = arguments_of(node)
-    return target, checker.call(target, arguments, path, kind, filled=elsewhere, args=args)
+    config_type = trainer_config_type(cls)
+    own = own_fields(cls)
+    given = () if config_type is None else (*TRAINER_SLOTS, "config")
+    if config_type is not None and not signature_of(cls).takes_any:
+        known = [*own, *(n for n in signature_of(cls).named if n not in given)]
+        for name in [n for n in arguments if n not in known]:
+            text = f"{cls.__qualname__} has no such setting{suggestion(name, known)}"
+            checker.mistakes.add((*path, name), text)
+            del arguments[name]
+    plain = {name: value for name, value in arguments.items() if name not in own}
+    component = checker.call(
+        target, plain, path, kind, given=given, filled=(*elsewhere, *own), args=args
+    )
+    if config_type is None:
+        return target, component
+    fields = {name: value for name, value in arguments.items() if name in own}
+    held = checker.fields(config_type, fields, path, without=slots_of(cls))
+    if component is None or held is None:
+        return target, None
+    return target, replace(component, kwargs={**component.kwargs, **held})
+
+
+def trainer_config_type(cls: type) -> type[Config] | None:
+    """The type of a trainer class's own config; None for one without factories."""
+    found = getattr(cls, "config_type", None)
+    return found if inspect.isclass(found) and issubclass(found, Config) else None
+
+
+def own_fields(cls: type) -> frozenset[str]:
+    """The keys under `trainer:` that a trainer class's config declares, its sections apart."""
+    config_type = trainer_config_type(cls)
+    names = () if config_type is None else config_type.model_fields
+    return frozenset(names) - {"type", "checkpoint", *slots_of(cls)}
+
+
+def trainer_config(
+    trainer: Component, parts: Mapping[str, Part], checker: Checker
+) -> Config | None:
+    """The config of a trainer class with factories: its own fields, and one of each section.
+
+    Args:
+        trainer: the checked `trainer:`.
+        parts: the checked sections.
+        checker: collects the mistakes.
+
+    Returns:
+        The config; None for a class without factories, or if there are mistakes.
+    """
+    cls = trainer_class(trainer.target)
+    config_type = trainer_config_type(cls)
+    if config_type is None:
+        return None
+    fields = config_type.model_fields
+    held = {name: trainer.kwargs[name] for name in own_fields(cls) if name in trainer.kwargs}
+    held |= {name: part for name, part in parts.items() if name in fields}
+    name = getattr(cls, "name", "")
+    return checker.config(config_type, held, ("trainer",), type=name)
 
 
 def _name_ours(node: dict[str, Any], cls: type, path: Path, checker: Checker) -> None:
@@ -98,6 +159,8 @@ def check_parts(
     slots: Mapping[str, Slot],
     counted: Collection[str],
     checker: Checker,
+    *,
+    any_choice: bool = False,
 ) -> tuple[dict[str, Part], dict[str, list[Group]]]:
     """Checks the Trainer's components.
 
@@ -106,24 +169,50 @@ def check_parts(
         slots: the slots of the trainer's class.
         counted: arguments of a schedule that the builder gives if the recipe does not.
         checker: checks components, and collects the mistakes.
+        any_choice: whether a slot with choices takes any other class of its kind as well.
 
     Returns:
         The components by slot, and the parameter groups by the optimizer's name.
     """
     parts: dict[str, Part] = {}
     groups: dict[str, list[Group]] = {}
-    for name, node in sections.items():
+    defaults = {name: {} for name, slot in slots.items() if slot.choices and name not in sections}
+    for name, node in {**sections, **defaults}.items():
         kind = kind_of(name, slots[name].base)
-        if slots[name].is_list:
+        if slots[name].choices:
+            part = _check_choice(name, node, kind, slots[name], any_choice, checker)
+        elif slots[name].is_list:
             part = _check_list(name, node, kind, checker)
         else:
             part = _check_single(name, node, kind, counted, groups, checker)
         if part is not None:
             parts[name] = part
     for slot, needs in _NAMED.items():
-        if needs is not None and slot in sections:
+        if needs is not None and slot in sections and not slots[slot].choices:
             _check_names(sections, slot, needs, checker)
     return parts, groups
+
+
+def _check_choice(
+    name: str, node: Any, kind: Kind, slot: Slot, any_choice: bool, checker: Checker
+) -> Component | None:
+    """A component of one of a slot's classes, by default of the first."""
+    if not isinstance(node, Mapping):
+        checker.mistakes.add((name,), f"expected a mapping of settings, got {node!r}")
+        return None
+    if not is_component(node):
+        arguments, _ = arguments_of(node)
+        return checker.call(slot.choices[0], arguments, (name,), kind)
+    component = checker.component(node, kind, (name,))
+    if component is None or any_choice or component.target in slot.choices:
+        return component
+    known = ", ".join(getattr(one, "name", "") or one.__qualname__ for one in slot.choices)
+    key = "_target_" if "_target_" in node else "type"
+    text = f"{node[key]!r} is none of those that this trainer takes: {known}."
+    checker.mistakes.add(
+        (name, key), f"{text} `trainer.skip_validation: true` takes it all the same."
+    )
+    return None
 
 
 def _check_single(
@@ -209,7 +298,9 @@ def _check_names(sections: Mapping[str, Any], slot: str, needs: str, checker: Ch
             checker.mistakes.add((slot, name), text)
 
 
-def check_settings(schema: Schema, checker: Checker) -> dict[str, Any]:
+def check_settings(
+    schema: Schema, checker: Checker
+) -> tuple[dict[str, Any], tuple[Component, ...]]:
     """Checks `parallel:` and `checkpoint:`.
 
     Args:
@@ -217,27 +308,66 @@ def check_settings(schema: Schema, checker: Checker) -> dict[str, Any]:
         checker: checks components, and collects the mistakes.
 
     Returns:
-        The settings that the recipe gives, by key.
+        The settings that the recipe gives, by key; and the engines that `checkpoint:` lists besides
+        the one that resumes.
     """
     found: dict[str, Any] = {}
+    exporters: tuple[Component, ...] = ()
     if schema.parallel:
         found["parallel"] = settings(Parallel, schema.parallel, ("parallel",), checker)
-    if schema.checkpoint is None or schema.checkpoint is False:
+    node = schema.checkpoint
+    if isinstance(node, list):
+        found["checkpoint"], exporters = _check_engines(node, checker)
+    elif node is None or node is False:
         found["checkpoint"] = None
-    elif not isinstance(schema.checkpoint, Mapping):
-        text = f"expected a mapping, or null for no checkpoints, got {schema.checkpoint!r}"
+    elif not isinstance(node, Mapping):
+        text = f"expected a mapping, a list of engines, or null for no checkpoints, got {node!r}"
         checker.mistakes.add(("checkpoint",), text)
-    elif schema.checkpoint:
-        node = dict(schema.checkpoint)
-        _name_ours(node, CheckpointPolicy, ("checkpoint",), checker)
-        policy = settings(CheckpointPolicy, node, ("checkpoint",), checker)
-        found["checkpoint"] = policy
-        if policy is not None:
-            try:
-                engine_class(policy.engine)
-            except ConfigError as error:
-                checker.mistakes.add(("checkpoint", "engine"), str(error))
-    return found
+    elif node:
+        found["checkpoint"] = _check_policy(node, ("checkpoint",), checker)
+    return found, exporters
+
+
+def _check_engines(
+    nodes: list[Any], checker: Checker
+) -> tuple[CheckpointPolicy | None, tuple[Component, ...]]:
+    """A list of engines: at most one that a run resumes from, and others that save models."""
+    resuming, exporters = [], []
+    for i, node in enumerate(nodes):
+        path = ("checkpoint", str(i))
+        name = node.get("type") if isinstance(node, Mapping) else None
+        if not isinstance(name, str):
+            checker.mistakes.add(path, f"expected an engine with its `type:`, got {node!r}")
+            continue
+        name = NATIVE if name == "paceline" else name
+        if name in registry.names(ENGINES):
+            engine = {key: value for key, value in node.items() if key != "type"}
+            resuming.append((path, {**engine, "engine": name}))
+            continue
+        engines = KINDS["checkpoint"]
+        if name not in registry.names("checkpoint"):
+            known = ["paceline", *registry.names("checkpoint"), *registry.names(ENGINES)]
+            text = f"no checkpoint engine is registered as {name!r}{suggestion(name, known)}"
+            checker.mistakes.add((*path, "type"), text)
+        elif component := checker.component(node, engines, path):
+            exporters.append(component)
+    for path, _ in resuming[1:]:
+        text = "a run resumes from one engine, and the list has one already: take one of them out."
+        checker.mistakes.add(path, text)
+    policy = _check_policy(resuming[0][1], resuming[0][0], checker) if resuming else None
+    return policy, tuple(exporters)
+
+
+def _check_policy(node: Mapping[str, Any], path: Path, checker: Checker) -> CheckpointPolicy | None:
+    node = dict(node)
+    _name_ours(node, CheckpointPolicy, path, checker)
+    policy = settings(CheckpointPolicy, node, path, checker)
+    if policy is not None:
+        try:
+            engine_class(policy.engine)
+        except ConfigError as error:
+            checker.mistakes.add((*path, "engine"), str(error))
+    return policy
 
 
 def settings(cls: type, node: Mapping[str, Any], path: Path, checker: Checker) -> Any:

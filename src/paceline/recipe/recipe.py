@@ -22,10 +22,18 @@ from paceline.recipe.groups import Group
 from paceline.recipe.interpolation import expanded, resolvers_in
 from paceline.recipe.marks import MOST_BYTES
 from paceline.recipe.mistakes import Mistakes
-from paceline.recipe.parts import Part, check_parts, check_settings, check_trainer, trainer_class
+from paceline.recipe.parts import (
+    Part,
+    check_parts,
+    check_settings,
+    check_trainer,
+    trainer_class,
+    trainer_config,
+)
 from paceline.recipe.resolvers import agree, answers
 from paceline.recipe.schema import find_sections, parse
 from paceline.recipe.targets import Roots
+from paceline.recipe.typed import Config
 from paceline.trainer.slots import slots_of
 from paceline.trainer.trainer import Trainer
 
@@ -48,6 +56,8 @@ class Recipe:
         groups: the parameter groups of optimizers, by the optimizer's name ("" if there is one).
         trust: the packages given with `--trust`.
         whole: the recipe with `seeds` of which this is one run, or None.
+        config: of a trainer whose components are made by factories: the sections, typed.
+        exporters: what `checkpoint:` lists besides the engine that resumes.
     """
 
     composed: Composed
@@ -64,6 +74,8 @@ class Recipe:
     groups: dict[str, list[Group]] = field(default_factory=dict)
     trust: tuple[str, ...] = ()
     whole: Recipe | None = None
+    config: Config | None = None
+    exporters: tuple[Component, ...] = ()
 
     @property
     def text(self) -> str:
@@ -145,6 +157,23 @@ def load_recipe(
     return recipe
 
 
+def load_code_of(path: Path | str) -> None:
+    """Imports the `code:` of a recipe, whose classes register themselves; checks nothing else.
+
+    Args:
+        path: the recipe's file.
+
+    Raises:
+        RecipeError: there is no such recipe, or its code cannot be imported.
+    """
+    composed = compose(path)
+    mistakes = composed.mistakes()
+    name = composed.resolve(mistakes).get("code")
+    if name is not None:
+        _code(str(name), composed, mistakes)
+    mistakes.raise_any(composed.path)
+
+
 def is_run_config(path: Path | str) -> bool:
     """Whether a file is a `paceline.tune.RunConfig`: it names a `net`, and has its `net_config`."""
     try:
@@ -177,16 +206,26 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
     cls = None if target is None else trainer_class(target)
     sections = find_sections(values, cls, composed.own_keys(), mistakes)
     counted = HORIZON if schema.trainer.get("lr_scheduler_interval") != "metric" else ()
-    parts, groups = check_parts(sections, slots_of(cls or Trainer), counted, checker)
-    settings = check_settings(schema, checker)
+    parts, groups = check_parts(
+        sections,
+        slots_of(cls or Trainer),
+        counted,
+        checker,
+        any_choice=schema.trainer.get("skip_validation") is True,
+    )
+    settings, exporters = check_settings(schema, checker)
     check_combinations(schema, sections, target, parts, mistakes)
+    config = None
+    if trainer is not None and not mistakes.found:
+        config = trainer_config(trainer, parts, checker)
     mistakes.raise_any(composed.path)
     assert trainer is not None
     project = schema.run.project or composed.path.stem
     run_dir = Path(schema.run.dir) if schema.run.dir else Path("runs", project, schema.run.name)
     recipe = Recipe(
         composed, schema.seed, tuple(schema.seeds or ()), project, schema.run.name, run_dir, code,
-        trainer, parts, settings, groups=groups, trust=tuple(trust),
+        trainer, parts, settings, groups=groups, trust=tuple(trust), config=config,
+        exporters=exporters,
     )  # fmt: skip
     for call, value in answers().items():
         decision = f"${{{call}}} is {value!r} on all ranks and after a restart"

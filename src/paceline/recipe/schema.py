@@ -10,7 +10,7 @@ import pydantic
 
 from paceline.recipe.components import signature_of
 from paceline.recipe.mistakes import Mistakes, Path, near, suggestion
-from paceline.trainer.slots import slots_of
+from paceline.trainer.slots import TRAINER_SLOTS, slots_of
 from paceline.trainer.trainer import Trainer
 
 _ELSEWHERE = {
@@ -171,7 +171,7 @@ def _meant_key(name: str, trainer: type[Trainer], known: list[str]) -> str | Non
     """Where an unknown key belongs, or which key it resembles; None if neither is clear."""
     if name in _ELSEWHERE:
         return f"; it is {_ELSEWHERE[name]}."
-    if name in signature_of(trainer).named:
+    if name in signature_of(trainer).named and name not in TRAINER_SLOTS:
         return " here; it belongs under `trainer:`."
     return None if near(name, known) is None else suggestion(name, known)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from paceline.recipe.builder import Builder, build_trainer
 from paceline.recipe.code import code_apart
 from paceline.recipe.compose import compose
 from paceline.recipe.parts import each
-from paceline.recipe.recipe import check
+from paceline.recipe.recipe import Recipe, check
 from paceline.world.seeding import seed_everything
 
 if TYPE_CHECKING:
@@ -74,13 +74,11 @@ def load_model(
     with code_apart(folder / CODE_FOLDER):
         # A model takes no credentials, which the kept recipe lacks.
         recipe = check(compose(path).filled(MASK), trust)
-        components = dict(each(recipe.parts.get("model")))
-        name = model or (next(iter(components)) if len(components) == 1 else "")
-        if name not in components:
-            raise ConfigError(_not_there(path, model, components))
-        build = Builder(recipe.composed.mistakes().locate).build
         with _as_the_run_began(recipe.seed):
-            made = {each_name: build(component) for each_name, component in components.items()}
+            made = _models(recipe)
+    name = model or (next(iter(made)) if len(made) == 1 else "")
+    if name not in made:
+        raise ConfigError(_not_there(path, model, made))
     # A single model has no name in the recipe; the trainer's attribute is its name.
     load_model_state(made[name], read_weights(found, weights)[name or "model"], "the model")
     return made[name].eval()
@@ -138,6 +136,18 @@ def load_trainer(
     progress = load_tree(found.path, parts=("progress",)).get("progress", {})
     here = progress.get("validated_at") == found.step
     return Trained(trainer, found, dict(progress["metrics"]) if here else None)
+
+
+def _models(recipe: Recipe) -> dict[str, torch.nn.Module]:
+    """The models that a recipe describes, by name; that of a single one is empty."""
+    if recipe.config is not None:
+        trainer: Any = build_trainer(recipe, resume="fresh")
+        seed_everything(recipe.seed)
+        trainer.make("tokenizer", "model")
+        given = trainer.model
+        return dict(given) if isinstance(given, Mapping) else {"": given}
+    build = Builder(recipe.composed.mistakes().locate).build
+    return {name: build(component) for name, component in each(recipe.parts.get("model"))}
 
 
 def _not_there(path: Path, model: str | None, known: Collection[str]) -> str:

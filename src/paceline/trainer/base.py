@@ -19,6 +19,7 @@ from paceline.log.plan import Plan
 from paceline.parallel.blocks import outermost
 from paceline.parallel.ddp import Replica, Synchronizer, unwrap
 from paceline.parallel.placement import Placement
+from paceline.registry import register_named
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.callback import Callback
 from paceline.trainer.events import Events, Hooks
@@ -166,6 +167,7 @@ class TrainerBase(Hooks, AbstractTrainer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         slots_of(cls)  # raises for a slot that cannot be
+        register_named("trainer", cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "progress" not in vars(self):  # of a dataclass, whose fields come before its constructor

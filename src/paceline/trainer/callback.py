@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 import torch
+
+from paceline.registry import register_named
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -25,14 +27,20 @@ class Callback(Generic[Kind]):
 
     Attributes:
         priority: lower runs earlier.
-        name: the class's name unless set; a second callback of a name gets `_2`.
+        name: the class's name unless set; a second callback of a name gets `_2`. A class that sets
+            it is known to recipes by it.
         out_of_patience: while true, training is over at the next boundary with a validation, an
             epoch's end or a checkpoint. It has to follow from values that are equal on every rank,
             and from the callback's state alone: a run that is started again asks it once more.
     """
 
+    registered_as: ClassVar[str] = "callback"  # the kind in the registry
     priority: int = 100
     name: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_named(cls.registered_as, cls)
 
     @property
     def out_of_patience(self) -> bool:

@@ -30,6 +30,7 @@ background takes differs from run to run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
@@ -151,7 +152,16 @@ def overrides(listener: object, name: str, base: type) -> bool:
         name: the method's name.
         base: the class that defines the method.
     """
-    return name in vars(listener) or getattr(type(listener), name, None) is not getattr(base, name)
+    if name in vars(listener):
+        return True
+    # A method with callbacks around it (`paceline.factories`) is the one within.
+    return inspect.unwrap(getattr(type(listener), name, None)) is not inspect.unwrap(
+        getattr(base, name)
+    )
+
+
+def _no_method() -> None:
+    """What a listener without such a method has."""
 
 
 def misspelt_hooks(listener: object) -> list[str]:

@@ -12,6 +12,9 @@ narrows an inherited one:
             self.environment, self.rewards = environment, rewards
 
 Only instances of the base class fill a slot, so a recipe can build nothing else there.
+
+A class whose components are made by factories declares `slots = Only({...})`: these are all its
+slots, in place of the inherited ones. A `Slot` with `choices` names the classes that may fill it.
 """
 
 from __future__ import annotations
@@ -66,10 +69,16 @@ class Slot:
     Attributes:
         base: the class of its component.
         is_list: whether it holds a list of components, not one.
+        choices: the classes that may fill it, the one without a `type:` first; any if empty.
     """
 
     base: type
     is_list: bool = False
+    choices: tuple[type, ...] = ()
+
+
+class Only(dict[str, Any]):
+    """The slots of a trainer class in place of those that it inherits."""
 
 
 def slots_of(cls: type) -> dict[str, Slot]:
@@ -88,6 +97,11 @@ def slots_of(cls: type) -> dict[str, Slot]:
         declared = vars(owner).get("slots", {})
         if not isinstance(declared, Mapping):
             raise ConfigError(f"{owner.__qualname__}.slots: expected a dictionary of classes.")
+        if isinstance(declared, Only):
+            known = {name: _slot(value) for name, value in declared.items()}
+            found = {name: slot for name, slot in known.items() if slot is not None}
+            wrong += [f"{name!r}: {declared[name]!r} is no class." for name in known.keys() - found]
+            continue
         for name, value in declared.items():
             slot = _slot(value)
             why = _why_not(name, value, slot, found.get(name), cls)
@@ -111,6 +125,8 @@ def is_base_class(value: Any) -> bool:
 
 
 def _slot(value: Any) -> Slot | None:
+    if isinstance(value, Slot):
+        return value
     is_list = typing.get_origin(value) is list
     base = typing.get_args(value)[0] if is_list else value
     return Slot(base, is_list) if is_base_class(base) else None

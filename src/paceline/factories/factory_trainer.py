@@ -1,0 +1,274 @@
+"""FactoryTrainer: a Trainer whose components are made by factories, each from a typed section."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+
+from paceline.errors import ConfigError
+from paceline.factories.around import Around
+from paceline.factories.bases import (
+    DataConfig,
+    DataFactory,
+    Factory,
+    ModelFactory,
+    OptimizerFactory,
+    SchedulerFactory,
+    TokenizerFactory,
+)
+from paceline.factories.defined import check_and_register, classes_named
+from paceline.factories.optimizers import AdamWFactory, SGDFactory
+from paceline.factories.schedules import (
+    ConstantFactory,
+    CosineFactory,
+    LinearFactory,
+    StableDecayFactory,
+)
+from paceline.log.sinks import Sink
+from paceline.recipe.builder import describe, trainer_arguments
+from paceline.recipe.compose import composed_of
+from paceline.recipe.recipe import Recipe, check, load_recipe
+from paceline.recipe.typed import Config
+from paceline.trainer.callback import Callback
+from paceline.trainer.slots import Only, Slot
+from paceline.trainer.trainer import Trainer
+from paceline.world.seeding import random_state_kept
+
+
+class TrainerConfig(Config):
+    """What a recipe says: the keys of a trainer class's own, and a typed section for each factory.
+
+    A trainer class adds keys to `trainer:` by fields of its own config type.
+
+    Attributes:
+        skip_validation: take factories that the trainer class does not list.
+        model, tokenizer, data, optimizer, lr_scheduler: the sections.
+    """
+
+    skip_validation: bool = False
+    model: Config | None = None
+    tokenizer: Config | None = None
+    data: DataConfig | None = None
+    optimizer: Config | None = None
+    lr_scheduler: Config | None = None
+    _recipe: Recipe | None = pydantic.PrivateAttr(None)
+
+
+# Section -> the attribute of a trainer class that lists its factories, the annotation that does the
+# same, and their base; in the order in which they are made.
+_PARTS: dict[str, tuple[str, str, type[Factory]]] = {
+    "tokenizer": ("tokenizer_factory_type", "tokenizer_factory", TokenizerFactory),
+    "data": ("data_factory_type", "data_factory", DataFactory),
+    "model": ("model_factory_type", "model_factory", ModelFactory),
+    "optimizer": ("optimizer_factory_type", "optimizer_factory", OptimizerFactory),
+    "lr_scheduler": ("scheduler_factory_type", "scheduler_factory", SchedulerFactory),
+}
+
+
+class FactoryTrainer(Trainer, Around):
+    """A Trainer whose components are made by factories that a recipe chooses by name.
+
+    A subclass needs a `loss(batch)`. With a `name` recipes take it as `trainer: {type: NAME}`;
+    without one it is abstract. What it is made of:
+
+        class Distill(FactoryTrainer):
+            name = "distill"
+            config_type = DistillConfig              # further keys under `trainer:`
+            model_factory_type = [Student, Other]    # a class or a list, the first is the default
+            data_factory_type = Pairs
+
+    or, as annotations, `config: DistillConfig`, `model_factory: Student | Other`. A part that is
+    None takes any registered factory of its kind. `pre` and `post` callbacks stand around its
+    methods (`paceline.factories.around`).
+
+    It works without a recipe as any Trainer does, given a model, an optimizer and loaders.
+
+    Args:
+        config: from `get_config`; what it describes is made in `configure()`, unless it is given.
+        tokenizer: in place of the tokenizer factory's.
+        **settings: as of `Trainer`; they override the recipe's.
+
+    Attributes:
+        config: the typed recipe; None without one.
+        tokenizer: None if there is none.
+
+    Raises:
+        ConfigError: a setting is unknown or impossible.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[TrainerConfig]] = TrainerConfig
+    model_factory_type: ClassVar[Any] = None
+    tokenizer_factory_type: ClassVar[Any] = None
+    data_factory_type: ClassVar[Any] = DataFactory
+    optimizer_factory_type: ClassVar[Any] = [AdamWFactory, SGDFactory]
+    scheduler_factory_type: ClassVar[Any] = [
+        LinearFactory, CosineFactory, ConstantFactory, StableDecayFactory,
+    ]  # fmt: skip
+    events_around = {
+        "init": "__init__",
+        **{n: n for n in ("train", "epoch", "step", "loss", "backward", "evaluate", "checkpoint")},
+    }
+    slots = Only(
+        {
+            "tokenizer": TokenizerFactory,
+            "data": Slot(DataFactory, choices=(DataFactory,)),
+            "model": ModelFactory,
+            "optimizer": Slot(OptimizerFactory, choices=(AdamWFactory, SGDFactory)),
+            "lr_scheduler": Slot(
+                SchedulerFactory,
+                choices=(LinearFactory, CosineFactory, ConstantFactory, StableDecayFactory),
+            ),
+            "callbacks": list[Callback],
+            "loggers": list[Sink],
+        }
+    )
+
+    def __init__(
+        self, config: TrainerConfig | None = None, *, tokenizer: Any = None, **settings: Any
+    ) -> None:
+        if config is not None and not isinstance(config, TrainerConfig):
+            raise ConfigError(
+                f"{type(self).__qualname__}({type(config).__name__} ...): expected a config, which "
+                "`get_config` makes of a recipe's path or of a dictionary."
+            )
+        recipe = None if config is None else config._recipe
+        if recipe is not None:
+            settings = {**trainer_arguments(recipe), **settings}
+        bounded = settings.get("epochs") is not None or settings.get("max_steps") is not None
+        if not bounded and config is not None:
+            settings["epochs"] = 1
+        super().__init__(**settings)
+        self.config = config
+        self.tokenizer = tokenizer
+        if recipe is not None:
+            describe(self, recipe)
+        if not bounded and config is not None:
+            self.plan.add("one pass over the data", "trainer.epochs")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        mistakes: list[str] = []
+        found = classes_named(cls, "config_type", "config") or ()
+        if len(found) == 1 and _is_a(found[0], TrainerConfig):
+            cls.config_type = found[0]
+        else:
+            mistakes.append(
+                f"config_type = {_shown(found)}: expected a class that derives from TrainerConfig."
+            )
+        slots: dict[str, Any] = {}
+        for section, (attribute, hint, base) in _PARTS.items():
+            parts = classes_named(cls, attribute, hint) or ()
+            wrong = [part for part in parts if not _is_a(part, base)]
+            if wrong:
+                mistakes.append(
+                    f"{attribute} = {_shown(parts)}: {_shown(wrong)} is no {base.__qualname__}; "
+                    f"give a class that derives from it, or a list of them."
+                )
+            slots[section] = Slot(base, choices=() if wrong else parts)
+        cls.slots = Only({**_slots_given(cls), **slots})
+        if "name" in vars(cls) and not _has_loss(cls):
+            mistakes.append("it has no loss: define loss(self, batch), the mean over its items.")
+        step = vars(cls).get("step")
+        if step is not None and step.__code__.co_varnames[1:2] == ("batch",):
+            mistakes.append(
+                "step(self, batch): a step takes a window, which is one micro-batch or several: "
+                "define loss(self, batch), or step(self, window) and loop over its micro-batches."
+            )
+        check_and_register(cls, FactoryTrainer, "trainer", mistakes)
+        super().__init_subclass__(**kwargs)
+
+    def configure(self) -> None:
+        """Makes what the recipe describes and was not given."""
+        self.make(*_PARTS)
+
+    def make(self, *sections: str) -> None:
+        """Makes what sections of the recipe describe, unless it is there already.
+
+        Args:
+            sections: "tokenizer", "data", "model", "optimizer", "lr_scheduler": some of them, in
+                this order.
+        """
+        for section in sections:
+            held = "train_dataloader" if section == "data" else section
+            if self.config is None or getattr(self.config, section) is None:
+                continue
+            if getattr(self, held) is None:
+                # The model's weights do not depend on how many numbers the data have drawn.
+                apart = section in ("tokenizer", "data")
+                with random_state_kept() if apart else nullcontext():
+                    made = self._factory(section)()
+                if section == "data":
+                    self.train_dataloader, self.val_dataloader = made
+                else:
+                    setattr(self, section, made)
+
+    def _factory(self, section: str) -> Any:
+        """The factory of a section, kept as the attribute of its name (`model_factory`)."""
+        config = getattr(self.config, section)
+        made = config.class_of(_PARTS[section][2].kind, type(self).slots[section].choices)
+        factory = made(self, config)
+        setattr(self, _PARTS[section][1], factory)
+        return factory
+
+
+def get_config(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    trust: Collection[str] = (),
+) -> Any:
+    """Reads a recipe of a trainer with factories, and checks it.
+
+    Args:
+        source: the recipe's file, or its content as a dictionary.
+        overrides: `key=value` changes to a file.
+        trust: further packages whose classes the recipe may name.
+
+    Returns:
+        The typed config: `SFTTrainer(get_config("sft.yaml")).train()`.
+
+    Raises:
+        RecipeError: the recipe has mistakes.
+        ConfigError: its trainer has no factories.
+    """
+    if isinstance(source, Mapping):
+        if overrides:
+            raise ConfigError("overrides are for a recipe's file: change the dictionary itself.")
+        recipe = check(composed_of(source), trust)
+    else:
+        recipe = load_recipe(source, overrides, trust=trust)
+    config = recipe.config
+    if not isinstance(config, TrainerConfig):
+        raise ConfigError(
+            f"the trainer of {recipe.composed.path} has no factories: `load_recipe` and "
+            "`build_trainer` take it."
+        )
+    config._recipe = recipe
+    return config
+
+
+def _is_a(value: Any, base: type) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
+
+
+def _shown(values: Any) -> str:
+    return ", ".join(getattr(one, "__qualname__", repr(one)) for one in values) or "None"
+
+
+def _slots_given(cls: type) -> dict[str, Any]:
+    """The slots that a class inherits, and those that it adds."""
+    found: dict[str, Any] = {}
+    for owner in reversed(cls.__mro__):
+        declared = vars(owner).get("slots", {})
+        if isinstance(declared, Only):
+            found = {}
+        found |= declared
+    return found
+
+
+def _has_loss(cls: type[Trainer]) -> bool:
+    return cls.loss is not Trainer.loss or cls.training_step is not Trainer.training_step
