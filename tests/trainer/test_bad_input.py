@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from paceline.errors import (
 )
 from paceline.testing import rows
 from paceline.trainer import checks
-from paceline.trainer.settings import ELSEWHERE, EVENTS_ELSEWHERE, METHODS_ELSEWHERE
+from paceline.trainer.elsewhere import ELSEWHERE, EVENTS_ELSEWHERE, METHODS_ELSEWHERE
 from small import batches, checkpoints, fitted, line, message, points, same, settings, weights, wide
 
 
@@ -88,6 +88,74 @@ def test_a_model_given_to_fit_is_told_where_it_belongs() -> None:
     trainer = Trainer(**settings())
     trainer.fit(np.int64(3))  # pyright: ignore[reportArgumentType]
     assert trainer.seed == 3
+
+
+CALLS: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda t: t.test(), "Trainer has no test: here it is evaluate(loader)."),
+    (lambda t: t.validate(line(), [1]), "Trainer has no validate: here it is evaluate(), or"),
+    (lambda t: t.fit(line(), batches()), "fit(...): too many positional arguments.\nModels, opti"),
+    (lambda t: t.fit(*points().tensors), "DataLoader(TensorDataset(x, y), batch_size)"),
+    (lambda t: t.fit(epochs=3, x=1), "epochs: here it is Trainer(epochs=...), or train(epochs="),
+    (lambda t: t.fit(optimizer=3), "optimizer: here it is Trainer(optimizer=...)"),
+    (lambda t: t.fit(ckpt_path="last"), "ckpt_path: here it is nothing: a run resumes by itself"),
+    (lambda t: t.train(max_epochs=3), "max_epochs: here it is epochs"),
+    (lambda t: t.train(max_steps=3), "max_steps: here it is Trainer(max_steps=...)"),
+    (lambda t: t.train(fnord=3), "train(...) got what it does not have:\n  fnord: no such setting"),
+    (lambda t: t.train(line()), "is a model, which is given to Trainer(model=...)"),
+    (lambda t: t.train(*points().tensors), "train_dataloader: a Tensor is no loader: give DataL"),
+    (lambda t: t.evaluate(line(), batches()), "evaluate(...): too many positional arguments.\nIt"),
+    (lambda t: t.evaluate(dataloaders=[]), "dataloaders: here it is loader, a DataLoader"),
+    (lambda t: t.evaluate(points().tensors[0]), "val_dataloader: a Tensor is no loader"),
+    (lambda t: t.evaluate(ckpt_path="best"), "ckpt_path: here it is checkpoint."),
+    (lambda t: t.predict(verbose=0), "verbose: here it is progress=... of the Trainer"),
+    (lambda t: t.predict(line()), "is a model, which is given to Trainer(model=...)"),
+    (lambda t: t.predict(np.ones((4, 3))), "a ndarray is no loader"),
+    (lambda t: t.predicting(batch_size=4), "batch_size: here it is the batch_size of the loader"),
+    (lambda t: t.log("a", 1.0, on_step=True), "on_step: here it is nothing: what is logged is in"),
+    (lambda t: t.log("a", 1.0, prog_bar=True), "prog_bar: here it is nothing: the progress shows"),
+    (lambda t: t.log({"a": 1.0}), "missing a required argument: 'value'.\nIt is log(name, value,"),
+    (lambda t: t.log_dict({"a": 1.0}, sync_dist=True), "sync_dist: here it is nothing: each value"),
+    (lambda t: t.log("a", 1.0), "this works within a run"),
+    (lambda t: t.backward(torch.ones(())), "this works within a run"),
+    (lambda t: t.result, "a Trainer's result is known once train() has returned"),
+    (lambda t: t.save_checkpoint("x"), "Trainer has no save_checkpoint: here it is checkpoint(), "),
+    (lambda t: t.optimizers(), "here it is optimizer, or named_optimizers()"),
+    (lambda t: type(t).load_from_checkpoint("x"), "here it is paceline.recipe.load_model(RUN)"),
+    (lambda t: t.is_global_zero, "here it is world.is_main"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), CALLS, ids=range(len(CALLS)))
+def test_a_call_by_another_system_s_habit_is_told_ours(
+    call: Callable[[Any], Any], text: str
+) -> None:
+    """Each ends with one message, and none with Python's own TypeError or AttributeError."""
+    with pytest.raises(ConfigError) as caught:
+        call(Trainer(**settings()))
+    assert text in str(caught.value)
+
+
+def test_a_name_that_is_answered_is_not_there() -> None:
+    """`hasattr`, `dir` and a default see no such name, and a subclass may have it as its own."""
+    trainer = Trainer(**settings())
+    assert not hasattr(trainer, "test")
+    assert not hasattr(Trainer, "test")
+    assert getattr(trainer, "state", 3) == 3
+    assert {"test", "optimizers", "result"}.isdisjoint(dir(trainer))
+    own = type("Own", (Trainer,), {"test": lambda self: 5, "history": property(lambda self: 7)})
+    mine: Any = own(**settings())
+    mine.metrics = {"a": 1}
+    assert (mine.test(), mine.history, mine.metrics) == (5, 7, {"a": 1})
+    assert {"test", "history", "metrics"} <= set(dir(mine))
+    assert mine.fit().stopped_by == "epochs"
+
+
+def test_an_error_of_the_user_s_own_in_a_call_stays_as_it_is() -> None:
+    def fail(*_: Any) -> Any:
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        Trainer(**settings(loss_fn=fail)).train()
 
 
 ANY = torch.optim.SGD(line().parameters(), lr=1.0)

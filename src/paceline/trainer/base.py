@@ -21,6 +21,7 @@ from paceline.parallel.ddp import Replica, Synchronizer, unwrap
 from paceline.parallel.placement import Placement
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.callback import Callback
+from paceline.trainer.elsewhere import NoSuchName, OtherNames, logs
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.names import class_name, unique_names
@@ -56,6 +57,18 @@ _COMPONENTS = (
 _OWN_STATE = ("progress", "replica_groups")  # of the Trainer's
 
 
+class _NotOpen:
+    """In place of a part of a run, before there is one."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoSuchName(
+            "this works within a run: call it from a hook, a step or a train() of yours."
+        )
+
+
+_NOT_OPEN: Any = _NotOpen()
+
+
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a `train()` of the user's own, whose loop over `windows()` opened the run.
 
@@ -82,7 +95,7 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class TrainerBase(Hooks, AbstractTrainer):
+class TrainerBase(Hooks, AbstractTrainer, OtherNames):
     """The parts of a Trainer that are not its loop.
 
     Attributes:
@@ -143,8 +156,8 @@ class TrainerBase(Hooks, AbstractTrainer):
     plan: Plan
     source: Source
     validation: Mapping[str | None, Validation]
-    optimization: Optimization
-    recorder: Recorder
+    optimization: Optimization = _NOT_OPEN
+    recorder: Recorder = _NOT_OPEN
     window: Window
     result: Result
 
@@ -547,6 +560,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         """
         return count_first_dimension(batch)
 
+    @logs
     def log(self, name: str, value: Any, weight: Any = None) -> None:
         """Logs a value; a row or a validation shows the mean over all items of all ranks.
 
@@ -563,6 +577,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         """
         self.recorder.log(name, value, weight)
 
+    @logs
     def log_dict(self, metrics: Mapping[str, Any], weight: Any = None) -> None:
         """Logs several values, as `log` does each.
 

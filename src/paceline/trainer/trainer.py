@@ -15,11 +15,12 @@ from paceline.checkpoint import CheckpointPolicy
 from paceline.checkpoint.export import Weights
 from paceline.data.batches import inputs_and_targets, inputs_of
 from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
-from paceline.errors import ConfigError, unknown_settings
+from paceline.errors import ConfigError
 from paceline.trainer import as_dataclass, decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.callback import Callback
 from paceline.trainer.checks import check_settings
+from paceline.trainer.elsewhere import infers, trains, unknown_keyword
 from paceline.trainer.events import overrides
 from paceline.trainer.inference import Wanted, opened
 from paceline.trainer.monitor import MetricMonitor
@@ -27,7 +28,7 @@ from paceline.trainer.prediction import Predictions
 from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import ELSEWHERE, Resume, ValidationPolicy, unknown_keyword
+from paceline.trainer.settings import Resume, ValidationPolicy
 from paceline.trainer.staged_step import StagedStep
 from paceline.trainer.state_tree import gather_state, load_state
 from paceline.trainer.stop import behind_boundary, behind_window
@@ -36,7 +37,6 @@ from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 
 _EACH_EPOCH = CheckpointPolicy()
-_OF_TRAIN = ("train_dataloader", "val_dataloader", "epochs", "seed")
 
 
 class Trainer(TrainerBase):
@@ -223,6 +223,7 @@ class Trainer(TrainerBase):
 
     # The loop
 
+    @trains
     def train(
         self,
         train_dataloader: Iterable[Any] | Source | SourceFactory | None = None,
@@ -230,14 +231,12 @@ class Trainer(TrainerBase):
         epochs: int | None = None,
         *,
         seed: int | None = None,
-        **unknown: Any,
     ) -> Result:
         """Trains to the end, from the run folder's newest checkpoint if there is one.
 
         Args:
             train_dataloader, val_dataloader, epochs: in place of the constructor's.
             seed: of every random stream of the run; 0 unless given.
-            **unknown: refused, with our names for them.
 
         Returns:
             What came of it.
@@ -245,8 +244,6 @@ class Trainer(TrainerBase):
         Raises:
             Preempted: a signal stopped the run, which was saved (a SystemExit with code 75).
         """
-        if unknown:
-            raise unknown_settings("train(...)", unknown, _OF_TRAIN, ELSEWHERE)
         if train_dataloader is not None:
             self.train_dataloader = train_dataloader
         if val_dataloader is not None:
@@ -261,6 +258,7 @@ class Trainer(TrainerBase):
                     raise ConfigError("epoch() took no step: it has to loop over epoch_windows().")
         return self.result
 
+    @trains
     def fit(self, seed: int | None = None) -> Result:
         """The same as `train(seed=...)`."""
         with self.running(seed):
@@ -440,6 +438,7 @@ class Trainer(TrainerBase):
                     error.add_note(f"then, as its state was saved: {type(more).__name__}: {more}")
             raise
 
+    @infers
     def evaluate(
         self,
         loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
@@ -508,6 +507,7 @@ class Trainer(TrainerBase):
             self._configured = True
             yield run
 
+    @infers
     def predict(
         self,
         loader: Iterable[Any] | None = None,
@@ -539,6 +539,7 @@ class Trainer(TrainerBase):
         with self.predicting(loader, checkpoint=checkpoint, weights=weights) as predictions:
             return predictions.together()
 
+    @infers
     @contextmanager
     def predicting(
         self,
