@@ -405,6 +405,66 @@ def test_a_step_of_its_own_in_training_step(what: str) -> None:
     assert fitted(own, **made, resume="never").result.complete
 
 
+def test_a_step_of_its_own_in_a_later_batch_is_refused_too() -> None:
+    """At batch 7 of 10; a hook may step, and the loop's own steps are as without the guard."""
+
+    class Later(Trainer):
+        at: int | None = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if self.global_step == self.at:
+                self.optimizer.step()
+            return loss
+
+        def on_step_end(self, metrics: dict[str, Any]) -> None:
+            self.optimizer.zero_grad()
+            self.optimizer.step()  # without gradients, which changes nothing
+
+    model = line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)  # which wraps the step
+    before = optimizer.step
+    trainer = Later(**settings(model, optimizer=optimizer, lr_scheduler=scheduler))
+    trainer.at = 6
+    with pytest.raises(LossError, match="steps the optimizer itself, and the loop does so too"):
+        trainer.fit()
+    assert trainer.global_step == 6
+    assert optimizer.step is before  # nothing is left of the guard
+    optimizer.step()
+
+    expected = line()
+    by_hand = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9)
+    x, y = points().tensors
+    for k in range(10):
+        rows = slice(k % 5 * 4, k % 5 * 4 + 4)
+        by_hand.zero_grad()
+        nn.functional.mse_loss(expected(x[rows]), y[rows]).backward()
+        by_hand.step()
+    assert torch.equal(fitted(Later).model.weight, expected.weight)
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_clearing_in_a_later_window_is_refused_too(what: str) -> None:
+    """In the second epoch; a parameter that no loss reached clears nothing."""
+
+    class Later(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 3 and self.window.position == 1:
+                getattr(self, what).zero_grad()
+            return super().training_step(batch, batch_idx)
+
+    class Skips(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model.weight.sum() if batch_idx % 2 else self.model.bias.sum()
+
+    said = message(LossError, Later, gradient_accumulation_steps=2, epochs=2)
+    assert "the gradients of the window's micro-batches before this one were cleared" in said
+    assert "leave zero_grad() out of training_step and of hooks" in said
+    assert fitted(Later).result.complete  # with one micro-batch a window it clears nothing
+    assert fitted(Skips, gradient_accumulation_steps=2).result.complete
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_clearing_gradients_within_a_window_is_refused(accumulation: int) -> None:
     """It would drop the micro-batch before; with one a window it drops nothing."""
