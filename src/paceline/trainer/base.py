@@ -170,6 +170,7 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
         self.replica_groups: ReplicaGroups | None = None
         self._run = None
         self._ended: Run | None = None  # the last one, of which `state_dict` may still be asked
+        self._lent: Path | None = None  # another checkpoint, whose weights the models have
         self._configured = False  # whether `configure` has been called
         self._epochs: int | None = None
         self._asked_seed: int | None = None  # of an overridden train(seed=...)
@@ -445,6 +446,7 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
         if self.run_dir is not None:
             self.run_dir = Path(self.run_dir).absolute()  # wherever the process goes meanwhile
         self.plan = type(self.plan)()
+        self._lent = None if trains else self._lent
         self.progress = Progress()
         self.result = Result(stopped_by="nothing yet", complete=False)
         self.validation = {}

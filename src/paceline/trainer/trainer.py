@@ -22,7 +22,7 @@ from paceline.trainer.callback import Callback
 from paceline.trainer.checks import check_settings
 from paceline.trainer.elsewhere import infers, trains, unknown_keyword
 from paceline.trainer.events import overrides
-from paceline.trainer.inference import Wanted, opened
+from paceline.trainer.inference import Wanted, averages, opened
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.prediction import Predictions
 from paceline.trainer.replica_groups import groups_of
@@ -449,7 +449,9 @@ class Trainer(TrainerBase):
         """Validates: each sample of every validation loader once over all ranks.
 
         Outside a run it places the models and loads weights first; the run's folder is only read.
-        Afterwards the models have these weights, and all else is as before.
+        Afterwards the models have these weights, and all else is as before: `result`, the counters,
+        the run's folder, what `paceline export` reads. The next `evaluate()` or `predict()` without
+        a checkpoint has the run's latest again, as has a `train()` that resumes it.
 
         One of your own takes no arguments. It is called on every rank when a validation is due,
         also without a `val_dataloader`. There models are in eval mode and gradients off, random
@@ -503,9 +505,15 @@ class Trainer(TrainerBase):
     @contextmanager
     def _inference(self, wanted: Wanted) -> Iterator[Run]:
         """A run that does not train, with models placed and loaded, and data open."""
-        with self._run_aside() as run, opened(self, run, wanted, configures=not self._configured):
-            self._configured = True
-            yield run
+        run: Run | None = None
+        try:
+            with self._run_aside() as run, opened(self, run, wanted, not self._configured):
+                self._configured = True
+                yield run
+        finally:
+            if run is not None and run.loaded is not None:
+                own = self._ended is not None and run.loaded == self.result.checkpoint
+                self._lent = None if own and not averages(self, wanted) else run.loaded
 
     @infers
     def predict(
@@ -653,7 +661,18 @@ class Trainer(TrainerBase):
         self._place_models()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, as one tree (`checkpoint/state.py` lists it)."""
+        """The whole state, as one tree (`checkpoint/state.py` lists it).
+
+        After a run it is that of its end, as long as no evaluation has loaded other weights.
+
+        Raises:
+            ConfigError: one has, or there has been no run.
+        """
+        if self._run is None and self._ended is not None and self._lent is not None:
+            raise ConfigError(
+                "state_dict(): the models have the weights that an evaluation has loaded from "
+                f"{self._lent}, and the rest is as the run left it. Ask before, or evaluate() anew."
+            )
         return gather_state(self, self._run or self._ended or self._at_hand)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
