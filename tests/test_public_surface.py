@@ -33,6 +33,8 @@ def surface() -> dict[str, Any]:
 
 
 def describe(thing: Any) -> Any:
+    from paceline.trainer.elsewhere import is_answer
+
     if not inspect.isclass(thing):
         return str(inspect.signature(thing))
     if issubclass(thing, BaseException):
@@ -40,7 +42,7 @@ def describe(thing: Any) -> Any:
     members = {
         name: signature(value)
         for name, value in inspect.getmembers_static(thing)
-        if not name.startswith("_") and not hasattr(object, name)
+        if not name.startswith("_") and not hasattr(object, name) and not is_answer(thing, name)
     }
     return {"": str(inspect.signature(thing)), **members}
 

@@ -154,6 +154,19 @@ def test_a_step_that_is_finite_now_is_said_to_be(tmp_path: Path) -> None:
     assert "the failure does not occur again" in str(replay)
 
 
+def test_what_a_replay_says_names_the_run_and_not_its_own_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that skips, an earlier failure is said once more; its batch is the run's."""
+    run = tmp_path / "run"
+    make(Log, run, on_nonfinite="skip").fit(seed=3)
+    capfd.readouterr()
+    replay_failure(make(Log, run, on_nonfinite="skip"), run)
+    said = "".join(capfd.readouterr())
+    assert ".replay-" not in said
+    assert f"the batch is kept in {run}/nonfinite_step_{STEP}_rank_0" in said
+
+
 class Rows(Sink):
     def __init__(self) -> None:
         self.found: list[Any] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from paceline.errors import (
 )
 from paceline.testing import rows
 from paceline.trainer import checks
-from paceline.trainer.settings import ELSEWHERE, EVENTS_ELSEWHERE, METHODS_ELSEWHERE
+from paceline.trainer.elsewhere import ELSEWHERE, EVENTS_ELSEWHERE, METHODS_ELSEWHERE
 from small import batches, checkpoints, fitted, line, message, points, same, settings, weights, wide
 
 
@@ -88,6 +88,74 @@ def test_a_model_given_to_fit_is_told_where_it_belongs() -> None:
     trainer = Trainer(**settings())
     trainer.fit(np.int64(3))  # pyright: ignore[reportArgumentType]
     assert trainer.seed == 3
+
+
+CALLS: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda t: t.test(), "Trainer has no test: here it is evaluate(loader)."),
+    (lambda t: t.validate(line(), [1]), "Trainer has no validate: here it is evaluate(), or"),
+    (lambda t: t.fit(line(), batches()), "fit(...): too many positional arguments.\nModels, opti"),
+    (lambda t: t.fit(*points().tensors), "DataLoader(TensorDataset(x, y), batch_size)"),
+    (lambda t: t.fit(epochs=3, x=1), "epochs: here it is Trainer(epochs=...), or train(epochs="),
+    (lambda t: t.fit(optimizer=3), "optimizer: here it is Trainer(optimizer=...)"),
+    (lambda t: t.fit(ckpt_path="last"), "ckpt_path: here it is nothing: a run resumes by itself"),
+    (lambda t: t.train(max_epochs=3), "max_epochs: here it is epochs"),
+    (lambda t: t.train(max_steps=3), "max_steps: here it is Trainer(max_steps=...)"),
+    (lambda t: t.train(fnord=3), "train(...) got what it does not have:\n  fnord: no such setting"),
+    (lambda t: t.train(line()), "is a model, which is given to Trainer(model=...)"),
+    (lambda t: t.train(*points().tensors), "train_dataloader: a Tensor is no loader: give DataL"),
+    (lambda t: t.evaluate(line(), batches()), "evaluate(...): too many positional arguments.\nIt"),
+    (lambda t: t.evaluate(dataloaders=[]), "dataloaders: here it is loader, a DataLoader"),
+    (lambda t: t.evaluate(points().tensors[0]), "val_dataloader: a Tensor is no loader"),
+    (lambda t: t.evaluate(ckpt_path="best"), "ckpt_path: here it is checkpoint."),
+    (lambda t: t.predict(verbose=0), "verbose: here it is progress=... of the Trainer"),
+    (lambda t: t.predict(line()), "is a model, which is given to Trainer(model=...)"),
+    (lambda t: t.predict(np.ones((4, 3))), "a ndarray is no loader"),
+    (lambda t: t.predicting(batch_size=4), "batch_size: here it is the batch_size of the loader"),
+    (lambda t: t.log("a", 1.0, on_step=True), "on_step: here it is nothing: what is logged is in"),
+    (lambda t: t.log("a", 1.0, prog_bar=True), "prog_bar: here it is nothing: the progress shows"),
+    (lambda t: t.log({"a": 1.0}), "missing a required argument: 'value'.\nIt is log(name, value,"),
+    (lambda t: t.log_dict({"a": 1.0}, sync_dist=True), "sync_dist: here it is nothing: each value"),
+    (lambda t: t.log("a", 1.0), "this works within a run"),
+    (lambda t: t.backward(torch.ones(())), "this works within a run"),
+    (lambda t: t.result, "a Trainer's result is known once train() has returned"),
+    (lambda t: t.save_checkpoint("x"), "Trainer has no save_checkpoint: here it is checkpoint(), "),
+    (lambda t: t.optimizers(), "here it is optimizer, or named_optimizers()"),
+    (lambda t: type(t).load_from_checkpoint("x"), "here it is paceline.recipe.load_model(RUN)"),
+    (lambda t: t.is_global_zero, "here it is world.is_main"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), CALLS, ids=range(len(CALLS)))
+def test_a_call_by_another_system_s_habit_is_told_ours(
+    call: Callable[[Any], Any], text: str
+) -> None:
+    """Each ends with one message, and none with Python's own TypeError or AttributeError."""
+    with pytest.raises(ConfigError) as caught:
+        call(Trainer(**settings()))
+    assert text in str(caught.value)
+
+
+def test_a_name_that_is_answered_is_not_there() -> None:
+    """`hasattr`, `dir` and a default see no such name, and a subclass may have it as its own."""
+    trainer = Trainer(**settings())
+    assert not hasattr(trainer, "test")
+    assert not hasattr(Trainer, "test")
+    assert getattr(trainer, "state", 3) == 3
+    assert {"test", "optimizers", "result"}.isdisjoint(dir(trainer))
+    own = type("Own", (Trainer,), {"test": lambda self: 5, "history": property(lambda self: 7)})
+    mine: Any = own(**settings())
+    mine.metrics = {"a": 1}
+    assert (mine.test(), mine.history, mine.metrics) == (5, 7, {"a": 1})
+    assert {"test", "history", "metrics"} <= set(dir(mine))
+    assert mine.fit().stopped_by == "epochs"
+
+
+def test_an_error_of_the_user_s_own_in_a_call_stays_as_it_is() -> None:
+    def fail(*_: Any) -> Any:
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        Trainer(**settings(loss_fn=fail)).train()
 
 
 ANY = torch.optim.SGD(line().parameters(), lr=1.0)
@@ -335,6 +403,66 @@ def test_a_step_of_its_own_in_training_step(what: str) -> None:
     assert not optimizer._optimizer_step_pre_hooks
     own = type("Own", (Steps,), {"step": own_step})  # one's own step() may
     assert fitted(own, **made, resume="never").result.complete
+
+
+def test_a_step_of_its_own_in_a_later_batch_is_refused_too() -> None:
+    """At batch 7 of 10; a hook may step, and the loop's own steps are as without the guard."""
+
+    class Later(Trainer):
+        at: int | None = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if self.global_step == self.at:
+                self.optimizer.step()
+            return loss
+
+        def on_step_end(self, metrics: dict[str, Any]) -> None:
+            self.optimizer.zero_grad()
+            self.optimizer.step()  # without gradients, which changes nothing
+
+    model = line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)  # which wraps the step
+    before = optimizer.step
+    trainer = Later(**settings(model, optimizer=optimizer, lr_scheduler=scheduler))
+    trainer.at = 6
+    with pytest.raises(LossError, match="steps the optimizer itself, and the loop does so too"):
+        trainer.fit()
+    assert trainer.global_step == 6
+    assert optimizer.step is before  # nothing is left of the guard
+    optimizer.step()
+
+    expected = line()
+    by_hand = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9)
+    x, y = points().tensors
+    for k in range(10):
+        rows = slice(k % 5 * 4, k % 5 * 4 + 4)
+        by_hand.zero_grad()
+        nn.functional.mse_loss(expected(x[rows]), y[rows]).backward()
+        by_hand.step()
+    assert torch.equal(fitted(Later).model.weight, expected.weight)
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_clearing_in_a_later_window_is_refused_too(what: str) -> None:
+    """In the second epoch; a parameter that no loss reached clears nothing."""
+
+    class Later(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 3 and self.window.position == 1:
+                getattr(self, what).zero_grad()
+            return super().training_step(batch, batch_idx)
+
+    class Skips(Trainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.model.weight.sum() if batch_idx % 2 else self.model.bias.sum()
+
+    said = message(LossError, Later, gradient_accumulation_steps=2, epochs=2)
+    assert "the gradients of the window's micro-batches before this one were cleared" in said
+    assert "leave zero_grad() out of training_step and of hooks" in said
+    assert fitted(Later).result.complete  # with one micro-batch a window it clears nothing
+    assert fitted(Skips, gradient_accumulation_steps=2).result.complete
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

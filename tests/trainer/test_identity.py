@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,7 +67,7 @@ class Shape:
 class Shaped(nn.Linear):
     """A line, scaled and bent as its arguments say."""
 
-    def __init__(self, shape: Shape, bend: Any = torch.tanh) -> None:
+    def __init__(self, shape: Shape | SimpleNamespace | Namespace, bend: Any = torch.tanh) -> None:
         super().__init__(3, 1)
         self.shape, self.bend = shape, bend
 
@@ -162,6 +164,16 @@ CHANGES: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[], dict[st
         "models.model.Shaped.shape.scale: 1.0 then, 2.0 now",
         lambda: {"model": Shaped(Shape())},
         lambda: {"model": Shaped(Shape(2.0, epochs=3))},
+    ),
+    "a word of the command line that it was given": (
+        "models.model.Shaped.shape.scale: 1.0 then, 2.0 now",
+        lambda: {"model": Shaped(Namespace(scale=1.0, epochs=2, resume_from=None))},
+        lambda: {"model": Shaped(Namespace(scale=2.0, epochs=3, resume_from="latest"))},
+    ),
+    "a field of a namespace": (
+        "models.model.Shaped.shape.scale: 1.0 then, 2.0 now",
+        lambda: {"model": Shaped(SimpleNamespace(scale=1.0))},
+        lambda: {"model": Shaped(SimpleNamespace(scale=2.0))},
     ),
     "a function that it was given": (
         "models.model.Shaped.bend: ",

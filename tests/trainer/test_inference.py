@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from mixture import Mixture
-from paceline import Callback, Parallel, Trainer
+from paceline import Callback, MetricMonitor, Parallel, Trainer
 from paceline.callbacks import AveragedWeights
+from paceline.checkpoint.export import export
 from paceline.errors import ConfigError, DataError, MismatchError, PeerError
 from paceline.testing import Ranks, bits
 from paceline.world.dtensors import local_part
@@ -107,6 +109,35 @@ def test_a_checkpoint_is_named_by_its_run_or_its_own_path(run: Path, tmp_path: P
     assert other.evaluate(batches(11), checkpoint=run / "checkpoints" / name) == expected
     own = Trainer(model=network(), loss_fn=nn.MSELoss(), run_dir=run)
     assert own.evaluate(batches(11), checkpoint=name) == expected
+
+
+def test_what_another_checkpoint_leaves_on_the_object_that_has_trained(tmp_path: Path) -> None:
+    """Its weights and nothing else; what says that it is the run's state is refused."""
+    monitor = MetricMonitor(metric_name="val/loss", mode="min")
+    folder = tmp_path / "run"
+    # The rate is so high that the loss only rises: the first epoch's weights stay the best.
+    trainer = make(folder, metric_monitor=monitor, lr=1.0)
+    result = trainer.train(seed=1)
+    trained, latest = bits(trainer.state_dict()["models"]), result.metrics["val/loss"]
+    export(folder, to=tmp_path / "best.safetensors", checkpoint="best")
+    before = (trainer.result, trainer.global_step, trainer.current_epoch, files(folder))
+
+    at_best = trainer.evaluate(checkpoint="best") or {}
+    assert at_best["val/loss"] == pytest.approx(result.best) != latest
+    assert at_best["val/loss"] == pytest.approx(by_hand(trainer.model, 11)[1])
+    exported = load_file(tmp_path / "best.safetensors")
+    assert bits(exported) == bits(trainer.model.state_dict())
+    assert before == (trainer.result, trainer.global_step, trainer.current_epoch, files(folder))
+    with pytest.raises(ConfigError, match=r"weights that an evaluation has loaded from .*step_0*5"):
+        trainer.state_dict()
+
+    assert (trainer.evaluate() or {})["val/loss"] == latest  # the run's latest again
+    assert bits(trainer.state_dict()["models"]) == trained
+    trainer.predict(batches(7), checkpoint="best")
+    trainer.train(epochs=3, seed=1)  # resumes from the latest, as a new process would
+    whole = make(None, metric_monitor=monitor, lr=1.0, epochs=3)
+    whole.train(seed=1)
+    assert bits(trainer.state_dict()["models"]) == bits(whole.state_dict()["models"])
 
 
 class Own(Trainer):

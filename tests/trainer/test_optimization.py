@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from paceline import Callback, MetricMonitor, Trainer, Window
 from paceline.errors import ConfigError, MetricError
@@ -520,3 +520,23 @@ def test_a_loss_function_with_weights_is_trained_and_saved(tmp_path: Path) -> No
     assert list(trainer.named_models()) == ["model", "loss_fn"]
     assert loss_fn.scale.item() != 1.0
     assert not math.isnan(loss_fn.scale.item())
+
+
+class Fours(Sampler[list[int]]):
+    """Batches of four rows, in order."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from ([*range(k, k + 4)] for k in range(0, 20, 4))
+
+    def __len__(self) -> int:
+        return 5
+
+
+def test_the_plan_says_how_long_an_epoch_is_with_its_unit() -> None:
+    """Samples, but batches where a batch sampler of one's own makes them."""
+    for loader, sees in (
+        (batches(), "4 samples: 1 x 4 on 1 rank; an epoch has 20 samples"),
+        (DataLoader(points(), batch_sampler=Fours()), "1 batch: 1 x 1 on 1 rank; an epoch has 5 b"),
+    ):
+        plan = [line["decision"] for line in fitted(train_dataloader=loader).plan.as_list()]
+        assert any(said.startswith(f"each optimizer step sees {sees}") for said in plan), plan

@@ -11,12 +11,14 @@ other ranks take part.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 # Frames further out are those that train, and did not compute.
-_LOOP = frozenset(f.__code__ for f in (Trainer.train, Trainer.fit, Trainer.epoch))
+_LOOP = frozenset(
+    f.__code__
+    for method in (Trainer.train, Trainer.fit, Trainer.epoch)
+    for f in (method, inspect.unwrap(method))
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class StepWatch(Callback):
 
     Args:
         step: which, from 1.
+        run_dir: of the run that was not finite in it.
         skips: steps before it, from 0, that the run has passed over since it went back.
 
     Attributes:
@@ -115,9 +122,10 @@ class StepWatch(Callback):
 
     priority = 10**9
 
-    def __init__(self, step: int, skips: Iterable[int] = ()) -> None:
+    def __init__(self, step: int, run_dir: Path, skips: Iterable[int] = ()) -> None:
         self.name = "replay"
         self.step = step
+        self._run_dir = run_dir
         self._skips = set(skips)
         self.ranks: list[Seen] = []
         self._losses: dict[int, float] = {}
@@ -127,6 +135,10 @@ class StepWatch(Callback):
         self._samples: list[Any] = []
         self._forward: _Forward | None = None
         self._undo = ExitStack()
+
+    def on_setup(self, trainer: Trainer) -> None:
+        """What is said of the failure names the run's folder, which has its batch."""
+        trainer.optimization.guard.replayed = self._run_dir
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Passes over what the run has passed over, but for the step itself."""

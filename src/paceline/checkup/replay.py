@@ -122,7 +122,8 @@ def replay_failure(trainer: Trainer, run_dir: Path | str) -> Replay:
         f"{'the start' if found is None else found.path.name}."
     )
     rewinds = trainer.on_nonfinite == "rewind"
-    watch = StepWatch(step, [n - 1 for n in kept_failures(run_dir) if rewinds and n < step])
+    skips = [n - 1 for n in kept_failures(run_dir) if rewinds and n < step]
+    watch = StepWatch(step, run_dir, skips)
     with _scratch(run_dir, removes=trainer.world.local_rank == 0) as scratch:
         _prepare(trainer, run_dir, scratch, found, watch)
         try:

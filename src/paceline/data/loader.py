@@ -78,11 +78,12 @@ def open_training(
     single = loader.batch_size is None and not batched
     fetcher = Fetcher(loader.dataset, loader.collate_fn, seed, "sample", single=single)
     window = batch_size * accumulation * world.dp_size
+    unit = ("batch", "es") if batched else ("sample",)
     plan.append(
         (
-            f"each optimizer step sees {window} {'batches' if batched else 'samples'}: "
+            f"each optimizer step sees {counted(window, *unit)}: "
             f"{accumulation} x {batch_size} on {counted(world.dp_size, 'rank')}; "
-            f"an epoch has {layout.units(0)}",
+            f"an epoch has {counted(layout.units(0), *unit)}",
             "batch_size, gradient_accumulation_steps, global_batch_size, epoch_length",
         )
     )

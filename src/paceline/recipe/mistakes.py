@@ -10,7 +10,7 @@ from typing import Any
 
 from paceline.errors import RecipeError
 from paceline.log.secrets import MASK, is_credential, mask_credentials
-from paceline.trainer.settings import ELSEWHERE
+from paceline.trainer.elsewhere import ELSEWHERE
 
 Path = tuple[str, ...]
 """A place in a recipe, outermost key first; a list's items count from "0"."""

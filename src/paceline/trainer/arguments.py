@@ -12,6 +12,7 @@ import enum
 import hashlib
 import inspect
 import math
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -42,6 +43,17 @@ _FREE = {
     *("save_dir", "log_dir", "exp_dir", "checkpoint_dir", "resume", "run_name", "exp_name"),
     *("log_every", "log_interval", "save_every", "save_interval", "eval_every", "eval_interval"),
     *("verbose", "debug", "progress", "compile"),
+}
+# Words of a command line (`argparse.Namespace`), which say everything about a run: these may
+# change as well.
+_OF_COMMANDS = {
+    *("command", "config", "config_file", "resume_from", "resume_from_checkpoint", "ckpt", "auto"),
+    *("checkpoint", "checkpoint_path", "ckpt_path", "ckpt_dir", "results_dir", "logdir", "out"),
+    *("nproc", "num_gpus", "gpu", "gpus", "cpu", "port", "master_port", "master_addr", "backend"),
+    *("dist_url", "nodes", "quiet", "log_level", "dry_run", "tensorboard", "wandb"),
+    *("wandb_project", "wandb_name", "project", "entity", "tag", "tags", "notes", "test"),
+    *("eval_only", "evaluate"),
+    *("print_freq", "save_freq", "eval_freq", "keep", "patience", "time_limit", "seed"),
 }
 # What has arguments that are compared elsewhere, or may change: not looked into wherever it is met.
 _APART = (AbstractTrainer, Callback, torch.nn.Module, torch.utils.data.Dataset)
@@ -101,7 +113,8 @@ def flattened(
             if not isinstance(value, type):
                 keys |= flattened(key, _taken_by(value), depth + 1, plain=True)
         elif _holds_settings(value):
-            held = {k: v for k, v in vars(value).items() if k not in _FREE}
+            free = _FREE | _OF_COMMANDS if isinstance(value, Namespace) else _FREE
+            held = {k: v for k, v in vars(value).items() if k not in free}
             keys |= flattened(key, held, depth + 1, plain=plain)
         elif hasattr(value, "__dict__") and not plain:
             keys[key] = kind_of(value)
@@ -112,13 +125,16 @@ def flattened(
 def _holds_settings(value: Any) -> bool:
     """Whether an object is nothing but its attributes: a configuration.
 
-    The words of a command line (`argparse.Namespace`) are left out: they say everything about a
-    run, and much of that may change. So are Paceline's own objects, such as a layout.
+    Paceline's own objects, such as a layout, are left out.
     """
-    return type(value) is SimpleNamespace or (
-        hasattr(value, "__dict__")
-        and not type(value).__module__.startswith("paceline.")
-        and (is_dataclass(value) or hasattr(type(value), "model_fields"))  # as pydantic's have
+    return (
+        type(value) is SimpleNamespace
+        or isinstance(value, Namespace)
+        or (
+            hasattr(value, "__dict__")
+            and not type(value).__module__.startswith("paceline.")
+            and (is_dataclass(value) or hasattr(type(value), "model_fields"))  # as pydantic's have
+        )
     )
 
 

@@ -22,6 +22,7 @@ from paceline.parallel.placement import Placement
 from paceline.registry import register_named
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.callback import Callback
+from paceline.trainer.elsewhere import NoSuchName, OtherNames, logs
 from paceline.trainer.events import Events, Hooks
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.names import class_name, unique_names
@@ -57,6 +58,18 @@ _COMPONENTS = (
 _OWN_STATE = ("progress", "replica_groups")  # of the Trainer's
 
 
+class _NotOpen:
+    """In place of a part of a run, before there is one."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoSuchName(
+            "this works within a run: call it from a hook, a step or a train() of yours."
+        )
+
+
+_NOT_OPEN: Any = _NotOpen()
+
+
 def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a `train()` of the user's own, whose loop over `windows()` opened the run.
 
@@ -83,7 +96,7 @@ def ending_its_run(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class TrainerBase(Hooks, AbstractTrainer):
+class TrainerBase(Hooks, AbstractTrainer, OtherNames):
     """The parts of a Trainer that are not its loop.
 
     Attributes:
@@ -144,8 +157,8 @@ class TrainerBase(Hooks, AbstractTrainer):
     plan: Plan
     source: Source
     validation: Mapping[str | None, Validation]
-    optimization: Optimization
-    recorder: Recorder
+    optimization: Optimization = _NOT_OPEN
+    recorder: Recorder = _NOT_OPEN
     window: Window
     result: Result
 
@@ -158,6 +171,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         self.replica_groups: ReplicaGroups | None = None
         self._run = None
         self._ended: Run | None = None  # the last one, of which `state_dict` may still be asked
+        self._lent: Path | None = None  # another checkpoint, whose weights the models have
         self._configured = False  # whether `configure` has been called
         self._epochs: int | None = None
         self._asked_seed: int | None = None  # of an overridden train(seed=...)
@@ -434,6 +448,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         if self.run_dir is not None:
             self.run_dir = Path(self.run_dir).absolute()  # wherever the process goes meanwhile
         self.plan = type(self.plan)()
+        self._lent = None if trains else self._lent
         self.progress = Progress()
         self.result = Result(stopped_by="nothing yet", complete=False)
         self.validation = {}
@@ -549,6 +564,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         """
         return count_first_dimension(batch)
 
+    @logs
     def log(self, name: str, value: Any, weight: Any = None) -> None:
         """Logs a value; a row or a validation shows the mean over all items of all ranks.
 
@@ -565,6 +581,7 @@ class TrainerBase(Hooks, AbstractTrainer):
         """
         self.recorder.log(name, value, weight)
 
+    @logs
     def log_dict(self, metrics: Mapping[str, Any], weight: Any = None) -> None:
         """Logs several values, as `log` does each.
 

@@ -11,9 +11,11 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -35,10 +37,11 @@ from paceline.parallel.float8 import missing
 from paceline.parallel.materialize import without_a_way
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.callback import Callback, trainers_of
+from paceline.trainer.elsewhere import EVENTS_ELSEWHERE, METHODS_ELSEWHERE, is_answer
 from paceline.trainer.events import EVENTS, misspelt_hooks, overrides
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
-from paceline.trainer.settings import EVENTS_ELSEWHERE, METHODS_ELSEWHERE, MODES
+from paceline.trainer.settings import MODES
 from paceline.world import quorum
 from paceline.world.environment import replica_group
 from paceline.world.layout import Parallel
@@ -84,6 +87,9 @@ def check_settings(trainer: TrainerBase) -> None:
         ConfigError: with one line a mistake.
         MissingExtraError: a setting needs a package that is not installed.
     """
+    loaders = {name: getattr(trainer, name) for name in ("train_dataloader", "val_dataloader")}
+    models = {name: held for name, held in loaders.items() if isinstance(held, torch.nn.Module)}
+    _refuse(list(starmap(_model_as_loader, models.items())))  # else they count as components
     wrong = wrong_settings(trainer)
     wrong += _wrong_callbacks(trainer) + _wrong_resume(trainer) + _wrong_with_groups(trainer)
     with contextlib.suppress(UnreadableError):  # then `check_engine` says so, to all ranks
@@ -315,7 +321,7 @@ def _never_called(thing: Any, used: set[str]) -> list[str]:
     """
     is_trainer, kind = isinstance(thing, TrainerBase), type(thing).__name__
     ours = [base for base in type(thing).__mro__ if base.__module__.startswith("paceline.")]
-    known = {name for base in ours for name in vars(base)}
+    known = {name for base in ours for name in vars(base) if not is_answer(base, name)}
     own = _own_methods(thing)
     elsewhere = METHODS_ELSEWHERE if is_trainer else EVENTS_ELSEWHERE
     methods = [name for name in known if is_trainer and name[0] != "_" and name[:3] != "on_"]
@@ -519,6 +525,13 @@ def _wrong_loaders(trainer: TrainerBase, *, trains: bool = True) -> list[str]:
             )
         elif _is_count(loader):
             wrong.append(f"{name}={loader}: a seed is given by name, train(seed={loader}).")
+        elif isinstance(loader, torch.nn.Module):
+            wrong.append(_model_as_loader(name, loader))
+        elif isinstance(loader, (torch.Tensor, np.ndarray)):
+            wrong.append(
+                f"{name}: a {type(loader).__name__} is no loader: give DataLoader(TensorDataset("
+                "inputs, targets), batch_size); of stacked batches, a list of them."
+            )
         elif name == "train_dataloader" and (why := why_no_source(loader)):
             wrong.append(f"{name}: {_say(loader)} {why}.")
         elif not hasattr(loader, "__iter__"):
@@ -532,6 +545,13 @@ def _wrong_loaders(trainer: TrainerBase, *, trains: bool = True) -> list[str]:
                 "object whose __iter__ starts again, such as a DataLoader."
             )
     return wrong
+
+
+def _model_as_loader(name: str, loader: Any) -> str:
+    return (
+        f"{name}: {_say(loader)} is a model, which is given to Trainer(model=...); a loader "
+        "belongs here."
+    )
 
 
 def _holds_loaders(loader: Any) -> bool:

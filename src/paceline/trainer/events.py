@@ -42,7 +42,7 @@ import torch
 
 from paceline.errors import nearest
 from paceline.trainer.callback import Callback
-from paceline.trainer.settings import METHODS_ELSEWHERE
+from paceline.trainer.elsewhere import METHODS_ELSEWHERE
 
 
 class Hooks:

@@ -64,8 +64,19 @@ class SwapsWeights(Protocol):
         ...
 
 
+def averages(trainer: TrainerBase, wanted: Wanted) -> bool:
+    """Whether weights from a checkpoint may be others than those that were trained.
+
+    Args:
+        trainer: whose callbacks may keep an average.
+        wanted: which weights.
+    """
+    swaps = any(isinstance(each, SwapsWeights) for each in trainer.callbacks)
+    return wanted.weights == "averaged" or (wanted.weights == "auto" and swaps)
+
+
 @contextmanager
-def opened(trainer: TrainerBase, run: Run, wanted: Wanted, *, configures: bool) -> Iterator[None]:
+def opened(trainer: TrainerBase, run: Run, wanted: Wanted, configures: bool) -> Iterator[None]:
     """The models placed and loaded, and the data open, for as long as the context lasts.
 
     Args:
@@ -148,6 +159,7 @@ def _start(
         weights = read_weights(found, wanted.weights)
         try:
             load_for_inference(trainer, run, tree, weights)
+            run.loaded = found.path
         except MismatchError as error:
             raise MismatchError(
                 f"{error}\n{shown(found.path)} is of another model: make the model as the run did, "

@@ -34,6 +34,8 @@ class NonFiniteGuard:
 
     Attributes:
         window: the window at hand.
+        replayed: the folder of the run that is taken once more, which has kept its failures; else
+            None.
 
     On several replicas each decision follows from the exchanged gradients alone, which are the same
     on all of them: a rank that finds a bad loss makes its gradients NaN, whatever the model does to
@@ -59,6 +61,7 @@ class NonFiniteGuard:
         self._unread: deque[tuple[int, Callable[[], list[Any]]]] = deque(maxlen=_REMEMBERED)
         self._kept: tuple[Path, str] | None = None
         self._not_kept = ""  # why
+        self.replayed: Path | None = None
         self._keeps_buffers = policy in ("stop", "skip")
         self._buffers: KeptBuffers | None = None  # before this window: statistics move in forward
 
@@ -293,10 +296,14 @@ class NonFiniteGuard:
 
     def _keep(self, step: int, samples: list[Any], batch: Any) -> None:
         """Keeps a bad window's samples in the run's folder, and the batch if it is at hand."""
-        run_dir = self._run.settings.run_dir
+        run_dir = self.replayed or self._run.settings.run_dir
         if run_dir is None:
             return
         folder = run_dir / f"{KEPT}{step + 1}_rank_{self._world.rank}"
+        if self.replayed is not None:
+            what = "batch" if (folder / "batch.json").exists() else "samples"
+            self._kept = (folder, what) if folder.is_dir() else None
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "samples.json").write_text(json.dumps(samples, default=str))
@@ -308,7 +315,7 @@ class NonFiniteGuard:
 
     def _kept_note(self) -> str:
         """Where this rank has kept its part, and how any rank's is taken once more."""
-        note, folder = "", self._run.settings.run_dir
+        note, folder = "", self.replayed or self._run.settings.run_dir
         if self._kept is not None:
             kept, what = self._kept
             note = f"\n  the {what} {'are' if what == 'samples' else 'is'} kept in {kept}"

@@ -12,8 +12,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ _OWN_STEP = (
 _OWN_CLEARING = (
     "training_step clears gradients itself, which drops those of the window's micro-batches before "
     "this one: leave zero_grad() out. The loop clears them before each window."
+)
+_CLEARED = (
+    "the gradients of the window's micro-batches before this one were cleared: leave zero_grad() "
+    "out of training_step and of hooks. The loop clears them before each window."
 )
 
 
@@ -92,7 +97,11 @@ class Optimization:
         self._single = next(iter(self.optimizers)) if len(self.optimizers) == 1 else None
         # Before the first backward pass; stages have no training_step.
         staged = self._placement.pipeline is not None
-        self._checks_clear = not (staged or components.is_overridden("step"))
+        self._checks_clear = self._guards = not (staged or components.is_overridden("step"))
+        self._sent = -1  # the window's micro-batch that was sent backward last
+        self._kept: list[torch.nn.Parameter] = []  # some that have its gradient
+        # By optimizer, what takes the place of its step, and that step.
+        self._steps: dict[torch.optim.Optimizer, tuple[Any, Any]] = {}
         self._refusals: list[Callable[[], Any]] = []  # what takes them back then
         self._counts: list[Any] = []  # the schedulers' before it
         self._found_independent = False  # losses by optimizer name have been checked
@@ -105,6 +114,9 @@ class Optimization:
         self._scale_is_due = False  # a step was unscaled; the scale may change before the next
         run.scaler = _scaler(run.world) if self._settings.precision == "fp16" else None
         self.guard = NonFiniteGuard(run, optimizers=len(self.optimizers))
+        if self._guards:
+            for optimizer in self.optimizers.values():
+                self._guard_step(optimizer)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -156,9 +168,10 @@ class Optimization:
         for optimizer in self.optimizers.values():
             clear_gradients(optimizer)
         self._stood_in.clear()
+        self._sent, self._kept = -1, []
         self.guard.begin(window)
         if self._checks_clear:
-            self._refuse_steps(window)
+            self._refuse_clearing(window)
 
     def backward(self, loss: Any, only: str | Collection[str] | None = None) -> None:
         """Adds the gradients of one micro-batch, weighted for the window's mean over items.
@@ -178,6 +191,10 @@ class Optimization:
             loss = self._of_dictionary(loss)
         if self._checks_clear:
             self._check_clear(loss)
+        for parameter in self._kept:
+            if parameter.grad is None:
+                raise LossError(_CLEARED)
+        self._sent = window.position
         check_loss(loss)
         if self._splits:
             loss = whole(loss)  # of logits whose classes are split
@@ -200,6 +217,9 @@ class Optimization:
             self._backward_for((only,) if isinstance(only, str) else only, share)
         for hook in run.events.on_after_backward:
             hook()
+        if self._guards and len(window.counts) > 1:
+            firsts = map(_first_with_gradient, self.optimizers.values())
+            self._kept = [parameter for parameter in firsts if parameter is not None]
 
     def step(self, name: str | None = None) -> torch.Tensor | None:
         """Steps one optimizer and its schedulers; the only one if no name is given.
@@ -379,17 +399,40 @@ class Optimization:
                     "gradients of the others alone."
                 )
 
-    def _refuse_steps(self, window: Window) -> None:
-        """Has the first training_step raise if it steps an optimizer, or clears its gradients."""
+    def _guard_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Has an optimizer's step raise if training_step calls it, in any micro-batch.
 
-        def refuse(*_: Any) -> None:
-            raise LossError(_OWN_STEP.format("the optimizer"))
+        The loop itself calls the step of before, so that this costs it nothing.
+        """
+        before, had = optimizer.step, vars(optimizer).get("step")
+
+        @wraps(getattr(before, "__func__", before))
+        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            window = self.guard.window
+            if window is None or window.batch is None or not self._guards:
+                return before(*args, **kwargs)
+            if window.position > self._sent:
+                raise LossError(_OWN_STEP.format("the optimizer"))
+            return before(*args, **kwargs)
+
+        def take_back() -> None:
+            self._guards = False
+            if vars(optimizer).get("step") is guarded:  # else somebody has wrapped it
+                vars(optimizer).pop("step")
+                vars(optimizer).update({} if had is None else {"step": had})
+
+        guarded = MethodType(step, optimizer)  # schedulers of torch wrap methods
+        vars(optimizer)["step"] = guarded
+        self._steps[optimizer] = guarded, before
+        self._run.cleanup.callback(take_back)
+
+    def _refuse_clearing(self, window: Window) -> None:
+        """Has the first training_step raise if it clears an optimizer's gradients."""
 
         def refuse_clearing(set_to_none: bool = True) -> None:
             raise LossError(_OWN_CLEARING)
 
         for optimizer in self.optimizers.values():
-            self._refusals.append(optimizer.register_step_pre_hook(refuse).remove)
             if len(window) > 1 and "zero_grad" not in vars(optimizer):
                 vars(optimizer)["zero_grad"] = refuse_clearing
                 self._refusals.append(partial(vars(optimizer).pop, "zero_grad", None))
@@ -434,6 +477,9 @@ class Optimization:
 
     def _advance(self, optimizer: torch.optim.Optimizer, *, scales: bool) -> None:
         scaler, step = self._run.scaler, optimizer.step
+        guarded, before = self._steps.get(optimizer, (None, None))
+        if step is guarded:
+            step = before
         if scaler is not None and scales:
             step = partial(scaler.step, optimizer)
         if self._several_meshes:
@@ -486,6 +532,14 @@ def _scaler(world: World) -> torch.amp.GradScaler:
 
 def _rates(groups: list[dict[str, Any]]) -> list[Any]:
     return [groups[0]["lr"]] if len(groups) == 1 else [group["lr"] for group in groups]
+
+
+def _first_with_gradient(optimizer: torch.optim.Optimizer) -> torch.nn.Parameter | None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return parameter
+    return None
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

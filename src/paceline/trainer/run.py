@@ -108,6 +108,7 @@ class Run:
         validating: whether a validation is under way.
         started_validation: whether a validation has started for its listeners, and not ended.
         val_name: the validation loader at hand, if it has a name.
+        loaded: whose weights an evaluation has loaded; None for those at hand.
         predicted: the batch that is predicted, from 0; None if nothing is predicted.
         open_data: opens the data, unless that is done.
         take_settings: has changed settings count; raises if one has an invalid value.
@@ -154,6 +155,7 @@ class Run:
     validating: bool = False
     started_validation: bool = False
     val_name: str | None = None
+    loaded: Path | None = None
     predicted: int | None = None
     open_data: Callable[[], None] = lambda: None
     take_settings: Callable[[], None] = lambda: None

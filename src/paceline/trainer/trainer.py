@@ -15,19 +15,20 @@ from paceline.checkpoint import CheckpointPolicy
 from paceline.checkpoint.export import Weights
 from paceline.data.batches import inputs_and_targets, inputs_of
 from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
-from paceline.errors import ConfigError, unknown_settings
+from paceline.errors import ConfigError
 from paceline.trainer import as_dataclass, decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.callback import Callback
 from paceline.trainer.checks import check_settings
+from paceline.trainer.elsewhere import infers, trains, unknown_keyword
 from paceline.trainer.events import overrides
-from paceline.trainer.inference import Wanted, opened
+from paceline.trainer.inference import Wanted, averages, opened
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.prediction import Predictions
 from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import ELSEWHERE, Resume, ValidationPolicy, unknown_keyword
+from paceline.trainer.settings import Resume, ValidationPolicy
 from paceline.trainer.staged_step import StagedStep
 from paceline.trainer.state_tree import gather_state, load_state
 from paceline.trainer.stop import behind_boundary, behind_window
@@ -36,7 +37,6 @@ from paceline.trainer.window import Window
 from paceline.world.layout import Parallel
 
 _EACH_EPOCH = CheckpointPolicy()
-_OF_TRAIN = ("train_dataloader", "val_dataloader", "epochs", "seed")
 
 
 class Trainer(TrainerBase):
@@ -223,6 +223,7 @@ class Trainer(TrainerBase):
 
     # The loop
 
+    @trains
     def train(
         self,
         train_dataloader: Iterable[Any] | Source | SourceFactory | None = None,
@@ -230,14 +231,12 @@ class Trainer(TrainerBase):
         epochs: int | None = None,
         *,
         seed: int | None = None,
-        **unknown: Any,
     ) -> Result:
         """Trains to the end, from the run folder's newest checkpoint if there is one.
 
         Args:
             train_dataloader, val_dataloader, epochs: in place of the constructor's.
             seed: of every random stream of the run; 0 unless given.
-            **unknown: refused, with our names for them.
 
         Returns:
             What came of it.
@@ -245,8 +244,6 @@ class Trainer(TrainerBase):
         Raises:
             Preempted: a signal stopped the run, which was saved (a SystemExit with code 75).
         """
-        if unknown:
-            raise unknown_settings("train(...)", unknown, _OF_TRAIN, ELSEWHERE)
         if train_dataloader is not None:
             self.train_dataloader = train_dataloader
         if val_dataloader is not None:
@@ -261,6 +258,7 @@ class Trainer(TrainerBase):
                     raise ConfigError("epoch() took no step: it has to loop over epoch_windows().")
         return self.result
 
+    @trains
     def fit(self, seed: int | None = None) -> Result:
         """The same as `train(seed=...)`."""
         with self.running(seed):
@@ -440,6 +438,7 @@ class Trainer(TrainerBase):
                     error.add_note(f"then, as its state was saved: {type(more).__name__}: {more}")
             raise
 
+    @infers
     def evaluate(
         self,
         loader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
@@ -450,7 +449,9 @@ class Trainer(TrainerBase):
         """Validates: each sample of every validation loader once over all ranks.
 
         Outside a run it places the models and loads weights first; the run's folder is only read.
-        Afterwards the models have these weights, and all else is as before.
+        Afterwards the models have these weights, and all else is as before: `result`, the counters,
+        the run's folder, what `paceline export` reads. The next `evaluate()` or `predict()` without
+        a checkpoint has the run's latest again, as has a `train()` that resumes it.
 
         One of your own takes no arguments. It is called on every rank when a validation is due,
         also without a `val_dataloader`. There models are in eval mode and gradients off, random
@@ -504,10 +505,17 @@ class Trainer(TrainerBase):
     @contextmanager
     def _inference(self, wanted: Wanted) -> Iterator[Run]:
         """A run that does not train, with models placed and loaded, and data open."""
-        with self._run_aside() as run, opened(self, run, wanted, configures=not self._configured):
-            self._configured = True
-            yield run
+        run: Run | None = None
+        try:
+            with self._run_aside() as run, opened(self, run, wanted, not self._configured):
+                self._configured = True
+                yield run
+        finally:
+            if run is not None and run.loaded is not None:
+                own = self._ended is not None and run.loaded == self.result.checkpoint
+                self._lent = None if own and not averages(self, wanted) else run.loaded
 
+    @infers
     def predict(
         self,
         loader: Iterable[Any] | None = None,
@@ -539,6 +547,7 @@ class Trainer(TrainerBase):
         with self.predicting(loader, checkpoint=checkpoint, weights=weights) as predictions:
             return predictions.together()
 
+    @infers
     @contextmanager
     def predicting(
         self,
@@ -652,7 +661,18 @@ class Trainer(TrainerBase):
         self._place_models()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, as one tree (`checkpoint/state.py` lists it)."""
+        """The whole state, as one tree (`checkpoint/state.py` lists it).
+
+        After a run it is that of its end, as long as no evaluation has loaded other weights.
+
+        Raises:
+            ConfigError: one has, or there has been no run.
+        """
+        if self._run is None and self._ended is not None and self._lent is not None:
+            raise ConfigError(
+                "state_dict(): the models have the weights that an evaluation has loaded from "
+                f"{self._lent}, and the rest is as the run left it. Ask before, or evaluate() anew."
+            )
         return gather_state(self, self._run or self._ended or self._at_hand)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Window:
     Attributes:
         items: items of all ranks in the window (a number, or a tensor if counted on a device).
         samples: samples of all ranks in the window.
+        position: the place in the window of the micro-batch at hand, from 0.
         weight: of the micro-batch at hand in the window's mean.
         stand_in: whether the micro-batch at hand only keeps this rank in step with the others.
         loss: the loss that `backward` was last given, detached.
@@ -44,7 +45,7 @@ class Window:
         self._run = run
         self._draw = draw
         self._first = first_batch_idx
-        self._position = 0
+        self.position = 0
         self._batches: list[Any] | None = None
         self._shares = run.world.dp_size  # by which the weights add up, as gradients average
         self.samples = draw.samples
@@ -65,12 +66,12 @@ class Window:
     @property
     def batch_idx(self) -> int:
         """The index, within the epoch, of the micro-batch at hand."""
-        return self._first + self._position
+        return self._first + self.position
 
     @property
     def is_last(self) -> bool:
         """Whether the micro-batch at hand is the window's last."""
-        return self._position == len(self._draw.sizes) - 1
+        return self.position == len(self._draw.sizes) - 1
 
     @property
     def weighs_nothing(self) -> bool:
@@ -79,7 +80,7 @@ class Window:
 
     def ids(self) -> list[Any]:
         """The sample indices of the micro-batch at hand, if the loader knows them."""
-        return [] if self.stand_in else self._draw.ids(self._position)
+        return [] if self.stand_in else self._draw.ids(self.position)
 
     def locator(self) -> Callable[[], list[Any]]:
         """What gives the sample indices of each micro-batch later, and holds no batch till then."""
@@ -116,7 +117,7 @@ class Window:
 
     def present(self, j: int) -> Any:
         """Makes a micro-batch the one at hand, and returns its batch."""
-        self._position = j
+        self.position = j
         self.batch = self._fetch(j)
         self.stand_in = self._draw.sizes[j] == 0
         self._run.batch_items = self.counts[j]
