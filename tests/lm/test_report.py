@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -87,6 +87,7 @@ def grams(ids: list[int]) -> list[tuple[int, ...]]:
 few_ids = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=22), min_size=1, max_size=8)
 
 
+@settings(max_examples=60)
 @given(train=few_ids, evaluation=few_ids, block=st.integers(1, 60), common=st.integers(1, 4))
 def test_overlap_is_what_comparing_every_run_gives(
     train: list[list[int]], evaluation: list[list[int]], block: int, common: int

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -44,6 +44,7 @@ def shown(one: Sample, **console: Any) -> str:
     return file.getvalue()
 
 
+@settings(max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), data=st.data())
 def test_pieces_are_the_text_and_whole_characters(text: str, data: st.DataObject) -> None:
     encoded = [character.encode() for character in text if character != "\ufffd"]
