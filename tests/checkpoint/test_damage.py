@@ -15,7 +15,7 @@ import pytest
 
 from faults import opened, state, value_of
 from paceline.checkpoint import load_tree, read_manifest, verify
-from paceline.checkpoint.publication import MANIFEST, STATE, _own_checksum
+from paceline.checkpoint.publication import MANIFEST, STATE, own_checksum
 from paceline.checkpoint.safetensors_file import read_header
 from paceline.errors import CheckpointError
 
@@ -137,7 +137,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
     """Changes a manifest and makes its checksum right again, as an attacker would."""
     body = json.loads((folder / MANIFEST).read_text()) | changes
     body.pop("manifest_checksum")
-    body["manifest_checksum"] = _own_checksum(body)
+    body["manifest_checksum"] = own_checksum(body)
     (folder / MANIFEST).write_text(json.dumps(body))
 
 

@@ -110,11 +110,12 @@ def manifest_text(manifest: Manifest) -> str:
         "info": encode(manifest.info)[1],
         "files": {file.name: [file.bytes, file.checksum] for file in manifest.files},
     }
-    body["manifest_checksum"] = _own_checksum(body)
+    body["manifest_checksum"] = own_checksum(body)
     return json.dumps(body, indent=1, ensure_ascii=True) + "\n"
 
 
-def _own_checksum(body: dict[str, Any]) -> str:
+def own_checksum(body: dict[str, Any]) -> str:
+    """The checksum of a manifest's other entries, which it carries as its last."""
     return f"{zlib.crc32(json.dumps(body, sort_keys=True, separators=(',', ':')).encode()):08x}"
 
 
@@ -154,7 +155,7 @@ def read_manifest(path: Path) -> Manifest:
             kind = str(body.get("format"))[:60]
             known = UnknownFormatError if kind.startswith("paceline-") else CheckpointError
             raise known(f"its format is {kind!r}; this version reads {FORMAT!r}")
-        if body.pop("manifest_checksum", None) != _own_checksum(body):
+        if body.pop("manifest_checksum", None) != own_checksum(body):
             raise CheckpointError("its checksum does not match")
         return _manifest(body)
     except CheckpointError as error:

@@ -63,10 +63,18 @@ class FolderLock:
         self._sign(handle)
         return True
 
+    def is_of(self, folder: Path) -> bool:
+        """Whether the lock taken is the one in this folder: the folder may have been replaced."""
+        try:
+            there = os.stat(folder / LOCK_FILE)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return self._handle is not None and os.path.samestat(os.fstat(self._handle), there)
+
     def _sign(self, handle: int) -> None:
         with contextlib.suppress(OSError):  # a full disk: the owner stays unknown
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.pwrite(handle, f"{this_process()}\n".encode(), 0)
         self._handle = handle
 
     def release(self) -> None:
@@ -74,6 +82,11 @@ class FolderLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def this_process() -> str:
+    """What a lock that this process holds says of its owner."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def is_free(folder: Path) -> bool:

@@ -241,11 +241,16 @@ class World:
         self._stage_groups = []
         self._owns_group = False
 
-    def new_group(self) -> Any:
-        """A gloo group of all ranks for host-side work during training, e.g. a background save."""
+    def new_group(self, timeout: float | None = None) -> Any:
+        """A gloo group of all ranks for host-side work during training, e.g. a background save.
+
+        Args:
+            timeout: seconds that its collectives may wait; by default as long as others.
+        """
         if self.size == 1:
             return None
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+        seconds = self.timeout if timeout is None else timeout
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
     def store(self) -> Any:
         """A separate connection to the group's key-value store, for use in another thread.
@@ -262,11 +267,15 @@ class World:
         if self.control_group is not None:
             dist.barrier(self.control_group)
 
-    def wait_for_all(self) -> None:
-        """Waits until every rank is here, as `barrier`; meanwhile this one's signals are heard."""
-        if self.control_group is None:
+    def wait_for_all(self, group: Any = None) -> None:
+        """Waits until every rank is here, as `barrier`; meanwhile this one's signals are heard.
+
+        Args:
+            group: from `new_group`, for its time limit; by default `control_group`.
+        """
+        if (group := group or self.control_group) is None:
             return
-        work: Any = dist.barrier(self.control_group, async_op=True)
+        work: Any = dist.barrier(group, async_op=True)
         while not work.is_completed():
             time.sleep(_POLL)
         work.wait()  # raises what has gone wrong
