@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from paceline.errors import ConfigError, DataError
+from paceline.errors import ConfigError, DataError, MissingExtraError
 from paceline.lm.data.rows import (
     Selected,
     fingerprint,
@@ -103,6 +103,13 @@ def test_what_a_file_holds_wrongly_is_named_with_its_line(tmp_path: Path) -> Non
 
 
 def test_folders_and_patterns_are_read_in_the_order_of_paths(tmp_path: Path) -> None:
+    tmp_path = tmp_path / ".cache"  # only what is hidden inside the folder is left out
+    numbers = [(7 * i) % 20 for i in range(20)]
+    for n in numbers:
+        written(tmp_path / f"many/{n:02}.jsonl", lines([{"n": n}]))
+    assert [row["n"] for row in read_files(tmp_path / "many")] == sorted(numbers)
+    assert [row["n"] for row in read_files(tmp_path / "many/*")] == sorted(numbers)
+    tmp_path = tmp_path / "few"
     for i, name in enumerate(("b/10.jsonl", "a.jsonl", "b/9.jsonl", ".hidden/x.jsonl")):
         written(tmp_path / name, lines([{"n": i}]))
     written(tmp_path / "notes", "not data")
@@ -171,6 +178,13 @@ def test_a_callable_gives_dicts(tmp_path: Path) -> None:
         read_callable(rows, n=2)
     with pytest.raises(ConfigError, match="gave dict, where rows"):
         read_callable(lambda: cast(Any, ROWS[0]))
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for read, package in ((read_parquet, "pyarrow"), (read_huggingface, "datasets")):
+        with pytest.raises(MissingExtraError, match=rf'{package}: pip install "paceline\[lm\]"'):
+            read(str(tmp_path))
 
 
 def test_the_manual_is_the_same_each_time() -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from paceline.errors import ConfigError
+from paceline.lm.data.rows import needs
 from paceline.lm.data.sample import IGNORED, Sample
 
 Truncate = Literal["drop", "end", "start"]
@@ -236,7 +237,9 @@ def check_template(tokenizer: Any, template_arguments: Mapping[str, Any] | None 
     Raises:
         ConfigError: it has no chat template, no end token or no offsets, or its template would
             leave the end-of-turn token untrained.
+        MissingExtraError: the package jinja2 is not installed.
     """
+    needs("jinja2", "chat templates")
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     wrong = f"the tokenizer {name!r} cannot be used for dialogues:"
     if not getattr(tokenizer, "is_fast", False):

@@ -577,11 +577,11 @@ def _files(path: Path, format: str | None) -> list[Path]:
         if any((path / name).is_file() for name in _OF_DATASETS):
             raise ConfigError(f"{path} is a saved Hugging Face dataset: use the type huggingface.")
         found = [file for file in path.rglob("*") if file.suffix.lower() in wanted]
+        found = [f for f in found if not any(p[0] == "." for p in f.relative_to(path).parts)]
         what = f"no {some(wanted)} file"
     else:
         found, what = [Path(name) for name in glob.glob(str(path), recursive=True)], "no such file"
-    hidden = {f for f in found if any(p.startswith(".") for p in f.relative_to(path.anchor).parts)}
-    found = sorted(f for f in found if f.is_file() and f not in hidden)
+    found = sorted(file for file in found if file.is_file())
     if not found:
         raise ConfigError(f"{path}: {what}.")
     return found
