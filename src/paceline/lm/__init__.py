@@ -1,0 +1,1 @@
+"""Language models: their data, attention by document, and training."""

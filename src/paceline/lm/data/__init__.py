@@ -1,0 +1,1 @@
+"""Data of language models: from rows of text to samples, packs and batches."""
