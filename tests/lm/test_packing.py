@@ -70,7 +70,7 @@ def best_fit(lengths: list[int], capacity: int) -> list[int]:
 # The plan
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_each_sample_is_in_one_pack_and_the_best_fit_is_found(data: st.DataObject) -> None:
     capacity = data.draw(st.integers(1, 70))
@@ -86,7 +86,7 @@ def test_each_sample_is_in_one_pack_and_the_best_fit_is_found(data: st.DataObjec
     assert all(pack == sorted(pack) for pack in packs)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_long_samples_are_cut_into_pieces_if_asked_for(data: st.DataObject) -> None:
     capacity = data.draw(st.integers(1, 20))
@@ -134,7 +134,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
 # A stream of documents
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=30),
     st.integers(1, 25),
