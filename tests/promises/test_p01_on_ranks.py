@@ -1,8 +1,8 @@
 """P1 Exact resume on 2 and 4 ranks: stopped by one of them, resumed in new processes.
 
-Each chain stops a run after several steps in turn, and resumes it in new processes each time, and ends with the bits
-of one run that never stopped: parameters, buffers, optimizer state, averaged weights, rows, sample
-ids and events, on every rank.
+Each chain stops a run after several steps in turn, resumes it in new processes each time, and ends
+with the bits of one run that never stopped: parameters, buffers, optimizer state, averaged weights,
+rows, sample ids and events, on every rank.
 """
 
 from __future__ import annotations
