@@ -44,7 +44,7 @@ BY_NAME = (  # a folder, a file, a test with any parameters, or one with those i
     f"{P}09_wrong_before_expensive.py::test_the_command_answers_with_code_2_and_no_traceback",
     f"{P}10_opening_a_run_executes_nothing.py::test_the_source_holds_no_way_to_run_a_file",
     f"{P}11_a_run_explains_itself.py::test_a_stopped_run_says_why_and_a_resumed_one_remembers",
-    "tests/testing/test_own_trainers.py::test_a_good_trainer_resumes_exactly",
+    "tests/testing/test_own_trainers.py::test_a_good_trainer_resumes_exactly[None]",
 )
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from paceline.cli.main import main
 from paceline.testing import Ranks, Started, free_port
+from paceline.world import signals
 
 LIMIT = 240.0  # seconds until a command that hangs is killed
 Ended = tuple[int, str, str]  # code, stdout, stderr
@@ -87,6 +95,10 @@ class Paceline:
         """As a call, but what `--nproc` asks for is left to the launcher."""
         return self.start_together([words]).end()
 
+    def launch_together(self, commands: Sequence[Sequence[str]]) -> list[Ended]:
+        """Launchers at the same time; the workers that they start are forked from them."""
+        return self.start_together(commands, work=be_launcher).each()
+
     def together(
         self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]] = ()
     ) -> list[Ended]:
@@ -99,12 +111,16 @@ class Paceline:
         return self.start_together(commands, environments).each()
 
     def start_together(
-        self, commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str]] = ()
+        self,
+        commands: Sequence[Sequence[str]],
+        environments: Sequence[dict[str, str]] = (),
+        work: Callable[..., None] | None = None,
     ) -> Commands:
         """As `together`, without waiting."""
         kept, more = Path(mkdtemp()), environments or [{}] * len(commands)
         asked = (self.folder, commands, [self._environment(each) for each in more], kept)
-        under_way = Commands(self.ranks.start(be_paceline, len(commands), *asked), kept)
+        started = self.ranks.start(work or be_paceline, len(commands), *asked)
+        under_way = Commands(started, kept)
         self._under_way.append(under_way)
         return under_way
 
@@ -175,3 +191,53 @@ def be_paceline(
         encoding = os.environ.get("PYTHONIOENCODING")
         stream.reconfigure(encoding=encoding, errors=stream.errors)  # pyright: ignore
     main()
+
+
+def be_launcher(*asked: Any) -> None:
+    """As `be_paceline`, for a launcher whose workers are forked from it: each of them would
+    otherwise import torch anew, which takes longer than all that it does here."""
+    subprocess_handler.Popen = Forked
+    be_paceline(*asked)
+
+
+class Forked(subprocess.Popen):
+    """A new process of `python -m paceline WORDS`, but for what an interpreter does at its start.
+
+    It has no file, handler or exit function of its parent's.
+    """
+
+    def _execute_child(self, args: Any, *more: Any) -> None:
+        names = subprocess.Popen._execute_child.__code__.co_varnames[2:]  # pyright: ignore
+        options = dict(zip(names, more, strict=False))
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            for number in signals.STOPS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, signal.SIG_DFL)
+            signals._looking = False
+            for file, number in ((options["c2pwrite"], 1), (options["errwrite"], 2)):
+                if file != -1:
+                    os.dup2(file, number)
+            os.closerange(3, 4096)
+            atexit._clear()
+            for each in list(weakref.finalize._registry):  # pyright: ignore
+                each.atexit = False
+            os.environ.clear()
+            os.environ.update(options["env"])
+            sys.argv = ["paceline", *args[3:]]  # behind the interpreter, -m and paceline
+            main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except BaseException:  # noqa: BLE001  a fork must not go on as its parent
+            traceback.print_exc()
+        finally:
+            threading._shutdown()  # pyright: ignore
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)

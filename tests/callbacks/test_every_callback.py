@@ -57,17 +57,13 @@ def test_none_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_stopped_at_every_other_step_and_resumed_it_ends_the_same(
+def test_stopped_again_and_again_and_in_a_validation_it_ends_the_same(
     name: str, tmp_path: Path
 ) -> None:
-    check_resumed(
-        tmp_path, lambda: make(name), *map(StopAt, range(0, STEPS, 2)), **NEEDS.get(name, {})
-    )
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_a_validation_that_is_left_is_made_again(name: str, tmp_path: Path) -> None:
-    check_resumed(tmp_path, lambda: make(name), LeaveValidation(6), **NEEDS.get(name, {}))
+    """Before the first step, in an epoch, where a validation is due (3, 9), and in one (6), which
+    is left and made again."""
+    stops = [StopAt(0), StopAt(2), StopAt(3), LeaveValidation(6), StopAt(9), StopAt(10)]
+    check_resumed(tmp_path, lambda: make(name), *stops, **NEEDS.get(name, {}))
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in CHANGE_WEIGHTS])

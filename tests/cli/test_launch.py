@@ -70,7 +70,7 @@ def test_launchers_of_several_machines_train_one_run_and_stop_together(
     cleanly."""
     meeting = ("--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port()}")
     stops = ("trainer.bad=1", "trainer.how=stop_launcher")
-    ended = paceline.together([("train", "toy.yaml", *meeting, *SLOW, *stops)] * 2)
+    ended = paceline.launch_together([("train", "toy.yaml", *meeting, *SLOW, *stops)] * 2)
     assert [code for code, _, _ in ended] == [75, 75], ended
     run = record(tmp_path / "runs/p/n")
     assert (run["world_size"], run["stopped_by"]) == (2, "signal SIGTERM")
@@ -84,7 +84,7 @@ def test_two_processes_train_one_run_and_after_a_failure_go_on(paceline: Pacelin
     assert paceline(*train, "trainer.epochs=1")[0] == 0
     fails = ("--fresh", "trainer.bad=1", "trainer.how=kill_once", EACH_STEP)
     restarts = ("--nproc", "2", "--max-restarts", "1")
-    code, out, err = paceline.launch(*train, *fails, *restarts)
+    [(code, out, err)] = paceline.launch_together([(*train, *fails, *restarts)])
     assert code == 0, err
     assert "hello from rank 0" in out
     assert "rank 1" not in out

@@ -5,7 +5,7 @@ Data are in double precision, so "the same" means to 1e-10, a thousandth of what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -89,3 +89,5 @@ CASES = [
     for tokens in (False, True)
 ]
 SOME = [case for case in CASES if case.rows in (97, 3)]
+# Of samples in batches of 10, and of tokens in windows: for layouts that meet others.
+FEW = [replace(case, epochs=1) for case in SOME if case.tokens == (case.accumulation > 1)]

@@ -1,8 +1,8 @@
 """P1 Exact resume on 2 and 4 ranks: stopped by one of them, resumed in new processes.
 
-Each chain stops a run after every step in turn, each time in new processes, and ends with the bits
-of one run that never stopped: parameters, buffers, optimizer state, averaged weights, rows, sample
-ids and events, on every rank.
+Each chain stops a run after several steps in turn, resumes it in new processes each time, and ends
+with the bits of one run that never stopped: parameters, buffers, optimizer state, averaged weights,
+rows, sample ids and events, on every rank.
 """
 
 from __future__ import annotations
@@ -215,15 +215,31 @@ def train(folder: Path, plan: Plan, stop_after: int | None = None, *callbacks: C
 
 def check_chain(ranks: Ranks, size: int, folder: Path, plan: Plan, stops: list[int]) -> None:
     """Stopped after each of `stops` in turn, the run ends as one that never stopped."""
-    whole = ranks(train, size, folder / "whole", plan)
-    parts = []
+    whole, parts = [], []
     for stop_after in stops:
-        parts.append(ranks(train, size, folder / "broken", plan, stop_after))
+        if parts:
+            parts.append(ranks(train, size, folder / "broken", plan, stop_after))
+        else:
+            whole, first = begin(ranks, size, folder, plan, stop_after)
+            parts = [first]
         steps = {part.ending.result.global_step for part in parts[-1]}
         assert steps == {stop_after}, "the ranks stop at one step, the one that was meant"
         assert {part.ending.result.stopped_by for part in parts[-1]} == {"test"}
     parts.append(ranks(train, size, folder / "broken", plan))
     check_parts(parts, whole, folder)
+
+
+def begin(
+    ranks: Ranks, size: int, folder: Path, plan: Plan, *stops: Any
+) -> tuple[list[Part], list[Part]]:
+    """The whole run and the first part of one that is stopped, one after the other in the same
+    processes: these have planned the operations of spread parameters by then, which is slow."""
+    both = ranks(train_both, size, folder, plan, *stops)
+    return [whole for whole, _ in both], [first for _, first in both]
+
+
+def train_both(folder: Path, plan: Plan, *stops: Any) -> tuple[Part, Part]:
+    return train(folder / "whole", plan), train(folder / "broken", plan, *stops)
 
 
 def check_parts(parts: list[list[Part]], whole: list[Part], folder: Path) -> None:
@@ -238,41 +254,40 @@ def check_parts(parts: list[list[Part]], whole: list[Part], folder: Path) -> Non
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize(
-    ("size", "batch", "stops"), [(2, 5, [0, 1, 2, 3, 4, 5, 7, 8]), (4, 3, [1, 3, 7])]
-)
+@pytest.mark.parametrize(("size", "batch", "stops"), [(2, 5, [0, 1, 3, 4, 8]), (4, 3, [1, 3])])
 def test_stopped_again_and_again(
     ranks: Ranks, size: int, batch: int, stops: list[int], tmp_path: Path
 ) -> None:
-    """Before the first step, within an epoch, at its end (step 4 on 2 ranks, 3 and 6 on 4), at a
-    checkpoint, before the last step; 4 ranks show what DDP's buckets do."""
+    """Before the first step, within an epoch, at its end (step 4 on 2 ranks, 3 on 4), which is at
+    a checkpoint on 2 ranks, before the last step; 4 ranks show what DDP's buckets do."""
     check_chain(ranks, size, tmp_path, Plan(batch=batch), stops)
 
 
-@pytest.mark.parametrize(("size", "batch", "stops"), [(2, 5, [0, 3, 4]), (4, 3, [2])])
+@pytest.mark.parametrize(("size", "batch", "stops"), [(2, 5, [0, 3]), (4, 3, [2])])
 def test_sharded_and_stopped_again_and_again(
     ranks: Ranks, size: int, batch: int, stops: list[int], tmp_path: Path
 ) -> None:
     """FSDP2 on 2 ranks, and two copies of two shards on 4."""
-    check_chain(ranks, size, tmp_path, Plan(batch=batch, shard=2), stops)
+    check_chain(ranks, size, tmp_path, Plan(batch=batch, steps=5, shard=2), stops)
 
 
 def test_sharded_in_bfloat16_and_stopped_again(ranks: Ranks, tmp_path: Path) -> None:
     """What is gathered is rounded; what is kept and saved is not."""
-    check_chain(ranks, 2, tmp_path, Plan(steps=6, shard=2, precision="bf16"), [2])
+    check_chain(ranks, 2, tmp_path, Plan(steps=4, shard=2, precision="bf16"), [2])
 
 
 @pytest.mark.parametrize(
-    ("size", "plan"), [(2, Plan(batch=10, tensor=2)), (4, Plan(steps=6, shard=2, tensor=2))]
+    ("size", "plan"),
+    [(2, Plan(batch=10, steps=5, tensor=2)), (4, Plan(steps=3, shard=2, tensor=2))],
 )
 def test_split_and_stopped_again_and_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
     """Modules split over two ranks, alone and with FSDP2."""
-    check_chain(ranks, size, tmp_path, plan, [3])
+    check_chain(ranks, size, tmp_path, plan, [3 if size == 2 else 2])
 
 
-@pytest.mark.parametrize(("size", "plan"), [(2, Plan(steps=6, expert=2))])
+@pytest.mark.parametrize(("size", "plan"), [(2, Plan(steps=5, expert=2))])
 def test_with_some_of_the_experts_and_stopped_again(
     ranks: Ranks, size: int, plan: Plan, tmp_path: Path
 ) -> None:
@@ -284,7 +299,7 @@ def test_with_some_of_the_experts_and_stopped_again(
     ("size", "plan"),
     [
         (2, Plan(batch=10, stages=2)),
-        (4, Plan(steps=6, stages=2, shard=2)),
+        (4, Plan(steps=3, stages=2, shard=2)),
     ],
 )
 def test_in_stages_and_stopped_again_and_again(
@@ -292,7 +307,7 @@ def test_in_stages_and_stopped_again_and_again(
 ) -> None:
     """Two stages, the first with running statistics, the second with dropout; on four ranks two
     shards of each. `test_stage_layouts.py` has them with split modules and parts of sequences."""
-    check_chain(ranks, size, tmp_path, plan, [2, 5] if size == 2 else [3])
+    check_chain(ranks, size, tmp_path, plan, [2, 5] if size == 2 else [2])
 
 
 class StopInValidation(Callback):
@@ -309,8 +324,7 @@ class StopInValidation(Callback):
 def test_stopped_in_validation(ranks: Ranks, shard: int, tmp_path: Path) -> None:
     """It is abandoned on every rank, and the resumed run begins with it."""
     plan = Plan(shard=shard)
-    whole = ranks(train, 2, tmp_path / "whole", plan)
-    first = ranks(train, 2, tmp_path / "broken", plan, None, StopInValidation())
+    whole, first = begin(ranks, 2, tmp_path, plan, None, StopInValidation())
     second = ranks(train, 2, tmp_path / "broken", plan)
     for before, after in zip(first, second, strict=True):
         assert before.ending.result.global_step == 4
@@ -330,10 +344,10 @@ def test_streams_of_uneven_shares(
 ) -> None:
     """Rank 0's share is twice the other's: without `epoch_length` the other stands in until the
     epoch ends, also when resumed there; with it, each rank's loader begins its next pass alone."""
-    check_chain(ranks, 2, tmp_path, Plan(data, 5, 8, epoch_length), [1, 4, 6])
+    check_chain(ranks, 2, tmp_path, Plan(data, 5, 8, epoch_length), [1, 5])
 
 
 def test_a_stream_on_one_rank(ranks: Ranks, tmp_path: Path) -> None:
     for data, length in (("stateful", None), ("replayed", None), ("stateful", 4)):
         plan = Plan(data, 7, 8, length, stopper=0)
-        check_chain(ranks, 1, tmp_path / f"{data}{length}", plan, [1, 3, 4])
+        check_chain(ranks, 1, tmp_path / f"{data}{length}", plan, [1, 4])

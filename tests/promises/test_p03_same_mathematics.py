@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from mathematics import CASES, SOME, TOLERANCE, Case, Keep, assert_same, data
+from mathematics import CASES, FEW, SOME, TOLERANCE, Case, Keep, assert_same, data
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader
@@ -135,14 +135,14 @@ def test_ranks_equal_one_with_as_many_times_the_batch(ranks: Ranks, size: int) -
 def test_sharded_ranks_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
     """FSDP2 over all ranks, and two copies of two shards (HSDP); 12 and 5 rows leave shards of
     unequal sizes, and empty ones."""
-    check_ranks(ranks, size, CASES if size == 2 else SOME, Parallel(dp_shard=shard))
+    check_ranks(ranks, size, CASES if size == 2 else FEW, Parallel(dp_shard=shard))
 
 
 @pytest.mark.parametrize(("size", "shard"), [(2, 1), (4, 2)])
 def test_ranks_with_split_modules_equal_one_too(ranks: Ranks, size: int, shard: int) -> None:
     """Tensor parallelism over two ranks: alone, and with FSDP2 over two shares."""
     plan = {"0": "colwise", "2": "rowwise"}
-    check_ranks(ranks, size, SOME, Parallel(dp_shard=shard, tensor=2, plan=plan))
+    check_ranks(ranks, size, FEW, Parallel(dp_shard=shard, tensor=2, plan=plan))
 
 
 @pytest.mark.parametrize(("size", "shard", "experts"), [(2, 1, 2), (4, 1, 2), (4, 4, 2)])
@@ -151,8 +151,7 @@ def test_ranks_with_some_of_the_experts_equal_one_too(
 ) -> None:
     """Expert parallelism over two ranks, and over two of four: the others have copies or shards.
     Experts and whole ranks go without rows."""
-    some = [case for case in SOME if case.tokens == (case.accumulation > 1)]
-    cases = [replace(case, model="experts") for case in some]
+    cases = [replace(case, model="experts") for case in FEW]
     plan = {"*.experts": "experts"}
     check_ranks(ranks, size, cases, Parallel(dp_shard=shard, expert=experts, plan=plan))
 

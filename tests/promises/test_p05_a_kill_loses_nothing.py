@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import storm
+import storm_ranks
 from builders import Noisy, Regression, loader, make_model
 from endings import ending, saved_steps
 from faults import DOES_NOT_ANSWER, FaultyDisk, QuickDisk, unreadable_from
@@ -96,6 +97,7 @@ def test_a_storm_of_kills(ranks: Ranks) -> None:
 def be_a_storm() -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[name]
+    storm_ranks.STEPS = 12  # of 24: six saves or twelve, and four validations
     sys.exit(storm.main(["--kills", "5", "--signals", "3", "--reads", "3", "--seed", "3"]))
 
 

@@ -81,8 +81,11 @@ def check_clean_stop(
     return stopped_at
 
 
-@pytest.mark.parametrize("number", [TERM, INT, USR1], ids=lambda n: n.name)
-@pytest.mark.parametrize("at", ["training", "validation", "data", "save"])
+PLACES = [("training", TERM), ("training", INT), ("training", USR1)]
+PLACES += [("validation", TERM), ("data", INT), ("save", USR1)]
+
+
+@pytest.mark.parametrize(("at", "number"), PLACES, ids=lambda x: getattr(x, "name", x))
 def test_wherever_a_signal_comes_the_run_stops_and_goes_on_exactly(
     ranks: Ranks, unbroken: Any, tmp_path: Path, at: str, number: int
 ) -> None:
@@ -118,8 +121,11 @@ def test_so_it_does_when_the_terminal_is_closed_or_a_limit_of_the_batch_system_i
     check_clean_stop(ranks, unbroken, tmp_path, sent, Run(workers=1, slow_sample=0.3))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [TERM, INT, USR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [(TERM, 2), (INT, 2), (USR1, 2), (INT, 0)],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_a_signal_to_the_whole_group_while_data_are_waited_for_spares_the_loader_workers(
     ranks: Ranks, unbroken: Any, tmp_path: Path, number: int, workers: int
 ) -> None:
@@ -127,8 +133,10 @@ def test_a_signal_to_the_whole_group_while_data_are_waited_for_spares_the_loader
     check_clean_stop(ranks, unbroken, tmp_path, Sent("data", (number,), to="group"), run)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("operation", [1, 6, 9, 12])
+@pytest.mark.parametrize(
+    ("operation", "asynchronous"),
+    [(1, False), (6, True), (9, False), (9, True), (12, False), (12, True)],
+)
 def test_a_signal_at_any_operation_of_a_save_lets_it_end(
     ranks: Ranks, unbroken: Any, tmp_path: Path, operation: int, asynchronous: bool
 ) -> None:

@@ -104,6 +104,7 @@ class Case:
 
 CASES = [Case(), Case(batch=4, accumulation=3), Case(FitSamples), Case(FitSamples, 2, 3)]
 SOME = CASES[1:3]  # on four ranks: accumulation over ragged counts, and samples
+RAGGED = SOME[:1]  # where parts meet another layout, and all else is as with parts alone
 
 
 def make(
@@ -118,6 +119,7 @@ def make(
     model = model or Reader(dropout=case.dropout)
     options = {
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "epochs": 1,
         "train_dataloader": DataLoader(rows or data(27), case.batch, shuffle=True),
         "val_dataloader": DataLoader(data(9), case.batch),
         "gradient_accumulation_steps": case.accumulation,
@@ -140,21 +142,22 @@ def fits(cases: list[Case], parallel: Parallel) -> list[Kept]:
 
 
 @pytest.mark.parametrize(
-    ("size", "parallel"),
+    ("size", "cases", "parallel"),
     [
-        pytest.param(2, Parallel(context=2), id="alone"),
-        pytest.param(4, Parallel(context=2, dp_shard=2), id="with shards"),
-        pytest.param(4, Parallel(context=2, tensor=2), id="with split modules"),
-        pytest.param(2, RING, id="by ring"),
-        pytest.param(4, replace(RING, context=4), id="by ring of four"),
-        pytest.param(4, replace(RING, tensor=2), id="by ring, with split modules"),
+        pytest.param(2, CASES, Parallel(context=2), id="alone"),
+        pytest.param(4, SOME, Parallel(context=2, dp_shard=2), id="with shards"),
+        pytest.param(4, RAGGED, Parallel(context=2, tensor=2), id="with split modules"),
+        pytest.param(2, CASES, RING, id="by ring"),
+        pytest.param(4, RAGGED, replace(RING, context=4), id="by ring of four"),
+        pytest.param(4, RAGGED, replace(RING, tensor=2), id="by ring, with split modules"),
     ],
 )
-def test_parts_of_sequences_equal_whole_ones(ranks: Ranks, size: int, parallel: Parallel) -> None:
+def test_parts_of_sequences_equal_whole_ones(
+    ranks: Ranks, size: int, cases: list[Case], parallel: Parallel
+) -> None:
     """Losses, norms, metrics and weights, with accumulation, uneven last windows, ragged counts and
     parts in which nothing counts."""
     shares = size // (parallel.context * parallel.tensor)
-    cases = CASES if size == 2 else SOME
     ones = [fit(replace(case, batch=case.batch * shares)) for case in cases]
     for outcomes in ranks(fits, size, cases, parallel):
         for one, kept in zip(ones, outcomes, strict=True):

@@ -60,7 +60,9 @@ class Reading(Trainer):
         self.ended = bits([*self.named_models()["model"].parameters()])
 
 
-def read(parallel: Parallel, *callbacks: Any, by_rank: Any = (), **settings: Any) -> Any:
+def read(
+    parallel: Parallel, *callbacks: Any, by_rank: Any = (), epochs: int = 2, **settings: Any
+) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1))
     trainer = Reading(
@@ -68,7 +70,7 @@ def read(parallel: Parallel, *callbacks: Any, by_rank: Any = (), **settings: Any
         optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
         train_dataloader=Stream(7),
         val_dataloader=Stream(3),
-        epochs=2,
+        epochs=epochs,
         progress=False,
         callbacks=callbacks,
         parallel=Parallel(**{**vars(parallel), "plan": {"0": "colwise", "1": "rowwise"}}),
@@ -100,19 +102,23 @@ def test_each_sample_is_read_once_and_by_all_that_work_on_it(
     assert zero[2] == two[2] == 2.5
 
 
-def resumed(folder: Path, stop_after: int | None) -> Any:
-    callbacks = [StopAt(stop_after)] if stop_after else []
-    trainer = read(LAYOUTS[0], *callbacks, run_dir=folder)
+def unbroken_and_stopped(folder: Path) -> Any:
+    whole = read(LAYOUTS[0], run_dir=folder / "whole", epochs=1)
+    return whole.ended, whole.trained, resumed(folder, StopAt(2))[1]
+
+
+def resumed(folder: Path, *callbacks: Any) -> Any:
+    trainer = read(LAYOUTS[0], *callbacks, run_dir=folder / "broken", epochs=1)
     return getattr(trainer, "ended", None), trainer.trained
 
 
 def test_stopped_and_resumed_they_end_the_same(ranks: Ranks, tmp_path: Path) -> None:
-    unbroken = ranks(resumed, 4, tmp_path / "whole", None)
-    first = ranks(resumed, 4, tmp_path / "broken", 3)
-    second = ranks(resumed, 4, tmp_path / "broken", None)
-    for rank, (weights, samples) in enumerate(unbroken):
-        assert second[rank][0] == weights
-        assert first[rank][1] + second[rank][1] == samples
+    """Resumed in new processes, after two of four steps."""
+    before = ranks(unbroken_and_stopped, 4, tmp_path)
+    after = ranks(resumed, 4, tmp_path)
+    for (weights, samples, first), (ended, second) in zip(before, after, strict=True):
+        assert ended == weights
+        assert first + second == samples
 
 
 def refuse_all() -> list[str]:
