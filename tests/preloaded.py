@@ -17,8 +17,11 @@ from paceline.recipe import load_recipe
 for _module in pkgutil.walk_packages(paceline.__path__, "paceline."):
     if _module.name != "paceline.__main__":
         importlib.import_module(_module.name)
-# Of the recipes on digits, and of whoever compiles.
-for _name in ("sklearn.datasets", "sklearn.model_selection", "functorch.compile", "networkx"):
+# Of the recipes on digits, of whoever compiles, and of language models.
+for _name in (
+    *("sklearn.datasets", "sklearn.model_selection", "functorch.compile", "networkx"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"),
+):
     importlib.import_module(_name)
 Plugins.instance()  # imports Hydra's
 get_command(app)

@@ -53,7 +53,23 @@ KINDS: dict[str, str] = {
 
 _SHIPPED: dict[str, dict[str, str]] = {
     "trainer": {
+        "causal": "paceline.lm.trainers:CausalTrainer",
+        "sft": "paceline.lm.trainers:SFTTrainer",
         "trainer": "paceline.trainer.trainer:Trainer",
+    },
+    "data_factory": {
+        "causal": "paceline.lm.data.factory:CausalDataFactory",
+        "sft": "paceline.lm.data.factory:SFTDataFactory",
+    },
+    "data_source": {
+        "csv": "paceline.lm.data.sources:Csv",
+        "huggingface": "paceline.lm.data.sources:HuggingFace",
+        "json": "paceline.lm.data.sources:Json",
+        "jsonl": "paceline.lm.data.sources:Jsonl",
+        "parquet": "paceline.lm.data.sources:Parquet",
+        "python": "paceline.lm.data.sources:Function",
+        "python_manual": "paceline.lm.data.sources:PythonManual",
+        "text": "paceline.lm.data.sources:Text",
     },
     "callback": {
         "progress": "paceline.callbacks.progress:Progress",
@@ -95,6 +111,11 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "jsonl": "paceline.log.sinks:JsonlSink",
         "tensorboard": "paceline.log.tensorboard:TensorBoard",
     },
+}
+# What users of other systems ask for by name, and what it is.
+_NOT_YET = {
+    "trainer": {"dpo": "training on preferences (DPO)"},
+    "model_factory": {"liger": "training with Liger's kernels"},
 }
 _registered: dict[str, dict[str, Any]] = {}
 _of_packages: dict[str, dict[str, Any]] = {}  # what their entry points have registered
@@ -185,6 +206,8 @@ def lookup(kind: str, name: str) -> Any:
     known = names(kind)
     if name in _of_packages.get(kind, {}):
         return _of_packages[kind][name]
+    if later := _NOT_YET.get(kind, {}).get(name):
+        raise ConfigError(f"no {kind} is registered as {name!r}: {later} does not exist yet.")
     there_is = f" Known: {', '.join(known)}" if known else ""
     raise ConfigError(f"no {kind} is registered as {name!r}{nearest(name, known) or '.'}{there_is}")
 

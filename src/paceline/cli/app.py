@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from paceline.cli.data import data
 from paceline.cli.doctor import doctor
 from paceline.cli.evaluate import evaluate
 from paceline.cli.export import export
@@ -34,6 +35,7 @@ app.command()(preflight)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(export)
+app.command()(data)
 app.command()(preview)
 app.command("list")(list_names)
 app.command()(new)

@@ -17,6 +17,7 @@ A factory of one's own derives from the base of its kind, has a `config_type` (o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Protocol
 
 import pydantic
@@ -102,7 +103,12 @@ class ModelFactory(Factory):
     }
 
     def __call__(self) -> torch.nn.Module | Mapping[str, torch.nn.Module]:
-        return self.create_model(self.create_config())
+        return self.create_model(self.model_config)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """What `create_config` returned, which is asked once."""
+        return self.create_config()
 
     def create_config(self) -> Any:
         """What the model is made from; by default this factory's own config."""

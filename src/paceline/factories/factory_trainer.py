@@ -200,18 +200,25 @@ class FactoryTrainer(Trainer, Around):
                 # The model's weights do not depend on how many numbers the data have drawn.
                 apart = section in ("tokenizer", "data")
                 with random_state_kept() if apart else nullcontext():
-                    made = self._factory(section)()
+                    made = self.factory(section)()
                 if section == "data":
                     self.train_dataloader, self.val_dataloader = made
                 else:
                     setattr(self, section, made)
 
-    def _factory(self, section: str) -> Any:
-        """The factory of a section, kept as the attribute of its name (`model_factory`)."""
-        config = getattr(self.config, section)
+    def factory(self, section: str) -> Any:
+        """The factory of a section, which is kept as the attribute of its name (`model_factory`).
+
+        Args:
+            section: one that the recipe has.
+        """
+        config, name = getattr(self.config, section), _PARTS[section][1]
+        held = vars(self).get(name)
+        if held is not None and held.config is config:
+            return held
         made = config.class_of(_PARTS[section][2].kind, type(self).slots[section].choices)
         factory = made(self, config)
-        setattr(self, _PARTS[section][1], factory)
+        setattr(self, name, factory)
         return factory
 
 

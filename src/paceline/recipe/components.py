@@ -246,7 +246,9 @@ class Checker:
         for name, value in arguments.items():
             where = (*path, name)
             if name not in known:
-                self.mistakes.add(where, f"there is no such key{suggestion(name, known)}")
+                later = config_type.not_yet.get(name)
+                text = f"there is no such key{suggestion(name, known)}"
+                self.mistakes.add(where, text if later is None else f"{later} does not exist yet.")
                 continue
             mark = of_kind(known[name])
             if mark is not None:

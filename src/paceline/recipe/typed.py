@@ -84,6 +84,7 @@ class Config(pydantic.BaseModel):
 
     Attributes:
         free: the fields that change no result, and may differ in a resumed run.
+        not_yet: keys that are refused by name, and what does not exist yet.
         type: the name by which the recipe chose the class; empty in Python, where it has a default.
     """
 
@@ -91,6 +92,7 @@ class Config(pydantic.BaseModel):
         extra="forbid", validate_default=True, arbitrary_types_allowed=True, protected_namespaces=()
     )
     free: ClassVar[frozenset[str]] = frozenset()
+    not_yet: ClassVar[Mapping[str, str]] = {}
     type: str = ""
     _class: Any = pydantic.PrivateAttr(None)  # the class that the recipe has named
 

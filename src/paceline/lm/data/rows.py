@@ -385,7 +385,7 @@ def read_files(path: str | Path, format: str | None = None, **options: Any) -> R
         raise ConfigError(
             f"no format {format!r}{nearest(format, READERS)}; there are {some(READERS)}."
         )
-    files = _files(Path(path), format)
+    files = files_of(Path(path), format)
     formats = {format} if format else {_format_of(file) for file in files}
     if len(formats) > 1:
         raise ConfigError(f"{path} holds {some(sorted(formats))} files: choose one with format.")
@@ -568,8 +568,16 @@ def _format_of(file: Path) -> str:
     raise ConfigError(f"{file}: which format is it? Give one of {some(SUFFIXES)}.")
 
 
-def _files(path: Path, format: str | None) -> list[Path]:
-    """The files that a path means, in order."""
+def files_of(path: Path, format: str | None = None) -> list[Path]:
+    """The files that a path means, in order.
+
+    Args:
+        path: a file, a folder or a pattern.
+        format: as for `read_files`.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if path.is_file():
         return [path]
     wanted = SUFFIXES[format] if format else [s for group in SUFFIXES.values() for s in group]

@@ -411,8 +411,8 @@ class _Wanted:
         if not self.may_make:
             raise ConfigError(
                 f"{self.folder} has no processed samples for these settings ({self._why(damage)}), "
-                "and rebuild='never' forbids making them: process the data ahead, or use "
-                "rebuild='auto'."
+                "and none may be made now: process the data ahead (`paceline data RECIPE`), or "
+                "allow it (data.cache=auto, rebuild='auto')."
             )
         with _told_as_data_error():
             Disk().make_folders(self.folder)

@@ -1,0 +1,144 @@
+"""Trainers of causal language models: on texts, and on dialogues."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from paceline.factories import FactoryTrainer
+from paceline.lm.attention import attend_by_document, check_packing, packed_inputs
+from paceline.lm.data.factory import CausalDataFactory, SFTDataFactory
+from paceline.lm.data.packing import PackedDataset, PaddedDataset, count_trained
+from paceline.lm.data.sample import IGNORED
+from paceline.lm.models import HFModelFactory, HFTokenizerFactory
+
+
+class LMTrainer(FactoryTrainer):
+    """Trains a causal language model on tokens: the mean loss over those that are trained.
+
+    A batch has `input_ids` and `labels` of [rows, length], which the model sees as they are: token
+    t + 1 is predicted from the tokens up to t. Validation logs `val/loss` and `val/perplexity`, of
+    several sources each under its name; the perplexity is that of the mean loss over all tokens.
+
+    Whether rows hold several documents follows from the data. Then the model attends within each
+    alone, and before training its logits are compared with those of documents alone.
+    """
+
+    model_factory_type = HFModelFactory
+    tokenizer_factory_type = HFTokenizerFactory
+
+    _packs = False
+
+    @property
+    def model_config(self) -> Any:
+        """The config of the model, made already or not; None if it has none."""
+        if isinstance(self.model, torch.nn.Module):
+            return getattr(self.model, "config", None)
+        if self.config is None or self.config.model is None:
+            return None
+        return getattr(self.factory("model"), "model_config", None)
+
+    def configure(self) -> None:
+        super().configure()
+        dataset = getattr(self.train_dataloader, "dataset", None)
+        self._packs = isinstance(dataset, PackedDataset) and not isinstance(dataset, PaddedDataset)
+        if not self._packs or not isinstance(self.model, torch.nn.Module):
+            return
+        attend_by_document(self.model)
+        if not any(parameter.is_meta for parameter in self.model.parameters()):
+            gap = check_packing(self.model, capacity=dataset.packs.capacity)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            self.plan.add(
+                f"packs: a document's logits differ by {gap:.1g} of the largest from those alone",
+                "data.pack",
+            )
+
+    def count_items(self, batch: Any) -> Any:
+        """The trained tokens of a batch.
+
+        Args:
+            batch: with `labels`, [rows, length].
+        """
+        return count_trained(batch)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The mean cross-entropy over a batch's trained tokens, in nats.
+
+        Args:
+            batch: `input_ids` and `labels`, [rows, length]; in packs also `position_ids` and the
+                lengths of `documents`.
+        """
+        logits = self.model(**self.inputs(batch)).logits
+        return next_token_loss(logits, batch["labels"])
+
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        """What the model is called with.
+
+        Args:
+            batch: as for `loss`.
+        """
+        if self._packs:
+            return packed_inputs(batch)
+        # Padding is at the end, where no token before it sees it.
+        return {"input_ids": batch["input_ids"], "use_cache": False}
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss of each row, [rows], the mean over its trained tokens.
+
+        Args:
+            batch: as for `loss`.
+            batch_idx: its index on this rank.
+        """
+        logits = self.model(**self.inputs(batch)).logits
+        labels = batch["labels"]
+        each = F.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED,
+            reduction="none",
+        )  # fmt: skip
+        return each.sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp(min=1)
+
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        """Adds the perplexity of each mean loss."""
+        add_perplexity(metrics)
+
+
+class SFTTrainer(LMTrainer):
+    """Fine-tunes a language model on dialogues: the answers and their end tokens are trained."""
+
+    name = "sft"
+    data_factory_type = SFTDataFactory
+
+
+class CausalTrainer(LMTrainer):
+    """Trains a language model on texts, every token of them."""
+
+    name = "causal"
+    data_factory_type = CausalDataFactory
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy of the next token over those that are trained; 0 if none is.
+
+    Args:
+        logits: [rows, length, words].
+        labels: [rows, length], `IGNORED` where a token is not trained; not shifted.
+    """
+    shifted = labels[:, 1:].reshape(-1)
+    total = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), shifted, ignore_index=IGNORED, reduction="sum"
+    )
+    return total / (shifted != IGNORED).sum().clamp(min=1)
+
+
+def add_perplexity(metrics: dict[str, float]) -> None:
+    """Adds "val/perplexity" beside "val/loss", and the same for each named source.
+
+    Args:
+        metrics: of a validation; a loss is a mean over all trained tokens, in nats.
+    """
+    losses = {k: v for k, v in metrics.items() if k.startswith("val/") and k.endswith("/loss")}
+    for name, value in losses.items():
+        perplexity = math.exp(value) if value < 700 else math.inf
+        metrics[f"{name.removesuffix('loss')}perplexity"] = perplexity
