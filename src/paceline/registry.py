@@ -97,6 +97,15 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "warmup_linear": "paceline.recipe.schedules:WarmupLinear",
         "warmup_stable_decay": "paceline.recipe.schedules:WarmupStableDecay",
     },
+    "checkpoint": {
+        "huggingface": "paceline.lm.hf_engine:HFCheckpointEngine",
+    },
+    "model_factory": {
+        "huggingface": "paceline.lm.models:HFModelFactory",
+    },
+    "tokenizer_factory": {
+        "huggingface": "paceline.lm.models:HFTokenizerFactory",
+    },
     "optimizer_factory": {
         "adamw": "paceline.factories.optimizers:AdamWFactory",
         "sgd": "paceline.factories.optimizers:SGDFactory",

@@ -1,4 +1,4 @@
-"""`paceline export`: weights from a checkpoint as plain safetensors files."""
+"""`paceline export`: weights from a checkpoint as safetensors, or a folder for transformers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class Dtype(StrEnum):
     fp16 = "fp16"
 
 
+class Format(StrEnum):
+    """What is written."""
+
+    safetensors = "safetensors"
+    huggingface = "huggingface"
+
+
 def export(
     run: Annotated[
         Path,
@@ -30,6 +37,13 @@ def export(
         Path | None,
         typer.Option(metavar="PATH", help="A .safetensors file or a folder.  [default: exports]"),
     ] = None,
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="Plain weights, or a folder for from_pretrained with config and tokenizer.",
+        ),
+    ] = Format.safetensors,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="One of several models.  [default: all]")
     ] = None,
@@ -39,8 +53,11 @@ def export(
 ) -> None:
     """Writes the weights of a run as safetensors, under the model's own names.
 
-    model.load_state_dict(safetensors.torch.load_file(path)) loads them.
+    model.load_state_dict(safetensors.torch.load_file(path)) loads them. With --format huggingface
+    it writes a folder that transformers loads, for a language model of transformers.
     """
+    if form is Format.huggingface:
+        return _huggingface(run, weights, checkpoint, to, model, dtype)
     from paceline.checkpoint.export import export as write
     from paceline.runs.text import printable
 
@@ -51,3 +68,21 @@ def export(
     for file in written:
         told = f"{file.path}: {file.tensors} {file.weights} tensors of {file.model!r}"
         typer.echo(printable(f"{told}, {file.bytes:,} bytes, from {file.checkpoint.path.name}"))
+
+
+def _huggingface(
+    run: Path,
+    weights: Weights,
+    checkpoint: str,
+    to: Path | None,
+    model: str | None,
+    dtype: Dtype | None,
+) -> None:
+    from paceline.lm.export import export_huggingface
+    from paceline.runs.text import printable
+
+    folder = export_huggingface(
+        run, to, weights=weights.value, checkpoint=checkpoint, model=model,
+        dtype=None if dtype is None else dtype.value,
+    )  # fmt: skip
+    typer.echo(printable(f"{folder}: loaded again, its weights are the run's, and so its logits"))

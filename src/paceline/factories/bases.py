@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from paceline.errors import ConfigError
 from paceline.factories.around import Around
 from paceline.factories.defined import check_and_register, classes_named
+from paceline.log.plan import Plan
 from paceline.recipe.typed import Config, HumanFloat, HumanInt, OfKind, Typed
 from paceline.registry import lookup
 from paceline.world.world import World
@@ -39,6 +40,7 @@ class Made(Protocol):
     tokenizer: Any
     model: Any
     optimizer: Any
+    plan: Plan
 
     @property
     def device(self) -> torch.device: ...

@@ -1,0 +1,131 @@
+"""Reads what transformers wrote: weights as safetensors only, no code of a model's own, no output.
+
+Weights in pickle files and `trust_remote_code` are refused whatever the settings are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from paceline.errors import ConfigError
+from paceline.lm.data.rows import first_line, needs
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NO_CODE = (
+    "it needs code of its own (trust_remote_code), which is never run; --trust is for the classes "
+    "of a recipe and does not reach here"
+)
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within, transformers prints nothing, and what goes wrong is one line.
+
+    Args:
+        what: is read, as the line begins.
+
+    Raises:
+        ConfigError: it cannot be read.
+        MissingExtraError: transformers is not installed.
+    """
+    needs("transformers", "models and tokenizers of transformers")
+    with _quiet():
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            reason = _NO_CODE if "trust_remote_code" in str(error) else first_line(error)
+            raise ConfigError(f"{what}: {reason.rstrip('.')}.") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import (  # pyright: ignore[reportMissingImports] - an extra
+        logging as theirs,
+    )
+
+    # With the first model transformers imports torchao, which reports what it does not need here.
+    loggers = [
+        logging.getLogger(name) for name in ("transformers", "torchao", "torch.utils._pytree")
+    ]
+    levels, bars = [logger.level for logger in loggers], theirs.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def read_config(name: str, **where: Any) -> Any:
+    """The config of a model.
+
+    Args:
+        name: a folder or a hub id.
+        **where: `revision` or `gguf_file`, as transformers takes them.
+    """
+    from transformers import AutoConfig  # pyright: ignore[reportMissingImports] - an extra
+
+    return AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+
+
+def read_tokenizer(name: str, **where: Any) -> Any:
+    """A tokenizer.
+
+    Args:
+        name: a folder or a hub id.
+        **where: `revision` or `gguf_file`, as transformers takes them.
+    """
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports] - an extra
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+
+
+def read_model(name: str, **settings: Any) -> tuple[Any, Mapping[str, Any]]:
+    """A causal language model on the CPU, and which of its weights were not found.
+
+    Args:
+        name: a folder or a hub id.
+        **settings: as of `from_pretrained`.
+
+    Raises:
+        ConfigError: its weights are pickled.
+    """
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    folder = Path(name)
+    held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if not any(file.endswith(".safetensors") for file in held):
+        if pickled := [file for file in held if file.endswith(PICKLED)]:
+            raise ConfigError(
+                f"{name}: its weights are pickled ({pickled[0]}), and a pickle can run any code. "
+                "Only safetensors are read, and --trust does not change that: convert it with "
+                "save_pretrained where you trust it."
+            )
+        if held:
+            raise ConfigError(f"{name}: there is no .safetensors file in it.")
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **settings
+    )
+    return read
+
+
+def make_model(config: Any, **settings: Any) -> Any:
+    """A causal language model with random weights.
+
+    Args:
+        config: of transformers.
+        **settings: as of `from_config`.
+    """
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
