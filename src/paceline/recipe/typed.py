@@ -83,7 +83,8 @@ class Config(pydantic.BaseModel):
     """The settings of a class that a recipe names; unknown ones are refused.
 
     Attributes:
-        free: the fields that change no result, and may differ in a resumed run.
+        free: the fields that change no result, and may differ in a resumed run; inherited ones
+            stay free.
         type: the name by which the recipe chose the class; empty in Python, where it has a default.
     """
 
@@ -93,6 +94,11 @@ class Config(pydantic.BaseModel):
     free: ClassVar[frozenset[str]] = frozenset()
     type: str = ""
     _class: Any = pydantic.PrivateAttr(None)  # the class that the recipe has named
+
+    @classmethod
+    def all_free(cls) -> frozenset[str]:
+        """The free fields, those of the classes from which it derives among them."""
+        return frozenset().union(*(vars(owner).get("free", ()) for owner in cls.__mro__))
 
     def class_of(self, kind: str, choices: Sequence[type] = ()) -> Any:
         """The class for which these are the settings.
