@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from paceline.errors import ConfigError, nearest
@@ -39,8 +39,7 @@ class Around:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        mistakes = list(_mistakes(cls))
-        if mistakes:
+        if mistakes := wrong_callbacks(cls):
             raise ConfigError(f"the callbacks of {cls.__qualname__}:\n  " + "\n  ".join(mistakes))
         for event, method in cls.events_around.items():
             before, after = _of_event(cls, "pre", event), _of_event(cls, "post", event)
@@ -57,7 +56,7 @@ def _wrapped(
     before: list[Callable[..., Any]],
     after: list[Callable[..., Any]],
 ) -> Callable[..., Any]:
-    names = list(inspect.signature(method).parameters)
+    signature = inspect.signature(method)
     pre = [(callback, list(inspect.signature(callback).parameters)[1:]) for callback in before]
     post = [(callback, len(inspect.signature(callback).parameters) > 1) for callback in after]
 
@@ -69,7 +68,9 @@ def _wrapped(
         under_way.add(event)
         try:
             for callback, asked in pre:
-                args, kwargs = _replaced(callback, asked, self, names, args, kwargs)
+                bound = signature.bind(self, *args, **kwargs)
+                _replace(callback, asked, self, bound)
+                args, kwargs = bound.args[1:], bound.kwargs
             value = method(self, *args, **kwargs)
             for callback, takes_value in post:
                 given = callback(self, value) if takes_value else callback(self)
@@ -82,30 +83,21 @@ def _wrapped(
     return called
 
 
-def _replaced(
-    callback: Callable[..., Any],
-    asked: list[str],
-    owner: Any,
-    names: list[str],
-    args: Any,
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A method's arguments after a `pre` callback."""
-    held = {**dict(zip(names[1:], args, strict=False)), **kwargs}
-    extra = args[len(names) - 1 :]
-    given = callback(owner, **{name: held[name] for name in asked if name in held})
-    if given is not None and asked:
-        values = given if len(asked) > 1 else (given,)
-        if not isinstance(values, tuple) or len(values) != len(asked):
-            raise ConfigError(
-                f"{_name(callback)} takes {', '.join(asked)}: return new values for them in a "
-                f"tuple of {len(asked)}, or None to leave them."
-            )
-        held.update(zip(asked, values, strict=True))
-    ordered = [name for name in names[1:] if name in held]
-    by_position = ordered[: len(args) - len(extra)]
-    rest = {name: value for name, value in held.items() if name not in by_position}
-    return (*(held[name] for name in by_position), *extra), rest
+def _replace(
+    callback: Callable[..., Any], asked: list[str], owner: Any, bound: inspect.BoundArguments
+) -> None:
+    """Replaces a method's arguments by what a `pre` callback returns."""
+    bound.apply_defaults()
+    given = callback(owner, **{name: bound.arguments[name] for name in asked})
+    if given is None or not asked:
+        return
+    values = given if len(asked) > 1 else (given,)
+    if not isinstance(values, tuple) or len(values) != len(asked):
+        raise ConfigError(
+            f"{_name(callback)} takes {', '.join(asked)}: return new values for them in a "
+            f"tuple of {len(asked)}, or None to leave them."
+        )
+    bound.arguments.update(zip(asked, values, strict=True))
 
 
 def _of_event(cls: type, when: str, event: str) -> list[Callable[..., Any]]:
@@ -125,11 +117,28 @@ def _pairs(listed: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield one[0].replace("_", "-"), one[1]
 
 
+def wrong_callbacks(cls: type[Around]) -> list[str]:
+    """What is wrong with the callbacks of a class, each with what to do.
+
+    Those that it inherits are looked at again where it overrides the method around which they are.
+
+    Args:
+        cls: a class just defined.
+    """
+    return list(_mistakes(cls))
+
+
 def _mistakes(cls: type[Around]) -> Iterator[str]:
-    """What is wrong with the callbacks that a class itself declares."""
     events = {event.replace("_", "-"): name for event, name in cls.events_around.items()}
     legal = [f"{when}-{event}" for event in events for when in ("pre", "post")]
-    declared = [(name, fn) for name, fn in _pairs(vars(cls).get("callbacks", ()))]
+    own = vars(cls).get("callbacks", ())
+    listed = own if isinstance(own, (list, tuple)) else ()
+    declared = list(_pairs(listed))
+    if len(declared) < len(listed) or isinstance(own, Mapping):
+        yield (
+            f"callbacks = {own!r}: expected a list of pairs such as ('post-step', function). "
+            "Callbacks of paceline.callbacks are for the constructor and for recipes."
+        )
     for name, value in vars(cls).items():
         if found := _METHOD.fullmatch(name):
             declared.append((f"{found[1]}-{found[2].replace('_', '-')}", value))
@@ -140,6 +149,11 @@ def _mistakes(cls: type[Around]) -> Iterator[str]:
             yield f"{name!r}: expected a function, got {fn!r}."
         else:
             yield from _wrong_arguments(cls, name, events[name.partition("-")[2]], fn)
+    for event, method in cls.events_around.items():
+        if method in vars(cls):
+            for fn in _of_event(cls, "pre", event):
+                if fn not in [one for _, one in declared]:
+                    yield from _wrong_arguments(cls, f"pre-{event}", method, fn)
 
 
 def _wrong_arguments(

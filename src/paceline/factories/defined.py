@@ -11,9 +11,10 @@ from typing import Any
 
 from paceline import registry
 from paceline.errors import ConfigError
+from paceline.factories.around import Around, wrong_callbacks
 
 
-def check_and_register(cls: type, base: type, kind: str, mistakes: list[str]) -> None:
+def check_and_register(cls: type[Around], base: type, kind: str, mistakes: list[str]) -> None:
     """Registers a class that has a `name` of its own, or refuses it with all that is wrong.
 
     Args:
@@ -25,7 +26,7 @@ def check_and_register(cls: type, base: type, kind: str, mistakes: list[str]) ->
     Raises:
         ConfigError: something is wrong with it; everything is listed, each with what to do.
     """
-    mistakes = [*mistakes, *_uncallable(cls, base)]
+    mistakes = [*mistakes, *_uncallable(cls, base), *wrong_callbacks(cls)]
     name = vars(cls).get("name")
     if name is not None and not (isinstance(name, str) and name):
         mistakes.append(f"name = {name!r}: expected a text, by which recipes name the class.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -49,6 +50,7 @@ class TrainerConfig(Config):
         model, tokenizer, data, optimizer, lr_scheduler: the sections.
     """
 
+    free = frozenset({"skip_validation"})
     skip_validation: bool = False
     model: Config | None = None
     tokenizer: Config | None = None
@@ -138,7 +140,9 @@ class FactoryTrainer(Trainer, Around):
             )
         recipe = None if config is None else config._recipe
         if recipe is not None:
-            settings = {**trainer_arguments(recipe), **settings}
+            if settings.get("run_dir") is not None:
+                recipe = recipe.in_folder(settings["run_dir"])
+            settings |= trainer_arguments(recipe, settings)
         bounded = settings.get("epochs") is not None or settings.get("max_steps") is not None
         if not bounded and config is not None:
             settings["epochs"] = 1
@@ -173,7 +177,7 @@ class FactoryTrainer(Trainer, Around):
         if "name" in vars(cls) and not _has_loss(cls):
             mistakes.append("it has no loss: define loss(self, batch), the mean over its items.")
         step = vars(cls).get("step")
-        if step is not None and step.__code__.co_varnames[1:2] == ("batch",):
+        if inspect.isfunction(step) and [*inspect.signature(step).parameters][1:2] == ["batch"]:
             mistakes.append(
                 "step(self, batch): a step takes a window, which is one micro-batch or several: "
                 "define loss(self, batch), or step(self, window) and loop over its micro-batches."

@@ -8,8 +8,10 @@ from typing import Any
 import pydantic
 import torch
 
-from paceline.factories.bases import OptimizerFactory
+from paceline.errors import ConfigError
+from paceline.factories.bases import ModelFactory, OptimizerFactory
 from paceline.recipe.typed import Config, HumanFloat
+from paceline.registry import names
 
 
 def decayed_and_not(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -51,6 +53,12 @@ class _PerModel(OptimizerFactory):
     """An optimizer for each model."""
 
     def create_optimizer(self, model: Any, optimizer_config: Any) -> Any:
+        if model is None:
+            raise ConfigError(
+                "optimizer: the trainer has no model whose parameters it could take: give the "
+                f"recipe a `model:` ({', '.join(names(ModelFactory.kind)) or 'none is registered'})"
+                ", or the trainer class a model_factory."
+            )
         if isinstance(model, Mapping):
             return {name: self.of_model(one, optimizer_config) for name, one in model.items()}
         return self.of_model(model, optimizer_config)

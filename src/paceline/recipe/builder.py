@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,22 +143,24 @@ def describe(trainer: Trainer, recipe: Recipe) -> None:
         trainer: built from the recipe.
         recipe: the checked recipe.
     """
-    trainer.resolved_recipe = recipe.tree
+    trainer.resolved_recipe, trainer.recipe_seed = recipe.tree, recipe.seed
     trainer.recipe_identity, trainer.recipe_targets = identity_of(recipe), targets_of(recipe)
 
 
-def trainer_arguments(recipe: Recipe, *, resume: Any = "auto") -> dict[str, Any]:
+def trainer_arguments(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of the Trainer that a recipe describes, built.
 
     Args:
         recipe: the checked recipe.
-        resume: the Trainer's `resume`.
+        given: arguments in place of the recipe's. Callbacks take the place of those under
+            `callbacks:`, not of what else a recipe adds.
 
     Raises:
         RecipeError: a constructor failed; the message gives its place and error.
     """
     builder = Builder(recipe.composed.mistakes().locate)
-    return {**_settings(recipe), **_arguments(builder, recipe, resume)}
+    made = _arguments(builder, recipe, given.get("resume", "auto"), given.get("callbacks"))
+    return {**_settings(recipe), **made, **{n: v for n, v in given.items() if n != "callbacks"}}
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -167,8 +169,10 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in recipe.trainer.kwargs.items() if name not in own}
 
 
-def _arguments(builder: Builder, recipe: Recipe, resume: Any) -> dict[str, Any]:
-    """What the sections of a recipe describe, built."""
+def _arguments(
+    builder: Builder, recipe: Recipe, resume: Any, callbacks: Sequence[Any] | None = None
+) -> dict[str, Any]:
+    """What the sections of a recipe describe, built; `callbacks` are in place of its own."""
     arguments: dict[str, Any] = dict(recipe.settings)
     # Before any random number is drawn: the weights are a function of the seed.
     seed_everything(recipe.seed)
@@ -185,8 +189,8 @@ def _arguments(builder: Builder, recipe: Recipe, resume: Any) -> dict[str, Any]:
         else:
             arguments[slot] = _alike(part, {name: builder.build(c) for name, c in each(part)})
     exporters = [builder.build(one) for one in recipe.exporters]
-    own = [*arguments.get("callbacks", []), *exporters]
-    arguments["callbacks"] = [*own, *_records(recipe)]
+    own = arguments.get("callbacks", []) if callbacks is None else callbacks
+    arguments["callbacks"] = [*own, *exporters, *_records(recipe)]
     return arguments | {"run_dir": str(recipe.run_dir), "resume": resume}
 
 

@@ -12,6 +12,7 @@ from paceline.recipe.components import Component, signature_of
 from paceline.recipe.interpolation import expanded, resolvers_in
 from paceline.recipe.parts import each
 from paceline.recipe.recipe import Recipe
+from paceline.recipe.typed import Config
 from paceline.trainer.arguments import flattened, kind_of
 from paceline.trainer.slots import TRAINER_SLOTS
 from paceline.trainer.trainer import Trainer
@@ -24,6 +25,7 @@ _OF_LOADERS = {
     *("batch_size", "num_workers", "pin_memory", "pin_memory_device", "persistent_workers"),
     *("prefetch_factor", "timeout", "multiprocessing_context", "in_order", "shuffle", "drop_last"),
 }
+_NO_DEFAULT = object()
 _SIMPLE = bool | int | float | str | None
 
 
@@ -36,8 +38,14 @@ def identity_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         recipe: the checked recipe.
     """
     tree = recipe.composed.tree()
-    own = [name for name in recipe.trainer.kwargs if name not in _trainer_arguments()]
-    settings = {f"trainer.{name}": recipe.trainer.kwargs[name] for name in own}
+    config = recipe.config
+    defaults = {} if config is None else _defaults(type(config))
+    free = _trainer_arguments() | (frozenset() if config is None else config.all_free())
+    settings = {
+        f"trainer.{name}": value
+        for name, value in recipe.trainer.kwargs.items()
+        if name not in free and not _is_default(name, value, defaults)
+    }
     found = {"trainer": _settled(settings, tree)}
     for slot, part in recipe.parts.items():
         if slot in _FREE:
@@ -76,18 +84,22 @@ def _of_component(component: Component, *, is_known: bool = False) -> dict[str, 
         free = _OF_LOADERS if is_loader else ()
     else:
         config_type = type(component.config)
-        defaults = {name: field.default for name, field in config_type.model_fields.items()}
-        free = config_type.free
+        defaults = _defaults(config_type)
+        free = config_type.all_free()
     for name, value in values.items():
         # To say what is the default is no change.
-        is_default = name in defaults and _is_same(value, defaults[name])
-        if is_default or name in free:
+        if _is_default(name, value, defaults) or name in free:
             continue
         keys |= _of_value(f"{prefix}.{name}", value)
     return keys
 
 
-def _is_same(value: Any, default: Any) -> bool:
+def _defaults(config_type: type[Config]) -> dict[str, Any]:
+    return {name: field.default for name, field in config_type.model_fields.items()}
+
+
+def _is_default(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    default = defaults.get(name, _NO_DEFAULT)
     return type(value) is type(default) and isinstance(value, _SIMPLE) and value == default
 
 

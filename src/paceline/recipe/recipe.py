@@ -97,6 +97,10 @@ class Recipe:
             changes["code"] = f"{CODE_FOLDER}/{self.code.name}"
         return self.composed.changed(changes)
 
+    def in_folder(self, run_dir: Path | str) -> Recipe:
+        """The recipe of a run in another folder."""
+        return check(self.composed.changed({"run.dir": str(run_dir)}), self.trust)
+
     def of_seed(self, seed: int) -> Recipe:
         """The recipe of one of several runs: `seed` instead of `seeds`, and its own folder.
 

@@ -44,8 +44,8 @@ class RecordRecipe(Callback):
             trainer.plan.add(decision, setting)
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Writes both, on the main process."""
-        if not trainer.world.is_main:
+        """Writes both, on the main process; nothing for a trainer that has no folder."""
+        if not trainer.world.is_main or trainer.run_dir is None:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         code = {} if self.code is None else files_of(self.code, self.run_dir)

@@ -85,6 +85,8 @@ class Config(pydantic.BaseModel):
     Attributes:
         free: the fields that change no result, and may differ in a resumed run.
         not_yet: keys that are refused by name, and what does not exist yet.
+        free: the fields that change no result, and may differ in a resumed run; inherited ones
+            stay free.
         type: the name by which the recipe chose the class; empty in Python, where it has a default.
     """
 
@@ -95,6 +97,11 @@ class Config(pydantic.BaseModel):
     not_yet: ClassVar[Mapping[str, str]] = {}
     type: str = ""
     _class: Any = pydantic.PrivateAttr(None)  # the class that the recipe has named
+
+    @classmethod
+    def all_free(cls) -> frozenset[str]:
+        """The free fields, those of the classes from which it derives among them."""
+        return frozenset().union(*(vars(owner).get("free", ()) for owner in cls.__mro__))
 
     def class_of(self, kind: str, choices: Sequence[type] = ()) -> Any:
         """The class for which these are the settings.

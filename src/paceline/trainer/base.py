@@ -114,6 +114,7 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
         recipe_identity: the arguments of the components that a recipe describes, by section and
             dotted key; None for a trainer built in Python.
         recipe_targets: the classes and functions that it names.
+        recipe_seed: the seed of runs that are given none; None for a trainer built in Python.
     """
 
     # Recipe sections and the base classes of what they hold; a subclass adds its own (slots.py).
@@ -126,6 +127,7 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
     resolved_recipe: Mapping[str, Any] | None = None
     recipe_identity: Mapping[str, Mapping[str, Any]] | None = None
     recipe_targets: tuple[Any, ...] = ()
+    recipe_seed: int | None = None
 
     model: Any
     optimizer: Any
@@ -441,10 +443,12 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
         """Makes the run that begins; `_drop_run` is its end.
 
         Args:
-            seed: of every random stream; None for that of an overridden `train(seed=...)`, or 0.
+            seed: of every random stream; None for that of an overridden `train(seed=...)`, else of
+                the recipe, else 0.
             trains: whether it is one that a stop file stops.
         """
-        self.seed = whole_seed(self._asked_seed if seed is None else seed)
+        asked = (seed, self._asked_seed, self.recipe_seed)
+        self.seed = whole_seed(next((one for one in asked if one is not None), None))
         if self.run_dir is not None:
             self.run_dir = Path(self.run_dir).absolute()  # wherever the process goes meanwhile
         self.plan = type(self.plan)()

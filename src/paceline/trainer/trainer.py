@@ -236,7 +236,7 @@ class Trainer(TrainerBase):
 
         Args:
             train_dataloader, val_dataloader, epochs: in place of the constructor's.
-            seed: of every random stream of the run; 0 unless given.
+            seed: of every random stream of the run; unless given the recipe's, or 0.
 
         Returns:
             What came of it.
@@ -618,7 +618,7 @@ class Trainer(TrainerBase):
         """The life of a run around its loop; inside a run that is open already, nothing.
 
         Args:
-            seed: of every random stream of the run; 0 unless given.
+            seed: of every random stream of the run; unless given the recipe's, or 0.
 
         Raises:
             Preempted: a signal stopped the run, which was saved (a SystemExit with code 75).
