@@ -85,7 +85,7 @@ class OneFile(CheckpointEngine):
         except (OSError, CheckpointError) as error:
             return str(error)
         found = self.scan(self.folder)[0]
-        keep = to_keep(self.policy, found, also={save_id})
+        keep = to_keep(self.policy, found, {save_id}, failed_step=self.failed_step)
         for checkpoint in found:
             if checkpoint.save_id not in keep:
                 checkpoint.path.unlink()

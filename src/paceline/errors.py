@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ __all__ = [
     "NonFiniteError",
     "PacelineError",
     "PeerError",
+    "PeerFailure",
     "Preempted",
     "RecipeError",
     "ResumeError",
@@ -84,8 +86,34 @@ class ResumeError(ConfigError):
     """A run cannot be resumed with these settings; the keys that changed are listed."""
 
 
+@dataclass(frozen=True)
+class PeerFailure:
+    """What a rank that fails lets the others know.
+
+    Attributes:
+        rank: which one.
+        how: "failed", or what else happened to it, in words.
+        text: its error: the type and the message.
+    """
+
+    rank: int
+    how: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.how}: {self.text}"
+
+
 class PeerError(PacelineError):
-    """Another rank failed; the message carries that rank's own error."""
+    """Another rank failed; the message carries that rank's own error.
+
+    Attributes:
+        failure: that rank and its error, where it has told; None where it was only missing.
+    """
+
+    def __init__(self, why: str | PeerFailure) -> None:
+        super().__init__(str(why))
+        self.failure = why if isinstance(why, PeerFailure) else None
 
 
 class MissingExtraError(PacelineError, ImportError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from paceline.errors import ConfigError, NonFiniteError, PacelineError
 from paceline.log import Sink
 from paceline.trainer.nonfinite import kept_failures
 from paceline.world.world import World
-from small import points, same, settings, weights
+from small import checkpoints, points, same, settings, weights
 
 STEP = 4  # whose window has row 14, the only one with a zero
 
@@ -160,6 +161,7 @@ def test_what_a_replay_says_names_the_run_and_not_its_own_folder(
     """Of a run that skips, an earlier failure is said once more; its batch is the run's."""
     run = tmp_path / "run"
     make(Log, run, on_nonfinite="skip").fit(seed=3)
+    shutil.rmtree(run / "checkpoints")  # so that the replay comes by the earlier one
     capfd.readouterr()
     replay_failure(make(Log, run, on_nonfinite="skip"), run)
     said = "".join(capfd.readouterr())
@@ -176,18 +178,29 @@ class Rows(Sink):
 
 
 def test_accumulated_windows_and_those_that_a_rewind_has_passed_over(tmp_path: Path) -> None:
-    """Given row 14 in step 2 and again in step 5, of which no checkpoint of before is left."""
+    """Given row 14 in step 2 and again in step 5, and the checkpoints before them removed."""
     how = {"gradient_accumulation_steps": 2, "on_nonfinite": "rewind"}
     run = make(Log, tmp_path, **how)
     run.checkpoint_policy = CheckpointPolicy(every_steps=1)
     run.fit(seed=3)
     assert run.progress.skips == [1, 4]
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000006"]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000004")
     again = make(Log, tmp_path, **how, log_every=1, loggers=[(rows := Rows())])
     replay = replay_failure(again, tmp_path)
     assert (replay.step, replay.from_step, replay.reproduced) == (5, 0, True)
     assert not rows.found
     assert again.progress.skips == [1]
+
+
+def test_the_checkpoint_before_a_failure_is_kept_until_another_failure(tmp_path: Path) -> None:
+    """Given a policy that keeps one checkpoint, and row 14 in step 4 and again in step 9."""
+    how = {"on_nonfinite": "stop", "epochs": 2}
+    make(Log, tmp_path, **how).fit(seed=3)
+    assert checkpoints(tmp_path) == ["step_00000002", "step_00000004"]
+    make(Log, tmp_path, **{**how, "on_nonfinite": "skip"}).fit(seed=3)
+    assert checkpoints(tmp_path) == ["step_00000008", "step_00000010"]
+    replay = replay_failure(make(Log, tmp_path, **how), tmp_path)
+    assert (replay.step, replay.from_step, replay.reproduced) == (9, 8, True)
 
 
 def test_what_was_not_finite_to_begin_with_is_named(tmp_path: Path) -> None:

@@ -105,6 +105,14 @@ def test_the_reference_lists_every_public_name() -> None:
     assert all(hasattr(importlib.import_module(name), thing) for name, thing in listed)
 
 
+def test_what_the_reference_leaves_out_of_the_trainer_exists_and_is_not_in_the_guides() -> None:
+    text = (DOCS / "reference.md").read_text()
+    ((left_out),) = re.findall(r'"!\^\((.+)\)\$"', text)
+    for name in left_out.split("|"):
+        assert hasattr(paceline.Trainer, name)
+        assert not re.search(rf"\b(?:self|trainer)\.{name}\b", _all_text())
+
+
 def _with_all() -> set[str]:
     """The modules that say which of their names are public."""
     files = (Path(paceline.__file__).parent).rglob("*.py")

@@ -9,7 +9,7 @@ import torch
 
 from builders import code_forgotten
 from paceline import Trainer
-from paceline.errors import PeerError
+from paceline.errors import PeerError, PeerFailure
 from paceline.log.traceback import FIRST, behind_another, told_in_full
 from small import fitted
 
@@ -52,12 +52,14 @@ def test_the_frames_of_the_user_are_shown(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_only_the_first_rank_that_failed_tells_all() -> None:
     """What came of its failure, or is the same error, is known from it; another error is not."""
-    first = "rank 3 failed: ValueError: a\nb"
+    first = PeerFailure(3, "failed", "ValueError: a\nb")
     assert behind_another(PeerError(first)) == (3, "rank 3 failed: ValueError: a", True)
     for error, is_all in ((ValueError("a\nc"), True), (ValueError("d"), False)):
         assert behind_another(error) is None
         setattr(error, FIRST, first)
         assert behind_another(error) == (3, "rank 3 failed: ValueError: a", is_all)
+    waited = PeerFailure(0, "has waited in a collective", "RuntimeError: Timed out")
+    assert behind_another(PeerError(waited)) == (0, str(waited), True)
     assert behind_another(PeerError("step 3, batch 2: rank 0 has waited in a collective")) is None
 
 

@@ -197,9 +197,9 @@ def leaves_modes(self: ModelForm, model: Any, changes: dict[str, Any]) -> None:
 _switch = ModelForm.switch
 
 
-def drops_newest(policy: Any, checkpoints: Any, also: Any = ()) -> set[int]:
+def drops_newest(policy: Any, checkpoints: Any, also: Any = (), **others: Any) -> set[int]:
     newest = max(checkpoints, key=lambda checkpoint: checkpoint.save_id)
-    keep = to_keep(policy, checkpoints, also)
+    keep = to_keep(policy, checkpoints, also, **others)
     return keep if newest.best else keep - {newest.save_id}
 
 

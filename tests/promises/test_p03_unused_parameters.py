@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Parallel, Trainer
 from paceline.errors import LossError, Preempted
+from paceline.parallel.ddp import replicate
 from paceline.testing import Ranks, StopAt
 from paceline.world.world import World
 
@@ -236,3 +237,25 @@ def test_a_resumed_run_knows_what_its_first_window_left_out(ranks: Ranks, tmp_pa
     for ended, plan in ranks(fit_in_two_starts, 2, tmp_path):
         torch.testing.assert_close(ended, by_hand(GOES_ON, 2, False))
         assert any("which parameters have gradients" in line for line in plan)
+
+
+def unreached() -> tuple[list[str], list[str]]:
+    world = World(Parallel()).open()
+    model = Routed(2, extra=False)
+    replica = replicate(model, torch.device("cpu"), whole_way=False)
+    replica.begin(exchange=True)
+    outputs, _ = replica(torch.ones(2, 3).double(), torch.tensor([world.rank] * 2))
+    outputs.sum().backward()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [names[id(parameter)] for parameter in replica._unreached()]
+    replica.finish_exchange()
+    left = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    world.close()
+    return found, left
+
+
+def test_torch_says_which_parameters_a_backward_pass_has_not_reached(ranks: Ranks) -> None:
+    """Only the words of its error say so: they are read, and this fails if torch changes them."""
+    for rank, (found, left) in enumerate(ranks(unreached, 2)):
+        assert found == [f"heads.{1 - rank}.weight", f"heads.{1 - rank}.bias"]
+        assert left == []

@@ -158,7 +158,7 @@ class Watching(Callback):
         self.saved: dict[int, list[int]] = {}
 
     def on_step_end(self, trainer: Any, metrics: Any) -> None:
-        trainer.saver.wait()
+        trainer._run.saver.wait()
         self.saved[trainer.global_step] = saved_steps(trainer.run_dir)
 
 

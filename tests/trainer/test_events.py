@@ -166,7 +166,7 @@ def test_hooks_may_be_given_to_instances() -> None:
 def test_an_event_that_nobody_overrides_has_no_listener() -> None:
     trainer = Trainer(**settings(callbacks=[Callback()]))
     with trainer.running():
-        assert trainer.events.on_train_batch_start == ()
+        assert trainer._at_hand.events.on_train_batch_start == ()
 
 
 @pytest.mark.parametrize("where", ["class", "instance"])

@@ -86,8 +86,9 @@ def test_it_comes_at_the_first_boundary_after_the_write_has_ended(tmp_path: Path
     class Waits(Callback):
         def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
             if trainer.global_step == 5:
-                assert trainer.saver is not None
-                trainer.saver.wait()
+                saver = trainer._at_hand.saver
+                assert saver is not None
+                saver.wait()
 
     hears = Hears()
     fitted(

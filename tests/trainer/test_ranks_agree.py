@@ -19,7 +19,7 @@ from small_runs import Small, small
 from torch import nn
 
 from paceline import MetricMonitor, Parallel
-from paceline.errors import ConfigError, PeerError
+from paceline.errors import ConfigError, PeerError, PeerFailure
 from paceline.testing import Ranks
 from paceline.trainer import stop
 from paceline.trainer.callback import Callback
@@ -307,28 +307,30 @@ def test_what_is_best_is_decided_by_rank_0_for_all(ranks: Ranks, tmp_path: Path)
     assert first == second == (4, 1.0, {"val/loss": 1.0}, "early stop")
 
 
-def hear_of_peer() -> str:
+def hear_of_peer() -> PeerError | None:
     """What Python code sees if it is not stuck in a collective."""
     world = World(Parallel(timeout=20)).open()
     agreement = stop.StopAgreement(world, None)
     agreement.watch(lambda: "here")
     if world.rank == 1:
         agreement.fail(RuntimeError("boom"))
-    seen = ""
+    seen = None
     give_up = time.monotonic() + 10
     while world.rank == 0 and not seen and time.monotonic() < give_up:
         time.sleep(0.01)
         try:
             agreement.reached(behind_window(1))
         except PeerError as error:
-            seen = str(error)
+            seen = error
     agreement.close()
     world.close()
     return seen
 
 
 def test_the_next_boundary_hears_of_a_failed_rank(ranks: Ranks) -> None:
-    assert ranks(hear_of_peer, 2)[0] == "rank 1 failed: RuntimeError: boom"
+    error = ranks(hear_of_peer, 2)[0]
+    assert str(error) == "rank 1 failed: RuntimeError: boom"
+    assert error.failure == PeerFailure(1, "failed", "RuntimeError: boom")
 
 
 def write_apart(folder: Path) -> str:

@@ -82,7 +82,13 @@ class CheckpointEngine(ABC):
             at the first save: one that is missing or empty holds no checkpoint of any engine.
         policy: what to keep, and whether to write in the background.
         world: the ranks that save together.
+
+    Attributes:
+        failed_step: the run's last step that was not finite, for `to_keep`; None without one. The
+            Trainer sets it on rank 0 before each save.
     """
+
+    failed_step: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

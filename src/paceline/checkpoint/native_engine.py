@@ -376,7 +376,7 @@ class NativeEngine(CheckpointEngine):
         try:
             self._write_hints()
             found = publication.scan(self.folder)[0]
-            keep = to_keep(self.policy, found, also={save_id})
+            keep = to_keep(self.policy, found, {save_id}, failed_step=self.failed_step)
             for checkpoint in found:
                 if checkpoint.save_id not in keep:
                     publication.discard(checkpoint.path, self._disk)

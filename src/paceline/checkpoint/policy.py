@@ -28,7 +28,8 @@ NATIVE = "native"
 class CheckpointPolicy:
     """When a run saves checkpoints, and which of them it keeps.
 
-    Whatever the policy, the final state is saved, whether the run finished or was stopped.
+    Whatever the policy, the final state is saved, whether the run finished or was stopped. After a
+    step that was not finite, the checkpoint before it is kept too, for `--replay-failure`.
 
     Args:
         every_epochs: save at the end of every n-th epoch; None for never.
@@ -165,7 +166,11 @@ def among_best(score: Mapping[str, Any], checkpoints: Iterable[Kept], count: int
 
 
 def to_keep(
-    policy: CheckpointPolicy, checkpoints: Iterable[Kept], also: Collection[int] = ()
+    policy: CheckpointPolicy,
+    checkpoints: Iterable[Kept],
+    also: Collection[int] = (),
+    *,
+    failed_step: int | None = None,
 ) -> set[int]:
     """The `save_id`s that pruning must leave alone.
 
@@ -173,6 +178,8 @@ def to_keep(
         policy: the settings.
         checkpoints: all that exist.
         also: further `save_id`s to keep.
+        failed_step: the step, from 1, that was not finite and may be replayed: the newest
+            checkpoint before it is kept. None without one.
     """
     by_age = sorted(checkpoints, key=lambda checkpoint: checkpoint.save_id)
     counted = [c for c in by_age if c.info.get("reasons") != ["best"]]
@@ -182,6 +189,8 @@ def to_keep(
         keep |= {checkpoint.save_id for checkpoint in _best(by_age)[: policy.keep_best]}
     if policy.keep_every_steps is not None:
         keep |= {c.save_id for c in by_age if c.step % policy.keep_every_steps == 0}
+    if failed_step is not None:
+        keep |= {c.save_id for c in [c for c in by_age if c.step < failed_step][-1:]}
     return keep
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from paceline.errors import PeerError
 
 SWITCH = "PACELINE_TRACEBACK"
-FIRST = "_paceline_first"  # an attribute of an error that came after another rank's: that one
+FIRST = "_paceline_first"  # an attribute of an error: the `PeerFailure` that came before it
 _OURS = str(Path(__file__).resolve().parents[1])
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
@@ -49,12 +48,15 @@ def behind_another(error: BaseException) -> tuple[int, str, bool] | None:
         the same error, or only comes of that one. None if this rank failed by itself.
     """
     of_peer = isinstance(error, PeerError)
-    first = str(error) if of_peer else getattr(error, FIRST, "")
-    match = re.match(r"rank (\d+) (failed|lost its connections)[^:]*: (.*)", first)
-    if match is None:
+    first = error.failure if of_peer else getattr(error, FIRST, None)
+    if first is None:
         return None
-    same = match[3] == f"{type(error).__name__}: {error}".split("\n")[0]
-    return int(match[1]), match[0], of_peer or same
+    same = _line(first.text) == _line(f"{type(error).__name__}: {error}")
+    return first.rank, _line(str(first)), of_peer or same
+
+
+def _line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _text(told: traceback.TracebackException) -> str:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from paceline.checkpoint import CheckpointEngine
 from paceline.data.batches import count_first_dimension
 from paceline.data.source import Source, Validation, windows_in
 from paceline.errors import ConfigError, some
@@ -23,7 +22,7 @@ from paceline.registry import register_named
 from paceline.trainer.abstract import AbstractTrainer
 from paceline.trainer.callback import Callback
 from paceline.trainer.elsewhere import NoSuchName, OtherNames, logs
-from paceline.trainer.events import Events, Hooks
+from paceline.trainer.events import Hooks
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.names import class_name, unique_names
 from paceline.trainer.optimization import Optimization
@@ -377,7 +376,10 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
 
     @property
     def muted(self) -> bool:
-        """Whether a stand-in is running, which only keeps this rank in step: nothing is logged."""
+        """Whether this micro-batch only keeps the rank in step with the others, and weighs nothing.
+
+        Nothing is logged of it. What a step counts on its own account leaves it out as well.
+        """
         return self._run is not None and self._run.muted
 
     @property
@@ -505,19 +507,9 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
         return self._run
 
     @property
-    def events(self) -> Events:
-        """Which methods listen to which event of the open run."""
-        return self._at_hand.events
-
-    @property
     def stop_agreement(self) -> StopAgreement:
         """The ranks' agreement on where the open run stops."""
         return self._at_hand.stop
-
-    @property
-    def saver(self) -> CheckpointEngine | None:
-        """What writes the open run's checkpoints; None if nothing is written."""
-        return None if self._run is None else self._run.saver
 
     @property
     def replicas(self) -> list[Synchronizer]:
@@ -595,10 +587,6 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
         """
         for name, value in metrics.items():
             self.log(name, value, weight)
-
-    def log_loss(self, loss: torch.Tensor) -> None:
-        """Logs a micro-batch's loss as "train/loss", if anybody looks at rows."""
-        self.recorder.log_loss(loss)
 
     def log_timing(self, name: str, value: float) -> None:
         """Adds a measurement (speed, memory) to the next row of timing.jsonl.

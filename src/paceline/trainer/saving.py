@@ -8,6 +8,7 @@ from typing import Any
 from paceline.errors import CheckpointError, ConfigError
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.names import unique_names
+from paceline.trainer.nonfinite import kept_failures
 from paceline.trainer.proof import prove_what_is_new
 from paceline.trainer.ranks_alike import check_state_alike
 from paceline.trainer.resume import window_info
@@ -50,6 +51,8 @@ def save(trainer: TrainerBase, run: Run, reasons: list[str], *, best: bool) -> N
     # Rows first, in the same transaction: no checkpoint counts on rows that are not on the disk.
     rows = trainer.recorder.sync
     wait_for_saves(run)  # while the checkpoint before is still there
+    if run.world.is_main and run.settings.run_dir is not None:
+        saver.failed_step = max(kept_failures(run.settings.run_dir), default=None)
     run.saves_in_flight += 1
     saver.save(tree, step, best=best, synchronous=last, info=info, before=rows)
     run.saved_at = (step, list(progress.pending))

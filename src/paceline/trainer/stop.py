@@ -44,6 +44,7 @@ with the data's state from before the draw.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -51,12 +52,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from paceline.errors import CheckpointError, ConfigError, PeerError
+from paceline.errors import CheckpointError, ConfigError, PeerError, PeerFailure
 from paceline.exit_codes import FAILED, USAGE
 from paceline.log.traceback import FIRST
 from paceline.trainer.stall import StallReport
@@ -120,7 +122,7 @@ class StopAgreement:
         self._lock = threading.Lock()
         self._agreed = threading.Event()
         self._closed = threading.Event()
-        self._peer_error: str | None = None
+        self._peer_failure: PeerFailure | None = None
         self._thread: threading.Thread | None = None
         self._store: Any = None  # the main thread's connection, while others may be gone
         self._handlers: dict[int, Any] = {}
@@ -242,8 +244,8 @@ class StopAgreement:
                 return False
             self._agree(point, self._request)
             return True
-        if self._peer_error is not None:
-            raise PeerError(self._peer_error)
+        if self._peer_failure is not None:
+            raise PeerError(self._peer_failure)
         with self._lock:
             if not self._frozen and not self._everywhere:
                 step = point // 3
@@ -261,8 +263,8 @@ class StopAgreement:
         """
         if self._world.size == 1:
             return self._request is not None
-        if self._peer_error is not None:
-            raise PeerError(self._peer_error)
+        if self._peer_failure is not None:
+            raise PeerError(self._peer_failure)
         return self._agreed.is_set() and self._stop_at == point
 
     def abandons(self, point: int, batch: int = 0) -> bool:
@@ -300,7 +302,7 @@ class StopAgreement:
         try:
             first = self._publish(error)
         except Exception:  # noqa: BLE001  no store (yet, or any more): rank 0 may have left with it
-            first = self._peer_error
+            first = self._peer_failure
         if is_lost_connection(error):
             self._leave_if_none_has_begun()
             return None if first is None else PeerError(first)
@@ -309,7 +311,7 @@ class StopAgreement:
                 setattr(error, FIRST, first)
         return None
 
-    def _publish(self, error: BaseException) -> str | None:
+    def _publish(self, error: BaseException) -> PeerFailure | None:
         """Publishes the error unless another rank has; returns that rank's."""
         store = self._store
         if store is None:
@@ -319,8 +321,8 @@ class StopAgreement:
         how = "lost its connections" if is_lost_connection(error) else "failed"
         if timed_out(error):
             how = "has waited in a collective that another rank has not joined"
-        own = f"rank {self._world.rank} {how}: {type(error).__name__}: {error}"
-        first = store.compare_set(self._prefix + "error", "", own).decode()
+        own = PeerFailure(self._world.rank, how, f"{type(error).__name__}: {error}")
+        told = store.compare_set(self._prefix + "error", "", json.dumps(asdict(own)))
         store.set(f"{self._prefix}knows/{self._world.rank}", "1")
         if self._world.is_main:
             keys = [f"{self._prefix}knows/{rank}" for rank in range(self._world.size)]
@@ -329,14 +331,15 @@ class StopAgreement:
             deadline = time.monotonic() + patience
             while not store.check(keys) and time.monotonic() < deadline:
                 time.sleep(_POLL / 4)
+        first = _failure(told)
         return None if first == own else first
 
     def _wait(self) -> int:
         """The agreed point."""
         deadline = time.monotonic() + _PATIENCE
         while not self._agreed.wait(2 * _POLL):
-            if self._peer_error is not None:
-                raise PeerError(self._peer_error)
+            if self._peer_failure is not None:
+                raise PeerError(self._peer_failure)
             if time.monotonic() > deadline:
                 raise PeerError(
                     f"a stop was asked for, but not every rank answered within {_PATIENCE:.0f} s."
@@ -381,10 +384,10 @@ class StopAgreement:
         """One look at the store; returns whether there is nothing more to wait for."""
         key = self._prefix
         if store.check([key + "error"]):
-            self._peer_error = error = store.get(key + "error").decode()
+            self._peer_failure = failure = _failure(store.get(key + "error"))
             store.set(f"{key}knows/{self._world.rank}", "1")
             if not self._closed.wait(_PEER_GRACE):
-                self._leave(error)
+                self._leave(str(failure))
             return True
         if self._request is not None and not self._frozen:
             store.compare_set(key + "request", "", self._request)
@@ -423,6 +426,10 @@ class StopAgreement:
         print(f"paceline: rank {self._world.rank} leaves, because {why}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(FAILED)
+
+
+def _failure(told: bytes) -> PeerFailure:
+    return PeerFailure(**json.loads(told))
 
 
 def is_lost_connection(error: BaseException) -> bool:
