@@ -82,7 +82,7 @@ class HFModelFactory(ModelFactory):
                 line = f"random weights, in the form of {self.config.name_or_path}"
                 self.trainer.plan.add(line, "model.from_scratch", given=True)
             self._grow_vocabulary(model)
-        return model
+        return model.train()  # transformers loads models in evaluation mode
 
     def _reading(self) -> Any:
         return reading(f"model.name_or_path={self.config.name_or_path!r}")

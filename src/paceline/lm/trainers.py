@@ -14,6 +14,7 @@ from paceline.lm.data.factory import CausalDataFactory, SFTDataFactory
 from paceline.lm.data.packing import PackedDataset, PaddedDataset, count_trained
 from paceline.lm.data.sample import IGNORED
 from paceline.lm.models import HFModelFactory, HFTokenizerFactory
+from paceline.lm.pretrained import KeepPretrained
 
 
 class LMTrainer(FactoryTrainer):
@@ -32,6 +33,10 @@ class LMTrainer(FactoryTrainer):
 
     _packs = False
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.callbacks.append(KeepPretrained())
+
     @property
     def model_config(self) -> Any:
         """The config of the model, made already or not; None if it has none."""
@@ -48,7 +53,7 @@ class LMTrainer(FactoryTrainer):
         if not self._packs or not isinstance(self.model, torch.nn.Module):
             return
         attend_by_document(self.model)
-        if not any(parameter.is_meta for parameter in self.model.parameters()):
+        if not self.world.on_paper:
             gap = check_packing(self.model, capacity=dataset.packs.capacity)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
             self.plan.add(
                 f"packs: a document's logits differ by {gap:.1g} of the largest from those alone",

@@ -83,10 +83,9 @@ class Config(pydantic.BaseModel):
     """The settings of a class that a recipe names; unknown ones are refused.
 
     Attributes:
-        free: the fields that change no result, and may differ in a resumed run.
-        not_yet: keys that are refused by name, and what does not exist yet.
         free: the fields that change no result, and may differ in a resumed run; inherited ones
             stay free.
+        not_yet: keys that are refused by name, and what does not exist yet.
         type: the name by which the recipe chose the class; empty in Python, where it has a default.
     """
 

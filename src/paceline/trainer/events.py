@@ -155,9 +155,8 @@ def overrides(listener: object, name: str, base: type) -> bool:
     if name in vars(listener):
         return True
     # A method with callbacks around it (`paceline.factories`) is the one within.
-    return inspect.unwrap(getattr(type(listener), name, None)) is not inspect.unwrap(
-        getattr(base, name)
-    )
+    own = inspect.unwrap(getattr(type(listener), name, _no_method))
+    return own is not inspect.unwrap(getattr(base, name))
 
 
 def _no_method() -> None:

@@ -43,13 +43,15 @@ def count_window(run: Run, batches: list[Any], sizes: list[int], samples: int) -
         sizes: samples of each; 0 for a stand-in, which has no items, -1 if only the batch tells.
         samples: of all ranks in the window, or -1 if only the batches tell.
     """
-    count_items = run.count_items or count_first_dimension
+    # On paper there are no values that could be counted.
+    own = None if run.world.on_paper else run.count_items
+    count_items = own or count_first_dimension
     counts = [
-        size if size == 0 or (size > 0 and run.count_items is None) else count_items(batch)
+        size if size == 0 or (size > 0 and own is None) else count_items(batch)
         for batch, size in zip(batches, sizes, strict=True)
     ]
     if run.world.reads_are_free:
-        read = as_number if run.count_items is None else _checked
+        read = as_number if own is None else _checked
         counts = [read(count) for count in counts]
     items: Any = sum(counts)
     seen: Any = samples

@@ -16,7 +16,14 @@ from torch.utils.data import DataLoader
 
 from paceline import registry
 from paceline.errors import ConfigError, DataError
-from paceline.factories import DataConfig, DataFactory, HumanFloat, HumanInt, OfKind
+from paceline.factories import (
+    DataConfig,
+    DataFactory,
+    DataSourceConfig,
+    HumanFloat,
+    HumanInt,
+    OfKind,
+)
 from paceline.lm.data.chat import (
     CUT_END,
     CUT_START,
@@ -39,7 +46,7 @@ from paceline.lm.data.packing import (
 from paceline.lm.data.report import Report, report_on
 from paceline.lm.data.rows import Rows, fingerprint
 from paceline.lm.data.sample import Sample
-from paceline.lm.data.sources import RowsConfig, RowSource
+from paceline.lm.data.sources import RowSource
 from paceline.lm.data.token_store import TokenStore, store_for
 
 HELD_OUT = "held_out"
@@ -86,8 +93,8 @@ class LMDataConfig(DataConfig):
     eval_share: HumanFloat = pydantic.Field(0.0, ge=0, lt=1)
     cache_dir: Path | None = None
     cache: Literal["auto", "only"] = "auto"
-    sources: Annotated[list[RowsConfig], _SOURCES]
-    eval_sources: Annotated[dict[str, RowsConfig], _SOURCES] = {}
+    sources: Annotated[list[DataSourceConfig], _SOURCES] = []
+    eval_sources: Annotated[dict[str, DataSourceConfig], _SOURCES] = {}
 
     @pydantic.model_validator(mode="after")
     def _have_effect(self) -> LMDataConfig:

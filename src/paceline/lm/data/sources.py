@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -227,8 +228,9 @@ class Function(RowSource):
 
     def read(self, config: Any, split: str) -> Rows:
         module, _, name = config.function.rpartition(".")
-        found: Any = getattr(sys.modules.get(module), name, None) if is_own_code(module) else None
-        if not callable(found):
+        own: Any = sys.modules.get(module) if is_own_code(module) else None
+        found: Any = getattr(own, name, None)
+        if not inspect.isfunction(found):
             raise ConfigError(
                 f"function: {config.function!r} is no function of the recipe's `code:`; write "
                 "MODULE.FUNCTION, where MODULE is the file's name without .py."
