@@ -20,44 +20,6 @@ from paceline.lm.trainers import CausalTrainer, SFTTrainer
 from paceline.testing import Ranks, assert_resumes_exactly
 from paceline.world.dtensors import whole
 
-ANSWERS = [
-    *("yes", "no, never in this way", "it depends on what the second operand is", "a"),
-    *("lists grow", "yes\nand no", "the name is looked up in the enclosing scope first", "b c"),
-    *("an iterator", "the same object", "one of them is raised", "pass"),
-]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A small random Llama with dropout, its tokenizer, and dialogues of different lengths."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        attention_dropout=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "dropout")
-    config.attention_dropout = 0.0
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    for name in ("dropout", "model"):
-        tokenizer.save_pretrained(folder / name)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Question {i}: {'what ' * (i % 4)}?"},
-                {"role": "assistant", "content": answer},
-            ]
-        }
-        for i, answer in enumerate(ANSWERS)
-    ]
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    texts = [{"text": row["messages"][1]["content"] * 3} for row in rows]
-    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    return folder
-
 
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     """A recipe of one pass over the dialogues by SGD, changed by section."""
