@@ -199,6 +199,8 @@ def write_model(model: Any, folder: Path) -> None:
     """
     with reading(f"{folder}"):
         model.save_pretrained(str(folder), max_shard_size=SHARD)
+    for file in folder.glob(f"*{_WEIGHTS}"):  # which safetensors keeps from everybody else
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def check_folder(folder: Path, model: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from paceline.errors import ConfigError
 from paceline.lm.data.rows import first_line, needs
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_CODE = (
     "it needs code of its own (trust_remote_code), which is never run; --trust is for the classes "
@@ -84,9 +85,15 @@ def read_tokenizer(name: str, **where: Any) -> Any:
     Args:
         name: a folder or a hub id.
         **where: `revision` or `gguf_file`, as transformers takes them.
+
+    Raises:
+        ConfigError: the folder has none.
     """
     from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports] - an extra
 
+    folder = Path(name)
+    if folder.is_dir() and not where and not any((folder / f).exists() for f in _TOKENIZERS):
+        raise ConfigError(f"{name}: there is no tokenizer in it. tokenizer.name_or_path names one.")
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
 
 
