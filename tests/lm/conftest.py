@@ -7,6 +7,8 @@ import pydoc_data.topics
 
 import pytest
 
+from paceline.testing import Ranks
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -42,3 +44,11 @@ def tokenizer():
         pad_token="<|im_end|>",
         chat_template=CHATML,
     )
+
+
+@pytest.fixture(scope="session")
+def ranks_with_models():
+    """As `ranks`, from a helper that has imported transformers."""
+    ranks = Ranks(preload=["preloaded", "preloaded_models"])
+    yield ranks
+    ranks.close()

@@ -261,8 +261,10 @@ def save_on_ranks(run_dir: Path, shards: int) -> None:
     ).train(seed=1)
 
 
-def test_a_sharded_model_is_saved_and_exported_whole(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(save_on_ranks, 2, tmp_path / "two", 2)
+def test_a_sharded_model_is_saved_and_exported_whole(
+    ranks_with_models: Ranks, tmp_path: Path
+) -> None:
+    ranks_with_models(save_on_ranks, 2, tmp_path / "two", 2)
     save_on_ranks(tmp_path / "one", 1)
     saved = [tmp_path / name / "exports/huggingface/step_00000001" for name in ("two", "one")]
     exported = [export_huggingface(tmp_path / "two")]

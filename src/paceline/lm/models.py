@@ -19,6 +19,7 @@ from paceline.checkpoint.export import EXPORT_DTYPES
 from paceline.errors import ConfigError, counted, nearest, some
 from paceline.factories.bases import ModelFactory, TokenizerFactory
 from paceline.lm import gguf
+from paceline.lm.data.rows import needs
 from paceline.lm.loading import make_model, read_config, read_model, read_tokenizer, reading
 from paceline.recipe.typed import Config
 from paceline.world.seeding import random_state_kept
@@ -224,7 +225,7 @@ def _located(config: Any, trainer: Any) -> tuple[str, dict[str, Any]]:
 
 def _of_gguf(file: Path, say: Callable[[str], None], on_paper: bool) -> tuple[str, dict[str, Any]]:
     """As `_located`. On paper, where models have no values, nothing is converted."""
-    gguf.needs_gguf()
+    needs("gguf", "GGUF files")
     if on_paper:
         return str(file.parent), {"gguf_file": file.name}
     return str(gguf.converted(file, say)), {}
