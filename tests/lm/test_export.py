@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch.utils.data import DataLoader
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import CheckpointPolicy, Parallel, Trainer
+from paceline import Parallel, Trainer
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint.files import Disk
 from paceline.cli.app import app
@@ -21,7 +22,6 @@ from paceline.factories.checkpoint import CheckpointEngineConfig
 from paceline.lm import export as exporting
 from paceline.lm.export import export_huggingface
 from paceline.lm.hf_engine import HFCheckpointEngine
-from paceline.lm.pretrained import KeepPretrained
 from paceline.testing import Ranks, bits
 
 PROBE = torch.arange(20).reshape(2, 10) * 13 % 300
@@ -51,7 +51,9 @@ def loaded(folder: Path, **settings: Any) -> Any:
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """Of an untied model, with averaged weights."""
     path = tmp_path_factory.mktemp("export")
-    trained(path, tokenizer, AveragedWeights(0.5, evaluate=False))
+    average = AveragedWeights(0.5, evaluate=False)
+    trained(path, tokenizer, average)
+    save_file(average.averaged_state_dict(), path / "average.safetensors")
     return path / "run"
 
 
@@ -97,11 +99,7 @@ def test_other_weights_dtypes_places_and_shards(
 ) -> None:
     live = loaded(export_huggingface(run, tmp_path / "live")).state_dict()
     averaged = loaded(export_huggingface(run, tmp_path / "mean", weights="averaged")).state_dict()
-    start = tiny.model().state_dict()
-    key = "model.norm.weight"
-    # The mean of the start, and of two steps of which one is known: the other follows.
-    assert not torch.equal(averaged[key], live[key])
-    assert averaged.keys() == live.keys() == start.keys()
+    assert bits(averaged) == bits(load_file(run.parent / "average.safetensors")) != bits(live)
     half = loaded(export_huggingface(run, tmp_path / "half", dtype="bf16"), dtype="auto")
     assert half.dtype == torch.bfloat16
     assert bits(half.state_dict()) == bits({k: v.bfloat16() for k, v in live.items()})
@@ -165,8 +163,6 @@ def test_weights_of_another_model_are_listed(tmp_path: Path, run: Path) -> None:
 def test_a_folder_that_loads_otherwise_is_not_published(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     def write(model: Any, folder: Path) -> None:
         whole(model, folder)
         file = folder / ("model.safetensors" if broken == "weights" else "config.json")
@@ -239,48 +235,49 @@ def test_what_is_kept_is_written_once_and_whole(
 # On ranks
 
 
-class Plain(Trainer):
-    """Without factories; nothing moves, so that every layout has the same weights."""
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        return self.model(input_ids=batch, labels=batch, use_cache=False).loss
-
-
-def save_on_ranks(run_dir: Path, shards: int) -> None:
-    model = tiny.model(tied=True)
-    Plain(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
-        train_dataloader=DataLoader(tiny.IDS, batch_size=2),  # pyright: ignore
+def save_on_ranks(run_dir: Path, model: Path, shards: int) -> None:
+    """Nothing moves, so that every layout ends with the same weights."""
+    tiny.trainer(
+        run_dir,
+        {
+            "model": {"type": "huggingface", "name_or_path": str(model)},
+            "optimizer": {"type": "sgd", "lr": 1e-30},
+        },
+        HFCheckpointEngine(CheckpointEngineConfig(at_end=True)),
         max_steps=1,
-        progress=False,
-        run_dir=run_dir,
-        checkpoint=CheckpointPolicy(),
-        callbacks=[KeepPretrained(), HFCheckpointEngine(CheckpointEngineConfig(at_end=True))],
         parallel=Parallel(dp_shard=shards),
     ).train(seed=1)
 
 
 def test_a_sharded_model_is_saved_and_exported_whole(
-    ranks_with_models: Ranks, tmp_path: Path
+    ranks_with_models: Ranks, tmp_path: Path, tokenizer: Any
 ) -> None:
-    ranks_with_models(save_on_ranks, 2, tmp_path / "two", 2)
-    save_on_ranks(tmp_path / "one", 1)
+    """Of a vocabulary that has grown, by the same rows on each rank as in one process."""
+    model = tiny.saved(tmp_path / "model", tokenizer, tied=True, vocabulary=590)
+    ranks_with_models(save_on_ranks, 2, tmp_path / "two", model, 2)
+    save_on_ranks(tmp_path / "one", model, 1)
     saved = [tmp_path / name / "exports/huggingface/step_00000001" for name in ("two", "one")]
-    exported = [export_huggingface(tmp_path / "two")]
-    kept = [tmp_path / name / "pretrained/model" for name in ("two", "one")]
-    for file in ("model.safetensors", "config.json", "generation_config.json"):
-        assert len({(folder / file).read_bytes() for folder in [*saved, *exported]}) == 1
-    assert (kept[0] / "config.json").read_bytes() == (kept[1] / "config.json").read_bytes()
-    assert bits(loaded(saved[0]).state_dict()) == bits(tiny.model(tied=True).state_dict())
+    folders = [*saved, export_huggingface(tmp_path / "two")]
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert len({(folder / file).read_bytes() for folder in folders}) == 1
+    config = "pretrained/model/config.json"
+    assert (tmp_path / "two" / config).read_bytes() == (tmp_path / "one" / config).read_bytes()
+    rows = loaded(folders[0]).get_input_embeddings().weight
+    assert torch.equal(rows[:590], tiny.model(tied=True, vocabulary=590).lm_head.weight)
+    assert rows[590:].std(0).min() > 0
+
+
+class Own(Trainer):
+    """Has a model that is none of transformers."""
 
 
 def test_the_engine_refuses_models_of_others(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
-    trainer = Plain(
+    trainer = Own(
         model=model,
+        loss_fn=torch.nn.MSELoss(),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        train_dataloader=DataLoader(tiny.IDS, batch_size=2),  # pyright: ignore
+        train_dataloader=DataLoader(TensorDataset(torch.ones(4, 2), torch.ones(4, 2))),
         max_steps=1,
         progress=False,
         run_dir=tmp_path,

@@ -204,10 +204,10 @@ def _located(config: Any, trainer: Any) -> tuple[str, dict[str, Any]]:
     """
     name: str = config.name_or_path
     path = Path(name).expanduser()
-    if config.revision is not None and path.exists():
-        raise ConfigError(f"revision={config.revision!r}: {path} is on this machine, not on a hub.")
     if name in gguf.PACKAGED and not path.exists():
         path = gguf.packaged(name)
+    if config.revision is not None and path.exists():
+        raise ConfigError(f"revision={config.revision!r}: {path} is on this machine, not on a hub.")
     if path.suffix == ".gguf" and path.is_file():
         return _of_gguf(path, trainer.world.say, trainer.world.on_paper)
     if path.is_dir():
