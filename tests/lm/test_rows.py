@@ -183,7 +183,9 @@ def test_a_callable_gives_dicts(tmp_path: Path) -> None:
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for read, package in ((read_parquet, "pyarrow"), (read_huggingface, "datasets")):
-        with pytest.raises(MissingExtraError, match=rf'{package}: pip install "paceline\[lm\]"'):
+        with pytest.raises(
+            MissingExtraError, match=rf'{package}: pip install "paceline\[datasets\]"'
+        ):
             read(str(tmp_path))
 
 

@@ -28,7 +28,7 @@ from paceline.checkpoint.publication import hidden, publish
 from paceline.checkpoint.ranks import describe
 from paceline.errors import CheckpointError, ConfigError, counted, nearest, some
 from paceline.lm.gguf import make_durable
-from paceline.lm.loading import make_model, read_config, read_model, reading
+from paceline.lm.loading import make_empty_model, read_config, read_model, reading
 from paceline.lm.pretrained import FOLDER, TEXTS
 from paceline.log.secrets import masked
 from paceline.reading import names
@@ -156,7 +156,7 @@ def model_of(config: Any, state: Mapping[str, torch.Tensor]) -> Any:
         CheckpointError: they are not those of such a model.
     """
     with random_state_kept(), reading("the kept config"):
-        made = make_model(config)
+        made = make_empty_model(config)
     held = made.state_dict(keep_vars=True)
     tied: dict[int, list[str]] = {}
     for name, tensor in held.items():
@@ -199,6 +199,8 @@ def write_model(model: Any, folder: Path) -> None:
     """
     with reading(f"{folder}"):
         model.save_pretrained(str(folder), max_shard_size=SHARD)
+    for file in folder.glob(f"*{_WEIGHTS}"):  # which safetensors keeps from everybody else
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def check_folder(folder: Path, model: Any) -> None:

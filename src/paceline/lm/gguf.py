@@ -135,7 +135,7 @@ def _dequantized(file: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
-    needs_gguf()
+    needs("gguf", "GGUF files")
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(file.parent), gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
     )
@@ -145,20 +145,6 @@ def _dequantized(file: Path) -> Any:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
-
-
-def needs_gguf() -> None:
-    """Refuses to go on without the package gguf.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(
-            'GGUF files need the package gguf: pip install "paceline[lm,gguf]".'
-        )
 
 
 def make_durable(folder: Path, disk: Disk) -> None:

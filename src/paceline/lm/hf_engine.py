@@ -67,7 +67,7 @@ class HFCheckpointEngine(CheckpointEngine):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) not in gathered:
                 full = whole(tensor).detach()  # on all ranks, of which one keeps it
-                gathered[id(tensor)] = full.cpu() if self._writes else full[:0]
+                gathered[id(tensor)] = full.cpu() if self._writes else torch.empty(0)
             state[name] = gathered[id(tensor)]
         if not self._writes:
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from paceline.errors import ConfigError
 from paceline.lm.data.rows import first_line, needs
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NO_SERVICE = "DISABLE_SAFETENSORS_CONVERSION"
 _NO_CODE = (
     "it needs code of its own (trust_remote_code), which is never run; --trust is for the classes "
     "of a recipe and does not reach here"
@@ -57,9 +60,16 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     theirs.disable_progress_bar()
+    # Without safetensors on the hub it would ask a service there for weights that nobody reviewed.
+    before = os.environ.get(_NO_SERVICE)
+    os.environ[_NO_SERVICE] = "1"
     try:
         yield
     finally:
+        if before is None:
+            del os.environ[_NO_SERVICE]
+        else:
+            os.environ[_NO_SERVICE] = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars:
@@ -84,9 +94,15 @@ def read_tokenizer(name: str, **where: Any) -> Any:
     Args:
         name: a folder or a hub id.
         **where: `revision` or `gguf_file`, as transformers takes them.
+
+    Raises:
+        ConfigError: the folder has none.
     """
     from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports] - an extra
 
+    folder = Path(name)
+    if folder.is_dir() and not where and not any((folder / f).exists() for f in _TOKENIZERS):
+        raise ConfigError(f"{name}: there is no tokenizer in it. tokenizer.name_or_path names one.")
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
 
 
@@ -129,3 +145,19 @@ def make_model(config: Any, **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+
+
+def make_empty_model(config: Any) -> Any:
+    """A causal language model whose weights are to be given: drawing them takes seconds a billion.
+
+    Args:
+        config: of transformers.
+    """
+    from transformers.initialization import (  # pyright: ignore[reportMissingImports]
+        no_init_weights,
+    )
+
+    with no_init_weights():
+        model = make_model(config)
+    model.tie_weights()
+    return model

@@ -19,6 +19,7 @@ from paceline.checkpoint.export import EXPORT_DTYPES
 from paceline.errors import ConfigError, counted, nearest, some
 from paceline.factories.bases import ModelFactory, TokenizerFactory
 from paceline.lm import gguf
+from paceline.lm.data.rows import needs
 from paceline.lm.loading import make_model, read_config, read_model, read_tokenizer, reading
 from paceline.recipe.typed import Config
 from paceline.world.seeding import random_state_kept
@@ -203,10 +204,10 @@ def _located(config: Any, trainer: Any) -> tuple[str, dict[str, Any]]:
     """
     name: str = config.name_or_path
     path = Path(name).expanduser()
-    if config.revision is not None and path.exists():
-        raise ConfigError(f"revision={config.revision!r}: {path} is on this machine, not on a hub.")
     if name in gguf.PACKAGED and not path.exists():
         path = gguf.packaged(name)
+    if config.revision is not None and path.exists():
+        raise ConfigError(f"revision={config.revision!r}: {path} is on this machine, not on a hub.")
     if path.suffix == ".gguf" and path.is_file():
         return _of_gguf(path, trainer.world.say, trainer.world.on_paper)
     if path.is_dir():
@@ -224,7 +225,7 @@ def _located(config: Any, trainer: Any) -> tuple[str, dict[str, Any]]:
 
 def _of_gguf(file: Path, say: Callable[[str], None], on_paper: bool) -> tuple[str, dict[str, Any]]:
     """As `_located`. On paper, where models have no values, nothing is converted."""
-    gguf.needs_gguf()
+    needs("gguf", "GGUF files")
     if on_paper:
         return str(file.parent), {"gguf_file": file.name}
     return str(gguf.converted(file, say)), {}

@@ -37,6 +37,7 @@ SUFFIXES = {
     "text": (".txt", ".md"),
 }
 _OF_DATASETS = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves in a folder
+_EXTRAS = {"datasets": "datasets", "gguf": "gguf", "pyarrow": "datasets"}  # others are in "lm"
 _SLICE = re.compile(
     r"^(?P<name>[^\[]*)(?:\[(?P<start>-?\d*)(?P<p>%?):(?P<stop>-?\d*)(?P<q>%?)\])?$"
 )
@@ -541,7 +542,10 @@ def needs(package: str, what: str) -> None:
         MissingExtraError: it is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        raise MissingExtraError(f'{what} need the package {package}: pip install "paceline[lm]".')
+        extra = _EXTRAS.get(package, "lm")
+        raise MissingExtraError(
+            f'{what} need the package {package}: pip install "paceline[{extra}]".'
+        )
 
 
 def first_line(error: BaseException) -> str:
