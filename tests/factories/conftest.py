@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from builders import code_forgotten
+from command import Paceline
 from paceline import registry
+from paceline.testing import Ranks
 
 CODE = '''
 from __future__ import annotations
@@ -149,3 +151,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         return path
 
     return write
+
+
+@pytest.fixture
+def paceline(tmp_path: Path, ranks: Ranks) -> Iterator[Paceline]:
+    """The command line, in the folder of the recipe."""
+    runner = Paceline(tmp_path, ranks)
+    yield runner
+    runner.close()

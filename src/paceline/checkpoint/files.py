@@ -119,6 +119,21 @@ class Disk:
                 return
             self.fsync_folder(path.parent)
 
+    def sync(self, path: Path) -> None:
+        """Makes the files in a folder and in the folders below it durable, with their names."""
+        for name in sorted(os.listdir(path)):
+            below = path / name
+            mode = os.lstat(below).st_mode
+            if stat.S_ISDIR(mode):
+                self.sync(below)
+            elif stat.S_ISREG(mode):
+                fd = os.open(below, os.O_RDONLY)
+                try:
+                    self.fsync(fd)
+                finally:
+                    self.close(fd)
+        self.fsync_folder(path)
+
     def remove(self, path: Path) -> None:
         """Removes a file or a whole folder, if it exists; follows no link."""
         if not os.path.lexists(path):

@@ -142,9 +142,11 @@ def _mistakes(cls: type[Around]) -> Iterator[str]:
     for name, value in vars(cls).items():
         if found := _METHOD.fullmatch(name):
             declared.append((f"{found[1]}-{found[2].replace('_', '-')}", value))
+    listing = f" Events: {', '.join(legal)}."
     for name, fn in declared:
         if name not in legal:
-            yield f"{name!r} is no event{nearest(name, legal) or '.'} Events: {', '.join(legal)}."
+            yield f"{name!r} is no event{nearest(name, legal) or '.'}{listing}"
+            listing = ""  # once is enough
         elif not callable(fn):
             yield f"{name!r}: expected a function, got {fn!r}."
         else:

@@ -29,7 +29,6 @@ from paceline.factories.around import Around
 from paceline.factories.defined import check_and_register, classes_named
 from paceline.log.plan import Plan
 from paceline.recipe.typed import Config, HumanFloat, HumanInt, OfKind, Typed
-from paceline.registry import lookup
 from paceline.world.world import World
 
 
@@ -281,7 +280,7 @@ class DataFactory(Factory):
 
     def _sources(self, configs: Iterable[Any], split: str) -> list[DataSource]:
         """The sources of configs, each of the class that its `type` names."""
-        return [lookup("data_source", one.type)(self, one, split) for one in configs]
+        return [one.class_of(DataSource.kind)(self, one, split) for one in configs]
 
     def load(self, data_sources: Sequence[DataSource]) -> Any:
         """The rows of all sources, one source after the other.

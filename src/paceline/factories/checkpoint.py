@@ -180,6 +180,8 @@ class CheckpointEngine(Typed, Callback, Around):
             self.save(trainer.model)
         trainer.world.barrier()
         if trainer.world.is_main:
+            disk.sync(self.checkpoint_dir)  # whole after a power cut too
             publication.publish(folder, name, disk)
+            disk.remove(publication.hidden(folder, name, "old"))  # of a run killed in between
         self.checkpoint_dir = folder / name
         self._saved_step = step

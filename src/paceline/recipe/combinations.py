@@ -19,7 +19,7 @@ from paceline import registry
 from paceline.data.source import WindowSize
 from paceline.errors import ConfigError
 from paceline.parallel.float8 import missing
-from paceline.recipe.components import Component, Signature, signature_of
+from paceline.recipe.components import Component, Signature, fit, signature_of, takes_number
 from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.parts import Part, each, is_several, trainer_class, trainer_config_type
 from paceline.recipe.schema import Schema
@@ -87,11 +87,23 @@ def check_combinations(
 def _given(schema: Schema, mistakes: Mistakes) -> dict[str, Any]:
     """The Trainer's settings that the recipe gives and that are valid alone."""
     known = signature_of(Trainer).named
-    return {
-        name: value
-        for name, value in schema.trainer.items()
-        if name in known and not mistakes.concern(("trainer", name))
-    }
+    return _as_numbers(
+        Trainer,
+        {
+            name: value
+            for name, value in schema.trainer.items()
+            if name in known and not mistakes.concern(("trainer", name))
+        },
+    )
+
+
+def _as_numbers(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a class that are valid alone; texts such as `1.25K` become numbers."""
+    hints, found = signature_of(cls).hints, dict(given)
+    for name, value in given.items():
+        if isinstance(value, str) and takes_number(hints.get(name)):
+            found[name] = fit(value, hints[name])
+    return found
 
 
 def _stand_in(
@@ -102,9 +114,9 @@ def _stand_in(
     held = {**signature_of(Trainer).defaults, **values}
     held |= {"loss_fn": sections.get("loss_fn"), "callbacks": sections.get("callbacks", ())}
     if isinstance(monitor := held["metric_monitor"], Mapping):
-        held["metric_monitor"] = MetricMonitor(**monitor)
+        held["metric_monitor"] = MetricMonitor(**_as_numbers(MetricMonitor, monitor))
     if isinstance(policy := held["validate_every"], Mapping):
-        policy = ValidationPolicy(**policy)
+        policy = ValidationPolicy(**_as_numbers(ValidationPolicy, policy))
         held |= {"validate_every": policy.every, "max_val_batches": policy.max_batches}
     loader = sections.get("val_dataloader")
     one = None if loader is None else ()

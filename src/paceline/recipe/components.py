@@ -252,7 +252,7 @@ class Checker:
                 continue
             mark = of_kind(known[name])
             if mark is not None:
-                held[name] = self._of_kind(value, mark, where)
+                held[name] = self._shaped(value, known[name].annotation, mark, where)
                 continue
             try:
                 held[name] = fit(value, known[name].rebuild_annotation())
@@ -284,6 +284,19 @@ class Checker:
                 text = part["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
                 self.mistakes.add((*path, *map(str, part["loc"])), text)
             return None
+
+    def _shaped(self, value: Any, hint: Any, mark: OfKind, path: Path) -> Any:
+        """The components in a field that is annotated as a list or a mapping of them, or as one."""
+        shape = typing.get_origin(hint)
+        if shape is list and not isinstance(value, list):
+            self.mistakes.add(path, f"expected a list, one {mark.kind} an item, got {value!r}")
+        elif shape is dict and (not isinstance(value, Mapping) or is_component(value)):
+            self.mistakes.add(path, f"expected a mapping, each {mark.kind} by name, got {value!r}")
+        elif shape is dict:
+            return {str(k): self._of_kind(v, mark, (*path, str(k))) for k, v in value.items()}
+        else:
+            return self._of_kind(value, mark, path)
+        return _MISTAKEN
 
     def _of_kind(self, given: Any, mark: OfKind, path: Path) -> Any:
         """The components in a field that holds components of a kind."""
@@ -565,7 +578,8 @@ def fit(value: Any, hint: Any) -> Any:
     except pydantic.ValidationError as error:
         number = human_number(value) if isinstance(value, str) and takes_number(hint) else None
         if number is not None and not _PLAIN_NUMBER.fullmatch(value):
-            return fit(number, hint)
+            with contextlib.suppress(ValueError):
+                return fit(number, hint)
         raise ValueError(f"expected {_expected(error, value, hint)}, got {value!r}") from error
     texts_as_keys = typing.get_args(hint)[:1] == (str,)
     return fitted if texts_as_keys else _with_own_keys(value, fitted)
@@ -573,7 +587,8 @@ def fit(value: Any, hint: Any) -> Any:
 
 def takes_number(hint: Any) -> bool:
     """Whether an annotation takes numbers, which may then be written as `1.25K` or `5%` as well."""
-    return any(member in (int, float) for member in _members(hint))
+    plain = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    return any(member in (int, float) for member in _members(plain))
 
 
 def as_yaml_writes(hint: Any) -> Any:

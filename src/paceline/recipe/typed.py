@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Annotated, Any, ClassVar
 
 import pydantic
@@ -22,10 +23,11 @@ _UNITS = {
     "": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12,
     "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
 }  # fmt: skip
-_DIGITS = r"[-+]?\d[\d_]*(?:\.\d[\d_]*)?(?:[eE][-+]?\d+)?"
-_NUMBER = re.compile(rf"({_DIGITS})\s*(|[kKmMbBtT]|[kKmMgGtT][iI])")
-_SHARE = re.compile(rf"({_DIGITS})\s*%")
-_POWER = re.compile(r"([-+]?\d+)\^(\d{1,4})")
+_DIGITS = r"[-+]?\d[\d_]*(?:\.\d[\d_]*)?(?:[eE][-+]?\d{1,3})?"
+_NUMBER = re.compile(rf"({_DIGITS})\s*(|[kKmMbBtT]|[kKmMgGtT][iI])", re.ASCII)
+_SHARE = re.compile(rf"({_DIGITS})\s*%", re.ASCII)
+_POWER = re.compile(r"(\d{1,19})\^(\d{1,3})", re.ASCII)
+_LONGEST = 300  # characters of a number
 
 
 def human_number(text: str) -> int | float | None:
@@ -41,16 +43,19 @@ def human_number(text: str) -> int | float | None:
         An int where the number is whole and the text no share; else the nearest float.
     """
     text = text.strip()
+    value = None if len(text) > _LONGEST else _number(text)
+    # A float holds no more, and Python writes no whole number of 10_000 digits.
+    return None if value is None or abs(value) > sys.float_info.max else value
+
+
+def _number(text: str) -> int | float | None:
     if power := _POWER.fullmatch(text):
         return int(power[1]) ** int(power[2])
     share, plain = _SHARE.fullmatch(text), _NUMBER.fullmatch(text)
     found = share or plain
     if found is None:
         return None
-    try:
-        value = Decimal(found[1].replace("_", ""))
-    except InvalidOperation:
-        return None
+    value = Decimal(found[1].replace("_", ""))
     value = value / 100 if share else value * _UNITS[found[2].lower()]
     # Decimal, so that 1.25K is 1250, and 3e-5 the float that Python reads in it.
     is_whole = not share and value == value.to_integral_value() and "e" not in found[1].lower()
