@@ -1,9 +1,7 @@
 """The loop of `plain.py` with Paceline; it ends with the same bits.
 
-Only the optimizer knows how often it needs the loss, so `step` gives it the closure and calls it.
-Such a step does without what `optimizer_step` does around an optimizer's own: clipping, the event
-`on_before_optimizer_step`, schedules of interval "step" and the check for values that are not
-finite.
+Only the optimizer knows how often it needs the loss, so `step` gives it a closure. The first loss
+of a step is logged, and each has to be finite.
 """
 
 from __future__ import annotations
@@ -24,12 +22,11 @@ class LBFGSTrainer(Trainer):
         for batch, _ in window:
 
             def closure(batch: Any = batch) -> Tensor:
-                self.optimizer.zero_grad()
                 loss = penalized(self.model, *batch)
-                loss.backward()
+                self.backward(loss)
                 return loss
 
-            self.log("train/loss", self.optimizer.step(closure).detach())
+            self.optimizer_step(closure=closure)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch

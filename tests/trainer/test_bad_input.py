@@ -122,6 +122,7 @@ CALLS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda t: t.optimizers(), "here it is optimizer, or named_optimizers()"),
     (lambda t: type(t).load_from_checkpoint("x"), "here it is paceline.recipe.load_model(RUN)"),
     (lambda t: t.is_global_zero, "here it is world.is_main"),
+    (lambda t: t(points().tensors[0]), "a Trainer is no model: call trainer.model(inputs), or pre"),
 ]
 
 

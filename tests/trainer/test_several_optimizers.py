@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from torch.utils.data import DataLoader
 
 from paceline import CheckpointPolicy, Trainer, Window
-from paceline.errors import ConfigError, DataError, LossError
+from paceline.errors import ConfigError, DataError, LossError, NonFiniteError
 from paceline.testing import assert_resumes_exactly
 from small import batches, fitted, line, points, same, settings, weights
 
@@ -325,28 +327,90 @@ def test_a_window_that_is_passed_over_takes_its_batches_with_it() -> None:
     assert torch.equal(torch.cat(seen), torch.cat([x[:4], x[8:]]))
 
 
-def test_lbfgs_works_in_a_step_of_ones_own_and_is_refused_without() -> None:
-    class Closure(Trainer):
-        def step(self, window: Window) -> None:
-            for batch, _ in window:
+class Closure(Trainer):
+    """Gives LBFGS a closure; one of its evaluations may be NaN."""
 
-                def closure(batch: Any = batch) -> torch.Tensor:
-                    self.optimizer.zero_grad()
-                    loss = self.loss(batch)
-                    loss.backward()
-                    return loss
+    bad = -1  # the evaluation
+    calls = 0
 
-                self.optimizer.step(closure)
+    def step(self, window: Window) -> None:
+        for batch, _ in window:
 
-    def run(kind: type[Trainer]) -> Trainer:
-        model = line()
-        optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
-        data = DataLoader(points(), 20)
-        return fitted(kind, model=model, optimizer=optimizer, train_dataloader=data, epochs=5)
+            def closure(batch: Any = batch) -> torch.Tensor:
+                loss = self.loss(batch)
+                if self.calls == self.bad:
+                    loss = loss * math.nan
+                self.calls += 1
+                self.backward(loss)
+                return loss
 
-    assert run(Closure).model.bias.item() == pytest.approx(0.5, abs=1e-3)
-    with pytest.raises(ConfigError, match="LBFGS needs a closure; override step"):
-        run(Trainer)
+            self.optimizer_step(closure=closure)
+
+
+LBFGS: dict[str, Any] = {"max_iter": 4, "history_size": 3, "line_search_fn": "strong_wolfe"}
+
+
+def lbfgs(kind: type[Closure] | type[Trainer] = Closure, bad: int = -1, **changes: Any) -> Any:
+    model = line()
+    optimizer = torch.optim.LBFGS(model.parameters(), **LBFGS)
+    data = DataLoader(points(), 10)
+    trainer = kind(
+        **settings(model, optimizer=optimizer, train_dataloader=data, max_grad_norm=0.5, **changes)
+    )
+    trainer.bad = bad
+    return trainer
+
+
+def lbfgs_by_hand(steps: Iterable[int]) -> tuple[nn.Linear, list[float], list[int]]:
+    """The model, the first loss of each step and how often the loss has been computed till then."""
+    model, losses, calls = line(), [], [0]
+    optimizer = torch.optim.LBFGS(model.parameters(), **LBFGS)
+    for step in steps:
+        x, y = (part[step % 2 * 10 :][:10] for part in points().tensors)
+
+        def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+            calls[-1] += 1
+            optimizer.zero_grad()
+            loss = mse_loss(model(x), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            return loss
+
+        calls.append(calls[-1])
+        losses.append(optimizer.step(closure).item())  # pyright: ignore
+    return model, losses, calls
+
+
+def test_lbfgs_with_a_closure_ends_as_a_loop_by_hand_and_logs_each_step_once() -> None:
+    model, losses, calls = lbfgs_by_hand(range(4))
+    trainer = lbfgs(log_every=1)
+    result = trainer.fit()
+    assert torch.equal(trainer.model.weight, model.weight)
+    assert trainer.calls == calls[-1] > 8
+    assert result.history["train/loss"] == losses
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_closure_that_is_not_finite_leaves_the_weights_of_before(policy: str) -> None:
+    """Given a NaN in the third evaluation of step 2, when it is skipped, step 3 comes after 1."""
+    first, _, calls = lbfgs_by_hand([0])
+    trainer = lbfgs(bad=calls[-1] + 2, on_nonfinite=policy)
+    if policy == "raise":
+        with pytest.raises(NonFiniteError, match=r"step 2 is not finite.*\n.*loss nan"):
+            trainer.fit()
+        assert torch.equal(trainer.model.weight, first.weight)
+        return
+    trainer.fit()
+    assert torch.equal(trainer.model.weight, lbfgs_by_hand([0, 2, 3])[0].weight)
+
+
+def test_where_a_closure_does_not_work_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"LBFGS needs a closure; .*optimizer_step\(closure="):
+        lbfgs(Trainer).fit()
+    with pytest.raises(ConfigError, match="takes one micro-batch a window, and this has 2"):
+        lbfgs(gradient_accumulation_steps=2).fit()
+    with pytest.raises(ConfigError, match="does not exist yet on ranks or in fp16"):
+        lbfgs(precision="fp16").fit()
 
 
 class Sometimes(Trainer):

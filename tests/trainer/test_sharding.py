@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kept import Kept, assert_near, fit, flipped
-from paceline import Parallel
+from kept import Kept, assert_near, fit, flipped, run
+from paceline import Parallel, Trainer
 from paceline.errors import ConfigError
 from paceline.parallel.blocks import repeated_blocks
 from paceline.testing import Ranks, bits
 from paceline.trainer.callback import Callback
 from paceline.world.dtensors import is_dtensor
+from small import settings
 
 
 class Block(nn.Module):
@@ -149,3 +150,43 @@ def test_what_cannot_be_sharded_is_refused(ranks: Ranks) -> None:
     assert "the model 'model' is spread already" in twice
     assert "each of the 2 ranks needs at least one sample, and there is 1" in few
     assert "parallel.dp_shard=4 does not fit 2 processes" in large
+
+
+def train_further(parallel: Parallel, folder: Path) -> tuple[str, Any, Any]:
+    def make(run_dir: Path, max_steps: int) -> Trainer:
+        model = Deep()
+        return Trainer(
+            **settings(
+                model,
+                optimizer=torch.optim.AdamW(model.parameters()),
+                train_dataloader=DataLoader(flipped(24), 2, shuffle=True),
+                max_steps=max_steps,
+                parallel=parallel,
+                run_dir=run_dir,
+            )
+        )
+
+    trainer = make(folder / "run", 2)
+    trainer.train(seed=1)
+    trainer.max_steps = 4
+    with pytest.raises(ConfigError) as raised:
+        trainer.train(seed=1)
+    further, whole = make(folder / "run", 4), make(folder / "whole", 4)
+    return str(raised.value), bits(run(further, 1).weights), bits(run(whole, 1).weights)
+
+
+def train_each_further(folder: Path) -> list[tuple[str, Any, Any]]:
+    layouts = {"sharded": Parallel(dp_shard=2), "split": SPLIT}
+    return [train_further(parallel, folder / name) for name, parallel in layouts.items()]
+
+
+def test_a_second_train_of_a_spread_model_is_refused_and_what_it_says_to_do_works(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    for message, further, whole in ranks(train_each_further, 2, tmp_path)[0]:
+        assert message.endswith(
+            "the model 'model' is spread already, by an earlier run or by yourself: make a new "
+            "Trainer with a new model and optimizer. With the run_dir of the earlier run it "
+            "resumes that; to train further, give it more epochs or max_steps."
+        )
+        assert further == whole

@@ -405,7 +405,8 @@ def check_unspread(parameters: dict[str, torch.nn.Parameter], name: str, world: 
     if any(is_dtensor(p) for p in parameters.values()):
         raise ConfigError(
             f"the model {name!r} is spread already, by an earlier run or by yourself: make a new "
-            "Trainer with a new model and optimizer, which resumes if run_dir is the earlier run's."
+            "Trainer with a new model and optimizer. With the run_dir of the earlier run it "
+            "resumes that; to train further, give it more epochs or max_steps."
         )
     renews = world.parts * world.parallel.tensor > 1
     hooked = [key for key, p in parameters.items() if _has_hooks(p)] if renews else []

@@ -452,7 +452,10 @@ def _wrong_components(trainer: TrainerBase) -> list[str]:
         )
     for name, optimizer in optimizers.items():
         if isinstance(optimizer, torch.optim.LBFGS) and not trainer.is_overridden("step"):
-            wrong.append(f"{name}: LBFGS needs a closure; override step(window) to give it one.")
+            wrong.append(
+                f"{name}: LBFGS needs a closure; override step(window) and give it one with "
+                "self.optimizer_step(closure=...)."
+            )
         if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
             wrong.append(
                 f"{name}: each rank of a ZeroRedundancyOptimizer has other state, which no "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from paceline.errors import ConfigError, unknown_settings
 
@@ -556,6 +556,13 @@ class OtherNames:
 
     result = _Answer("a {}'s result is known once train() has returned, which returns it as well.")
     window = _Answer("a {}'s window is known within a step.")
+
+    def __call__(self, *inputs: Any, **more: Any) -> NoReturn:
+        """Raises: a trainer is not its model."""
+        raise ConfigError(
+            f"a {type(self).__name__} is no model: call trainer.model(inputs), or predict(loader) "
+            "for the outputs of all batches in order."
+        )
 
     def __dir__(self) -> Iterable[str]:
         answered = inspect.getattr_static

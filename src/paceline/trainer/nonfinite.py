@@ -120,6 +120,16 @@ class NonFiniteGuard:
             called[0].attach(poison)
         return weighted
 
+    def read_at_once(self) -> None:
+        """From now on values are read as they come: an optimizer reads the losses itself.
+
+        Raises:
+            NonFiniteError: an earlier step was bad and the policy is "raise".
+        """
+        if not self._read:
+            self.read()
+            self._read = True
+
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a gradient norm that somebody has computed (clipping, a gradient monitor)."""
         if self._run.scaler is not None:

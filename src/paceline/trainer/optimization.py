@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial, wraps
 from itertools import chain
 from types import MethodType
@@ -232,9 +233,7 @@ class Optimization:
         """
         name = name or self._single or ""
         if name not in self.optimizers:
-            raise ConfigError(
-                f"optimizer_step({name!r}): name one of {', '.join(self.optimizers)}."
-            )
+            raise self._unknown(name)
         optimizer, run, settings = self.optimizers[name], self._run, self._settings
         self._stepping = name
         self.norms.pop(name, None)
@@ -256,10 +255,7 @@ class Optimization:
         for hook in run.events.on_before_optimizer_step:
             hook(optimizer)
         if settings.max_grad_norm is not None:
-            norm_of = self._placement.norm_of
-            norm = clip_gradients(_parameters(optimizer), settings.max_grad_norm, norm_of)
-            self._recorder.log("grad_norm", norm, weight=1)
-            self.note_norm(norm)
+            self._clip(optimizer, settings.max_grad_norm)
         elif settings.check_gradients or isinstance(self._weight, torch.Tensor):
             # A batch without items is weighed with zero; where counts are not read, nothing but its
             # gradients tells whether that was enough (0 / 0 stays NaN).
@@ -272,6 +268,87 @@ class Optimization:
             for scheduler in self._schedulers[name]:
                 scheduler.step()
         return self.norms.get(name) if self.norms else None
+
+    def step_with(
+        self, closure: Callable[[], torch.Tensor], name: str | None = None
+    ) -> torch.Tensor | None:
+        """As `step`, of an optimizer that evaluates the loss itself, several times (LBFGS).
+
+        Each loss is read as it comes, as the optimizer does itself.
+
+        Args:
+            closure: computes the loss, sends it backward and returns it.
+            name: the optimizer's; the only one if None.
+
+        Returns:
+            The norm of its first gradients before clipping; None if none was measured.
+
+        Raises:
+            ConfigError: no such optimizer; or there are several ranks, a loss scaler or more than
+                one micro-batch.
+            NonFiniteError: a loss is not finite and the policy is "raise".
+        """
+        name = name or self._single or ""
+        if name not in self.optimizers:
+            raise self._unknown(name)
+        optimizer, run, settings = self.optimizers[name], self._run, self._settings
+        window = self.guard.window
+        assert window is not None
+        if run.world.size > 1 or run.groups is not None or run.scaler is not None:
+            raise ConfigError("optimizer_step(closure=...) does not exist yet on ranks or in fp16.")
+        if len(window) > 1:
+            raise ConfigError(
+                f"optimizer_step(closure=...) takes one micro-batch a window, and this has "
+                f"{len(window)}: leave gradient_accumulation_steps and global_batch_size out, and "
+                "give larger batches."
+            )
+        self._stepping, muted, first = name, run.muted, True
+        self.norms.pop(name, None)
+        self.guard.read_at_once()
+        before = _Held(optimizer, with_state=settings.on_nonfinite in ("stop", "skip"))
+
+        def evaluate() -> torch.Tensor:
+            nonlocal first
+            clear_gradients(optimizer)
+            loss = closure()
+            check_loss(loss, giver="the closure")
+            self.guard.guarded(loss, loss.detach())
+            if first:
+                for hook in run.events.on_before_optimizer_step:
+                    hook(optimizer)
+            norms = dict(self.norms)
+            if settings.max_grad_norm is not None:
+                self._clip(optimizer, settings.max_grad_norm)
+            elif settings.check_gradients:
+                self.guard.check_norm(optimizer)
+            if not first:
+                self.norms = norms
+            if self.guard.found is not None:
+                raise _NotFiniteError
+            first, run.muted = False, True  # a step is logged once
+            return loss.detach()
+
+        try:
+            optimizer.step(evaluate)  # pyright: ignore - torch says that it returns a float
+        except _NotFiniteError:
+            before.put_back()
+        finally:
+            run.muted = muted
+        run.progress.rates[name] = _rates(optimizer.param_groups)
+        self.guard.allows(optimizer)
+        clear_gradients(optimizer)
+        if settings.lr_scheduler_interval == "step":
+            for scheduler in self._schedulers[name]:
+                scheduler.step()
+        return self.norms.get(name)
+
+    def _unknown(self, name: str) -> ConfigError:
+        return ConfigError(f"optimizer_step({name!r}): name one of {', '.join(self.optimizers)}.")
+
+    def _clip(self, optimizer: torch.optim.Optimizer, largest: float) -> None:
+        norm = clip_gradients(_parameters(optimizer), largest, self._placement.norm_of)
+        self._recorder.log("grad_norm", norm, weight=1)
+        self.note_norm(norm)
 
     def note_norm(self, norm: torch.Tensor) -> None:
         """Takes a norm of the gradients of the optimizer whose step is being taken."""
@@ -500,6 +577,34 @@ class Optimization:
         assert self._run.scaler is not None
         self._run.scaler.update()
         self._scale_is_due = False
+
+
+class _NotFiniteError(Exception):
+    """Ends an optimizer's step from within its closure."""
+
+
+class _Held:
+    """An optimizer's parameters as they are now, to be put back.
+
+    Args:
+        optimizer: that may change them.
+        with_state: whether its own state is put back too.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, with_state: bool) -> None:
+        self._optimizer = optimizer
+        self._values = [(p, p.detach().clone()) for p in _parameters(optimizer)]
+        state = optimizer.state.items() if with_state else ()
+        self._state = {parameter: deepcopy(of_it) for parameter, of_it in state}
+        self._with_state = with_state
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for parameter, value in self._values:
+            parameter.copy_(value)
+        if self._with_state:
+            self._optimizer.state.clear()
+            self._optimizer.state.update(self._state)
 
 
 def clear_gradients(optimizer: torch.optim.Optimizer) -> None:

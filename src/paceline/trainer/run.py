@@ -104,7 +104,7 @@ class Run:
         count_items: counts a batch's items, if the user does so; else None.
         groups: the replica groups that take each step together, if there are any.
         batch_items: items of the batch at hand, the weight of what is logged; None between batches.
-        muted: whether a stand-in micro-batch runs, of which nothing is logged.
+        muted: whether nothing is logged: a stand-in micro-batch runs, or a loss is evaluated anew.
         validating: whether a validation is under way.
         started_validation: whether a validation has started for its listeners, and not ended.
         val_name: the validation loader at hand, if it has a name.

@@ -274,7 +274,8 @@ class Trainer(TrainerBase):
         """Takes one optimizer step on a window's micro-batches.
 
         One of your own loops over the window, calls `backward` and `optimizer_step`, and computes
-        losses `with self.autocast`. Gradients that it leaves end with the window.
+        losses `with self.autocast`. Gradients that it leaves end with the window. An optimizer that
+        evaluates the loss itself gets a closure from `optimizer_step`.
         """
         run = self._run
         if run is not None and run.placement.pipeline is not None:
@@ -296,17 +297,25 @@ class Trainer(TrainerBase):
         """
         self.optimization.backward(loss, only)
 
-    def optimizer_step(self, name: str | None = None) -> torch.Tensor | None:
+    def optimizer_step(
+        self, name: str | None = None, closure: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
         """Steps the named optimizer and its schedulers; without a name, every optimizer.
 
         Args:
             name: the optimizer's; None for every optimizer.
+            closure: for an optimizer that evaluates the loss itself (LBFGS), on one process and one
+                micro-batch a window: computes the loss, calls `backward` with it and returns it.
+                Each evaluation is clipped and has to be finite; the first one is logged, and fires
+                `on_before_optimizer_step`.
 
         Returns:
             The norm of the gradients before clipping, on the device; None unless something
             measures it (`max_grad_norm`, `check_gradients`, GradientMonitor). Of several
             optimizers, the last one's.
         """
+        if closure is not None:
+            return self.optimization.step_with(closure, name)
         norm = None
         for each in (name,) if name is not None else self.optimization.optimizers:
             norm = self.optimization.step(each)
