@@ -87,11 +87,3 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     texts = [{"text": row["messages"][1]["content"] * 3} for row in rows]
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     return folder
-
-
-@pytest.fixture(scope="session")
-def ranks_with_models():
-    """As `ranks`, from a helper that has imported transformers."""
-    ranks = Ranks(preload=["preloaded", "preloaded_models"])
-    yield ranks
-    ranks.close()

@@ -221,7 +221,7 @@ def test_what_is_kept_is_written_once_and_whole(
     kept = tmp_path / "run/pretrained"
     section = {"type": "huggingface", "name_or_path": str(tiny.saved(tmp_path / "m", tokenizer))}
     with monkeypatch.context() as patched:
-        patched.setattr("paceline.lm.pretrained.publish", lambda *_: 1 / 0)
+        patched.setattr("paceline.trainer.pretrained.publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tiny.trainer(tmp_path / "run", {"model": section}).train(seed=1)
     assert [path.name for path in kept.iterdir()] == [".model.new"]
@@ -250,11 +250,11 @@ def save_on_ranks(run_dir: Path, model: Path, shards: int) -> None:
 
 
 def test_a_sharded_model_is_saved_and_exported_whole(
-    ranks_with_models: Ranks, tmp_path: Path, tokenizer: Any
+    ranks: Ranks, tmp_path: Path, tokenizer: Any
 ) -> None:
     """Of a vocabulary that has grown, by the same rows on each rank as in one process."""
     model = tiny.saved(tmp_path / "model", tokenizer, tied=True, vocabulary=590)
-    ranks_with_models(save_on_ranks, 2, tmp_path / "two", model, 2)
+    ranks(save_on_ranks, 2, tmp_path / "two", model, 2)
     save_on_ranks(tmp_path / "one", model, 1)
     saved = [tmp_path / name / "exports/huggingface/step_00000001" for name in ("two", "one")]
     folders = [*saved, export_huggingface(tmp_path / "two")]

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from paceline.factories import FactoryTrainer, get_config
 from paceline.lm.models import HFModelFactory, HFTokenizerFactory
-from paceline.lm.pretrained import KeepPretrained
 
 tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
 TOKENS = 600  # of the tokenizer of these tests
@@ -64,7 +63,7 @@ def trainer(run_dir: Path | None, sections: dict[str, Any], *callbacks: Any, **m
         "max_steps": 2,
         "progress": False,
         "run_dir": run_dir,
-        "callbacks": [KeepPretrained(), *callbacks],
+        "callbacks": [*callbacks],
         **more,
     }
     return Tiny(get_config(recipe), **settings)

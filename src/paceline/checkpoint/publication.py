@@ -292,6 +292,23 @@ def publish(folder: Path, step_name: str, disk: Disk) -> None:
         disk.remove(old)
 
 
+def make_durable(folder: Path, disk: Disk) -> None:
+    """Has every file of a folder on the disk, before a rename publishes it.
+
+    Args:
+        folder: written by others.
+        disk: the file operations.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                disk.fsync(fd)
+            finally:
+                disk.close(fd)
+    disk.fsync_folder(folder)
+
+
 def discard(path: Path, disk: Disk) -> None:
     """Removes a checkpoint; if interrupted, leaves nothing that looks like one.
 

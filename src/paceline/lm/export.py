@@ -24,15 +24,14 @@ from paceline.checkpoint.export import (
     read_weights,
 )
 from paceline.checkpoint.files import Disk
-from paceline.checkpoint.publication import hidden, publish
+from paceline.checkpoint.publication import hidden, make_durable, publish
 from paceline.checkpoint.ranks import describe
 from paceline.errors import CheckpointError, ConfigError, counted, nearest, some
-from paceline.lm.gguf import make_durable
 from paceline.lm.loading import make_empty_model, read_config, read_model, reading
-from paceline.lm.pretrained import FOLDER, TEXTS
 from paceline.log.secrets import masked
 from paceline.reading import names
 from paceline.runs import listing
+from paceline.trainer.pretrained import FOLDER, TEXTS
 from paceline.world.seeding import random_state_kept
 
 SHARD = 4 * 1000**3
@@ -118,7 +117,7 @@ def _chosen(home: Path, model: str | None) -> str:
     if not there:
         raise ConfigError(
             f"{home} keeps no config of transformers ({FOLDER}/): its models are none of "
-            "transformers, or its trainer keeps none (KeepPretrained). The format safetensors "
+            "transformers. The format safetensors "
             "needs none."
         )
     if model is None and len(there) > 1:

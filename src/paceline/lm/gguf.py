@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.checkpoint.files import Disk
-from paceline.checkpoint.publication import hidden, publish
+from paceline.checkpoint.publication import hidden, make_durable, publish
 from paceline.errors import ConfigError, MissingExtraError
 from paceline.lm.data.rows import needs
 from paceline.lm.loading import read_tokenizer, reading
@@ -145,20 +145,3 @@ def _dequantized(file: Path) -> Any:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
-
-
-def make_durable(folder: Path, disk: Disk) -> None:
-    """Has every file of a folder on the disk, before a rename publishes it.
-
-    Args:
-        folder: written by others.
-        disk: the file operations.
-    """
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                disk.fsync(fd)
-            finally:
-                disk.close(fd)
-    disk.fsync_folder(folder)

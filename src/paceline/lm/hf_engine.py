@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from paceline.checkpoint.files import Disk
+from paceline.checkpoint.publication import make_durable
 from paceline.errors import ConfigError
 from paceline.factories.checkpoint import CheckpointEngine
 from paceline.lm.export import model_of, read_folder, write_model
-from paceline.lm.gguf import make_durable
 from paceline.lm.loading import reading
-from paceline.lm.pretrained import is_pretrained, save_configs, save_tokenizer, saved_config
+from paceline.trainer.pretrained import is_pretrained, save_configs, save_tokenizer, saved_config
 from paceline.world.dtensors import copy_into, whole
 
 

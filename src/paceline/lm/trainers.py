@@ -14,7 +14,6 @@ from paceline.lm.data.factory import CausalDataFactory, SFTDataFactory
 from paceline.lm.data.packing import PackedDataset, PaddedDataset, count_trained
 from paceline.lm.data.sample import IGNORED
 from paceline.lm.models import HFModelFactory, HFTokenizerFactory
-from paceline.lm.pretrained import KeepPretrained
 
 
 class LMTrainer(FactoryTrainer):
@@ -32,10 +31,6 @@ class LMTrainer(FactoryTrainer):
     tokenizer_factory_type = HFTokenizerFactory
 
     _packs = False
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.callbacks.append(KeepPretrained())
 
     @property
     def model_config(self) -> Any:

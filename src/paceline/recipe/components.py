@@ -309,8 +309,9 @@ class Checker:
             except ConfigError as error:
                 self.mistakes.add(path, str(error))
                 return _MISTAKEN
-        if isinstance(value, Mapping) and _is_several(value):
-            return {str(k): self._of_kind(v, mark, (*path, str(k))) for k, v in value.items()}
+        several: Any = value
+        if isinstance(several, Mapping) and _is_several(several):
+            return {str(k): self._of_kind(v, mark, (*path, str(k))) for k, v in several.items()}
         if isinstance(value, Mapping) and not is_component(value) and mark.default:
             value = {"type": mark.default, **value}
         made = self.component(value, KINDS[mark.kind], path)

@@ -41,6 +41,7 @@ from paceline.trainer.checks import check_changed, check_components, check_data,
 from paceline.trainer.events import EVENTS, Events
 from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
 from paceline.trainer.optimization import Optimization
+from paceline.trainer.pretrained import keep_pretrained
 from paceline.trainer.proof import prove, prove_first_step
 from paceline.trainer.ranks_alike import (
     check_components_alike,
@@ -475,6 +476,9 @@ def _describe(trainer: TrainerBase, run: Run) -> None:
     if run.saver is not None and trainer.checkpoint_policy is not None and not run.is_over:
         run.saver.check_space(trainer.state_dict())
     _on_disk(trainer, run.start_record)
+    if trainer.run_dir is not None:
+        held = getattr(trainer, "tokenizer", None)
+        _on_disk(trainer, partial(keep_pretrained, trainer.run_dir, trainer.named_models(), held))
     if run.is_over:
         more = _MORE.get(run.progress.ended_by or "", "change what ended it")
         trainer.say(

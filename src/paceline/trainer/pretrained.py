@@ -7,45 +7,40 @@ with the chat template. They are written by the objects' own `save_pretrained`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from paceline.checkpoint.files import Disk
-from paceline.checkpoint.publication import hidden, publish
-from paceline.errors import ConfigError
-from paceline.lm.gguf import make_durable
-from paceline.trainer.callback import Callback
+from paceline.checkpoint.publication import hidden, make_durable, publish
+from paceline.errors import CheckpointError
 
 FOLDER = "pretrained"
 TEXTS = (".json", ".jinja", ".txt", ".model")
 """The endings of the files that belong to a tokenizer or a config."""
 
 
-class KeepPretrained(Callback):
-    """Writes `RUN/pretrained` when training starts; a resumed run leaves it as it is.
+def keep_pretrained(
+    run_dir: Path, models: Mapping[str, torch.nn.Module], tokenizer: Any = None
+) -> None:
+    """Writes `RUN/pretrained`, unless it is there: what transformers needs beside the weights.
 
-    A model without a config of transformers is passed over.
+    Args:
+        run_dir: the run's folder.
+        models: by name; those without a config of transformers are passed over.
+        tokenizer: the trainer's, if it has one.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
-
-    priority = 0
-
-    def on_train_start(self, trainer: Any) -> None:
-        if trainer.run_dir is None:
-            return
-        problem = None
-        if trainer.world.is_main:
-            try:
-                for name, model in trainer.named_models().items():
-                    if is_pretrained(model):
-                        tokenizer = getattr(trainer, "tokenizer", None)
-                        _keep(trainer.run_dir / FOLDER, name, model, tokenizer)
-            except (OSError, ValueError) as error:  # the latter from a config's own checks
-                problem = f"{trainer.run_dir / FOLDER} cannot be written: {error}."
-        problem = trainer.world.broadcast_object(problem)
-        if problem is not None:
-            raise ConfigError(problem)
+    try:
+        for name, model in models.items():
+            if is_pretrained(model):
+                _keep(run_dir / FOLDER, name, model, tokenizer)
+    except (OSError, ValueError) as error:  # the latter from a config's own checks
+        raise CheckpointError(f"{run_dir / FOLDER} cannot be written: {error}.") from error
 
 
 def is_pretrained(model: Any) -> bool:

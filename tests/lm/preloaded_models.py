@@ -1,5 +1,0 @@
-"""What ranks that train models of transformers import as they go, seconds for each."""
-
-import tiny
-
-tiny.model()
