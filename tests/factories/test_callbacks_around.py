@@ -86,7 +86,7 @@ def test_callbacks_run_once_however_often_super_is_called() -> None:
     ]  # fmt: skip
     deep.seen.clear()
     with pytest.raises(TypeError):
-        deep.work(1, 2, 3, 4)
+        deep.work(1, 2, 3, 4)  # pyright: ignore
     deep.work(1)  # an error leaves nothing behind
     assert deep.seen.count("method of the child") == 1
 

@@ -132,7 +132,7 @@ def test_all_mistakes_of_a_trainer_class_are_said_at_once_with_their_cure() -> N
 
         class Wrong(FactoryTrainer):
             name = "taken"
-            config_type = dict
+            config_type = dict  # pyright: ignore
             model_factory_type = [A, DataFactory]
             optimizer_factory: Config
 
@@ -299,6 +299,7 @@ def test_the_list_shows_kinds_names_and_where_each_is(recipe: Any) -> None:
 
 
 def test_a_config_made_in_python_is_checked_too() -> None:
-    assert AdamWFactory.config_type().lr == 5e-4
+    kind: Any = AdamWFactory.config_type
+    assert kind().lr == 5e-4
     with pytest.raises(ValueError, match="greater than 0"):
-        AdamWFactory.config_type(lr=-1)
+        kind(lr=-1)

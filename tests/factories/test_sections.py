@@ -124,7 +124,7 @@ def test_any_other_text_is_no_number_and_no_error(text: str) -> None:
     found = human_number(text)
     assert found is None or abs(found) < 10**309
     for kind in (HumanInt, HumanFloat):
-        made = type("Own", (Config,), {"__annotations__": {"value": kind}})
+        made: Any = type("Own", (Config,), {"__annotations__": {"value": kind}})
         try:
             value = made(value=text).value
         except ValueError:

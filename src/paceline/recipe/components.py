@@ -288,12 +288,12 @@ class Checker:
     def _shaped(self, value: Any, hint: Any, mark: OfKind, path: Path) -> Any:
         """The components in a field that is annotated as a list or a mapping of them, or as one."""
         shape = typing.get_origin(hint)
-        if shape is list and not isinstance(value, list):
-            self.mistakes.add(path, f"expected a list, one {mark.kind} an item, got {value!r}")
-        elif shape is dict and (not isinstance(value, Mapping) or is_component(value)):
-            self.mistakes.add(path, f"expected a mapping, each {mark.kind} by name, got {value!r}")
-        elif shape is dict:
+        if shape is dict and isinstance(value, Mapping) and not is_component(value):
             return {str(k): self._of_kind(v, mark, (*path, str(k))) for k, v in value.items()}
+        if shape is dict:
+            self.mistakes.add(path, f"expected a mapping, each {mark.kind} by name, got {value!r}")
+        elif shape is list and not isinstance(value, list):
+            self.mistakes.add(path, f"expected a list, one {mark.kind} an item, got {value!r}")
         else:
             return self._of_kind(value, mark, path)
         return _MISTAKEN
