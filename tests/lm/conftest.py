@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from paceline.testing import Ranks
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
