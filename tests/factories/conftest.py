@@ -104,10 +104,12 @@ class Sums(CheckpointEngine):
     """Writes the sum of the weights, and then waits to be killed if asked to."""
 
     name = "sums"
+    saves = []
 
     def save(self, model):
         import os
 
+        self.saves.append(self.checkpoint_dir.name)
         total = sum(float(p.sum()) for p in model.parameters())
         (self.checkpoint_dir / "sum").write_text(repr(total))
         if os.environ.get("DIES_IN_SAVE") == self.checkpoint_dir.name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def test_each_trigger_saves_once_a_step_a_whole_folder(recipe: Write) -> None:
     assert saved("epochs") == [8, 12]
     assert saved("best") == [4]
     assert saved("all") == list(range(1, 13))
+    assert len(sys.modules["mine"].Sums.saves) == 3 + 2 + 1 + 12  # no step twice
     total = sum(float(p.detach().sum()) for p in trainer.model.parameters())
     assert Path("epochs/step_00000012/sum").read_text() == repr(total)
     assert not Path("run/checkpoints").exists()  # the list names no engine that resumes
