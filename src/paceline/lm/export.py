@@ -117,8 +117,7 @@ def _chosen(home: Path, model: str | None) -> str:
     if not there:
         raise ConfigError(
             f"{home} keeps no config of transformers ({FOLDER}/): its models are none of "
-            "transformers. The format safetensors "
-            "needs none."
+            "transformers. The format safetensors needs none."
         )
     if model is None and len(there) > 1:
         raise ConfigError(f"{home} has several models: choose one of {', '.join(there)}.")
