@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+import tqdm
 from hypothesis import settings
 
 from budget import (  # noqa: F401  pytest's hooks
@@ -21,6 +22,7 @@ from paceline.testing.ranks import shared_ranks
 
 torch.set_num_threads(1)
 shared_ranks().preload.append("preloaded")
+tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
 _TORCHS_THREADS = ("QueueFeeder", "ThreadPool", "pt_", "InductorSubproc")
 _OTHERS_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_", "CUDA_MODULE_LOADING")
 

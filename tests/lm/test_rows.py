@@ -200,15 +200,8 @@ def test_the_manual_is_the_same_each_time() -> None:
     assert all(40 <= len(row["text"]) <= 600 for row in texts)
 
 
-@pytest.fixture
-def datasets(monkeypatch):
-    """The library, whose progress bars start no thread."""
-    library = pytest.importorskip("datasets")
-    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
-    return library
-
-
-def test_a_saved_hugging_face_dataset_is_read_with_slices(tmp_path: Path, datasets) -> None:
+def test_a_saved_hugging_face_dataset_is_read_with_slices(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
     whole = datasets.Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": whole, "test": whole.select([4])}).save_to_disk(tmp_path / "two")

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tqdm
 from torch.utils.data import DataLoader
 
 from paceline.factories import FactoryTrainer, get_config
 from paceline.lm.models import HFModelFactory, HFTokenizerFactory
 
-tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
 TOKENS = 600  # of the tokenizer of these tests
 IDS = torch.arange(8 * 6).reshape(8, 6) * 7 % 300
 
