@@ -1,87 +1,22 @@
-"""A tokenizer trained here, and chat templates of several kinds: nothing is downloaded."""
+"""A tokenizer and models for all tests of language models."""
 
 from __future__ import annotations
 
-import json
-import os
-import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-ANSWERS = [
-    *("yes", "no, never in this way", "it depends on what the second operand is", "a"),
-    *("lists grow", "yes\nand no", "the name is looked up in the enclosing scope first", "b c"),
-    *("an iterator", "the same object", "one of them is raised", "pass"),
-]
+from language_models import bpe_tokenizer, write_tiny
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def tokenizer() -> Any:
     """A byte-level BPE tokenizer of 600 tokens with ChatML; its pad token is its end token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|bos|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:20]]
-    bpe.train_from_iterator([*texts, "\n\n\n \n\n" * 20], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|bos|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=CHATML,
-    )
+    return bpe_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A small random Llama with dropout, its tokenizer, and dialogues of different lengths."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        attention_dropout=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "dropout")
-    config.attention_dropout = 0.0
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    for name in ("dropout", "model"):
-        tokenizer.save_pretrained(folder / name)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Question {i}: {'what ' * (i % 4)}?"},
-                {"role": "assistant", "content": answer},
-            ]
-        }
-        for i, answer in enumerate(ANSWERS)
-    ]
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    texts = [{"text": row["messages"][1]["content"] * 3} for row in rows]
-    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    return folder
+    """Small random Llamas with and without dropout, their tokenizer, and dialogues."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"), tokenizer)
