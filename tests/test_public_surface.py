@@ -8,13 +8,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import paceline
+from paceline.recipe.typed import Config
 
 GOLDEN = Path(__file__).with_name("public_surface.json")
-MODULES = ("paceline", "paceline.callbacks", "paceline.errors", "paceline.testing", "paceline.tune")
+MODULES = (
+    *("paceline", "paceline.callbacks", "paceline.errors", "paceline.factories", "paceline.lm"),
+    *("paceline.lm.data", "paceline.testing", "paceline.tune"),
+)
 
 
 def surface() -> dict[str, Any]:
@@ -29,7 +34,8 @@ def surface() -> dict[str, Any]:
             thing = getattr(module, name)
             if getattr(thing, "__module__", "").startswith("paceline"):
                 found[f"{module_name}.{name}"] = describe(thing)
-    return found
+    # The repr of a function in an annotation ends with where it lies in memory.
+    return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(found)))
 
 
 def describe(thing: Any) -> Any:
@@ -37,6 +43,9 @@ def describe(thing: Any) -> Any:
 
     if not inspect.isclass(thing):
         return str(inspect.signature(thing))
+    if issubclass(thing, Config):
+        fields = thing.model_fields.items()
+        return {n: f"{inspect.formatannotation(f.annotation)} = {f.default}" for n, f in fields}
     if issubclass(thing, BaseException):
         return [base.__name__ for base in thing.__mro__[1:-1]]
     members = {

@@ -1,1 +1,63 @@
-"""Language models: their data, attention by document, and training."""
+"""Language models: their data, attention by document, training and export.
+
+Each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paceline.lm.attention import attend_by_document, check_packing, packed_inputs
+    from paceline.lm.export import export_huggingface
+    from paceline.lm.hf_engine import HFCheckpointEngine
+    from paceline.lm.models import (
+        HFModelConfig,
+        HFModelFactory,
+        HFTokenizerConfig,
+        HFTokenizerFactory,
+    )
+    from paceline.lm.trainers import CausalTrainer, LMTrainer, SFTTrainer, next_token_loss
+
+_MODULES = {
+    "CausalTrainer": "paceline.lm.trainers",
+    "HFCheckpointEngine": "paceline.lm.hf_engine",
+    "HFModelConfig": "paceline.lm.models",
+    "HFModelFactory": "paceline.lm.models",
+    "HFTokenizerConfig": "paceline.lm.models",
+    "HFTokenizerFactory": "paceline.lm.models",
+    "LMTrainer": "paceline.lm.trainers",
+    "SFTTrainer": "paceline.lm.trainers",
+    "attend_by_document": "paceline.lm.attention",
+    "check_packing": "paceline.lm.attention",
+    "export_huggingface": "paceline.lm.export",
+    "next_token_loss": "paceline.lm.trainers",
+    "packed_inputs": "paceline.lm.attention",
+}
+
+__all__ = [
+    "CausalTrainer",
+    "HFCheckpointEngine",
+    "HFModelConfig",
+    "HFModelFactory",
+    "HFTokenizerConfig",
+    "HFTokenizerFactory",
+    "LMTrainer",
+    "SFTTrainer",
+    "attend_by_document",
+    "check_packing",
+    "export_huggingface",
+    "next_token_loss",
+    "packed_inputs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
