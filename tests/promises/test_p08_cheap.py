@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import paceline
 from paceline import Trainer
+from paceline.factories import FactoryTrainer
 
 HOME = paceline.__path__[0]
 
@@ -29,11 +30,11 @@ class CallCounter:
             self.calls[frame.f_code.co_qualname] += 1
 
 
-def calls(steps: int, **settings: Any) -> Counter[str]:
+def calls(steps: int, kind: type[Trainer] = Trainer, **settings: Any) -> Counter[str]:
     """Paceline's function calls in a run of so many steps."""
     data = TensorDataset(torch.randn(320, 4), torch.randn(320, 1))
     model = nn.Linear(4, 1)
-    trainer = Trainer(
+    trainer = kind(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
         loss_fn=nn.MSELoss(),
@@ -56,6 +57,13 @@ def test_a_lean_step_makes_few_calls() -> None:
     more.subtract(calls(20))
     per_step = {name: count / 40 for name, count in more.items() if count > 0}
     assert sum(per_step.values()) <= 55, per_step
+
+
+def test_a_trainer_with_factories_calls_nothing_more_in_a_step() -> None:
+    more, plain = calls(60, FactoryTrainer), calls(60)
+    more.subtract(calls(20, FactoryTrainer))
+    plain.subtract(calls(20))
+    assert +more == +plain
 
 
 def test_an_event_that_nobody_hears_calls_nothing() -> None:

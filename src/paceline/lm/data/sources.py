@@ -91,8 +91,10 @@ class FileConfig(RowsConfig):
 
     Attributes:
         path: a file, a folder, or a pattern such as `data/*.jsonl`; relative to the working folder.
+            Files may move between two starts of a run: what is compared is their content.
     """
 
+    free = frozenset({"path"})
     path: str
 
     @pydantic.field_validator("path")
