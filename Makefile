@@ -1,5 +1,5 @@
 # make demo    trains a small GPT on Python's manual; again, it says that the run is complete
-# make check   the inner loop: style, types, layers and the fast tests, in 3 minutes on 2 cores
+# make check   the inner loop: style, types, layers and the fast tests, in 4 minutes on 2 cores
 # make test    the same with every test
 # make durations  measures every test, and writes down which are too slow for `make check`
 # make docs    the documentation as a website, in site/
