@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -19,12 +20,14 @@ from paceline.factories import (
     CheckpointEngine,
     Config,
     DataFactory,
+    DataSource,
     FactoryTrainer,
     ModelFactory,
     OptimizerFactory,
     TrainerConfig,
 )
 from paceline.factories.optimizers import AdamWFactory, SGDFactory
+from paceline.lm.data.sources import RowSource
 from paceline.trainer.slots import slots_of
 
 
@@ -216,6 +219,7 @@ def test_further_parameters_with_defaults_are_fine() -> None:
 
 
 OWN = """
+import torch
 from paceline.factories import Config, ModelFactory
 
 class OwnConfig(Config):
@@ -224,6 +228,9 @@ class OwnConfig(Config):
 class Own(ModelFactory):
     name = "own"
     config: OwnConfig
+
+    def create_model(self, model_config):
+        return torch.nn.Linear(1, self.config.width)
 """
 
 
@@ -304,3 +311,20 @@ def test_a_config_made_in_python_is_checked_too() -> None:
     assert kind().lr == 5e-4
     with pytest.raises(ValueError, match="greater than 0"):
         kind(lr=-1)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (ModelFactory, "it has no create_model: define create_model(self, model_config)."),
+        (DataSource, "it has no load: define load(self, config, split)."),
+        (RowSource, "it has no read: define read(self, config, split)."),
+        (CheckpointEngine, "it has no save: define save(self, model)."),
+    ],
+)
+def test_a_class_without_what_its_kind_must_do_is_refused_as_it_is_defined(
+    base: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        type("Lacking", (base,), {"name": "lacking"})
+    type("Abstract", (base,), {})  # without a name it may leave that to others

@@ -171,7 +171,7 @@ def _print_table(
         )
     for cells in zip(*(columns[key] for key in shown), strict=True):
         table.add_row(*map(Text, cells))
-    # Wider than the terminal if need be: a line that goes on below is still whole.
+    # Wider than the terminal if need be: a wrapped line is still complete.
     needed = 0 if by_key else total(shown)
     Console(width=max(terminal, needed), highlight=False).print(table)
     if dropped:

@@ -27,7 +27,7 @@ class Fetcher(Dataset):
     index), so that augmentation does not depend on the worker, the batch or what was read before.
     Collation gets one stream per batch. A plain TensorDataset draws nothing and is indexed a batch
     at a time. One with `__getitems__` is asked for a batch at a time as long as that draws nothing,
-    then for one sample after the other. One with `set_epoch` is told each pass, in each worker.
+    then for one sample after the other. Its `set_epoch` is called once a pass in each worker.
 
     Args:
         dataset: the user's map-style dataset.

@@ -16,6 +16,7 @@ A factory of one's own derives from the base of its kind, has a `config_type` (o
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Protocol
@@ -115,6 +116,7 @@ class ModelFactory(Factory):
         """What the model is made from; by default this factory's own config."""
         return self.config
 
+    @abstractmethod
     def create_model(self, model_config: Any) -> torch.nn.Module | Mapping[str, torch.nn.Module]:
         """The model, or models by name, on the CPU.
 
@@ -133,6 +135,7 @@ class TokenizerFactory(Factory):
     def __call__(self) -> Any:
         return self.create_tokenizer()
 
+    @abstractmethod
     def create_tokenizer(self) -> Any:
         """The tokenizer."""
         raise NotImplementedError(f"{type(self).__qualname__} needs a create_tokenizer().")
@@ -147,6 +150,7 @@ class OptimizerFactory(Factory):
     def __call__(self) -> torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer]:
         return self.create_optimizer(self.trainer.model, self.config)
 
+    @abstractmethod
     def create_optimizer(self, model: Any, optimizer_config: Any) -> Any:
         """The optimizer of the model, or optimizers by name.
 
@@ -166,6 +170,7 @@ class SchedulerFactory(Factory):
     def __call__(self) -> Any:
         return self.create_scheduler(self.trainer.optimizer)
 
+    @abstractmethod
     def create_scheduler(self, optimizer: Any) -> Any:
         """The schedule of the optimizer; None for none.
 
@@ -220,6 +225,7 @@ class DataSource(Factory):
     def __call__(self) -> Sequence[Mapping[str, Any]]:
         return self.load(self.config, self.config.split or self.split)
 
+    @abstractmethod
     def load(self, config: Any, split: str) -> Sequence[Mapping[str, Any]]:
         """The rows of the set, each a mapping of its columns.
 

@@ -15,6 +15,7 @@ One of your own derives from `CheckpointEngine`, gives itself a `name` and write
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,11 +97,10 @@ class CheckpointEngine(Typed, Callback, Around):
             mistakes.append(
                 "config_type: expected a class that derives from CheckpointEngineConfig."
             )
-        if "name" in vars(cls) and cls.save is CheckpointEngine.save:
-            mistakes.append("it saves nothing: define save(self, model).")
         check_and_register(cls, CheckpointEngine, "checkpoint", mistakes)
         super().__init_subclass__(**kwargs)
 
+    @abstractmethod
     def save(self, model: Any) -> None:
         """Writes the model to `checkpoint_dir`; called on every rank.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,7 @@ class _PerModel(OptimizerFactory):
             return {name: self.of_model(one, optimizer_config) for name, one in model.items()}
         return self.of_model(model, optimizer_config)
 
+    @abstractmethod
     def of_model(self, model: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
         """The optimizer of one model.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -300,6 +301,7 @@ class LMDataFactory(DataFactory):
         if tokenizer is None:
             raise ConfigError("tokenizer: language-model data needs one: give `tokenizer:`.")
 
+    @abstractmethod
     def encode(self, row: Mapping[str, Any], counts: Counter[str]) -> Sample | Refusal:
         """The sample of a row.
 
@@ -379,7 +381,7 @@ class CausalDataConfig(LMDataConfig):
             raise ValueError("tail has no effect with pack: false: no text is cut at a pack's end.")
         if self.pack and "truncate" in given:
             raise ValueError(
-                "truncate has no effect with pack: true: a text goes on in a new pack."
+                "truncate has no effect with pack: true: a text continues in the next pack."
             )
         return self
 

@@ -150,7 +150,7 @@ def chop(
 ) -> Packs:
     """Packs of exactly `capacity` tokens, cut from all samples one after the other.
 
-    A document that reaches over a pack's edge goes on in the next pack, as a document of its own.
+    A document that crosses a pack's edge continues in the next pack, as a document of its own.
     What was cut, kept or dropped is counted.
 
     Args:

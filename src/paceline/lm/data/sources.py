@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ class RowSource(DataSource):
 
     config_type = RowsConfig
 
+    @abstractmethod
     def read(self, config: Any, split: str) -> Rows:
         """The rows as they are stored.
 
