@@ -183,6 +183,69 @@ def test_a_draw_that_makes_no_window_is_an_error_that_says_why(gives: Any, said:
     assert said in message(DataError, train_dataloader=Forgetful(gives))
 
 
+class Collecting(Fixed):
+    """Collects, for an epoch, what the draws give; on even epochs there is nothing to collect."""
+
+    def __init__(self, stop_in: int | None = None) -> None:
+        super().__init__()
+        self.windows, self.collected, self.stop_in = 0, -1, stop_in
+        self.stopping: Any = None
+
+    def open_source(self, size: Any, seed: int, world: Any, stopping: Any) -> Any:
+        self.stopping = stopping
+        return self
+
+    def collect(self) -> None:
+        if self.collected == self.epoch:
+            return
+        if self.stop_in == self.epoch:
+            signal.raise_signal(signal.SIGTERM)
+        if self.stopping():
+            raise StopCollecting
+        self.collected, self.windows = self.epoch, 2 * (self.epoch % 2)
+
+    def draw(self) -> Draw | None:
+        assert self.collected == self.epoch
+        return super().draw() if self.window < self.windows else None
+
+    def at_end(self, *, keep: bool) -> bool:
+        return self.window >= self.windows
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"collected": self.collected, "windows": self.windows}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.collected, self.windows = state["collected"], state["windows"]
+
+
+def test_an_epoch_for_which_nothing_was_collected_has_no_step(tmp_path: Path) -> None:
+    """Epochs 0, 2 and 4 are empty: they end, are counted, validated and saved as all others are."""
+    ended: list[tuple[int, int]] = []
+
+    def start(folder: str, stop_in: int | None) -> Any:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        trainer = trainer_of(tmp_path / folder)
+        trainer.on_train_epoch_end = lambda: ended.append(
+            (trainer.current_epoch, trainer.global_step)
+        )
+        trainer.train_dataloader = Collecting(stop_in)
+        trainer.train(epochs=5, seed=1)
+        return trainer
+
+    whole = start("whole", None)
+    assert ended == [(0, 0), (1, 2), (2, 2), (3, 4), (4, 4)]
+    assert (whole.progress.empty_epochs, whole.global_step) == (3, 4)
+    for epoch in range(5):
+        folder = f"stopped in {epoch}"
+        with pytest.raises(SystemExit, match="75"):
+            start(folder, epoch)
+        assert saved_steps(tmp_path / folder / "run")[-1] == 2 * (epoch // 2), "before that epoch"
+        start(folder, None)
+        assert ending(tmp_path / folder / "run") == ending(tmp_path / "whole" / "run")
+
+
 class Half:
     """Some of a source."""
 

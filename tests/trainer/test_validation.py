@@ -55,6 +55,9 @@ def test_when_a_run_validates() -> None:
     assert validated_at(validate_every=2) == [2, 4, 6, 8, 10]
     assert validated_at(validate_every=4) == [4, 8, 10]  # and once more at the end
     assert validated_at(validate_every=100) == [10]
+    assert validated_at(validate_every="1 epoch") == [5, 10]
+    assert validated_at(validate_every="2 epochs") == [10]
+    assert validated_at(validate_every="2 epochs", epochs=3) == [10, 15]  # ... and at the end
     assert validated_at(max_steps=7) == [5, 7]
     assert validated_at(validate_every=5, max_steps=5) == [5]
     assert validated_at(gradient_accumulation_steps=2, validate_every=2) == [2, 4, 6]

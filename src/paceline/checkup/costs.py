@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paceline.checkpoint import CheckpointPolicy
+from paceline.trainer.settings import epochs_between
 
 if TYPE_CHECKING:
     from paceline.trainer.trainer import Trainer
@@ -41,10 +42,9 @@ def length_of(trainer: Trainer, validate_every: str | int) -> Length:
         validations: int | None = 0
     elif isinstance(validate_every, int):
         validations = None if steps is None else -(-steps // validate_every)
-    elif steps is None or an_epoch is None:
-        validations = epochs
     else:
-        validations = -(-steps // an_epoch)
+        begun = epochs if steps is None or an_epoch is None else -(-steps // an_epoch)
+        validations = None if begun is None else -(-begun // (epochs_between(validate_every) or 1))
     return Length(steps, epochs, validations)
 
 

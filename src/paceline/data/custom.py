@@ -109,6 +109,8 @@ class CustomSource:
         # Ranks that work on the same samples; a world on paper has fewer processes than ranks.
         self._alike = max(1, world.size // world.dp_size)
         self._epoch = 0
+        self._collects = callable(getattr(source, "collect", None))
+        self._collected = False  # ... for the epoch at hand
         self._last: Any = _NOTHING  # stands in where another rank has more batches
         self._before: dict[str, Any] | None = None  # the state from before a draw that is given up
         self.micro_batches = source.micro_batches
@@ -122,13 +124,17 @@ class CustomSource:
         ]
 
     def start_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        self._epoch, self._collected = epoch, False
         self._seed_all(0, epoch)
         self._source.start_epoch(epoch)
 
     def draw(self) -> Draw | None:
         self._before = self._source.state_dict()
-        draw, gave_up = None, self._stopping.asked()
+        decided = self._collects and not self._collected
+        if decided:
+            self._collect()
+        # After `collect` a draw exchanges something: all ranks come to it.
+        draw, gave_up = None, not self._collects and self._stopping.asked()
         if not gave_up:
             self._seed_all(1, self._stopping.global_step)
             try:
@@ -139,11 +145,35 @@ class CustomSource:
         if draw is not None and self._alike > 1:
             ahead = list(map(draw.batch, range(len(draw.sizes))))
         drawn = self._exchange(draw, gave_up, fingerprint(ahead))
-        if self._stopping.decided():
+        if not decided and self._stopping.decided():
             raise StopCollecting
+        if decided and draw is None and all(one.ended for one in drawn):
+            self._before = None
+            return None
         self._check(drawn)
         self._before = None
         return self._leveled(draw, drawn, ahead)
+
+    def _collect(self) -> None:
+        """Has the source collect what its epoch is made of: each rank takes its own time.
+
+        Raises:
+            StopCollecting: on every rank, since the run stops before the window.
+            DataError: on every rank, a source has given up without a reason.
+        """
+        gave_up = self._stopping.asked()
+        if not gave_up:
+            self._seed_all(2, self._stopping.global_step)
+            try:
+                self._source.collect()  # pyright: ignore[reportAttributeAccessIssue]
+            except StopCollecting:
+                gave_up = True
+        self._world.wait_for_all()  # which may take minutes
+        drawn = [_Drawn(gave_up=each) for each in self._world.all_gather_object(gave_up)]
+        if self._stopping.decided():
+            raise StopCollecting
+        self._refuse_to_give_up(drawn, "collect")
+        self._collected = True
 
     def _exchange(self, draw: Draw | None, gave_up: bool, read: bytes) -> list[_Drawn]:
         """What each rank has drawn; every rank comes here, whatever has become of its draw."""
@@ -164,11 +194,7 @@ class CustomSource:
             DataError: saying what is wrong with them.
         """
         name, windows = type(self._source).__name__, [one for one in drawn if not one.ended]
-        if any(one.gave_up for one in drawn):
-            raise DataError(
-                f"{name}.draw() raised StopCollecting, but the run does not stop: raise it once "
-                "stopping() is true; request_stop() of the Trainer asks for a stop."
-            )
+        self._refuse_to_give_up(drawn, "draw")
         if not any(one.sizes for one in drawn):
             what = "a window without a micro-batch" if windows else "no window"
             raise DataError(
@@ -189,6 +215,14 @@ class CustomSource:
                 f"micro-batches are {sizes}: `samples` is their sum, or -1 to have them counted."
             )
         check_alike([(one.sizes, one.read) for one in drawn], self._world)
+
+    def _refuse_to_give_up(self, drawn: list[_Drawn], what: str) -> None:
+        if any(one.gave_up for one in drawn):
+            raise DataError(
+                f"{type(self._source).__name__}.{what}() raised StopCollecting, but the run does "
+                "not stop: raise it once stopping() is true; request_stop() of the Trainer asks "
+                "for a stop."
+            )
 
     def _leveled(self, draw: Draw | None, drawn: list[_Drawn], ahead: list[Any]) -> Draw:
         """This rank's part of the window, with stand-ins for what other ranks have more."""

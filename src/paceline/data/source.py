@@ -18,8 +18,12 @@ run (`SourceFactory`). What it has to do, beside the methods of `Source`:
 - A draw that takes long asks `stopping()` now and then, each rank as often as it likes, and raises
   `StopCollecting` once that is true. It need not tidy up: the run saves the state from before the
   draw, drops what other ranks have drawn, and draws that window anew when it is resumed.
-- So a draw must not wait for another rank's, which may have been given up. Ranks wait for each
+- So such a draw must not wait for another rank's, which may have been given up. Ranks wait for each
   other after it, for `parallel.timeout` seconds at most.
+- A source may have `collect()`, which is called before an epoch's first draw, and may take long.
+  Then `draw` does not ask whether to stop and comes to the same end on all ranks soon, so that it
+  may exchange what was collected (`World.all_gather_object`). An epoch for which nothing was
+  collected may have no window: its first draw gives None, and `at_end` is true.
 - `identity` holds the settings that decide what is drawn, as plain values.
 """
 

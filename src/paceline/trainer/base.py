@@ -141,7 +141,7 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
     precision: str
     compile: bool | Literal["blocks"]
     deterministic: bool
-    validate_every: Literal["epoch"] | int
+    validate_every: str | int
     max_val_batches: int | None = None
     metric_monitor: MetricMonitor | None
     early_stop: int | None
@@ -614,7 +614,7 @@ class TrainerBase(Hooks, AbstractTrainer, OtherNames):
         run = self._run
         if run is None or not run.validating:
             return False
-        return run.stop.agreed_on(behind_boundary(run.global_step))
+        return run.stop.agreed_on(behind_boundary(run.progress.place))
 
     def request_rewind(self, step: int) -> None:
         """Asks to go back to the newest checkpoint and skip the window of `step` from then on.

@@ -41,7 +41,7 @@ from paceline.trainer.elsewhere import EVENTS_ELSEWHERE, METHODS_ELSEWHERE, is_a
 from paceline.trainer.events import EVENTS, misspelt_hooks, overrides
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
-from paceline.trainer.settings import MODES
+from paceline.trainer.settings import MODES, epochs_between
 from paceline.world import quorum
 from paceline.world.environment import replica_group
 from paceline.world.layout import Parallel
@@ -163,8 +163,11 @@ def _wrong_choices(trainer: TrainerBase) -> list[str]:
         if (value := getattr(trainer, name)) not in choices
     ]
     every: Any = trainer.validate_every
-    if every != "epoch" and not (_is_count(every) and every > 0):
-        wrong.append(f"validate_every={every!r}: expected 'epoch' or a number of optimizer steps.")
+    if epochs_between(every) is None and not (_is_count(every) and every > 0):
+        wrong.append(
+            f"validate_every={every!r}: expected 'epoch' or a number: of epochs ('5 epochs'), or "
+            "of optimizer steps."
+        )
     for name, argument in (
         ("deterministic", "deterministic"),
         ("show_progress", "progress"),

@@ -10,6 +10,7 @@ from paceline.checkpoint.policy import among_best
 from paceline.trainer.base import TrainerBase
 from paceline.trainer.run import Run
 from paceline.trainer.saving import wait_for_saves
+from paceline.trainer.settings import epochs_between
 
 
 def out_of_patience(trainer: TrainerBase) -> bool:
@@ -18,6 +19,17 @@ def out_of_patience(trainer: TrainerBase) -> bool:
     if patience is not None and monitor is not None and monitor.worse_count >= patience:
         return True
     return any(callback.out_of_patience for callback in trainer.callbacks)
+
+
+def validates(trainer: TrainerBase, run: Run) -> bool:
+    """Whether a validation is due at the end of the present epoch, by `validate_every`.
+
+    Args:
+        trainer: with the setting.
+        run: at the boundary.
+    """
+    between = epochs_between(trainer.validate_every)
+    return between is not None and (run.progress.epoch + 1) % between == 0
 
 
 def ending(trainer: TrainerBase, run: Run, *, epoch_ends: bool) -> str | None:

@@ -91,8 +91,8 @@ def running(trainer: TrainerBase, run: Run) -> Iterator[None]:
 
 def first_point(run: Run) -> int:
     """Where the run begins, as `stop.py` numbers it: with a boundary, if one is pending."""
-    step = run.progress.global_step
-    return behind_window(step) if run.progress.pending else behind_boundary(step)
+    place = run.progress.place
+    return behind_window(place) if run.progress.pending else behind_boundary(place)
 
 
 def start(trainer: TrainerBase, run: Run) -> None:

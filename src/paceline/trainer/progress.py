@@ -32,6 +32,7 @@ class Progress:
         pending: parts of the boundary after the last window that a stop left undone.
         ended_by: why training is over, or None while it is not.
         skips: global steps whose windows are passed over (after a rewind).
+        empty_epochs: epochs done that had no window.
         metrics: the last validation's metrics.
         rates: the learning rates of the last window, one a parameter group, by optimizer.
         local_batches: batches this process has trained on since it started; no part of the state.
@@ -48,10 +49,16 @@ class Progress:
     pending: list[str] = field(default_factory=list)
     ended_by: str | None = None
     skips: list[int] = field(default_factory=list)
+    empty_epochs: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     rates: dict[str, list[Any]] = field(default_factory=dict)
     local_batches: int = 0
     epoch_ends: bool = False
+
+    @property
+    def place(self) -> int:
+        """Windows and empty epochs done: by it `stop.py` numbers where a run can stop."""
+        return self.global_step + self.empty_epochs
 
     def state_dict(self) -> dict[str, Any]:
         """Every counter, as plain numbers."""
@@ -62,6 +69,7 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        state = {"begun": state["batch"] > 0, **state}  # older checkpoints do not say
+        # Older checkpoints do not say all of it.
+        state = {"begun": state["batch"] > 0, "empty_epochs": 0, **state}
         for name in {*self.__dataclass_fields__} - _PASSING:
             setattr(self, name, state[name])

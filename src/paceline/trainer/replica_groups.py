@@ -363,7 +363,7 @@ class ReplicaGroups:
             quorum.stands_at(run.global_step)
             quorum.give_up("this group has gone on from a checkpoint")
             quorum.agree()
-        if run.stop.reached(behind_boundary(run.global_step)):
+        if run.stop.reached(behind_boundary(run.progress.place)):
             self._leave([])
         return False
 

@@ -278,8 +278,8 @@ class StopBeforeWindow:
 
     def asked(self) -> bool:
         run = self._run
-        return run.stop.agreed_on(behind_draw(run.global_step))
+        return run.stop.agreed_on(behind_draw(run.progress.place))
 
     def decided(self) -> bool:
         run = self._run
-        return run.stop.reached(behind_draw(run.global_step))
+        return run.stop.reached(behind_draw(run.progress.place))

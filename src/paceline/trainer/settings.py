@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from paceline.errors import ConfigError, refuses_unknown
 
@@ -44,6 +45,18 @@ READ_ONCE = frozenset(
         "seed",
     }
 )
+
+
+def epochs_between(every: Any) -> int | None:
+    """The epochs between two validations; None if `validate_every` says it in no epochs.
+
+    Args:
+        every: "epoch", "5 epochs", or anything else.
+    """
+    if not isinstance(every, str):
+        return None
+    found = re.fullmatch(r"epoch|1 epoch|([1-9]\d*) epochs", every)
+    return None if found is None else int(found[1] or 1)
 
 
 def whole_seed(seed: Any) -> int:
@@ -135,7 +148,7 @@ class ValidationPolicy:
     """When to validate, and on how much: what `validate_every` takes besides "epoch" and a number.
 
     Args:
-        every: "epoch", or a number of optimizer steps.
+        every: "epoch", "5 epochs", or a number of optimizer steps.
         max_batches: the first batches of each rank from each loader; None for all of them, 0 for
             no validation.
 
@@ -143,7 +156,7 @@ class ValidationPolicy:
         ConfigError: `max_batches` is no number of batches.
     """
 
-    every: Literal["epoch"] | int = "epoch"
+    every: str | int = "epoch"
     max_batches: int | None = None
 
     def __post_init__(self) -> None:

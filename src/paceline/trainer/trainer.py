@@ -69,7 +69,7 @@ class Trainer(TrainerBase):
             kept as they were made; sharded ones are gathered in the lower precision.
         compile: compile models in place, or their repeated "blocks", as sharded ones always are.
         deterministic: use deterministic algorithms only.
-        validate_every: "epoch", a number of optimizer steps, or a `ValidationPolicy`.
+        validate_every: "epoch", "5 epochs", a number of optimizer steps, or a `ValidationPolicy`.
         metric_monitor: which metric decides what is best.
         early_stop: end training after this many validations without a better metric.
         on_nonfinite: what a loss or gradient norm that is not finite leads to.
@@ -106,7 +106,7 @@ class Trainer(TrainerBase):
         precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32",
         compile: bool | Literal["blocks"] = False,
         deterministic: bool = False,
-        validate_every: Literal["epoch"] | int | ValidationPolicy = "epoch",
+        validate_every: str | int | ValidationPolicy = "epoch",
         metric_monitor: MetricMonitor | None = None,
         early_stop: int | None = None,
         on_nonfinite: Literal["raise", "stop", "skip", "rewind"] = "raise",
@@ -354,7 +354,7 @@ class Trainer(TrainerBase):
             except StopCollecting:  # on every rank: the run stops before this window
                 return self._leave(pending=[])
             if draw is None:
-                return
+                return self._pass_over_epoch(run)
             window = self.open_window(draw)
             if progress.global_step not in progress.skips:
                 yield window
@@ -396,7 +396,16 @@ class Trainer(TrainerBase):
             saving.report(run)
         if run.rewinding:
             return
-        if run.stop.reached(behind_window(progress.global_step)):
+        # Each step, so without a call of `progress.place`.
+        if run.stop.reached(behind_window(progress.global_step + progress.empty_epochs)):
+            self._leave(pending=["boundary"])
+        else:
+            self._boundary(run)
+
+    def _pass_over_epoch(self, run: Run) -> None:
+        """Ends an epoch for which a source of the user's own has collected nothing."""
+        self.progress.empty_epochs += 1
+        if run.stop.reached(behind_window(self.progress.place)):
             self._leave(pending=["boundary"])
         else:
             self._boundary(run)
@@ -413,10 +422,10 @@ class Trainer(TrainerBase):
         ending = decisions.ending(self, run, epoch_ends=last)
         if not (by_step or saves or last or ending):
             return
-        run.stop.hold(behind_boundary(step))
+        run.stop.hold(behind_boundary(progress.place))
         progress.epoch_ends = last
         improved = kept = False
-        validates = by_step or bool(ending) or (last and self.validate_every == "epoch")
+        validates = by_step or bool(ending) or (last and decisions.validates(self, run))
         if validates and progress.validated_at != step and self.has_validation:
             metrics = self._measure(run)
             if metrics is None:
@@ -431,7 +440,7 @@ class Trainer(TrainerBase):
         reasons = decisions.save_reasons(self, run, epoch_ended=last, improved=kept)
         if reasons or progress.ended_by:
             self._save(reasons + (["end"] if progress.ended_by else []), best=improved)
-        if not run.is_over and run.stop.reached(behind_boundary(step)):
+        if not run.is_over and run.stop.reached(behind_boundary(progress.place)):
             self._leave(pending=[])
 
     def _measure(self, run: Run) -> dict[str, float] | None:

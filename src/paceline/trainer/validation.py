@@ -48,13 +48,13 @@ def measure(trainer: TrainerBase, run: Run) -> dict[str, float] | None:
             returned = trainer.evaluate()
             returned = None if returned is None else _numbers("evaluate()", returned)
             returned = run.world.broadcast_object(returned)
-            if returned is None and run.stop.reached(behind_boundary(step)):
+            if returned is None and run.stop.reached(behind_boundary(run.progress.place)):
                 return None
             _end(run)
             logged = trainer.recorder.validation_metrics({}, 0)
     else:
         returned = run.world.broadcast_object(trainer.evaluate())
-        if returned is None and run.stop.reached(behind_boundary(step)):
+        if returned is None and run.stop.reached(behind_boundary(run.progress.place)):
             return None
     return {**logged, **(returned or {})}
 
@@ -145,14 +145,14 @@ def _run_batches(trainer: TrainerBase, run: Run, data: Validation, first: int) -
         data: of the loader at hand.
         first: the number of its first batch in the whole validation.
     """
-    step, placement = run.progress.global_step, run.placement
-    key = stream(seed_of(run.val_name, run.seed), "val", step, run.world.part)
+    placement, behind = run.placement, behind_boundary(run.progress.place)
+    key = stream(seed_of(run.val_name, run.seed), "val", run.global_step, run.world.part)
     events, samples = run.events, 0
     most = trainer.max_val_batches
     if most is not None and data.length is not None and data.length <= most:
         most = None  # it is read to its end
     for batch_idx, (batch, size) in enumerate(islice(data.batches(), most)):
-        if run.stop.abandons(behind_boundary(step), first + batch_idx):
+        if run.stop.abandons(behind, first + batch_idx):
             return None
         batch = placement.local_batch(batch)
         if size == 0:  # it only keeps this rank in step with the others

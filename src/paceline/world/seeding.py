@@ -32,6 +32,10 @@ _LABELS = {
     "init": 8,
     "name": 9,
     "source": 10,
+    "env": 11,
+    "probe": 12,
+    "response": 13,
+    "eval": 14,
 }
 
 
