@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 shared_ranks().preload.append("preloaded")
 tqdm.tqdm.monitor_interval = 0  # no thread that watches progress bars
 _TORCHS_THREADS = ("QueueFeeder", "ThreadPool", "pt_", "InductorSubproc")
-_OTHERS_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_", "CUDA_MODULE_LOADING")
+_OTHERS_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_", "CUDA_MODULE_LOADING", "PYGAME_")
 
 
 # What collecting the tests imports stays: nothing is looked for in it, now or later.

@@ -48,12 +48,15 @@ KINDS: dict[str, str] = {
     "data_source": "paceline.factories.bases:DataSource",
     "optimizer_factory": "paceline.factories.bases:OptimizerFactory",
     "scheduler_factory": "paceline.factories.bases:SchedulerFactory",
+    "environment": "paceline.rl.control.environment:Environment",
+    "algorithm": "paceline.rl.algorithm:Algorithm",
     "checkpoint": "paceline.factories.checkpoint:CheckpointEngine",
 }
 
 _SHIPPED: dict[str, dict[str, str]] = {
     "trainer": {
         "causal": "paceline.lm.trainers:CausalTrainer",
+        "rl": "paceline.rl.trainer:RLTrainer",
         "sft": "paceline.lm.trainers:SFTTrainer",
         "trainer": "paceline.trainer.trainer:Trainer",
     },
@@ -100,7 +103,14 @@ _SHIPPED: dict[str, dict[str, str]] = {
     "checkpoint": {
         "huggingface": "paceline.lm.hf_engine:HFCheckpointEngine",
     },
+    "environment": {
+        "gym": "paceline.rl.control.environment:GymEnvironment",
+    },
+    "algorithm": {
+        "ppo": "paceline.rl.algorithms.ppo:PPO",
+    },
     "model_factory": {
+        "actor_critic": "paceline.rl.trainer:ActorCriticFactory",
         "huggingface": "paceline.lm.models:HFModelFactory",
     },
     "tokenizer_factory": {

@@ -112,6 +112,8 @@ def _uncallable(cls: type, base: type) -> Iterator[str]:
             continue
         theirs = list(inspect.signature(original).parameters.values())[1:]
         own = inspect.signature(method)
+        if name in getattr(base, "called_without_arguments", ()):
+            theirs = []
         by_position = [p for p in theirs if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         named = {p.name: None for p in theirs if p.kind is p.KEYWORD_ONLY}
         for count in {len(by_position), sum(p.default is p.empty for p in by_position)}:

@@ -92,7 +92,8 @@ class FactoryTrainer(Trainer, Around):
     Args:
         config: from `get_config`; what it describes is made in `configure()`, unless it is given.
         tokenizer: in place of the tokenizer factory's.
-        **settings: as of `Trainer`; they override the recipe's.
+        **settings: as of `Trainer`, and the components of the class's own slots, which become
+            attributes; they override the recipe's.
 
     Attributes:
         config: the typed recipe; None without one.
@@ -111,6 +112,7 @@ class FactoryTrainer(Trainer, Around):
     scheduler_factory_type: ClassVar[Any] = [
         LinearFactory, CosineFactory, ConstantFactory, StableDecayFactory,
     ]  # fmt: skip
+    called_without_arguments = frozenset({"evaluate"})  # of those that a class overrides
     events_around = {
         "init": "__init__",
         **{n: n for n in ("train", "epoch", "step", "loss", "backward", "evaluate", "checkpoint")},
@@ -146,7 +148,9 @@ class FactoryTrainer(Trainer, Around):
         bounded = settings.get("epochs") is not None or settings.get("max_steps") is not None
         if not bounded and config is not None:
             settings["epochs"] = 1
+        own = {name: settings.pop(name, None) for name in self._own_sections()}
         super().__init__(**settings)
+        vars(self).update(own)
         self.config = config
         self.tokenizer = tokenizer
         if recipe is not None:
@@ -184,6 +188,16 @@ class FactoryTrainer(Trainer, Around):
             )
         check_and_register(cls, FactoryTrainer, "trainer", mistakes)
         super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def _own_sections(cls) -> list[str]:
+        """The slots that a subclass adds to those of every trainer with factories."""
+        return [name for name in cls.slots if name not in FactoryTrainer.slots]
+
+    @property
+    def schedule_length(self) -> int | None:
+        """How often a schedule steps in the whole run; None if only the data's end will tell."""
+        return self.epochs if self.lr_scheduler_interval == "epoch" else self.training_horizon
 
     def configure(self) -> None:
         """Makes what the recipe describes and was not given."""

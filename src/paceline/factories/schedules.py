@@ -23,7 +23,8 @@ class WarmupConfig(Config):
     """The settings of a schedule that begins with a warm-up.
 
     Attributes:
-        warmup: a share of the run below 1, rounded down to steps; or a number of optimizer steps.
+        warmup: a share of the run below 1, rounded down; or a number of the schedule's steps
+            (optimizer steps, or epochs with `lr_scheduler_interval: epoch`).
         min_ratio: the last learning rate, as a share of the optimizer's.
     """
 
@@ -35,7 +36,7 @@ class StableDecayConfig(WarmupConfig):
     """The settings of warmup-stable-decay.
 
     Attributes:
-        decay: the decay at the end, a share of the run below 1 or a number of optimizer steps.
+        decay: the decay at the end, a share of the run below 1 or a number of steps.
     """
 
     decay: HumanFloat = pydantic.Field(0.1, ge=0)
@@ -48,11 +49,11 @@ class _Warmup(SchedulerFactory):
     schedule: type[Warmup]
 
     def create_scheduler(self, optimizer: Any) -> Any:
-        horizon = self.trainer.training_horizon
+        horizon = self.trainer.schedule_length
         if horizon is None:
             raise ConfigError(
                 "lr_scheduler: the length of the run is not known in advance: set "
-                "trainer.max_steps."
+                "trainer.max_steps, or trainer.epochs with lr_scheduler_interval=epoch."
             )
         given = self.config.model_dump(exclude={"type"})
         lengths = {

@@ -24,6 +24,7 @@ from paceline.recipe.parts import Part, each, own_fields, trainer_class
 from paceline.recipe.recipe import Recipe
 from paceline.recipe.record import RecordRecipe
 from paceline.trainer.settings import Resume
+from paceline.trainer.slots import slots_of
 from paceline.world.seeding import seed_everything
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def _arguments(
     seed_everything(recipe.seed)
     resume = resume if isinstance(resume, Resume) else Resume(str(resume))
     made_later = () if recipe.config is None else type(recipe.config).model_fields
+    slots = slots_of(trainer_class(recipe.trainer.target))
     for slot, part in recipe.parts.items():
         if slot in made_later:
             continue
@@ -187,7 +189,8 @@ def _arguments(
             length = Horizon(recipe, arguments.get("train_dataloader"), resume)
             arguments[slot] = _schedulers(builder, length, arguments["optimizer"])
         else:
-            arguments[slot] = _alike(part, {name: builder.build(c) for name, c in each(part)})
+            build = partial(partial, builder.build) if slots[slot].given else builder.build
+            arguments[slot] = _alike(part, {name: build(c) for name, c in each(part)})
     exporters = [builder.build(one) for one in recipe.exporters]
     own = arguments.get("callbacks", []) if callbacks is None else callbacks
     arguments["callbacks"] = [*own, *exporters, *_records(recipe)]

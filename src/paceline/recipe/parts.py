@@ -176,7 +176,11 @@ def check_parts(
     """
     parts: dict[str, Part] = {}
     groups: dict[str, list[Group]] = {}
-    defaults = {name: {} for name, slot in slots.items() if slot.choices and name not in sections}
+    defaults = {
+        name: {}
+        for name, slot in slots.items()
+        if slot.choices and not slot.optional and name not in sections
+    }
     for name, node in {**sections, **defaults}.items():
         kind = kind_of(name, slots[name].base)
         if slots[name].choices:
@@ -184,7 +188,7 @@ def check_parts(
         elif slots[name].is_list:
             part = _check_list(name, node, kind, checker)
         else:
-            part = _check_single(name, node, kind, counted, groups, checker)
+            part = _check_single(name, node, kind, slots[name], counted, groups, checker)
         if part is not None:
             parts[name] = part
     for slot, needs in _NAMED.items():
@@ -219,12 +223,14 @@ def _check_single(
     slot: str,
     node: Any,
     kind: Kind,
+    declared: Slot,
     counted: Collection[str],
     groups: dict[str, list[Group]],
     checker: Checker,
 ) -> Part | None:
     """One component, or several by name; an optimizer's groups join `groups`."""
-    given, filled = _GIVEN.get(slot, ()), counted if slot == "lr_scheduler" else ()
+    given = _GIVEN.get(slot, declared.given)
+    filled = counted if slot == "lr_scheduler" else ()
     found: dict[str, Component] = {}
     for name, one, path in _nodes(slot, node):
         listed = None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from paceline.log.sinks import METRICS_FILE
@@ -13,10 +14,10 @@ from paceline.world.dtensors import local_part
 
 
 def bits(tree: Any) -> Any:
-    """A tree with each tensor replaced by its dtype, shape and bytes, so that `==` is exact.
+    """A tree with each tensor or array replaced by dtype, shape and bytes: `==` is exact then.
 
     Args:
-        tree: containers of tensors of any shape, e.g. `model.state_dict()`.
+        tree: containers of tensors and arrays of any shape, e.g. `model.state_dict()`.
 
     Returns:
         Dictionaries and lists of the same form. Of a tensor that is sharded over ranks, the bytes
@@ -28,6 +29,8 @@ def bits(tree: Any) -> Any:
         flat = part.cpu().contiguous().reshape(-1) if known else None
         raw = b"" if flat is None else flat.view(torch.uint8).numpy().tobytes()
         return (str(tree.dtype), tuple(tree.shape), raw)
+    if isinstance(tree, np.ndarray):
+        return (str(tree.dtype), tree.shape, tree.tobytes())
     if isinstance(tree, dict):
         return {key: bits(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

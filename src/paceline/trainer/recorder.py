@@ -179,8 +179,12 @@ class Recorder:
         self.val.reset()
         return {**merge([logged for logged, _ in parts]), **merge([given for _, given in parts])}
 
-    def write_validation(self, metrics: dict[str, float]) -> None:
-        """A row of its own for a validation."""
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        """A row of its own: of a validation, or of an experience.
+
+        Args:
+            metrics: equal on every rank.
+        """
         if metrics:
             self.write({**self._counters(), **metrics})
 

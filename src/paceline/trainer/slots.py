@@ -13,6 +13,10 @@ narrows an inherited one:
 
 Only instances of the base class fill a slot, so a recipe can build nothing else there.
 
+A `Slot` with `given` is filled with a component that needs something which is made later: its
+constructor takes these arguments, which the recipe may not give, and the trainer receives a
+function of them that builds it.
+
 A class whose components are made by factories declares `slots = Only({...})`: these are all its
 slots, in place of the inherited ones. A `Slot` with `choices` names the classes that may fill it.
 """
@@ -70,11 +74,15 @@ class Slot:
         base: the class of its component.
         is_list: whether it holds a list of components, not one.
         choices: the classes that may fill it, the one without a `type:` first; any if empty.
+        given: arguments that the trainer gives once it has them; it receives a function of them.
+        optional: whether there may be none where `choices` has a default.
     """
 
     base: type
     is_list: bool = False
     choices: tuple[type, ...] = ()
+    given: tuple[str, ...] = ()
+    optional: bool = False
 
 
 class Only(dict[str, Any]):

@@ -80,7 +80,7 @@ def judge(trainer: TrainerBase, run: Run, metrics: dict[str, float]) -> bool:
     progress.metrics = metrics
     for hook in run.events.on_metrics:
         hook(metrics)
-    trainer.recorder.write_validation(metrics)
+    trainer.recorder.write_metrics(metrics)
     monitor = trainer.metric_monitor
     improved = monitor is not None and monitor(metrics)
     left_out = monitor is not None and monitor.is_left_out(metrics)

@@ -1,0 +1,369 @@
+"""Experiences of a policy among environments: transitions with advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from paceline.data.source import StopCollecting
+from paceline.errors import ConfigError, MismatchError
+from paceline.rl.control.actor_critic import Policy
+from paceline.rl.control.environment import Environment, Episodes, packed_observation
+from paceline.rl.control.system import columns_of
+from paceline.world.seeding import seed_everything, stream
+from paceline.world.world import World
+
+
+class ControlCollector:
+    """Acts in environments for a number of steps each.
+
+    Args:
+        environment: where.
+        policy: gives what acts, as it is placed.
+        acting: within it the policy acts.
+        gamma, lam: of the advantages.
+        device: where the policy is.
+        identity: settings that decide what is collected.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        policy: Callable[[], Policy],
+        acting: Callable[[], AbstractContextManager[None]],
+        *,
+        gamma: float,
+        lam: float,
+        device: Callable[[], torch.device],
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.environment, self._policy, self._acting = environment, policy, acting
+        self._gamma, self._lam, self._device = gamma, lam, device
+        self.identity = dict(identity)
+        self.steps = environment.num_envs * environment.steps
+        self._episodes: Episodes | None = None
+        self._stopping: Callable[[], bool] = lambda: False
+
+    def open(self, seed: int, world: World, stopping: Callable[[], bool]) -> None:
+        """A run begins; see `paceline.rl.source.Collector`.
+
+        Args:
+            seed: the run's.
+            world: the ranks, which share out the environments.
+            stopping: whether to give up the experience at hand.
+
+        Raises:
+            ConfigError: there are fewer environments than ranks.
+        """
+        total = self.environment.num_envs
+        if total < world.dp_size:
+            raise ConfigError(
+                f"environment.num_envs={total}: each of the {world.dp_size} ranks needs at least "
+                "one environment."
+            )
+        self.close()
+        own = np.array_split(np.arange(total), world.dp_size)[world.dp_rank]
+        self._seed, self._stopping = seed, stopping
+        self._first, self._own, self._ranks = int(own[0]), len(own), world.dp_size
+        # Equal on all ranks; changes with each experience. None before the first.
+        self._state: dict[str, Any] = {"environments": None}
+        self._entered = False  # whether the environments here are in that state
+
+    def _enter(self) -> Episodes:
+        """The environments, where the state says that they are."""
+        if self._episodes is None:
+            environment = self.environment
+            self._episodes = Episodes(environment, self._first, self._own, self._seed)
+        if not self._entered:
+            held = self._state["environments"]
+            if held is None:
+                self._episodes.start()
+            else:
+                self._episodes.load(self._mine(held))
+            self._entered = True
+        return self._episodes
+
+    def _mine(self, held: list[Any]) -> list[Any]:
+        """This rank's part of the states of all environments."""
+        if len(held) == self.environment.num_envs:
+            return held[self._first : self._first + self._own]
+        if len(held) != self._ranks:
+            raise MismatchError(
+                f"the environments' state is that of {len(held)} ranks, and there are "
+                f"{self._ranks}: vectors that reset by themselves resume on as many; "
+                "vectorization: sync resumes on any number."
+            )
+        return held[len(held) * self._first // self.environment.num_envs :][:1]
+
+    def collect(self, experience: int) -> dict[str, Any]:
+        with self._acting():
+            return self._collect(self._enter(), experience)
+
+    def _collect(self, episodes: Episodes, experience: int) -> dict[str, Any]:
+        environment, policy, device = self.environment, self._policy(), self._device()
+        self._entered = False  # until all ranks have what is collected here
+        steps, own = environment.steps, self._own
+        key = stream(self._seed, "env", 0, experience, 1)
+        noise = self._noise(policy, key, steps)
+        scaling = Scaling(environment, self._state, own, self._first, self._gamma)
+        seen: list[dict[str, torch.Tensor]] = []
+        rewards, terminated, ended, valid = (np.zeros((steps, own)) for _ in range(4))
+        after_end = np.zeros((steps, own), dtype=np.float32)  # values of what was cut off
+        finished: list[tuple[int, int, float, int]] = []
+        for t in range(steps):
+            if self._stopping():
+                raise StopCollecting
+            obs = tensors(scaling.observations(episodes.observations), device)
+            if noise is None:
+                seed_everything(stream(self._seed, "env", self._first, experience, 2 + t))
+                action, logp, value = policy.act(obs)
+            else:
+                action, logp, value = policy.act(obs, noise=noise[t].to(device))  # pyright: ignore[reportCallIssue]
+            outcome = episodes.step(to_environment(policy, action))
+            row = {**columns_of(obs), "action": action, "logp": logp, "value": value}
+            seen.append({name: part.cpu() for name, part in row.items()})
+            scaling.add(outcome)
+            rewards[t] = scaling.rewards(outcome.rewards)
+            terminated[t], valid[t] = outcome.terminated, outcome.valid
+            ended[t] = outcome.terminated | outcome.truncated
+            cut = outcome.truncated & ~outcome.terminated
+            if cut.any():
+                final = tensors(scaling.observations(outcome.final), device)
+                after_end[t][cut] = policy.value(final).cpu().numpy()[cut]
+            finished += scaling.finished(t, ended[t], outcome.valid)
+        last = tensors(scaling.observations(episodes.observations), device)
+        columns = {name: torch.stack([row[name] for row in seen]) for name in seen[0]}
+        values = columns["value"].numpy()
+        following = np.concatenate([values[1:], policy.value(last).cpu().numpy()[None]])
+        following = np.where(ended > 0, after_end, following)
+        following = np.where(terminated > 0, 0.0, following)
+        advantages = _gae(rewards, values, following, ended, valid, self._gamma, self._lam)
+        columns["advantages"] = torch.from_numpy(advantages)
+        columns["returns"] = columns["advantages"] + columns["value"]
+        return {
+            "columns": columns,
+            "valid": valid > 0,
+            "finished": finished,
+            "environments": episodes.state(),
+            "scaling": scaling.sums(),
+        }
+
+    def _noise(self, policy: Policy, key: int, steps: int) -> torch.Tensor | None:
+        """This rank's part of the random numbers of all environments' actions."""
+        draw = getattr(policy, "noise", None)
+        if draw is None:
+            return None
+        generator = torch.Generator().manual_seed(key >> 1)
+        whole = draw(generator, steps, self.environment.num_envs)
+        return whole[:, self._first : self._first + self._own]
+
+    def together(self, parts: list[Any]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        names = parts[0]["columns"]
+        valid = torch.from_numpy(np.concatenate([part["valid"] for part in parts], 1)).flatten()
+        whole = {n: torch.cat([part["columns"][n] for part in parts], 1) for n in names}
+        columns = {name: column.flatten(0, 1)[valid] for name, column in whole.items()}
+        finished = sorted(one for part in parts for one in part["finished"])
+        self._state = {
+            "environments": [state for part in parts for state in part["environments"]],
+            **Scaling.added(self._state, [part["scaling"] for part in parts]),
+        }
+        self._entered = True
+        row = {"rollout/episodes": float(len(finished))}
+        if finished:
+            row["rollout/return"] = float(np.mean([one[2] for one in finished]))
+            row["rollout/length"] = float(np.mean([one[3] for one in finished]))
+        return columns, row
+
+    def scaling(self) -> Scaling:
+        """How observations are scaled at present."""
+        return Scaling(self.environment, self._state, 0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state, self._entered = dict(state), False
+
+    def close(self) -> None:
+        if self._episodes is not None:
+            self._episodes.close()
+        self._episodes = None
+
+
+class Scaling:
+    """Scales observations and rewards by what was seen before the experience at hand.
+
+    Args:
+        environment: with the settings.
+        state: of the collector.
+        own: environments of this rank.
+        first: the number of the first of them.
+        gamma: of the discounted returns.
+    """
+
+    def __init__(
+        self, environment: Environment, state: Any, own: int, first: int, gamma: float = 1.0
+    ) -> None:
+        self._environment, self._first = environment, first
+        self._obs = state.get("observations") if environment.normalize_observations else None
+        returns = state.get("returns") if environment.normalize_rewards else None
+        self._std = None if returns is None else _deviation(returns)
+        held = state.get("running")
+        running = None if held is None else held[first : first + own]
+        # Of the episodes at hand: return, length, and the discounted return that scales rewards.
+        self._running = np.zeros((own, 3)) if running is None else np.array(running)
+        self._gamma = gamma
+        self._sums = np.zeros((own, 3))  # count, sum, sum of squares of discounted returns
+        self._seen: list[Any] = []
+
+    def observations(self, values: Any) -> Any:
+        """Observations as the policy sees them.
+
+        Args:
+            values: of [envs, ...].
+        """
+        if not self._environment.normalize_observations:
+            return values
+        if isinstance(values, Mapping):
+            raise ConfigError(
+                "environment.normalize_observations: an observation of several parts cannot be "
+                "normalized; normalize within the environment."
+            )
+        if self._obs is None:
+            return np.asarray(values, dtype=np.float32)
+        count, total, squares = (np.asarray(part) for part in self._obs)
+        mean = total / count
+        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0) + 1e-8)
+        clip = self._environment.clip
+        return ((values - mean) / deviation).clip(-clip, clip).astype(np.float32)
+
+    def rewards(self, values: np.ndarray) -> np.ndarray:
+        """Rewards as the algorithm sees them.
+
+        Args:
+            values: of [envs].
+        """
+        if self._std is None:
+            return values
+        clip = self._environment.clip
+        return (values / self._std).clip(-clip, clip)
+
+    def add(self, outcome: Any) -> None:
+        """Counts a step.
+
+        Args:
+            outcome: of the step.
+        """
+        if self._environment.normalize_observations:
+            self._seen.append(np.asarray(packed_observation(outcome.final), dtype=np.float64))
+        running, valid = self._running, outcome.valid
+        running[:, 0] += outcome.rewards * valid
+        running[:, 1] += valid
+        running[:, 2] = np.where(
+            valid, running[:, 2] * self._gamma + outcome.rewards, running[:, 2]
+        )
+        if self._environment.normalize_rewards:
+            r = running[:, 2] * valid
+            self._sums += np.stack([valid.astype(float), r, r**2], 1)
+
+    def finished(self, t: int, ended: np.ndarray, valid: np.ndarray) -> list[Any]:
+        """The episodes that end with a step.
+
+        Args:
+            t: the step in this experience.
+            ended: whether an environment's episode ends; [envs].
+            valid: whether it was a step at all; [envs].
+
+        Returns:
+            Of each the step, the environment's number, its return and its length.
+        """
+        found = [
+            (t, self._first + int(i), float(self._running[i, 0]), int(self._running[i, 1]))
+            for i in np.flatnonzero((ended > 0) & valid)
+        ]
+        self._running[(ended > 0) & valid] = 0
+        return found
+
+    def sums(self) -> dict[str, Any]:
+        """What was seen, environment by environment, so that ranks add up to the same."""
+        found: dict[str, Any] = {"running": self._running, "returns": self._sums}
+        if self._seen:
+            seen = np.stack(self._seen)  # [steps, envs, ...]
+            found["observations"] = (len(seen), seen.sum(0), (seen**2).sum(0))
+        return found
+
+    @staticmethod
+    def added(state: Mapping[str, Any], parts: list[Any]) -> dict[str, Any]:
+        """The state after an experience.
+
+        Args:
+            state: before it.
+            parts: `sums` of each rank.
+        """
+        after: dict[str, Any] = {"running": np.concatenate([part["running"] for part in parts])}
+        returns = np.concatenate([part["returns"] for part in parts]).sum(0)
+        before = state.get("returns")
+        after["returns"] = returns if before is None else before + returns
+        if "observations" in parts[0]:
+            sums = np.concatenate([part["observations"][1] for part in parts])
+            squares = np.concatenate([part["observations"][2] for part in parts])
+            fresh = (np.array(float(len(sums) * parts[0]["observations"][0])), sums.sum(0),
+                     squares.sum(0))  # fmt: skip
+            held = state.get("observations")
+            after["observations"] = [
+                part if held is None else held[i] + part for i, part in enumerate(fresh)
+            ]
+        return after
+
+
+def _deviation(sums: np.ndarray) -> float | None:
+    count, total, squares = sums
+    if count < 2:
+        return None
+    return float(np.sqrt(max(squares / count - (total / count) ** 2, 0) + 1e-8))
+
+
+def tensors(values: Any, device: torch.device) -> Any:
+    """Arrays of any nesting as tensors, copied.
+
+    Args:
+        values: observations.
+        device: where they go.
+    """
+    if isinstance(values, Mapping):
+        return {name: tensors(value, device) for name, value in values.items()}
+    return torch.as_tensor(np.array(values), device=device)
+
+
+def to_environment(policy: Any, action: torch.Tensor) -> Any:
+    """A policy's actions as the environment takes them.
+
+    Args:
+        policy: whose actions.
+        action: of [envs, ...].
+    """
+    convert = getattr(getattr(policy, "actions", None), "to_environment", None)
+    return action.cpu().numpy() if convert is None else convert(action)
+
+
+def _gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    following: np.ndarray,
+    ended: np.ndarray,
+    valid: np.ndarray,
+    gamma: float,
+    lam: float,
+) -> np.ndarray:
+    """Advantages of [steps, envs] (Schulman et al., 2015, arXiv:1506.02438)."""
+    deltas = rewards + gamma * following - values
+    advantages, later = np.zeros_like(values), np.zeros(values.shape[1])
+    for t in reversed(range(len(values))):
+        fresh = deltas[t] + gamma * lam * (1 - ended[t]) * later
+        later = np.where(valid[t] > 0, fresh, 0.0)
+        advantages[t] = later
+    return advantages.astype(np.float32)

@@ -1,0 +1,237 @@
+"""RLTrainer: a Trainer whose data are rollouts of the policy that it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+
+from paceline.errors import ConfigError
+from paceline.factories import Config, FactoryTrainer, ModelFactory, TrainerConfig
+from paceline.recipe.typed import HumanInt
+from paceline.rl.acting import acting
+from paceline.rl.algorithm import Algorithm
+from paceline.rl.control.actor_critic import ActorCritic, Policy
+from paceline.rl.control.collector import ControlCollector
+from paceline.rl.control.environment import Environment
+from paceline.rl.control.episodes import fresh_episodes
+from paceline.rl.control.system import ControlSystem
+from paceline.rl.evaluation import Evaluation
+from paceline.rl.source import Rollouts
+from paceline.trainer.arguments import arguments_of
+from paceline.trainer.slots import Slot
+
+
+class ActorCriticConfig(Config):
+    """The settings of `ActorCritic`.
+
+    Attributes:
+        hidden: widths of the hidden layers of policy and value function.
+    """
+
+    hidden: list[HumanInt] = [64, 64]
+
+
+class ActorCriticFactory(ModelFactory):
+    """Makes a policy and a value function for the environment's spaces."""
+
+    name = "actor_critic"
+    config_type = ActorCriticConfig
+
+    def create_model(self, model_config: Any) -> torch.nn.Module:
+        observations, actions = self.trainer.spaces()  # pyright: ignore[reportAttributeAccessIssue]
+        return ActorCritic(observations, actions, model_config.hidden)
+
+
+class RLConfig(TrainerConfig):
+    """The keys of `trainer:` of an `RLTrainer`.
+
+    Attributes:
+        max_empty: experiences in a row that may come to no step to train on.
+    """
+
+    max_empty: int = pydantic.Field(8, ge=0)
+
+
+class RLTrainer(FactoryTrainer):
+    """Trains a policy on its own rollouts: an epoch is one experience.
+
+    Args:
+        config: from `get_config`.
+        environment: where the policy acts.
+        algorithm: turns rollouts into losses; or a function of `system` that makes it.
+        evaluation: what the policy is evaluated on, and when; None for no evaluation.
+        max_empty: experiences in a row that may come to no step to train on.
+        **settings: as of `FactoryTrainer`.
+
+    Raises:
+        ConfigError: nothing says what acts, or how it is trained.
+    """
+
+    name = "rl"
+    config_type = RLConfig
+    data_factory_type = None
+    model_factory_type = [ActorCriticFactory]
+    slots = {
+        "environment": Environment,
+        "algorithm": Slot(Algorithm, given=("system",)),
+        "evaluation": Slot(Evaluation, choices=(Evaluation,), optional=True),
+    }
+
+    system: Any = None
+    environment: Environment | None
+    algorithm: Any
+    evaluation: Evaluation | None
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        environment: Environment | None = None,
+        algorithm: Any = None,
+        evaluation: Evaluation | None = None,
+        max_empty: int = 8,
+        **settings: Any,
+    ) -> None:
+        own = {"environment": environment, "algorithm": algorithm, "evaluation": evaluation}
+        given = {name: value for name, value in own.items() if value is not None}
+        super().__init__(config, **given, **settings)
+        self.max_empty = max_empty if config is None else config.max_empty
+
+    def configure(self) -> None:
+        if self.environment is None:
+            raise ConfigError("environment: nothing says where the policy acts.")
+        if self.model is None and self.config is None:
+            self.model = ActorCritic(*self.spaces())
+        self.make("model")
+        if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "act"):
+            raise ConfigError(
+                f"model: a {type(self.model).__qualname__} has no act(obs, deterministic); derive "
+                "it from paceline.rl.Policy."
+            )
+        self.system = ControlSystem(lambda: self.policy)
+        if isinstance(self.algorithm, partial):
+            self.algorithm = self.algorithm(system=self.system)
+        if not isinstance(self.algorithm, Algorithm):
+            raise ConfigError("algorithm: nothing says how the policy is trained.")
+        self.algorithm.system = self.system
+        collector = self._collector = self.create_collector()
+        report = self._report
+        self.train_dataloader = Rollouts(collector, self.algorithm, report, self.max_empty)
+        if self.evaluation is not None:
+            self._schedule_evaluations(self.evaluation.every)
+        if self.training_horizon is None and self.lr_scheduler_interval == "step":
+            self.lr_scheduler_interval = "epoch"
+            self.plan.add("schedules step with each experience", "lr_scheduler_interval")
+        self.make("optimizer", "lr_scheduler")
+
+    def _schedule_evaluations(self, every: int) -> None:
+        wanted = "epoch" if every == 1 else f"{every} epochs"
+        if self.validate_every not in ("epoch", wanted):
+            raise ConfigError(
+                f"validate_every={self.validate_every!r}: with an evaluation, its `every` says how "
+                "many experiences there are between two."
+            )
+        self.validate_every = wanted
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the policy is evaluated."""
+        return self.evaluation is not None and self.max_val_batches != 0
+
+    def evaluate(self) -> dict[str, float] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Evaluates the policy on fresh episodes.
+
+        Returns:
+            Means over the episodes: "val/return", "val/length" and, with a threshold,
+            "val/success". None if the run is to stop.
+        """
+        evaluation, environment = self.evaluation or Evaluation(), self.environment
+        assert environment is not None
+        with self.acting():
+            lived = fresh_episodes(
+                environment,
+                self.policy,
+                evaluation.episodes,
+                seed=self.seed,
+                world=self.world,
+                device=self.device,
+                scaling=self._collector.scaling(),
+                deterministic=evaluation.deterministic,
+                stopping=self.stopping,
+            )
+        if lived is None:
+            return None
+        returns = [one[0] for one in lived]
+        row = {
+            "val/return": float(np.mean(returns)),
+            "val/length": float(np.mean([one[1] for one in lived])),
+        }
+        if evaluation.threshold is not None:
+            row["val/success"] = float(np.mean([r >= evaluation.threshold for r in returns]))
+        return row
+
+    @property
+    def policy(self) -> Policy:
+        """What acts and is trained, as it is placed."""
+        return self.model  # pyright: ignore[reportReturnType]
+
+    def spaces(self) -> tuple[Any, Any]:
+        """The spaces of one environment's observations and actions."""
+        assert self.environment is not None
+        vector = self.environment.make(1)
+        try:
+            return vector.single_observation_space, vector.single_action_space
+        finally:
+            vector.close()
+
+    def create_collector(self) -> ControlCollector:
+        """What makes the experiences."""
+        assert self.environment is not None
+        algorithm: Any = self.algorithm
+        identity = {
+            **arguments_of("environment", self.environment),
+            **arguments_of("algorithm", algorithm),
+        }
+        return ControlCollector(
+            self.environment,
+            lambda: self.policy,
+            self.acting,
+            gamma=getattr(algorithm, "gamma", 1.0),
+            lam=getattr(algorithm, "lam", 1.0),
+            device=lambda: self.device,
+            identity=identity,
+        )
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Within it the models act: in eval mode, without gradients, in training's precision."""
+        with acting(self.named_models().values(), self.autocast):
+            yield
+
+    def _report(self, row: Mapping[str, float]) -> None:
+        self.recorder.write_metrics(dict(row))
+
+    def count_items(self, batch: Any) -> Any:
+        """What the algorithm's loss of a batch is a mean over.
+
+        Args:
+            batch: of the experience's steps.
+        """
+        return self.algorithm.count_items(batch)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The algorithm's loss of a batch; what it gives beside it is logged.
+
+        Args:
+            batch: of the experience's steps.
+        """
+        loss, logged = self.algorithm.step(batch)
+        for name, value in logged.items():
+            self.log(name, value)
+        return loss

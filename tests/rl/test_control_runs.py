@@ -1,0 +1,91 @@
+"""PPO in environments resumes bitwise, from within a rollout too, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from control_runs import Strike, train, trainer_of
+
+from endings import ending, saved_steps
+from paceline.checkpoint import load_tree
+from paceline.errors import ResumeError
+from paceline.rl import PPO
+from paceline.testing import Ranks, rows
+
+SIZES = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def unbroken(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The folders of runs that nobody breaks off, by the number of ranks."""
+    folders = {size: tmp_path_factory.mktemp(f"unbroken{size}") for size in SIZES}
+    for size, folder in folders.items():
+        ranks(train, size, folder, None)
+    return folders
+
+
+def weights(folder: Path) -> torch.Tensor:
+    step = saved_steps(folder / "run")[-1]
+    tree = load_tree(folder / "run" / "checkpoints" / f"step_{step:08d}")
+    return torch.cat([t.flatten() for t in tree["models"]["model"].values()])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("step", [7, None], ids=["in a rollout", "between minibatches"])
+def test_a_killed_run_goes_on_bitwise(
+    ranks: Ranks, unbroken: dict[int, Path], tmp_path: Path, size: int, step: int | None
+) -> None:
+    killed = ranks.outcomes(train, size, tmp_path, Strike(signal.SIGKILL, step=step, rank=size - 1))
+    assert killed[-1].code == -signal.SIGKILL
+    ranks(train, size, tmp_path, None)
+    assert ending(tmp_path / "run") == ending(unbroken[size] / "run")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_signal_abandons_the_rollout_on_all_ranks(
+    ranks: Ranks, unbroken: dict[int, Path], tmp_path: Path, size: int
+) -> None:
+    strike = Strike(signal.SIGTERM, rank=size - 1, lasting=0.5)
+    stopped = ranks.outcomes(train, size, tmp_path, strike)
+    assert [one.code for one in stopped] == [75] * size, stopped
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["stopped_by"], record["step"]) == ("signal SIGTERM", 6), "before the second"
+    ranks(train, size, tmp_path, None)
+    assert ending(tmp_path / "run") == ending(unbroken[size] / "run")
+
+
+def test_ranks_share_out_one_run(unbroken: dict[int, Path]) -> None:
+    """The same episodes and minibatches; sums over ranks are added up in another order."""
+    one, two = rows(unbroken[1] / "run"), rows(unbroken[2] / "run")
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for row, other in zip(one, two, strict=True):
+        assert row.keys() == other.keys()
+        assert {k: other[k] for k in row} == pytest.approx(row, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(weights(unbroken[2]), weights(unbroken[1]), rtol=0, atol=1e-6)
+
+
+def test_a_run_resumes_on_another_number_of_ranks(
+    ranks: Ranks, unbroken: dict[int, Path], tmp_path: Path
+) -> None:
+    """Killed between two minibatches of an experience on two ranks, continued on one."""
+    ranks.outcomes(train, 2, tmp_path, Strike(signal.SIGKILL, step=None, rank=1))
+    ranks(train, 1, tmp_path, None)
+    torch.testing.assert_close(weights(tmp_path), weights(unbroken[1]), rtol=0, atol=1e-6)
+
+
+def test_other_hyperparameters_are_refused_at_a_resume(tmp_path: Path) -> None:
+    def start(epochs: int, **changes: Any) -> None:
+        algorithm = PPO(None, **{"passes": 2, "minibatch": 24, "entropy_coef": 0.01, **changes})
+        trainer_of(tmp_path, algorithm=algorithm, epochs=epochs).train(seed=11)
+
+    start(1)
+    for changes in ({"gamma": 0.5}, {"clip_range": 0.3}, {"passes": 3}, {"minibatch": 32}):
+        (name,) = changes
+        with pytest.raises(ResumeError, match=rf"algorithm\.{name}"):
+            start(2, **changes)
+    start(2)
