@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -49,6 +50,9 @@ KINDS: dict[str, str] = {
     "optimizer_factory": "paceline.factories.bases:OptimizerFactory",
     "scheduler_factory": "paceline.factories.bases:SchedulerFactory",
     "environment": "paceline.rl.control.environment:Environment",
+    "system": "paceline.rl.system:System",
+    "rollout_sampler": "paceline.rl.sampler:Sampler",
+    "engine": "paceline.rl.engine:Engine",
     "algorithm": "paceline.rl.algorithm:Algorithm",
     "checkpoint": "paceline.factories.checkpoint:CheckpointEngine",
 }
@@ -174,11 +178,28 @@ def register_named(kind: str, cls: type) -> None:
         cls: a class just defined. An inherited name is not its own: it is abstract then.
 
     Raises:
-        ConfigError: the name is taken by another class.
+        ConfigError: the name is taken by another class, or the class lacks a method that its kind
+            must have.
     """
     name = vars(cls).get("name")
     if isinstance(name, str) and name:
+        if missing := missing_methods(cls):
+            lines = "".join(f"\n  {text}" for text in missing)
+            raise ConfigError(f"the class {cls.__qualname__}:{lines}")
         register(kind, name)(cls)
+
+
+def missing_methods(cls: type) -> list[str]:
+    """The methods that a class still has to define, as its bases say; each in a sentence.
+
+    Args:
+        cls: a class whose bases mark such methods as `abstractmethod`.
+    """
+    return [
+        f"it has no {name}: define {name}({', '.join(inspect.signature(method).parameters)})."
+        for name, method in sorted(inspect.getmembers_static(cls))
+        if getattr(method, "__isabstractmethod__", False)
+    ]
 
 
 def taken_by(kind: str, name: str, target: Any) -> str | None:

@@ -21,7 +21,7 @@ def rates(kind: str, **given: Any) -> tuple[list[float], int]:
     """The learning rate of each step, and the warm-up in steps."""
     made = lookup("scheduler_factory", kind)
     optimizer = torch.optim.SGD(line().parameters(), lr=LR)
-    trainer = SimpleNamespace(optimizer=optimizer, training_horizon=STEPS)
+    trainer = SimpleNamespace(optimizer=optimizer, schedule_length=STEPS)
     schedule = made(trainer, made.config_type(**given))()
     found = []
     for _ in range(STEPS):
@@ -80,11 +80,20 @@ def test_the_length_of_the_run_is_known_by_itself() -> None:
     assert (trainer.training_horizon, schedule.total_steps, schedule.warmup_steps) == (48, 48, 4)
 
 
+def test_a_schedule_of_epochs_is_as_long_as_they_are_many() -> None:
+    given = settings(train_dataloader=batches(24, 1), epochs=8, lr_scheduler_interval="epoch")
+    del given["loss_fn"]
+    trainer = Line(**given)
+    trainer.fit()
+    schedule: Any = trainer.lr_scheduler
+    assert (schedule.total_steps, schedule.last_epoch) == (8, 8)
+
+
 def test_each_of_two_optimizers_has_its_schedule_and_an_endless_run_has_none() -> None:
     made = lookup("scheduler_factory", "constant")
     two = {n: torch.optim.SGD(line().parameters(), lr=lr) for n, lr in (("a", 1.0), ("b", 2.0))}
-    trainer = SimpleNamespace(optimizer=two, training_horizon=40)
+    trainer = SimpleNamespace(optimizer=two, schedule_length=40)
     assert {n: s.get_last_lr() for n, s in made(trainer)().items()} == {"a": [0.25], "b": [0.5]}
-    endless = made(SimpleNamespace(optimizer=two, training_horizon=None))
+    endless = made(SimpleNamespace(optimizer=two, schedule_length=None))
     with pytest.raises(ConfigError, match=r"not known in advance: set trainer.max_steps"):
         endless()

@@ -84,11 +84,12 @@ def trainer_of(
     folder: Path, strike: Strike | None = None, id: str = "CartPole-v1", **changes: Any
 ) -> RLTrainer:
     """PPO with four environments of 16 steps and two passes in minibatches of 24."""
-    more = {"normalize_observations": True, "normalize_rewards": True}
-    environment = Striking(id, num_envs=4, steps=16, **more)
+    environment = Striking(
+        id, num_envs=4, steps=16, normalize_observations=True, normalize_rewards=True
+    )
     environment.strike, environment.folder = strike, folder
 
-    def on_step_end(row: Any) -> None:
+    def on_step_end(metrics: Any) -> None:
         if strike is None or strike.step is not None or strike.rank != _rank():
             return
         here = trainer.current_epoch == strike.experience and trainer.global_step % 6 == 4

@@ -28,9 +28,8 @@ def check_and_register(cls: type[Around], base: type, kind: str, mistakes: list[
     """
     mistakes = [*mistakes, *_uncallable(cls, base), *wrong_callbacks(cls)]
     name = vars(cls).get("name")
-    for method in sorted(_abstract_methods(cls)) if name is not None else ():
-        parameters = ", ".join(inspect.signature(getattr(cls, method)).parameters)
-        mistakes.append(f"it has no {method}: define {method}({parameters}).")
+    if name is not None:
+        mistakes += registry.missing_methods(cls)
     if name is not None and not (isinstance(name, str) and name):
         mistakes.append(f"name = {name!r}: expected a text, by which recipes name the class.")
     elif name is not None:
@@ -91,15 +90,6 @@ def _resolved(annotation: Any, owner: type) -> Any:
         except Exception:  # noqa: BLE001 - an annotation may be any expression
             frame = frame.f_back
     return annotation
-
-
-def _abstract_methods(cls: type) -> set[str]:
-    """The methods that every class of its kind has to define, and this one does not."""
-    return {
-        name
-        for name in dir(cls)
-        if getattr(inspect.getattr_static(cls, name, None), "__isabstractmethod__", False)
-    }
 
 
 def _uncallable(cls: type, base: type) -> Iterator[str]:

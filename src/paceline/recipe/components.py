@@ -533,7 +533,8 @@ def _hints(owner: Any) -> dict[str, Any]:
     for name, annotation in getattr(owner, "__annotations__", {}).items():
         one = SimpleNamespace(__annotations__={name: annotation})
         try:
-            hints |= typing.get_type_hints(one, globalns=getattr(owner, "__globals__", {}))
+            known = getattr(owner, "__globals__", {})
+            hints |= typing.get_type_hints(one, globalns=known, include_extras=True)
         except Exception:  # noqa: BLE001 - an annotation may be any expression; it is only a help
             continue
     return hints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -84,6 +85,7 @@ class Algorithm:
         """
         return count_first_dimension(batch)
 
+    @abstractmethod
     def step(self, batch: Any) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """The loss of a batch, a mean over its items, and what is to be logged.
 

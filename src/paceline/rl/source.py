@@ -100,7 +100,17 @@ class Rollouts:
     def open_source(
         self, size: WindowSize, seed: int, world: World, stopping: Callable[[], bool]
     ) -> RolloutSource:
-        """Makes the source of a run that begins; see `paceline.data.source.SourceFactory`."""
+        """Makes the source of a run that begins; see `paceline.data.source.SourceFactory`.
+
+        Args:
+            size: of windows, in micro-batches.
+            seed: the run's.
+            world: the ranks.
+            stopping: whether the run stops before the experience that is collected.
+
+        Raises:
+            ConfigError: windows are to have a number of samples of their own.
+        """
         if size.global_batch_size is not None or size.epoch_length is not None:
             raise ConfigError(
                 "global_batch_size, epoch_length: the windows of a run with rollouts are the "

@@ -22,7 +22,10 @@ from paceline.rl.control.environment import Environment
 from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.system import ControlSystem
 from paceline.rl.evaluation import Evaluation
+from paceline.rl.graph_collector import GraphCollector
+from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
+from paceline.rl.system import System
 from paceline.trainer.arguments import arguments_of
 from paceline.trainer.slots import Slot
 
@@ -63,7 +66,9 @@ class RLTrainer(FactoryTrainer):
 
     Args:
         config: from `get_config`.
-        environment: where the policy acts.
+        environment: where the policy acts; or
+        system: what the sampler plays, and
+        sampler: plays episodes; or a function of `system` that makes it.
         algorithm: turns rollouts into losses; or a function of `system` that makes it.
         evaluation: what the policy is evaluated on, and when; None for no evaluation.
         max_empty: experiences in a row that may come to no step to train on.
@@ -79,11 +84,14 @@ class RLTrainer(FactoryTrainer):
     model_factory_type = [ActorCriticFactory]
     slots = {
         "environment": Environment,
+        "system": System,
+        "sampler": Slot(Sampler, given=("system",)),
         "algorithm": Slot(Algorithm, given=("system",)),
         "evaluation": Slot(Evaluation, choices=(Evaluation,), optional=True),
     }
 
-    system: Any = None
+    system: Any
+    sampler: Any
     environment: Environment | None
     algorithm: Any
     evaluation: Evaluation | None
@@ -93,19 +101,43 @@ class RLTrainer(FactoryTrainer):
         config: Any = None,
         *,
         environment: Environment | None = None,
+        system: System | None = None,
+        sampler: Any = None,
         algorithm: Any = None,
         evaluation: Evaluation | None = None,
         max_empty: int = 8,
         **settings: Any,
     ) -> None:
-        own = {"environment": environment, "algorithm": algorithm, "evaluation": evaluation}
+        own = {
+            "environment": environment,
+            "system": system,
+            "sampler": sampler,
+            "algorithm": algorithm,
+            "evaluation": evaluation,
+        }
         given = {name: value for name, value in own.items() if value is not None}
         super().__init__(config, **given, **settings)
         self.max_empty = max_empty if config is None else config.max_empty
 
     def configure(self) -> None:
-        if self.environment is None:
-            raise ConfigError("environment: nothing says where the policy acts.")
+        if self.environment is not None:
+            self._configure_control(self.environment)
+        elif self.sampler is not None:
+            self._configure_sampler()
+        else:
+            raise ConfigError("environment, sampler: nothing says where the policy acts.")
+        self._collector = self.create_collector()
+        self.train_dataloader = Rollouts(
+            self._collector, self.algorithm, self._report, self.max_empty
+        )
+        if self.evaluation is not None:
+            self._schedule_evaluations(self.evaluation.every)
+        if self.training_horizon is None and self.lr_scheduler_interval == "step":
+            self.lr_scheduler_interval = "epoch"
+            self.plan.add("schedules step with each experience", "lr_scheduler_interval")
+        self.make("optimizer", "lr_scheduler")
+
+    def _configure_control(self, environment: Environment) -> None:
         if self.model is None and self.config is None:
             self.model = ActorCritic(*self.spaces())
         self.make("model")
@@ -115,20 +147,35 @@ class RLTrainer(FactoryTrainer):
                 "it from paceline.rl.Policy."
             )
         self.system = ControlSystem(lambda: self.policy)
+        self._make_algorithm()
+
+    def _configure_sampler(self) -> None:
+        if isinstance(self.sampler, partial):
+            if self.system is None:
+                raise ConfigError("system: nothing says what the sampler plays.")
+            self.sampler = self.sampler(system=self.system)
+        self.system = self.sampler.system
+        self._make_algorithm()
+        if self.model is None:
+            trained = trained_models(self.system)
+            self.model = next(iter(trained.values())) if len(trained) == 1 else trained
+
+    def _make_algorithm(self) -> None:
         if isinstance(self.algorithm, partial):
             self.algorithm = self.algorithm(system=self.system)
         if not isinstance(self.algorithm, Algorithm):
             raise ConfigError("algorithm: nothing says how the policy is trained.")
-        self.algorithm.system = self.system
-        collector = self._collector = self.create_collector()
-        report = self._report
-        self.train_dataloader = Rollouts(collector, self.algorithm, report, self.max_empty)
-        if self.evaluation is not None:
-            self._schedule_evaluations(self.evaluation.every)
-        if self.training_horizon is None and self.lr_scheduler_interval == "step":
-            self.lr_scheduler_interval = "epoch"
-            self.plan.add("schedules step with each experience", "lr_scheduler_interval")
-        self.make("optimizer", "lr_scheduler")
+        if self.algorithm.system is None:
+            self.algorithm.system = self.system
+
+    def setup(self) -> None:
+        held = {name: id(model) for name, model in modules_of(self.system).items()}
+        before = {id(model): name for name, model in self.named_models().items()}
+        super().setup()
+        placed = self.named_models()
+        for name, model in held.items():
+            if model in before:  # so that ranks exchange gradients of what the system calls
+                setattr(self.system, name, placed[before[model]])
 
     def _schedule_evaluations(self, every: int) -> None:
         wanted = "epoch" if every == 1 else f"{every} epochs"
@@ -152,7 +199,8 @@ class RLTrainer(FactoryTrainer):
             "val/success". None if the run is to stop.
         """
         evaluation, environment = self.evaluation or Evaluation(), self.environment
-        assert environment is not None
+        if environment is None:
+            raise ConfigError("evaluation: that of a sampler does not exist yet.")
         with self.acting():
             lived = fresh_episodes(
                 environment,
@@ -190,14 +238,20 @@ class RLTrainer(FactoryTrainer):
         finally:
             vector.close()
 
-    def create_collector(self) -> ControlCollector:
+    def create_collector(self) -> Any:
         """What makes the experiences."""
-        assert self.environment is not None
         algorithm: Any = self.algorithm
-        identity = {
-            **arguments_of("environment", self.environment),
-            **arguments_of("algorithm", algorithm),
-        }
+        identity = arguments_of("algorithm", algorithm)
+        if self.environment is None:
+            identity |= arguments_of("sampler", self.sampler)
+            identity |= arguments_of("system", self.system)
+            return GraphCollector(
+                self.sampler,
+                algorithm,
+                self.acting,
+                version=lambda: self.global_step,
+                identity=identity,
+            )
         return ControlCollector(
             self.environment,
             lambda: self.policy,
@@ -205,13 +259,14 @@ class RLTrainer(FactoryTrainer):
             gamma=getattr(algorithm, "gamma", 1.0),
             lam=getattr(algorithm, "lam", 1.0),
             device=lambda: self.device,
-            identity=identity,
+            identity=identity | arguments_of("environment", self.environment),
         )
 
     @contextmanager
     def acting(self) -> Iterator[None]:
         """Within it the models act: in eval mode, without gradients, in training's precision."""
-        with acting(self.named_models().values(), self.autocast):
+        models = {**self.named_models(), **modules_of(self.system)}
+        with acting(models.values(), self.autocast):
             yield
 
     def _report(self, row: Mapping[str, float]) -> None:
@@ -235,3 +290,35 @@ class RLTrainer(FactoryTrainer):
         for name, value in logged.items():
             self.log(name, value)
         return loss
+
+
+def modules_of(system: Any) -> dict[str, torch.nn.Module]:
+    """The models that a system keeps, by the names of its attributes.
+
+    Args:
+        system: of any class.
+    """
+    return {n: v for n, v in vars(system).items() if isinstance(v, torch.nn.Module)}
+
+
+def trained_models(system: Any) -> dict[str, torch.nn.Module]:
+    """The models of a system that hold the parameters it wants trained.
+
+    Args:
+        system: with `parameters()`.
+
+    Raises:
+        ConfigError: a parameter is in none of the models that the system keeps as attributes.
+    """
+    wanted = {id(parameter) for parameter in system.parameters()}
+    found = {
+        name: model
+        for name, model in modules_of(system).items()
+        if any(id(parameter) in wanted for parameter in model.parameters())
+    }
+    if wanted - {id(p) for model in found.values() for p in model.parameters()}:
+        raise ConfigError(
+            f"{type(system).__qualname__}.parameters() has some that are in no module which the "
+            "system keeps as an attribute: keep each trained module as one."
+        )
+    return found

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from paceline.errors import ConfigError, refuses_unknown
 
@@ -47,6 +47,21 @@ READ_ONCE = frozenset(
 )
 
 
+class _SomeEpochs:
+    """Tells pydantic, which checks recipes, which texts are a number of epochs."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: Any) -> Any:
+        text = {"type": "str", "pattern": _EPOCHS.pattern}
+        error = {"custom_error_type": "epochs", "custom_error_message": "a text like '5 epochs'"}
+        return {"type": "custom-error", "schema": text, **error}
+
+
+_EPOCHS = re.compile(r"^(?:epoch|1 epoch|([1-9]\d*) epochs)$")
+InEpochs = Annotated[str, _SomeEpochs()]
+"""Epochs between two validations: "epoch", "5 epochs"."""
+
+
 def epochs_between(every: Any) -> int | None:
     """The epochs between two validations; None if `validate_every` says it in no epochs.
 
@@ -55,7 +70,7 @@ def epochs_between(every: Any) -> int | None:
     """
     if not isinstance(every, str):
         return None
-    found = re.fullmatch(r"epoch|1 epoch|([1-9]\d*) epochs", every)
+    found = _EPOCHS.match(every)
     return None if found is None else int(found[1] or 1)
 
 
@@ -156,7 +171,7 @@ class ValidationPolicy:
         ConfigError: `max_batches` is no number of batches.
     """
 
-    every: str | int = "epoch"
+    every: Literal["epoch"] | int | InEpochs = "epoch"
     max_batches: int | None = None
 
     def __post_init__(self) -> None:

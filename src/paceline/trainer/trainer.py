@@ -28,7 +28,7 @@ from paceline.trainer.prediction import Predictions
 from paceline.trainer.replica_groups import groups_of
 from paceline.trainer.result import Result
 from paceline.trainer.run import Run
-from paceline.trainer.settings import Resume, ValidationPolicy
+from paceline.trainer.settings import InEpochs, Resume, ValidationPolicy
 from paceline.trainer.staged_step import StagedStep
 from paceline.trainer.state_tree import gather_state, load_state
 from paceline.trainer.stop import behind_boundary, behind_window
@@ -106,7 +106,7 @@ class Trainer(TrainerBase):
         precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32",
         compile: bool | Literal["blocks"] = False,
         deterministic: bool = False,
-        validate_every: str | int | ValidationPolicy = "epoch",
+        validate_every: Literal["epoch"] | int | InEpochs | ValidationPolicy = "epoch",
         metric_monitor: MetricMonitor | None = None,
         early_stop: int | None = None,
         on_nonfinite: Literal["raise", "stop", "skip", "rewind"] = "raise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -57,6 +58,7 @@ class Environment:
         super().__init_subclass__(**kwargs)
         registry.register_named("environment", cls)
 
+    @abstractmethod
     def make(self, count: int) -> Any:
         """A vector of environments (`gymnasium.vector.VectorEnv`).
 

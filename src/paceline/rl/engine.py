@@ -1,0 +1,86 @@
+"""The one way to text: requests of token ids, and completions of token ids."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from paceline import registry
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: of a completion, the end token among them.
+        temperature: that divides the logits; 0 takes the most likely token.
+        top_k: only so many of the most likely tokens; 0 for all.
+        top_p: only the most likely tokens that together have this probability.
+        stop: texts that end a completion; they stay in it.
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion that is wanted.
+
+    Args:
+        ids: the prompt's token ids, [length] int32.
+        seed: of the completion's own random numbers: it is the same alone and among others.
+        sampling: how tokens are chosen.
+    """
+
+    ids: np.ndarray
+    seed: int
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt.
+
+    Attributes:
+        ids: token ids, the end token among them, [length] int32.
+        logprobs: their log-probabilities under what they were drawn from at temperature 1 without
+            truncation, [length] float32.
+        ended: "end" at an end token, "stop" at a text of `Sampling.stop`, or "length".
+        version: the policy's version, as the engine was told.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    ended: Literal["end", "stop", "length"]
+    version: int = 0
+
+
+class Engine:
+    """Completes prompts.
+
+    A subclass with a `name` registers itself, and recipes take it as `engine: {type: NAME}`.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        registry.register_named("engine", cls)
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """A completion for each request, in the same order.
+
+        Args:
+            requests: what is wanted.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} needs a generate(requests).")

@@ -1,0 +1,111 @@
+"""Experiences of a sampler: the steps of its episodes, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from paceline.errors import ConfigError
+from paceline.rl.algorithm import Algorithm
+from paceline.rl.graph import Graph
+from paceline.rl.sampler import Sampler
+from paceline.world.seeding import seed_everything, stream
+from paceline.world.world import World
+
+
+class GraphCollector:
+    """Has a sampler play episodes, each with a seed of its own, on whatever rank.
+
+    Args:
+        sampler: plays them.
+        algorithm: makes steps of them.
+        acting: within it they are played.
+        version: optimizer steps that the policy has taken.
+        identity: settings that decide what is collected.
+    """
+
+    steps = None
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        algorithm: Algorithm,
+        acting: Callable[[], AbstractContextManager[None]],
+        *,
+        version: Callable[[], int],
+        identity: Mapping[str, Any],
+    ) -> None:
+        self._sampler, self._algorithm = sampler, algorithm
+        self._acting, self._version = acting, version
+        self.identity = dict(identity)
+
+    def open(self, seed: int, world: World, stopping: Callable[[], bool]) -> None:
+        """A run begins; see `paceline.rl.source.Collector`.
+
+        Args:
+            seed: the run's.
+            world: the ranks, which share out the episodes.
+            stopping: whether to give up the experience at hand.
+        """
+        count = self._sampler.episodes
+        if count < 1:
+            raise ConfigError(f"sampler.episodes={count}: expected at least 1.")
+        self._seed, self._stopping = seed, stopping
+        self._own = np.array_split(np.arange(count), world.dp_size)[world.dp_rank].tolist()
+
+    def collect(self, experience: int) -> list[Any]:
+        seeds = [stream(self._seed, "probe", experience, episode) for episode in self._own]
+        with self._acting():
+            self._sampler.begin(self._version(), self._stopping)
+            if seeds:  # for samplers that draw from the global generators
+                seed_everything(seeds[0])
+            graphs = self._sampler.rollouts(seeds)
+            steps = [list(self._algorithm.flatten(graph)) for graph in graphs]
+        return [
+            (episode, made, _summary(graph))
+            for episode, made, graph in zip(self._own, steps, graphs, strict=True)
+        ]
+
+    def together(self, parts: list[Any]) -> tuple[list[Any], dict[str, float]]:
+        episodes = sorted((one for part in parts for one in part), key=lambda one: one[0])
+        steps = [step for _, made, _ in episodes for step in made]
+        return steps, _row([summary for _, _, summary in episodes])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _summary(graph: Graph) -> dict[str, Any]:
+    """What is logged of an episode: the values of its turns by name, and what was skipped."""
+    nodes = list(graph.nodes())
+    values: dict[str, list[float]] = {"rollout/reward": [node.reward for node in nodes]}
+    for node in nodes:
+        for name, value in node.rewards.items():
+            values.setdefault(f"rollout/reward/{name}", []).append(value)
+        if node.probe_ids is not None:
+            values.setdefault("rollout/length", []).append(float(len(node.probe_ids)))
+    return {"values": values, "skipped": dict(graph.skipped)}
+
+
+def _row(summaries: list[dict[str, Any]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    skipped: dict[str, int] = {}
+    for summary in summaries:
+        for name, found in summary["values"].items():
+            values.setdefault(name, []).extend(found)
+        for reason, count in summary["skipped"].items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    row = {name: float(np.mean(found)) for name, found in values.items() if found}
+    row["rollout/episodes"] = float(len(summaries))
+    row["rollout/turns"] = float(len(values.get("rollout/reward", ())))
+    row |= {f"rollout/skipped/{reason}": float(n) for reason, n in sorted(skipped.items())}
+    return row

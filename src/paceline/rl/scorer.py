@@ -1,0 +1,20 @@
+"""What a scorer is: it judges texts, or other states."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+
+class Scorer:
+    """Judges states; by convention, the higher the score, the more harmful."""
+
+    @abstractmethod
+    def score(self, x: Sequence[Any]) -> Sequence[float]:
+        """A score for each state, in the same order.
+
+        Args:
+            x: the states, such as texts.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} needs a score(x).")
