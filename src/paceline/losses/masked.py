@@ -66,7 +66,7 @@ def whiten(values: Tensor, mask: Tensor, *, over: Tensor | None = None) -> Tenso
     mean = total / count.clamp(min=1)
     variance = (squares - total * mean).clamp(min=0) / (count - 1).clamp(min=1)
     # A constant in float32 deviates by some 1e-7 of itself.
-    varies = (count > 1) & (variance > 1e-12 * squares / count.clamp(min=1))
+    varies = variance > 1e-12 * squares / count.clamp(min=1)
     scaled = (values - mean) * (variance + 1e-8).rsqrt()
     return only(torch.where(varies, scaled, values).to(values.dtype), counts)
 
