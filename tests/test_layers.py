@@ -7,6 +7,7 @@ like any other.
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,3 +108,17 @@ def test_a_circle_is_found_wherever_its_imports_stand(tmp_path: Path) -> None:
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.hall import door\n"
     )
     assert circles(imports(root)) == [["house.attic", "house.cellar", "house.hall"]]
+
+
+def test_losses_import_torch_alone() -> None:
+    """Of other packages; of ours the errors."""
+    roots, ours = set(), set()
+    for path in (SOURCE / "losses").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            roots |= {name.split(".")[0] for name in names}
+            ours |= {name for name in names if name.startswith("paceline.")}
+    assert roots - sys.stdlib_module_names == {"torch", "paceline"}
+    assert {name for name in ours if not name.startswith("paceline.losses.")} == {"paceline.errors"}

@@ -18,7 +18,7 @@ from paceline.recipe.typed import Config
 GOLDEN = Path(__file__).with_name("public_surface.json")
 MODULES = (
     *("paceline", "paceline.callbacks", "paceline.errors", "paceline.factories", "paceline.lm"),
-    *("paceline.lm.data", "paceline.testing", "paceline.tune"),
+    *("paceline.lm.data", "paceline.losses", "paceline.testing", "paceline.tune"),
 )
 
 
