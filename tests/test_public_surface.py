@@ -83,7 +83,8 @@ def test_a_public_name_is_imported_when_it_is_first_asked_for(
     package = types.ModuleType("a_package")
     monkeypatch.setitem(sys.modules, "a_package", package)
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    package.__getattr__, package.__dir__ = lazily("a_package", {"ONE_SIXTH": "colorsys"})
+    get, names = lazily("a_package", {"ONE_SIXTH": "colorsys"})
+    vars(package).update(__getattr__=get, __dir__=names)
     assert "ONE_SIXTH" in dir(package)
     assert "colorsys" not in sys.modules
     assert pytest.approx(1 / 6) == package.ONE_SIXTH
