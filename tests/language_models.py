@@ -81,6 +81,7 @@ def model_of(name: str) -> Any:
     return copy.deepcopy(_model(name)).train()
 
 
+@functools.cache
 def bpe_tokenizer() -> Any:
     """A byte-level BPE tokenizer of 600 tokens with ChatML; its pad token is its end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
