@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import pydoc_data.topics
@@ -25,7 +27,61 @@ ANSWERS = [
     *("an iterator", "the same object", "one of them is raised", "pass"),
 ]
 
+SPECIAL = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    **SPECIAL,
+}
+WINDOW = 8  # shorter than most documents of the tests
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": LLAMA,
+    "Qwen3": {**LLAMA, "head_dim": 8},
+    "Mistral": {**LLAMA, "sliding_window": WINDOW},
+    "GPT2": {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        **SPECIAL,
+    }
+    | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+    "Gemma3": {
+        **LLAMA,
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+_CLASSES = {
+    "GPT2": ("GPT2LMHeadModel", "GPT2Config"),
+    "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
+}
 
+
+@functools.cache
+def _model(name: str) -> Any:
+    import transformers
+
+    kind, config = _CLASSES.get(name, (f"{name}ForCausalLM", f"{name}Config"))
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        made = getattr(transformers, config)(**FAMILIES[name], initializer_range=0.2)
+        return getattr(transformers, kind)(made)
+
+
+def model_of(name: str) -> Any:
+    """A tiny model of a family in training mode, as transformers makes it; with larger weights than
+    usual, so that attention is not all but even."""
+    return copy.deepcopy(_model(name)).train()
+
+
+@functools.cache
 def bpe_tokenizer() -> Any:
     """A byte-level BPE tokenizer of 600 tokens with ChatML; its pad token is its end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -9,10 +9,15 @@ import importlib
 import inspect
 import json
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import paceline
+from paceline.lazy import lazily
 from paceline.recipe.typed import Config
 
 GOLDEN = Path(__file__).with_name("public_surface.json")
@@ -70,6 +75,22 @@ def test_the_public_surface_is_the_golden_one() -> None:
 def test_every_public_name_is_there() -> None:
     assert set(paceline.__all__) <= set(dir(paceline))
     assert all(getattr(paceline, name) is not None for name in paceline.__all__)
+
+
+def test_a_public_name_is_imported_when_it_is_first_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = types.ModuleType("a_package")
+    monkeypatch.setitem(sys.modules, "a_package", package)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    get, names = lazily("a_package", {"ONE_SIXTH": "colorsys"})
+    vars(package).update(__getattr__=get, __dir__=names)
+    assert "ONE_SIXTH" in dir(package)
+    assert "colorsys" not in sys.modules
+    assert pytest.approx(1 / 6) == package.ONE_SIXTH
+    assert vars(package)["ONE_SIXTH"] == package.ONE_SIXTH
+    with pytest.raises(AttributeError, match="module 'a_package' has no attribute 'ONE_SEVENTH'"):
+        _ = package.ONE_SEVENTH
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from paceline.lazy import lazily
 
 if TYPE_CHECKING:
     from paceline.checkpoint import CheckpointPolicy
@@ -19,29 +20,32 @@ if TYPE_CHECKING:
     from paceline.world.device_parameters import DeviceParameters
     from paceline.world.layout import Parallel
     from paceline.world.world import World
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "AbstractTrainer": "paceline.trainer.abstract",
+            "AbstractTrainerConfig": "paceline.trainer.abstract",
+            "Callback": "paceline.trainer.callback",
+            "CheckpointPolicy": "paceline.checkpoint",
+            "DeviceParameters": "paceline.world.device_parameters",
+            "HasRunIdentity": "paceline.trainer.identity",
+            "Draw": "paceline.data.source",
+            "MetricMonitor": "paceline.trainer.monitor",
+            "Parallel": "paceline.world.layout",
+            "Result": "paceline.trainer.result",
+            "Resume": "paceline.trainer.settings",
+            "Source": "paceline.data.source",
+            "StopCollecting": "paceline.data.source",
+            "Trainer": "paceline.trainer.trainer",
+            "ValidationPolicy": "paceline.trainer.settings",
+            "Window": "paceline.trainer.window",
+            "WindowSize": "paceline.data.source",
+            "World": "paceline.world.world",
+        },
+    )
 
 __version__ = "0.1.0"
-
-_WHERE = {
-    "AbstractTrainer": "paceline.trainer.abstract",
-    "AbstractTrainerConfig": "paceline.trainer.abstract",
-    "Callback": "paceline.trainer.callback",
-    "CheckpointPolicy": "paceline.checkpoint",
-    "DeviceParameters": "paceline.world.device_parameters",
-    "HasRunIdentity": "paceline.trainer.identity",
-    "Draw": "paceline.data.source",
-    "MetricMonitor": "paceline.trainer.monitor",
-    "Parallel": "paceline.world.layout",
-    "Result": "paceline.trainer.result",
-    "Resume": "paceline.trainer.settings",
-    "Source": "paceline.data.source",
-    "StopCollecting": "paceline.data.source",
-    "Trainer": "paceline.trainer.trainer",
-    "ValidationPolicy": "paceline.trainer.settings",
-    "Window": "paceline.trainer.window",
-    "WindowSize": "paceline.data.source",
-    "World": "paceline.world.world",
-}
 
 __all__ = [
     "AbstractTrainer",
@@ -63,16 +67,3 @@ __all__ = [
     "WindowSize",
     "World",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for (PEP 562)."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'paceline' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])

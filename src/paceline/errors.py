@@ -217,3 +217,13 @@ def counted(count: int, noun: str, ending: str = "s") -> str:
         ending: what makes it a plural.
     """
     return f"{count} {noun}" if count == 1 else f"{count} {noun}{ending}"
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error's class and the first two lines of its message, for others to show.
+
+    Args:
+        error: any.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"

@@ -76,6 +76,43 @@ def test_launchers_of_several_machines_train_one_run_and_stop_together(
     assert (run["world_size"], run["stopped_by"]) == (2, "signal SIGTERM")
 
 
+def test_a_mistake_on_one_machine_ends_the_launchers_that_wait_for_it(paceline: Paceline):
+    """Whichever of them has the place where they meet, or comes first."""
+    for mistaken in (0, 1):
+        meeting = ("--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port()}")
+        commands = [["train", "toy.yaml", *meeting] for _ in range(2)]
+        commands[mistaken] += ["trainer.epochz=2"]
+        ended = paceline.launch_together(commands)
+        assert [code for code, _, _ in ended] == [2, 2], ended
+        assert "epochz" in ended[mistaken][2]
+        assert "has failed: RecipeError: " in ended[1 - mistaken][2]
+        assert "epochz" in ended[1 - mistaken][2]
+
+
+EARLY = """
+class Early(nn.Linear):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        if os.environ["RANK"] == "1":
+            raise ValueError("on purpose")
+"""
+
+
+def test_a_rank_that_fails_before_they_meet_ends_the_launchers_of_all_machines(
+    paceline: Paceline, tmp_path: Path
+):
+    """For what it says itself."""
+    (tmp_path / "toy.py").write_text((tmp_path / "toy.py").read_text() + EARLY)
+    meeting = ("--nnodes", "2", "--rdzv-endpoint", f"localhost:{free_port()}")
+    command = ("train", "toy.yaml", *meeting, "model._target_=toy.Early")
+    ended = paceline.launch_together([command] * 2)
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    told = [err for _, _, err in ended if "the launcher on" in err]
+    assert len(told) == 1
+    assert "has failed: rank 1: RecipeError: " in told[0]
+    assert "on purpose" in told[0]
+
+
 def test_two_processes_train_one_run_and_after_a_failure_go_on(paceline: Paceline, tmp_path: Path):
     """Given an earlier run in the folder, when one begins afresh, fails at step 3 and is restarted,
     then it goes on from its own checkpoint to the end, and the earlier one is moved aside once.

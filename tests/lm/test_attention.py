@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from builders import Count
+from language_models import FAMILIES, LLAMA, SPECIAL, WINDOW, model_of
 from paceline.errors import ConfigError
 from paceline.lm import attention
 from paceline.lm.attention import (
@@ -39,55 +40,7 @@ from paceline.parallel.activation_checkpointing import checkpoint_blocks
 transformers: Any = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-SPECIAL = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
-LLAMA = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    **SPECIAL,
-}
-WINDOW = 8  # shorter than most documents below
-CONFIGS: dict[str, dict[str, Any]] = {
-    "Llama": LLAMA,
-    "Qwen3": {**LLAMA, "head_dim": 8},
-    "Mistral": {**LLAMA, "sliding_window": WINDOW},
-    "GPT2": {
-        "vocab_size": 64,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        **SPECIAL,
-    }
-    | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
-    "Gemma3": {
-        **LLAMA,
-        "head_dim": 8,
-        "sliding_window": WINDOW,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
-NAMES = {
-    "GPT2": ("GPT2LMHeadModel", "GPT2Config"),
-    "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
-}
 LENGTHS = [5, 19, 13, 14, 3]
-_models: dict[str, Any] = {}
-
-
-def model_of(name: str) -> Any:
-    """A tiny model in training mode, as transformers makes it; with larger weights than usual, so
-    that attention is not all but even."""
-    if name not in _models:
-        kind, config = NAMES.get(name, (f"{name}ForCausalLM", f"{name}Config"))
-        with torch.random.fork_rng():
-            torch.manual_seed(4)
-            made = getattr(transformers, config)(**CONFIGS[name], initializer_range=0.2)
-            _models[name] = getattr(transformers, kind)(made)
-    return copy.deepcopy(_models[name]).train()
 
 
 def by_document(name: str) -> Any:
@@ -155,7 +108,7 @@ def assert_near(ones: list[torch.Tensor], others: list[torch.Tensor]) -> None:
         assert (one - other).abs().max() <= 1e-6 * largest
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_packed_documents_are_computed_as_each_alone(name: str) -> None:
     """Logits and gradients, of two packed rows and of padded ones."""
     reference = model_of(name)
@@ -166,7 +119,7 @@ def test_packed_documents_are_computed_as_each_alone(name: str) -> None:
         assert_near(gradients(model), gradients(reference))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_no_gradient_and_no_bit_crosses_from_one_document_to_another(name: str) -> None:
     model, batch = by_document(name), packed()
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
@@ -185,7 +138,7 @@ def test_no_gradient_and_no_bit_crosses_from_one_document_to_another(name: str) 
 
 def test_a_long_document_is_attended_in_blocks_of_its_window() -> None:
     """Longer than a block of queries, and no multiple of it; the window's edge is exact."""
-    config = transformers.MistralConfig(**CONFIGS["Mistral"] | {"num_hidden_layers": 1})
+    config = transformers.MistralConfig(**FAMILIES["Mistral"] | {"num_hidden_layers": 1})
     model = transformers.MistralForCausalLM(config)
     length = 2 * attention._BLOCK + 77
     ids = torch.arange(length)[None] * 7 % 64
@@ -296,7 +249,7 @@ def across(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_checked", whole)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_check_finds_attention_across_documents(name: str, across: None) -> None:
     with pytest.raises(ConfigError) as caught:
         check_packing(by_document(name), capacity=64)

@@ -114,9 +114,9 @@ def trained(tokenizer, sample: Sample) -> list[str]:
     return [tokenizer.decode(sample.ids[a:b].tolist()) for a, b in runs]
 
 
-def has_the_answers_as_labels(encode, tokenizer, written: Written, messages) -> None:
-    """What every way of labelling has to do with a dialogue."""
-    sample = encode(with_template(tokenizer, written.source), messages)
+def check_labels(tokenizer, written: Written, messages) -> None:
+    """They are the answers with their end tokens, no more and no less."""
+    sample = encode_dialogue(with_template(tokenizer, written.source), messages)
     assert isinstance(sample, Sample), sample
     assert tokenizer.decode(sample.ids.tolist()) == written.text(messages)
     assert trained(tokenizer, sample) == written.answers(messages)
@@ -125,24 +125,65 @@ def has_the_answers_as_labels(encode, tokenizer, written: Written, messages) -> 
     assert sample.ids.dtype == sample.labels.dtype == np.int32
 
 
-PIECES = ("yes", "no", " ", "\n", "\n\n", "é", "漢", "Why?", END, "<|im_start|>assistant\n", "1")
+PIECES = (
+    *("yes", "no", " ", "\n", "\n\n", "Why?", "1", END, "<|im_start|>assistant\n", "[/ANSWER]"),
+    *("é", "e\u0301", "漢", "🙂", "\u2003", "\U000f0000"),  # the last is one of the marks of blocks
+)
 contents = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
 
 
 @st.composite
 def dialogues(draw) -> list[dict]:
+    """Of few texts, so that answers repeat, and are asked for in their own words."""
     roles = draw(st.sampled_from(["ua", "sua", "uaua", "suaua", "uata", "uaa", "uuaua", "uau"]))
     names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
-    return [{"role": names[role], "content": draw(contents)} for role in roles]
+    texts = st.sampled_from(draw(st.lists(contents, min_size=1, max_size=3)))
+    return [{"role": names[role], "content": draw(texts)} for role in roles]
 
 
-@given(messages=dialogues(), name=st.sampled_from([*TEMPLATES]))
-def test_labels_are_the_answers_with_their_end_tokens(tokenizer, messages, name) -> None:
-    has_the_answers_as_labels(encode_dialogue, tokenizer, TEMPLATES[name], messages)
+BLOCKS = {  # how an answer is wrapped: what opens and closes it, and white space that is stripped
+    "none": ("", "", ""),
+    "plain": ("{% generation %}", "{% endgeneration %}", ""),
+    "closed up": ("{%- generation -%}", "{%- endgeneration -%}", " \n "),
+    "kept": ("{%+ generation +%}", "{%+ endgeneration +%}", ""),
+}
+
+
+@st.composite
+def templates(draw) -> Written:
+    """Any template whose answers can be found."""
+    begin = draw(st.sampled_from(["", "<|bos|>", "You are kind.\n"]))
+    colon = draw(st.sampled_from(["\n", "\n\n", ": ", " "]))
+    ending = draw(st.sampled_from(["", "\n", " [/ANSWER]", "[/ANSWER]\n\n"]))  # several tokens
+    opens, closes, stripped = BLOCKS[draw(st.sampled_from([*BLOCKS]))]
+    # Text between messages belongs to no answer, which only blocks can say.
+    gap = draw(st.sampled_from(["", "\n", "\n\n", " ", *(["\n--\n"] if opens else [])]))
+    gap_in_block = gap.isspace() and draw(st.booleans())
+    trims = draw(st.booleans())
+
+    header = f"{{{{ '<|im_start|>' + m['role'] + {colon!r} }}}}"
+    content = "(m['content'] | trim)" if trims else "m['content']"
+    body, after = f"{{{{ {content} + {ending!r} + '{END}' }}}}", f"{{{{ {gap!r} }}}}"
+    within, behind = (body + after, "") if gap_in_block else (body, after)
+    answer = stripped.join(["", opens, within, closes, behind])
+    prompt = f"{{{{ '<|im_start|>assistant' + {colon!r} }}}}"
+    return Written(
+        f"{{{{ {begin!r} }}}}{LOOP}{header}{ANSWER}{answer}{{% else %}}{body}{after}{{% endif %}}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}",
+        begin,
+        lambda role: f"<|im_start|>{role}{colon}",
+        lambda text: (text.strip() if trims else text) + ending,
+        gap,
+    )
+
+
+@given(messages=dialogues(), written=st.one_of(st.sampled_from([*TEMPLATES.values()]), templates()))
+def test_labels_are_the_answers_with_their_end_tokens(tokenizer, messages, written) -> None:
+    check_labels(tokenizer, written, messages)
 
 
 HARD = {
-    "said in the question": dialogue("Is it yes?", "yes", "Is it yes?", "yes"),
+    "is said in the question": dialogue("Is it yes?", "yes", "Is it yes?", "yes"),
     "ends in newlines": dialogue("hi", "yes\n\n", "hi", "\nyes\n"),
     "holds an end token": dialogue("hi", f"I end with {END} you see"),
     "begins with newlines that join the header's": dialogue("hi", "\n\n\nyes", "hi", "\n \n\n"),
@@ -151,41 +192,10 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("messages", HARD.values(), ids=HARD)
-@pytest.mark.parametrize("written", TEMPLATES.values(), ids=TEMPLATES)
-def test_labels_are_exact_where_the_answer(tokenizer, written, messages) -> None:
-    has_the_answers_as_labels(encode_dialogue, tokenizer, written, messages)
-
-
-def by_text_search(tokenizer, messages) -> Sample:
-    """The defect: an answer is looked for in the text."""
-    text = render(tokenizer, messages)
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = np.asarray(found["input_ids"], dtype=np.int32)
-    labels = np.full_like(ids, IGNORED)
-    for message in messages:
-        if message["role"] == "assistant":
-            start = text.find(message["content"])
-            stop = start + len(message["content"]) + len(END)
-            for i, (a, b) in enumerate(found["offset_mapping"]):
-                if start <= a and b <= stop:
-                    labels[i] = ids[i]
-    return Sample(ids, labels)
-
-
-def by_pad_id(tokenizer, messages) -> Sample:
-    """The defect: what equals the pad id is not trained, and the pad token is the end token."""
-    sample = encode_dialogue(tokenizer, messages)
-    assert isinstance(sample, Sample)
-    labels = np.where(sample.ids == tokenizer.pad_token_id, IGNORED, sample.labels)
-    return Sample(sample.ids, labels.astype(np.int32))
-
-
-@pytest.mark.parametrize("defect", [by_text_search, by_pad_id])
-def test_the_checks_above_notice(tokenizer, defect) -> None:
-    messages = HARD["said in the question"]
-    with pytest.raises(AssertionError):
-        has_the_answers_as_labels(defect, tokenizer, TEMPLATES["chatml"], messages)
+@pytest.mark.parametrize("answer", HARD)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_labels_are_exact_where_the_answer(tokenizer, template: str, answer: str) -> None:
+    check_labels(tokenizer, TEMPLATES[template], HARD[answer])
 
 
 def test_only_the_end_token_is_trained_of_what_follows_an_answer(tokenizer) -> None:

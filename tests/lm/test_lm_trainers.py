@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from language_models import write_tiny
 from paceline import Parallel
 from paceline.callbacks import Callback
-from paceline.errors import DataError, RecipeError
+from paceline.errors import ConfigError, DataError, RecipeError
 from paceline.factories import get_config
 from paceline.lm.data import factory as data_factory
 from paceline.lm.trainers import CausalTrainer, SFTTrainer
@@ -185,6 +187,24 @@ def test_a_second_run_tokenizes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPa
     train(recipe(tiny, data={"num_workers": 0, "cache": "only"}))
     with pytest.raises(Exception, match=r"max_length: \d+ -> 100"):
         train(recipe(tiny, data={"max_length": 100, "cache": "only"}))
+
+
+def prepare(tree: dict[str, Any]) -> None:
+    """Tokenizes what a recipe trains on, or takes it from the cache."""
+    trainer = SFTTrainer(get_config(tree), run_dir=None)
+    trainer.make("tokenizer")
+    trainer.factory("data").prepare()
+
+
+def test_another_template_has_samples_of_its_own(tmp_path: Path, tokenizer: Any) -> None:
+    folder, other = write_tiny(tmp_path, tokenizer), copy.copy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("\n", "\n\n")
+    other.save_pretrained(folder / "dropout")
+    only = {"cache": "only"}
+    prepare(recipe(folder))
+    prepare(recipe(folder, data=only))
+    with pytest.raises(ConfigError, match="template changed"):
+        prepare(recipe(folder, data=only, tokenizer={"name_or_path": str(folder / "dropout")}))
 
 
 def test_what_is_wrong_with_the_data_is_said_before_the_model_is_built(

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from paceline.checkpoint.policy import to_keep
@@ -16,13 +17,20 @@ from paceline.data import loader
 from paceline.data.fetch import Fetcher
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
+from paceline.lm import attention
+from paceline.lm.data import chat, factory
+from paceline.lm.data.packing import PackedDataset
+from paceline.lm.data.sample import IGNORED, Sample
 from paceline.parallel.ddp import Replica
 from paceline.recipe.components import Checker
 from paceline.recipe.mistakes import Mistake, Mistakes
+from paceline.trainer import inference
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.optimization import Optimization
+from paceline.trainer.source_code import OwnCode
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window, gradients_aside
+from paceline.world import meeting
 from paceline.world.seeding import seed_everything
 from paceline.world.world import World
 
@@ -249,3 +257,80 @@ def unsaid(order: Any, loader: Any, plan: list[tuple[str, str]]) -> Any:
 
 
 _trimmed = loader._trimmed
+
+
+def rows_of(self: Any, batch: Any) -> int:
+    return len(batch["labels"])
+
+
+def one_document_a_row(*args: Any) -> list[list[int]]:
+    return [[sum(row)] for row in _checked(*args)]
+
+
+_checked = attention._checked
+
+
+def found_in_the_text(template: Any, messages: Any, text: str, roles: Any) -> Any:
+    spans = []
+    for message in messages:
+        if message["role"] in roles:
+            start = text.find(message["content"])
+            stop = start + len(message["content"]) + len(template.tokenizer.eos_token)
+            spans.append((start, stop))
+    return spans
+
+
+def without_pad_ids(template: Any, *args: Any) -> Sample:
+    sample = _encode(template, *args)
+    masked = np.where(sample.ids == template.tokenizer.pad_token_id, IGNORED, sample.labels)
+    return Sample(sample.ids, masked)
+
+
+_encode = chat._encode
+
+
+def with_first_labels(self: PackedDataset, index: int) -> dict[str, Any]:
+    row = _row(self, index)
+    parts = [self.samples[n].labels[start:stop] for n, start, stop in self.packs[index]]
+    return {**row, "labels": torch.from_numpy(np.concatenate(parts)).long()}
+
+
+_row = PackedDataset.__getitem__
+
+
+def key_without_template(tokenizer: Any) -> dict[str, Any]:
+    return {name: each for name, each in _key(tokenizer).items() if name != "template"}
+
+
+_key = factory.tokenizer_key
+
+
+def no_code(roots: Any) -> OwnCode:
+    return OwnCode({}, {}, [])
+
+
+def not_looked_at(loader: Any) -> tuple[None, str]:
+    return None, "nobody has looked"
+
+
+def latest(run_dir: Any, checkpoint: Any) -> Any:
+    return _look_up(run_dir, None)
+
+
+_look_up = inference._look_up
+
+
+def waits_for_all(store: Any, rank: int, size: int, timeout: Any) -> str:
+    store.set(f"here/{rank}", "")
+    meeting._await(store, [f"here/{other}" for other in range(size)], timeout.total_seconds())
+    return meeting._MET
+
+
+def takes_any_answer(store: Any, rank: int, size: int, timeout: Any) -> str:
+    if rank:
+        store.wait([f"answer/{rank}"], timeout)
+        return store.get(f"answer/{rank}").decode().partition(" ")[2]
+    return _name_of_this_start(store, rank, size, timeout)
+
+
+_name_of_this_start = meeting._name_of_this_start

@@ -6,6 +6,7 @@ its mutants in its own file, since they are what a step does and not what a trai
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from paceline.checkpoint.state import ModelForm
 from paceline.data import fetch, loader
 from paceline.data.indexed import IndexedSource, IndexedValidation, Layout
 from paceline.data.streamed import StreamedSource
+from paceline.lm import LMTrainer, attention
+from paceline.lm.data import PackedDataset, chat, factory
 from paceline.log import run_record, secrets
 from paceline.log.sinks import RowFile
 from paceline.parallel import ddp
@@ -33,6 +36,7 @@ from paceline.recipe.mistakes import Mistakes
 from paceline.trainer import (
     events,
     identity,
+    inference,
     lifecycle,
     names,
     recorder,
@@ -48,6 +52,7 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import Window
+from paceline.world import meeting
 from paceline.world.signals import LeaveAtOnce
 from paceline.world.world import World
 from storm_ranks import Kill
@@ -90,6 +95,8 @@ P12, P13 = "test_p12_resume_costs_the_same_anywhere", "test_p13_nothing_behind_y
 FREEZE = "test_freeze"
 ALONE, RECORD = "test_p01_exact_resume", "test_run_record"
 AGREE = "test_ranks_agree"
+WORDS, CHAT = "test_p03_language_models", "test_chat"
+IDENTITY, INFERENCE, MEETING = "test_identity", "test_inference", "test_meeting"
 UNUSED = "test_what_no_loss_reaches_at_last_keeps_no_gradient_and_all_else_is_exchanged"
 LONG = {"n": 7, "batch": 3, "ranks": 2, "accumulation": 2, "length": 3, "shuffle": True}
 SHORT = {"n": 11, "batch": 2, "ranks": 3, "accumulation": 2, "length": None, "shuffle": True}
@@ -563,5 +570,110 @@ MUTANTS = [
         ((Optimization, "begin"),),
         defects.zeros_for_frozen,
         f"{FREEZE}:test_it_trains_as_a_loop_in_plain_torch_that_unfreezes_by_and_by",
+    ),
+    Mutant(
+        "attention reaches over a document's edges",
+        ((attention, "_checked"),),
+        defects.one_document_a_row,
+        "test_attention:test_packed_documents_are_computed_as_each_alone",
+        {"name": "Llama"},
+    ),
+    Mutant(
+        "a language model's rows weigh the same, whatever they train",
+        ((LMTrainer, "count_items"),),
+        defects.rows_of,
+        f"{WORDS}:test_steps_equal_those_on_each_document_alone",
+        {"family": "GPT2"},
+    ),
+    Mutant(
+        "the first label of a document in a pack is trained",
+        ((PackedDataset, "__getitem__"),),
+        defects.with_first_labels,
+        f"{WORDS}:test_steps_equal_those_on_each_document_alone",
+        {"family": "GPT2"},
+    ),
+    Mutant(
+        "answers are looked for in the text",
+        ((chat, "_spans"),),
+        defects.found_in_the_text,
+        f"{CHAT}:test_labels_are_exact_where_the_answer",
+        {"template": "chatml", "answer": "is said in the question"},
+    ),
+    Mutant(
+        "what equals the pad id is not trained",
+        ((chat, "_encode"),),
+        defects.without_pad_ids,
+        f"{CHAT}:test_labels_are_exact_where_the_answer",
+        {"template": "chatml", "answer": "is said in the question"},
+    ),
+    Mutant(
+        "samples of another template are taken from the cache",
+        ((factory, "tokenizer_key"),),
+        defects.key_without_template,
+        "test_lm_trainers:test_another_template_has_samples_of_its_own",
+    ),
+    Mutant(
+        "a run goes on with other settings",
+        ((identity, "_PARTS"),),
+        {},
+        f"{IDENTITY}:test_a_change_is_refused_with_its_key",
+        {"change": "when the scheduler steps"},
+    ),
+    Mutant(
+        "a run goes on with other code",
+        ((identity, "own_code"),),
+        defects.no_code,
+        f"{IDENTITY}:test_code_is_compared_as_far_as_the_run_uses_it",
+        {"edit": "a function it calls"},
+    ),
+    Mutant(
+        "a run goes on with other samples",
+        ((identity, "content_of"),),
+        defects.not_looked_at,
+        f"{IDENTITY}:test_a_change_is_refused_with_its_key",
+        {"change": "the rows of a TensorDataset"},
+    ),
+    Mutant(
+        "nobody listens to what objects say of themselves",
+        ((identity, "_speakers"),),
+        defects.none_of_them,
+        "test_run_identity:test_what_an_object_says_of_itself_must_be_the_same",
+        {"key": "data.dataset.what"},
+    ),
+    Mutant(
+        "ranks may say different things of themselves",
+        ((identity, "_check_ranks_agree"),),
+        defects.nothing,
+        "test_run_identity:test_ranks_must_say_the_same",
+    ),
+    Mutant(
+        "a rank that waits for the others does not hear that one has left",
+        ((meeting, "_await_all"),),
+        defects.waits_for_all,
+        f"{MEETING}:test_a_rank_that_leaves_before_they_meet_ends_the_other_for_its_reason",
+    ),
+    Mutant(
+        "an earlier start's answer is taken for this one's",
+        ((meeting, "_name_of_this_start"),),
+        defects.takes_any_answer,
+        f"{MEETING}:test_each_start_has_a_name_of_its_own_in_a_store_that_is_kept",
+    ),
+    Mutant(
+        "an evaluation takes the latest checkpoint, whichever it was asked for",
+        ((inference, "_look_up"),),
+        defects.latest,
+        f"{INFERENCE}:test_what_another_checkpoint_leaves_on_the_object_that_has_trained",
+    ),
+    Mutant(
+        "an evaluation moves the generators",
+        ((inference, "random_state_kept"),),
+        contextlib.nullcontext,
+        f"{INFERENCE}:test_after_training_it_measures_what_the_run_has_measured",
+    ),
+    Mutant(
+        "an evaluation takes the models at hand for what a checkpoint holds",
+        ((inference, "load_for_inference"),),
+        defects.nothing,
+        f"{INFERENCE}:test_what_training_has_changed_of_a_model_comes_with_its_weights",
     ),
 ]

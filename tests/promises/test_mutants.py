@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from mutants import MUTANTS, Mutant, apply
 
+from language_models import bpe_tokenizer
 from paceline.testing import Ranks, Started
 
 TESTS = Path(__file__).parents[1]
+ROOMS = ("callbacks", "checkpoint", "data", "lm", "log", "trainer", "world")
 LIMIT = 8.0  # seconds for ranks that hang; a healthy run of these tests takes one or two
 
 
@@ -39,13 +41,17 @@ def call_broken(mutant: str, function: Callable[..., Any], args: tuple[Any, ...]
 def test_it_is_caught(
     mutant: Mutant, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rooms = [str(TESTS / room) for room in ("data", "trainer", "log", "checkpoint", "callbacks")]
-    monkeypatch.setattr(sys, "path", [*sys.path, *rooms])
+    monkeypatch.setattr(sys, "path", [*sys.path, *(str(TESTS / room) for room in ROOMS)])
     module, name = mutant.test.split(":")
     test = getattr(importlib.import_module(module), name)
-    broken = Broken(ranks, mutant)
-    fixtures = {"ranks": broken, "tmp_path": tmp_path, "folder": tmp_path}
-    wanted = {k: v for k, v in fixtures.items() if k in inspect.signature(test).parameters}
+    fixtures: dict[str, Callable[[], Any]] = {
+        "ranks": lambda: Broken(ranks, mutant),
+        "tmp_path": lambda: tmp_path,
+        "folder": lambda: tmp_path,
+        "monkeypatch": lambda: monkeypatch,
+        "tokenizer": bpe_tokenizer,
+    }
+    wanted = {k: make() for k, make in fixtures.items() if k in inspect.signature(test).parameters}
     inspect.signature(test).bind(**wanted, **mutant.arguments)  # or nothing would be tested
     mutant.put_in(monkeypatch)
     with pytest.raises((Exception, pytest.fail.Exception)):  # whatever shows that it is wrong

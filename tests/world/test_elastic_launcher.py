@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PacelineError, in_a_line
 from paceline.testing import Outcome, Ranks, free_port
 from paceline.world.launch import _Agent, launch
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
@@ -181,6 +181,42 @@ def catches(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     [caught] = re.findall(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
     return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("os.kill(os.getpid(), 9)", "rank 1 was killed by SIGKILL"),
+        (
+            "open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write("
+            '\'{"message": "KeyError: lr", "timestamp": 1}\')\nsys.exit(1)',
+            "rank 1: KeyError: lr",
+        ),
+    ],
+    ids=["killed", "told"],
+)
+def test_a_launcher_whose_rank_fails_ends_the_other_machines(
+    ranks: Ranks, tmp_path: Path, end: str, said: str
+) -> None:
+    """Given ranks that would wait for each other, when one fails, then the launcher of the other
+    machine ends at once and knows why."""
+    program = f"if rank == '0':\n    time.sleep(60)\nsay('failing')\n{end}"
+    (tmp_path / "worker").write_text(PRELUDE + program)
+    (tmp_path / "worker").chmod(0o755)
+    ended = ranks.outcomes(be_launcher_of_two, 2, tmp_path, free_port())
+    assert [one.code for one in ended] == [0, 0], ended
+    assert all(one.seconds < 20 for one in ended)
+    other, own = sorted((one.value for one in ended), key=lambda value: isinstance(value, int))
+    assert re.fullmatch(rf"PeerError: the launcher on \S+ has failed: {said}", other)
+    assert own == 1
+
+
+def be_launcher_of_two(folder: Path, port: int) -> int | str:
+    """One of two machines with a rank each."""
+    try:
+        return be_launcher(folder, 1, (), Rendezvous(2, f"localhost:{port}"), 0)
+    except PacelineError as error:
+        return in_a_line(error)
 
 
 def test_launchers_meet_under_the_name_they_are_given() -> None:

@@ -5,8 +5,9 @@ Each is imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from paceline.lazy import lazily
 
 if TYPE_CHECKING:
     from paceline.callbacks.averaged_weights import AveragedWeights
@@ -25,25 +26,28 @@ if TYPE_CHECKING:
     from paceline.callbacks.time_limit import TimeLimit
     from paceline.callbacks.update_ratio import UpdateRatio
     from paceline.trainer.callback import Callback
-
-_MODULES = {
-    "AveragedWeights": "paceline.callbacks.averaged_weights",
-    "Callback": "paceline.trainer.callback",
-    "EarlyStopping": "paceline.callbacks.early_stopping",
-    "Freeze": "paceline.callbacks.freeze",
-    "GradientExplosion": "paceline.callbacks.gradient_explosion",
-    "GradientMonitor": "paceline.callbacks.gradient_monitor",
-    "LearningRate": "paceline.callbacks.learning_rate",
-    "LossPrediction": "paceline.callbacks.loss_prediction",
-    "OverfitDetection": "paceline.callbacks.overfit_detection",
-    "Profiler": "paceline.callbacks.profiler",
-    "Progress": "paceline.callbacks.progress",
-    "SWA": "paceline.callbacks.swa",
-    "ScheduleFree": "paceline.callbacks.schedule_free",
-    "Throughput": "paceline.callbacks.throughput",
-    "TimeLimit": "paceline.callbacks.time_limit",
-    "UpdateRatio": "paceline.callbacks.update_ratio",
-}
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "AveragedWeights": "paceline.callbacks.averaged_weights",
+            "Callback": "paceline.trainer.callback",
+            "EarlyStopping": "paceline.callbacks.early_stopping",
+            "Freeze": "paceline.callbacks.freeze",
+            "GradientExplosion": "paceline.callbacks.gradient_explosion",
+            "GradientMonitor": "paceline.callbacks.gradient_monitor",
+            "LearningRate": "paceline.callbacks.learning_rate",
+            "LossPrediction": "paceline.callbacks.loss_prediction",
+            "OverfitDetection": "paceline.callbacks.overfit_detection",
+            "Profiler": "paceline.callbacks.profiler",
+            "Progress": "paceline.callbacks.progress",
+            "SWA": "paceline.callbacks.swa",
+            "ScheduleFree": "paceline.callbacks.schedule_free",
+            "Throughput": "paceline.callbacks.throughput",
+            "TimeLimit": "paceline.callbacks.time_limit",
+            "UpdateRatio": "paceline.callbacks.update_ratio",
+        },
+    )
 
 __all__ = [
     "SWA",
@@ -63,13 +67,3 @@ __all__ = [
     "TimeLimit",
     "UpdateRatio",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -18,6 +18,7 @@ from paceline.cli.new import new
 from paceline.cli.predict import predict
 from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
+from paceline.cli.ranks import announce_failure
 from paceline.cli.runs import runs
 from paceline.cli.streams import make_lasting
 from paceline.cli.train import train
@@ -81,11 +82,14 @@ def run() -> None:
 
 
 def _end(code: int, error: Exception) -> NoReturn:
-    """Exits, after informing the other ranks of an error before they met."""
+    """Exits, after informing those that wait for this process: other ranks, other launchers."""
     if _rank():
+        from paceline.world.environment import tell_launcher
         from paceline.world.meeting import announce_exit
 
+        tell_launcher(error)
         announce_exit(code, error)
+    announce_failure(code, error)
     sys.exit(code)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, in_a_line
 
 if TYPE_CHECKING:
     from paceline.world.rendezvous import Rendezvous
@@ -74,7 +74,40 @@ def launch_again(nproc: int, machines: Rendezvous, max_restarts: int) -> int:
     from paceline.recipe.resolvers import handed_over
     from paceline.world.launch import launch
 
+    awaits(None)  # it tells the others itself what fails from now on
     # The workers get this command line as it was given. Those of several machines agree themselves.
     handing = handed_over() if machines.nnodes == 1 else contextlib.nullcontext()
     with handing:
         return launch(nproc, sys.argv[1:], machines=machines, max_restarts=max_restarts)
+
+
+_awaited: Rendezvous | None = None  # where the launchers of other machines wait for this one
+
+
+def awaits(machines: Rendezvous | None) -> None:
+    """Notes that the launchers of other machines wait for this process; or no longer, with None.
+
+    Args:
+        machines: how they find each other.
+    """
+    global _awaited
+    _awaited = machines if machines is not None and machines.nnodes > 1 else None
+
+
+def announce_failure(code: int, error: Exception) -> None:
+    """Tells the launchers that wait for this one, if any, that it never comes.
+
+    Args:
+        code: with which it exits.
+        error: why.
+    """
+    global _awaited
+    if _awaited is None:
+        return
+    machines, _awaited = _awaited, None
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from paceline.world.launchers import LINGER, Launchers
+
+    with contextlib.suppress(RendezvousError):  # no other has come yet
+        Launchers(machines, LINGER).tell(code, in_a_line(error))

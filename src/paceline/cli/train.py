@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paceline.cli.options import Nproc, Overrides, RecipeFile, Trust
-from paceline.cli.ranks import check_launcher, launch_again
+from paceline.cli.ranks import awaits, check_launcher, launch_again
 from paceline.errors import ConfigError
 from paceline.exit_codes import FAILED
 
@@ -90,6 +90,8 @@ def train(
         started_by_us = follow_launcher()
         if not started_by_us:
             check_launcher(nproc, nnodes, max_restarts)
+            if "WORLD_SIZE" not in os.environ and not dry_run:
+                awaits(machines)
         flat = is_run_config(recipe)
         allowed = tuple(trust or ())
         loaded = None if flat else load_recipe(recipe, overrides or (), trust=allowed)

@@ -5,8 +5,9 @@ Each name is imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from paceline.lazy import lazily
 
 if TYPE_CHECKING:
     from paceline.lm.attention import attend_by_document, check_packing, packed_inputs
@@ -19,22 +20,25 @@ if TYPE_CHECKING:
         HFTokenizerFactory,
     )
     from paceline.lm.trainers import CausalTrainer, LMTrainer, SFTTrainer, next_token_loss
-
-_MODULES = {
-    "CausalTrainer": "paceline.lm.trainers",
-    "HFCheckpointEngine": "paceline.lm.hf_engine",
-    "HFModelConfig": "paceline.lm.models",
-    "HFModelFactory": "paceline.lm.models",
-    "HFTokenizerConfig": "paceline.lm.models",
-    "HFTokenizerFactory": "paceline.lm.models",
-    "LMTrainer": "paceline.lm.trainers",
-    "SFTTrainer": "paceline.lm.trainers",
-    "attend_by_document": "paceline.lm.attention",
-    "check_packing": "paceline.lm.attention",
-    "export_huggingface": "paceline.lm.export",
-    "next_token_loss": "paceline.lm.trainers",
-    "packed_inputs": "paceline.lm.attention",
-}
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "CausalTrainer": "paceline.lm.trainers",
+            "HFCheckpointEngine": "paceline.lm.hf_engine",
+            "HFModelConfig": "paceline.lm.models",
+            "HFModelFactory": "paceline.lm.models",
+            "HFTokenizerConfig": "paceline.lm.models",
+            "HFTokenizerFactory": "paceline.lm.models",
+            "LMTrainer": "paceline.lm.trainers",
+            "SFTTrainer": "paceline.lm.trainers",
+            "attend_by_document": "paceline.lm.attention",
+            "check_packing": "paceline.lm.attention",
+            "export_huggingface": "paceline.lm.export",
+            "next_token_loss": "paceline.lm.trainers",
+            "packed_inputs": "paceline.lm.attention",
+        },
+    )
 
 __all__ = [
     "CausalTrainer",
@@ -51,13 +55,3 @@ __all__ = [
     "next_token_loss",
     "packed_inputs",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -6,25 +6,30 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from paceline.lazy import lazily
 
 if TYPE_CHECKING:
     from paceline.log.media import Histogram, Image, Table, Text
     from paceline.log.sinks import JsonlSink, RunInfo, Sink, read_rows
     from paceline.log.tensorboard import TensorBoard
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Histogram": "paceline.log.media",
+            "Image": "paceline.log.media",
+            "Table": "paceline.log.media",
+            "Text": "paceline.log.media",
+            "JsonlSink": "paceline.log.sinks",
+            "RunInfo": "paceline.log.sinks",
+            "Sink": "paceline.log.sinks",
+            "TensorBoard": "paceline.log.tensorboard",
+            "read_rows": "paceline.log.sinks",
+        },
+    )
 
-_WHERE = {
-    "Histogram": "paceline.log.media",
-    "Image": "paceline.log.media",
-    "Table": "paceline.log.media",
-    "Text": "paceline.log.media",
-    "JsonlSink": "paceline.log.sinks",
-    "RunInfo": "paceline.log.sinks",
-    "Sink": "paceline.log.sinks",
-    "TensorBoard": "paceline.log.tensorboard",
-    "read_rows": "paceline.log.sinks",
-}
 __all__ = [
     "Histogram",
     "Image",
@@ -36,10 +41,3 @@ __all__ = [
     "Text",
     "read_rows",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for (PEP 562)."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'paceline.log' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -7,27 +7,25 @@ model of a run.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from paceline.lazy import lazily
 
 if TYPE_CHECKING:
     from paceline.recipe.builder import build_trainer
     from paceline.recipe.launcher import Launcher
     from paceline.recipe.recipe import Recipe, load_recipe
     from paceline.recipe.trained import load_model
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "Launcher": "paceline.recipe.launcher",
+            "Recipe": "paceline.recipe.recipe",
+            "build_trainer": "paceline.recipe.builder",
+            "load_model": "paceline.recipe.trained",
+            "load_recipe": "paceline.recipe.recipe",
+        },
+    )
 
-_WHERE = {
-    "Launcher": "paceline.recipe.launcher",
-    "Recipe": "paceline.recipe.recipe",
-    "build_trainer": "paceline.recipe.builder",
-    "load_model": "paceline.recipe.trained",
-    "load_recipe": "paceline.recipe.recipe",
-}
 __all__ = ["Launcher", "Recipe", "build_trainer", "load_model", "load_recipe"]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for: composing alone needs no torch."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'paceline.recipe' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)

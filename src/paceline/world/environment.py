@@ -6,13 +6,17 @@ and `MASTER_PORT`. srun sets none of them, so its own variables are translated, 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, in_a_line
 from paceline.world.orphans import signal_when_parent_dies
 
 LAUNCHER = "PACELINE_LAUNCHER"
@@ -40,6 +44,20 @@ def follow_launcher() -> bool:
         return False
     signal_when_parent_dies(signal.SIGTERM)
     return True
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Leaves a worker's error for `launch`, which tells it to the other machines.
+
+    Args:
+        error: with which this process ends.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None or LAUNCHER not in os.environ:
+        return
+    said = {"message": in_a_line(error), "timestamp": int(time.time())}
+    with contextlib.suppress(OSError):
+        Path(file).write_text(json.dumps(said))
 
 
 def adopt_slurm() -> None:

@@ -16,7 +16,6 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-import torch.distributed.elastic.rendezvous.registry as rendezvous
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.api import WorkerState as State
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -27,6 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from paceline.errors import PacelineError
 from paceline.exit_codes import STOPPED
 from paceline.world.environment import LAUNCHER
+from paceline.world.launchers import FailedElsewhereError, Launchers
 from paceline.world.rendezvous import ONE_MACHINE, Rendezvous
 from paceline.world.signals import LEFT, SAME, STOPS, LeaveAtOnce, handling
 
@@ -61,25 +61,25 @@ def launch(
         first rank that failed (1 if it was killed).
 
     Raises:
-        PacelineError: the launchers of the machines did not find each other.
+        PacelineError: the launchers of the machines did not find each other, or another one failed.
     """
     folder = tempfile.TemporaryDirectory(prefix="paceline-")
     with folder as logs, _environment(nproc, logs), _quiet():
-        parameters = machines.parameters()
         with _meeting(machines):
-            handler = rendezvous.get_rendezvous_handler(parameters)
+            launchers = Launchers(machines)
         spec = WorkerSpec(
             role="rank",
             local_world_size=nproc,
-            rdzv_handler=handler,
+            rdzv_handler=launchers.handler,
             entrypoint=sys.executable,
             # The agent expands $-templates; an override's own ${...} has to survive it.
             args=("-m", "paceline", *(word.replace("$", "$$") for word in argv)),
             max_restarts=max_restarts,
             monitor_interval=0.1,
-            local_addr=parameters.local_addr,
+            local_addr=launchers.local_addr,
         )
         agent = _Agent(spec, logs_specs=DefaultLogsSpecs(log_dir=logs))
+        agent.launchers = launchers
         agent.leave = LeaveAtOnce(partial(shutil.rmtree, logs, ignore_errors=True))
         try:
             with agent.forwarding(), _meeting(machines):
@@ -89,11 +89,13 @@ def launch(
                         f"more than {machines.nnodes} launchers joined at {machines.endpoint}; "
                         "this one has started nothing."
                     )
+                _report(result.failures)
                 if machines.nnodes > 1 and _all_stopped(result.failures):
                     agent._exit_barrier()  # others may still need the store that lives here
+                if result.failures and not _all_stopped(result.failures):
+                    launchers.tell(_answer(result.failures), _why(result.failures))
         finally:
-            handler.shutdown()
-    _report(result.failures)
+            launchers.handler.shutdown()
     return _answer(result.failures)
 
 
@@ -101,6 +103,8 @@ def launch(
 def _meeting(machines: Rendezvous) -> Iterator[None]:
     try:
         yield
+    except FailedElsewhereError as failed:
+        raise failed.error from None
     except RendezvousError as error:
         raise PacelineError(
             f"the launchers of {machines.nnodes} machines did not meet at {machines.endpoint} "
@@ -112,6 +116,7 @@ def _meeting(machines: Rendezvous) -> Iterator[None]:
 class _Agent(LocalElasticAgent):
     """torch's agent, but it forwards signals and lets a clean stop finish."""
 
+    launchers: Launchers
     leave: LeaveAtOnce
     _forwarded: float | None = None
     _pids: tuple[int, ...] = ()
@@ -144,6 +149,7 @@ class _Agent(LocalElasticAgent):
             if self._received is not None:  # it came before the rendezvous began
                 self.leave(self._received, None)
             super()._rendezvous(worker_group)  # pyright: ignore
+            self.launchers.have_met()
         finally:
             self._meets = False
 
@@ -211,6 +217,16 @@ def _report(failures: dict[int, ProcessFailure]) -> None:
         print(f"paceline: {who} {how}", file=sys.stderr)
 
 
+def _why(failures: dict[int, ProcessFailure]) -> str:
+    """What the first rank that failed has said of its error, or else how it ended."""
+    rank, first = min(failures.items(), key=lambda each: each[1].timestamp)
+    if os.path.isfile(first.error_file):
+        return f"rank {rank}: {first.message}"
+    if first.exitcode < 0:
+        return f"rank {rank} was killed by {signal.Signals(-first.exitcode).name}"
+    return f"rank {rank} exited with code {first.exitcode}"
+
+
 def _answer(failures: dict[int, ProcessFailure]) -> int:
     """The launcher's exit code."""
     if not failures:
@@ -251,8 +267,8 @@ def _environment(nproc: int, folder: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the agent's own log lines, which repeat what the ranks and `launch` print."""
-    noisy = (f"{_ELASTIC}.agent.server.api", f"{_ELASTIC}.multiprocessing.api")
-    loggers = [logging.getLogger(name) for name in noisy]
+    noisy = ("agent.server.api", "multiprocessing.api", "rendezvous.dynamic_rendezvous")
+    loggers = [logging.getLogger(f"{_ELASTIC}.{name}") for name in noisy]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from paceline.errors import ConfigError, PeerError
+from paceline.errors import ConfigError, PeerError, in_a_line
 from paceline.exit_codes import STOPPED, USAGE
 from paceline.world import signals
 from paceline.world.forks import spare_parents_garbage
@@ -90,7 +90,8 @@ def announce_exit(code: int, why: str | BaseException) -> bool:
     seconds = _IN_PASSING if code == STOPPED else _LINGER  # at a signal it is soon killed
     try:
         store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timedelta(seconds=seconds)))
-        if store.compare_set(_WORD, "", json.dumps([rank, code, _in_a_line(why)])).decode() == _MET:
+        said = json.dumps([rank, code, why if isinstance(why, str) else in_a_line(why)])
+        if store.compare_set(_WORD, "", said).decode() == _MET:
             return False
         _held += 1
         store.set(f"left/{rank}", "")
@@ -120,13 +121,6 @@ def begin() -> None:
 
 
 signals.announce_exit = announce_exit
-
-
-def _in_a_line(why: str | BaseException) -> str:
-    if isinstance(why, str):
-        return why
-    lines = [line for line in str(why).splitlines() if line.strip()]
-    return f"{type(why).__name__}: {' '.join(map(str.strip, lines[:2]))}"
 
 
 def _left(rank: int, code: int, why: str) -> Exception:

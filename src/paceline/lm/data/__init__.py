@@ -5,8 +5,9 @@ Each name is imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from paceline.lazy import lazily
 
 if TYPE_CHECKING:
     from paceline.lm.data.chat import check_template, encode_dialogue, encode_text, render
@@ -30,32 +31,35 @@ if TYPE_CHECKING:
     from paceline.lm.data.sample import Sample
     from paceline.lm.data.sources import RowsConfig, RowSource
     from paceline.lm.data.token_store import TokenStore, store_for
-
-_MODULES = {
-    "CausalDataConfig": "paceline.lm.data.factory",
-    "CausalDataFactory": "paceline.lm.data.factory",
-    "Collate": "paceline.lm.data.packing",
-    "LMDataConfig": "paceline.lm.data.factory",
-    "LMDataFactory": "paceline.lm.data.factory",
-    "PackedDataset": "paceline.lm.data.packing",
-    "PaddedDataset": "paceline.lm.data.packing",
-    "Report": "paceline.lm.data.report",
-    "RowSource": "paceline.lm.data.sources",
-    "RowsConfig": "paceline.lm.data.sources",
-    "SFTDataConfig": "paceline.lm.data.factory",
-    "SFTDataFactory": "paceline.lm.data.factory",
-    "Sample": "paceline.lm.data.sample",
-    "TokenStore": "paceline.lm.data.token_store",
-    "check_template": "paceline.lm.data.chat",
-    "chop": "paceline.lm.data.packing",
-    "count_trained": "paceline.lm.data.packing",
-    "encode_dialogue": "paceline.lm.data.chat",
-    "encode_text": "paceline.lm.data.chat",
-    "plan_packs": "paceline.lm.data.packing",
-    "render": "paceline.lm.data.chat",
-    "report_on": "paceline.lm.data.report",
-    "store_for": "paceline.lm.data.token_store",
-}
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "CausalDataConfig": "paceline.lm.data.factory",
+            "CausalDataFactory": "paceline.lm.data.factory",
+            "Collate": "paceline.lm.data.packing",
+            "LMDataConfig": "paceline.lm.data.factory",
+            "LMDataFactory": "paceline.lm.data.factory",
+            "PackedDataset": "paceline.lm.data.packing",
+            "PaddedDataset": "paceline.lm.data.packing",
+            "Report": "paceline.lm.data.report",
+            "RowSource": "paceline.lm.data.sources",
+            "RowsConfig": "paceline.lm.data.sources",
+            "SFTDataConfig": "paceline.lm.data.factory",
+            "SFTDataFactory": "paceline.lm.data.factory",
+            "Sample": "paceline.lm.data.sample",
+            "TokenStore": "paceline.lm.data.token_store",
+            "check_template": "paceline.lm.data.chat",
+            "chop": "paceline.lm.data.packing",
+            "count_trained": "paceline.lm.data.packing",
+            "encode_dialogue": "paceline.lm.data.chat",
+            "encode_text": "paceline.lm.data.chat",
+            "plan_packs": "paceline.lm.data.packing",
+            "render": "paceline.lm.data.chat",
+            "report_on": "paceline.lm.data.report",
+            "store_for": "paceline.lm.data.token_store",
+        },
+    )
 
 __all__ = [
     "CausalDataConfig",
@@ -82,13 +86,3 @@ __all__ = [
     "report_on",
     "store_for",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
