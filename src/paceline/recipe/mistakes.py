@@ -29,6 +29,13 @@ _ALSO_CALLED = {
     "monitor": "metric_monitor",
     "patience": "early_stop",
     "early_stopping": "early_stop",
+    "deepspeed": "parallel",
+    "dl_num_workers": "num_workers",
+    "fail_on_missing_cache": "cache",
+    "pack_samples": "pack",
+    "train_eval_split": "eval_share",
+    "use_data_cache": "cache",
+    "warmup_ratio": "warmup",
 }
 _MOST = 14  # the most names to list
 _KEY = re.compile(r"(\w+(?:\.\w+)*)(?:: |=)(.*)", re.DOTALL)

@@ -493,6 +493,12 @@ class CausalDataFactory(LMDataFactory):
 
     def packed(self, samples: Sequence[Sample]) -> PackedDataset:
         tail = "keep" if self.evaluates else self.config.tail
+        tokens = int(lengths_of(samples).sum())
+        if tail == "drop" and tokens < self.max_length:
+            raise ConfigError(
+                f"data.max_length={self.max_length}: all texts together have {tokens} tokens, less "
+                "than one pack; lower it, or say tail: keep."
+            )
         return PackedDataset(samples, chop(samples, self.max_length, tail=tail))
 
 
