@@ -138,6 +138,7 @@ _SHIPPED: dict[str, dict[str, str]] = {
 # What users of other systems ask for by name, and what it is.
 _NOT_YET = {
     "trainer": {"dpo": "training on preferences (DPO)"},
+    "data_source": {"snowflake": "reading from Snowflake"},
     "model_factory": {"liger": "training with Liger's kernels"},
 }
 _registered: dict[str, dict[str, Any]] = {}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from language_models import write_tiny
 from paceline import Parallel
 from paceline.callbacks import Callback
-from paceline.errors import ConfigError, DataError, RecipeError
+from paceline.errors import ConfigError, RecipeError
 from paceline.factories import get_config
 from paceline.lm.data import factory as data_factory
 from paceline.lm.trainers import CausalTrainer, SFTTrainer
@@ -224,7 +224,7 @@ def test_what_is_wrong_with_the_data_is_said_before_the_model_is_built(
         train(recipe(tiny, data={"pack": True, "pad_to_multiple": 8}))
     with pytest.raises(Exception, match=r"1000 tokens are more than the model's context of 256"):
         train(recipe(tiny, data={"max_length": 1000}))
-    with pytest.raises(DataError, match=r"none of its 12 rows is left .longer than max_length: 12"):
+    with pytest.raises(RecipeError, match=r"none of the 12 rows is left .longer than max_length"):
         train(recipe(tiny, data={"max_length": 5}))
     with pytest.raises(RecipeError, match=r"training on preferences .DPO. does not exist yet"):
         get_config(recipe(tiny, trainer={"type": "dpo"}))

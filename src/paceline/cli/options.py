@@ -39,5 +39,9 @@ WhichWeights = Annotated[
 ]
 Trust = Annotated[
     list[str] | None,
-    typer.Option(metavar="PACKAGE", help="Let the recipe name things from PACKAGE too."),
+    typer.Option(
+        metavar="NAME",
+        help="Let the recipe name things from this package too, or read pickled weights of the "
+        "model with this name_or_path.",
+    ),
 ]

@@ -29,6 +29,7 @@ from paceline.errors import ConfigError
 from paceline.factories.around import Around
 from paceline.factories.defined import check_and_register, classes_named
 from paceline.log.plan import Plan
+from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.typed import Config, HumanFloat, HumanInt, OfKind, Typed
 from paceline.world.world import World
 
@@ -94,6 +95,15 @@ class Factory(Typed, Around):
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.trainer.device
+
+    def check(self, mistakes: Mistakes) -> None:
+        """Finds what is wrong with its section; called before anything but a tokenizer is made.
+
+        An error that it raises is reported together with the mistakes of other sections.
+
+        Args:
+            mistakes: further ones are added to it.
+        """
 
 
 class ModelFactory(Factory):
@@ -204,6 +214,9 @@ class DataSourceConfig(Config):
     def _one_of_both(self) -> DataSourceConfig:
         if self.sample_ratio is not None and self.sample_count is not None:
             raise ValueError("sample_ratio and sample_count exclude each other: give one of them.")
+        drawn = self.sample_ratio is not None or self.sample_count is not None
+        if "sample_seed" in self.model_fields_set and not drawn:
+            raise ValueError("sample_seed has no effect without sample_ratio or sample_count.")
         return self
 
 

@@ -102,7 +102,7 @@ def _uncallable(cls: type, base: type) -> Iterator[str]:
             continue
         theirs = list(inspect.signature(original).parameters.values())[1:]
         own = inspect.signature(method)
-        if name in getattr(base, "called_without_arguments", ()):
+        if name in getattr(base, "_called_plainly", ()):
             theirs = []
         by_position = [p for p in theirs if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         named = {p.name: None for p in theirs if p.kind is p.KEYWORD_ONLY}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ from paceline.factories.schedules import (
 from paceline.log.sinks import Sink
 from paceline.recipe.builder import describe, trainer_arguments
 from paceline.recipe.compose import composed_of
+from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.recipe import Recipe, check, load_recipe
 from paceline.recipe.typed import Config
 from paceline.trainer.callback import Callback
@@ -51,6 +52,12 @@ class TrainerConfig(Config):
     """
 
     free = frozenset({"skip_validation"})
+    not_yet = {
+        "activation_checkpoint_cpu_offload": "keeping checkpointed activations on the CPU",
+        "arctic_moe": "ArcticMoE",
+        "sequence_parallel_size": "sequence parallelism by all-to-all",
+        "tiled_mlp_compute": "computing MLPs in tiles",
+    }
     skip_validation: bool = False
     model: Config | None = None
     tokenizer: Config | None = None
@@ -58,6 +65,22 @@ class TrainerConfig(Config):
     optimizer: Config | None = None
     lr_scheduler: Config | None = None
     _recipe: Recipe | None = pydantic.PrivateAttr(None)
+
+    @property
+    def origin(self) -> str:
+        """The file that it was read from, for messages."""
+        return "the config" if self._described_by is None else str(self._described_by.composed.path)
+
+    @property
+    def trusted(self) -> Collection[str]:
+        """What `--trust` names: packages, and models whose pickled weights may be read."""
+        return () if self._described_by is None else self._described_by.trust
+
+    def mistakes(self) -> Mistakes:
+        """A collection for the mistakes that show when components are made."""
+        if self._described_by is None:
+            return Mistakes(lambda path: self.origin)
+        return self._described_by.composed.mistakes()
 
 
 # Section -> the attribute of a trainer class that lists its factories, the annotation that does the
@@ -69,6 +92,9 @@ _PARTS: dict[str, tuple[str, str, type[Factory]]] = {
     "optimizer": ("optimizer_factory_type", "optimizer_factory", OptimizerFactory),
     "lr_scheduler": ("scheduler_factory_type", "scheduler_factory", SchedulerFactory),
 }
+
+
+_HELD_AS = {"data": "train_dataloader"}  # where a trainer keeps what a section describes
 
 
 class FactoryTrainer(Trainer, Around):
@@ -112,7 +138,7 @@ class FactoryTrainer(Trainer, Around):
     scheduler_factory_type: ClassVar[Any] = [
         LinearFactory, CosineFactory, ConstantFactory, StableDecayFactory,
     ]  # fmt: skip
-    called_without_arguments = frozenset({"evaluate"})  # of those that a class overrides
+    _called_plainly = frozenset({"evaluate"})  # of those that a class overrides
     events_around = {
         "init": "__init__",
         **{n: n for n in ("train", "epoch", "step", "loss", "backward", "evaluate", "checkpoint")},
@@ -210,19 +236,45 @@ class FactoryTrainer(Trainer, Around):
             sections: "tokenizer", "data", "model", "optimizer", "lr_scheduler": some of them, in
                 this order.
         """
-        for section in sections:
-            held = "train_dataloader" if section == "data" else section
-            if self.config is None or getattr(self.config, section) is None:
-                continue
-            if getattr(self, held) is None:
-                # The model's weights do not depend on how many numbers the data have drawn.
-                apart = section in ("tokenizer", "data")
-                with random_state_kept() if apart else nullcontext():
-                    made = self.factory(section)()
-                if section == "data":
-                    self.train_dataloader, self.val_dataloader = made
+        self.check(*sections)
+        for section in self._to_make(sections):
+            self._make(section)
+
+    def check(self, *sections: str) -> None:
+        """Asks the factories of sections what is wrong, before anything but a tokenizer is made.
+
+        Args:
+            sections: as for `make`.
+
+        Raises:
+            RecipeError: there are mistakes; all of them are listed.
+        """
+        if self.config is None:
+            return
+        mistakes = self.config.mistakes()
+        # The data are read last: what they may be depends on the tokenizer and the model's config.
+        for section in sorted(self._to_make(sections), key=lambda name: name == "data"):
+            with mistakes.collecting(section):
+                if section == "tokenizer":
+                    self._make(section)
                 else:
-                    setattr(self, section, made)
+                    self.factory(section).check(mistakes)
+        mistakes.raise_any(self.config.origin)
+
+    def _to_make(self, sections: Iterable[str]) -> list[str]:
+        """Those sections that the recipe has and of which nothing is made yet."""
+        given = [s for s in sections if self.config and getattr(self.config, s) is not None]
+        return [s for s in given if getattr(self, _HELD_AS.get(s, s)) is None]
+
+    def _make(self, section: str) -> None:
+        # The model's weights do not depend on how many numbers the data have drawn.
+        apart = section in ("tokenizer", "data")
+        with random_state_kept() if apart else nullcontext():
+            made = self.factory(section)()
+        if section == "data":
+            self.train_dataloader, self.val_dataloader = made
+        else:
+            setattr(self, section, made)
 
     def factory(self, section: str) -> Any:
         """The factory of a section, which is kept as the attribute of its name (`model_factory`).
@@ -251,7 +303,8 @@ def get_config(
     Args:
         source: the recipe's file, or its content as a dictionary.
         overrides: `key=value` changes to a file.
-        trust: further packages whose classes the recipe may name.
+        trust: further packages whose classes the recipe may name, and models (by `name_or_path`)
+            whose pickled weights may be read.
 
     Returns:
         The typed config: `SFTTrainer(get_config("sft.yaml")).train()`.

@@ -1,6 +1,7 @@
-"""Reads what transformers wrote: weights as safetensors only, no code of a model's own, no output.
+"""Reads what transformers wrote: weights as safetensors, no code of a model's own, no output.
 
-Weights in pickle files and `trust_remote_code` are refused whatever the settings are.
+Weights in pickle files are read for a model that `--trust` names, and then as plain tensors alone,
+by torch's restricted unpickler. `trust_remote_code` is refused whatever the settings are.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_SERVICE = "DISABLE_SAFETENSORS_CONVERSION"
 _NO_CODE = (
-    "it needs code of its own (trust_remote_code), which is never run; --trust is for the classes "
-    "of a recipe and does not reach here"
+    "it needs code of its own (trust_remote_code), and running that does not exist yet, with "
+    "--trust neither"
 )
 
 
@@ -106,11 +107,37 @@ def read_tokenizer(name: str, **where: Any) -> Any:
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
 
 
-def read_model(name: str, **settings: Any) -> tuple[Any, Mapping[str, Any]]:
+def check_weights(name: str, trusted: bool) -> None:
+    """Refuses a folder whose weights cannot be read, before anything is.
+
+    Args:
+        name: a folder, or a hub id, of which nothing is known.
+        trusted: whether pickled weights may be read.
+
+    Raises:
+        ConfigError: there are none, or they are pickled.
+    """
+    folder = Path(name)
+    held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if not held or any(file.endswith(".safetensors") for file in held):
+        return
+    pickled = [file for file in held if file.endswith(PICKLED)]
+    if not pickled:
+        raise ConfigError(f"{name}: there is no .safetensors file in it.")
+    if not trusted:
+        raise ConfigError(
+            f"{name}: its weights are pickled ({pickled[0]}), and a pickle can run any code. "
+            f"`--trust {name}` has its tensors read, and nothing else of it; or convert it with "
+            "save_pretrained."
+        )
+
+
+def read_model(name: str, trusted: bool = False, **settings: Any) -> tuple[Any, Mapping[str, Any]]:
     """A causal language model on the CPU, and which of its weights were not found.
 
     Args:
         name: a folder or a hub id.
+        trusted: whether pickled weights may be read, where there are no safetensors.
         **settings: as of `from_pretrained`.
 
     Raises:
@@ -118,19 +145,14 @@ def read_model(name: str, **settings: Any) -> tuple[Any, Mapping[str, Any]]:
     """
     from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
-    folder = Path(name)
-    held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if not any(file.endswith(".safetensors") for file in held):
-        if pickled := [file for file in held if file.endswith(PICKLED)]:
-            raise ConfigError(
-                f"{name}: its weights are pickled ({pickled[0]}), and a pickle can run any code. "
-                "Only safetensors are read, and --trust does not change that: convert it with "
-                "save_pretrained where you trust it."
-            )
-        if held:
-            raise ConfigError(f"{name}: there is no .safetensors file in it.")
+    check_weights(name, trusted)
     read: Any = AutoModelForCausalLM.from_pretrained(
-        name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **settings
+        name,
+        use_safetensors=None if trusted else True,
+        weights_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **settings,
     )
     return read
 

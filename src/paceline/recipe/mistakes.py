@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from paceline.errors import RecipeError
+from paceline.errors import ConfigError, DataError, MissingExtraError, RecipeError
 from paceline.log.secrets import MASK, is_credential, mask_credentials
 from paceline.trainer.elsewhere import ELSEWHERE
 
@@ -28,8 +29,16 @@ _ALSO_CALLED = {
     "monitor": "metric_monitor",
     "patience": "early_stop",
     "early_stopping": "early_stop",
+    "deepspeed": "parallel",
+    "dl_num_workers": "num_workers",
+    "fail_on_missing_cache": "cache",
+    "pack_samples": "pack",
+    "train_eval_split": "eval_share",
+    "use_data_cache": "cache",
+    "warmup_ratio": "warmup",
 }
 _MOST = 14  # the most names to list
+_KEY = re.compile(r"(\w+(?:\.\w+)*)(?:: |=)(.*)", re.DOTALL)
 
 
 def dotted(path: Path) -> str:
@@ -122,6 +131,22 @@ class Mistakes:
             self.found.append(mistake)
         if not known and path:
             self.unknown.add(path)
+
+    @contextlib.contextmanager
+    def collecting(self, *path: str) -> Iterator[None]:
+        """Within, an error of settings or data becomes a mistake, and the rest is left out.
+
+        Args:
+            *path: the place in the recipe, unless the error's text begins with a key below it.
+        """
+        try:
+            yield
+        except (ConfigError, DataError, MissingExtraError) as error:
+            text, place = str(error), path
+            named = _KEY.fullmatch(text)
+            if named is not None and named[1].split(".")[0] == path[0]:
+                place, text = tuple(named[1].split(".")), named[2]
+            self.add(place, text)
 
     def concern(self, path: Path) -> bool:
         """Whether there is a mistake at or below a path."""

@@ -87,7 +87,9 @@ def check_trainer(
     if config_type is not None and not signature_of(cls).takes_any:
         known = [*own, *(n for n in signature_of(cls).named if n not in given)]
         for name in [n for n in arguments if n not in known]:
+            later = config_type.not_yet.get(name)
             text = f"{cls.__qualname__} has no such setting{suggestion(name, known)}"
+            text = text if later is None else f"{later} does not exist yet."
             checker.mistakes.add((*path, name), text)
             del arguments[name]
     plain = {name: value for name, value in arguments.items() if name not in own}

@@ -54,7 +54,7 @@ class Recipe:
         settings: parallel and checkpoint, if the recipe gives them.
         plan: (decision, setting that changes it) for each decision so far.
         groups: the parameter groups of optimizers, by the optimizer's name ("" if there is one).
-        trust: the packages given with `--trust`.
+        trust: what was given with `--trust`: packages, and models whose weights are pickled.
         whole: the recipe with `seeds` of which this is one run, or None.
         config: of a trainer whose components are made by factories: the sections, typed.
         exporters: what `checkpoint:` lists besides the engine that resumes.
@@ -231,6 +231,8 @@ def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
         trainer, parts, settings, groups=groups, trust=tuple(trust), config=config,
         exporters=exporters,
     )  # fmt: skip
+    if config is not None:
+        config._described_by = recipe
     for call, value in answers().items():
         decision = f"${{{call}}} is {value!r} on all ranks and after a restart"
         recipe.plan.append((decision, "the recipe"))

@@ -101,6 +101,7 @@ class Config(pydantic.BaseModel):
     not_yet: ClassVar[Mapping[str, str]] = {}
     type: str = ""
     _class: Any = pydantic.PrivateAttr(None)  # the class that the recipe has named
+    _described_by: Any = pydantic.PrivateAttr(None)  # of a trainer's config: the Recipe
 
     @classmethod
     def all_free(cls) -> frozenset[str]:

@@ -180,6 +180,10 @@ ELSEWHERE = {
     "checkpoint_path": "run_dir, which holds checkpoints/",
     "ema": "callbacks=[AveragedWeights(...)]",
     "max_iterations": "max_steps",
+    "train_iters": "max_steps",
+    "eval_interval": "validate_every, in optimizer steps",
+    "micro_batch_size": "data.micro_batch_size of a recipe, or the batch_size of train_dataloader",
+    "kill_switch_path": "nothing: a file STOP in the run's folder stops a run",
 }
 METHODS_ELSEWHERE = {
     "train_step": "training_step",

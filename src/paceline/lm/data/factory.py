@@ -49,6 +49,7 @@ from paceline.lm.data.rows import Rows, fingerprint
 from paceline.lm.data.sample import Sample
 from paceline.lm.data.sources import RowSource
 from paceline.lm.data.token_store import TokenStore, store_for
+from paceline.recipe.mistakes import Mistakes
 
 HELD_OUT = "held_out"
 """The name of the evaluation source that `data.eval_share` makes."""
@@ -127,11 +128,30 @@ class Prepared:
     counts: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The rows that a source gives to a set.
+
+    Attributes:
+        name: of the source.
+        source: it.
+        rows: as they are tokenized.
+        place: of the source in the recipe.
+    """
+
+    name: str
+    source: Any
+    rows: Rows
+    place: tuple[str, ...]
+
+
 class LMDataFactory(DataFactory):
     """Makes loaders of tokenized samples; a subclass says what a sample is."""
 
     config_type = LMDataConfig
     form: ClassVar[str] = ""
+
+    _prepared: tuple[Prepared, dict[str, Prepared]] | None = None
 
     def __call__(self) -> tuple[Any, Any]:
         train, evaluation = self.prepare()
@@ -144,44 +164,97 @@ class LMDataFactory(DataFactory):
         """Tokenizes what is not in the cache: the training set, and evaluation sets by name.
 
         Raises:
-            ConfigError: the tokenizer or a source cannot be used so.
-            DataError: a source has no samples, or none that is trained.
+            RecipeError: the tokenizer or sources cannot be used so, or have no samples; all
+                mistakes are listed.
         """
-        self.check_tokenizer(self.trainer.tokenizer)
-        train, held_out = Prepared(), Prepared()
-        for name, source in _named(self._sources(self.config.sources, "train")):
-            rows = self._rows(source)
-            parts = {"train": rows}
-            if self.config.eval_share:
-                shares = {"train": 1 - self.config.eval_share, "eval": self.config.eval_share}
-                parts = split(rows, shares, seed=self.config.seed)
-                self._add(held_out, name, source, parts["eval"])
-            self._add(train, name, source, parts["train"])
-        evaluation = {HELD_OUT: held_out} if self.config.eval_share else {}
+        if self._prepared is None:
+            mistakes = self.trainer.config.mistakes()
+            self.check(mistakes)
+            mistakes.raise_any(self.trainer.config.origin)
+        assert self._prepared is not None
+        return self._prepared
+
+    def check(self, mistakes: Mistakes) -> None:
+        """Reads the sources, and tokenizes them unless there are mistakes that show earlier.
+
+        Args:
+            mistakes: as for every factory. Where the tokenizer or the model are among them, nothing
+                is said of what follows from that.
+        """
+        if not mistakes.concern(("tokenizer",)):
+            with mistakes.collecting("tokenizer"):
+                self.check_tokenizer(self.trainer.tokenizer)
+        if not mistakes.concern(("model",)):
+            with mistakes.collecting("data"):
+                _ = self.max_length
+        read = self._read(mistakes)
+        if mistakes.found:
+            return
+        train, evaluation = Prepared(), {name: Prepared() for name in read if name is not None}
+        for of, parts in read.items():
+            for part in parts:
+                with mistakes.collecting(*part.place):
+                    self._add(train if of is None else evaluation[of], part)
+        self._prepared = train, evaluation
+
+    def _read(self, mistakes: Mistakes) -> dict[str | None, list[_Part]]:
+        """The rows of the training set, under None, and of evaluation sets by name."""
+        read: dict[str | None, list[_Part]] = {None: []}
+        share = self.config.eval_share
+        sources = _named(self._sources(self.config.sources, "train"))
+        for i, (name, source) in enumerate(sources):
+            place = ("data", "sources", str(i))
+            with mistakes.collecting(*place):
+                rows = self._rows(source)
+                if share:
+                    parts = split(rows, {"train": 1 - share, "eval": share}, seed=self.config.seed)
+                    for part, of in (("eval", HELD_OUT), ("train", None)):
+                        if not len(parts[part]):
+                            raise ConfigError(
+                                f"data.eval_share={share}: of the {len(rows)} rows of {name!r} "
+                                f"none is in the part {part!r}."
+                            )
+                        read.setdefault(of, []).append(_Part(name, source, parts[part], place))
+                else:
+                    read[None].append(_Part(name, source, rows, place))
         for name, config in self.config.eval_sources.items():
-            [source] = self._sources([config], "eval")
-            evaluation[name] = Prepared()
-            self._add(evaluation[name], name, source, self._rows(source))
-        return train, evaluation
+            place = ("data", "eval_sources", name)
+            with mistakes.collecting(*place):
+                [source] = self._sources([config], "eval")
+                read[name] = [_Part(name, source, self._rows(source), place)]
+        return read
 
     def _rows(self, source: Any) -> Rows:
-        """A source's rows, as many as its config asks for."""
+        """A source's rows, as many as its config asks for.
+
+        Raises:
+            ConfigError: there are none.
+        """
         if not isinstance(source, RowSource):
             rows = source()
         else:
             rows = source.dialogues() if self.form == "dialogues" else source.texts()
+        if not len(rows):
+            part = source.config.split or source.split
+            of = f" in the split {part!r}" if getattr(source.config, "eval_share", 0) else ""
+            raise ConfigError(f"the source has no rows{of}.")
         ratio, count = source.config.sample_ratio, source.config.sample_count
         if ratio is None and count is None:
             return rows
         return sample(rows, ratio=ratio, count=count, seed=source.config.sample_seed)
 
-    def _add(self, prepared: Prepared, name: str, source: Any, rows: Rows) -> None:
-        """Tokenizes a source's rows into a set, or takes them from the cache."""
-        if not len(rows):
-            raise DataError(f"the source {name!r} ({source.config.type}) has no rows.")
+    def _add(self, prepared: Prepared, part: _Part) -> None:
+        """Tokenizes a source's rows into a set, or takes them from the cache.
+
+        Raises:
+            ConfigError: no sample is left of them, on every rank; or the cache lacks them and
+                `data.cache` is "only".
+        """
+        name, rows = part.name, part.rows
         counts: Counter[str] = Counter()
         key = {
-            "sources": {name: {"content": fingerprint(rows)}},
+            # By type: what other sources there are, and its place among them, changes no sample.
+            "sources": {part.source.config.type or name: {"content": fingerprint(rows)}},
             **tokenizer_key(self.trainer.tokenizer),
             "settings": {
                 "form": self.form,
@@ -200,16 +273,20 @@ class LMDataFactory(DataFactory):
         )
         if not len(store):
             why = "; ".join(f"{reason}: {n}" for reason, n in store.notes.items())
-            raise DataError(f"the source {name!r}: none of its {len(rows)} rows is left ({why}).")
+            raise ConfigError(f"none of the {len(rows)} rows is left ({why}).")
         prepared.stores[name] = store
-        prepared.weights.append(source.config.weight)
+        prepared.weights.append(part.source.config.weight)
         prepared.counts[name] = store.notes
 
     def _encoded(self, rows: Rows, counts: Counter[str]) -> Iterator[Sample]:
-        for row in rows:
-            made = self.encode(row, counts)
-            if not isinstance(made, Refusal):
-                yield made
+        try:
+            for row in rows:
+                made = self.encode(row, counts)
+                if not isinstance(made, Refusal):
+                    yield made
+        except DataError as error:
+            # One rank reads. As a mistake of the recipe it is raised, and collected, on every rank.
+            raise ConfigError(str(error)) from error
 
     @property
     def max_length(self) -> int:
@@ -397,6 +474,14 @@ class CausalDataFactory(LMDataFactory):
     def longest(self) -> int | None:
         return None if self.config.pack else self.max_length
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        super().check_tokenizer(tokenizer)
+        if getattr(tokenizer, "eos_token_id", None) is None:
+            raise ConfigError(
+                "tokenizer.eos_token: the tokenizer has no end token, and texts would have no end: "
+                "name one of its tokens."
+            )
+
     def encode(self, row: Mapping[str, Any], counts: Counter[str]) -> Sample | Refusal:
         return encode_text(
             self.trainer.tokenizer,
@@ -408,6 +493,12 @@ class CausalDataFactory(LMDataFactory):
 
     def packed(self, samples: Sequence[Sample]) -> PackedDataset:
         tail = "keep" if self.evaluates else self.config.tail
+        tokens = int(lengths_of(samples).sum())
+        if tail == "drop" and tokens < self.max_length:
+            raise ConfigError(
+                f"data.max_length={self.max_length}: all texts together have {tokens} tokens, less "
+                "than one pack; lower it, or say tail: keep."
+            )
         return PackedDataset(samples, chop(samples, self.max_length, tail=tail))
 
 

@@ -71,14 +71,14 @@ def overview(recipe: Recipe, samples: int = 0) -> Overview:
 
     Raises:
         ConfigError: the recipe has no such data.
-        DataError: a source has no samples.
+        RecipeError: the data cannot be used so; all mistakes are listed.
     """
     trainer: Any = build_trainer(recipe, resume="fresh")
-    make = getattr(trainer, "make", None)
     factory = None
-    if make is not None and getattr(trainer.config, "data", None) is not None:
-        make("tokenizer")
+    if getattr(getattr(trainer, "config", None), "data", None) is not None:
         factory = trainer.factory("data")
+        if isinstance(factory, LMDataFactory):
+            trainer.check("tokenizer", "model", "data")
     if not isinstance(factory, LMDataFactory):
         raise ConfigError(
             f"{recipe.composed.path}: its data are no dialogues or texts that are tokenized: "

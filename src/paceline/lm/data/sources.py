@@ -65,6 +65,8 @@ class RowSource(DataSource):
     def texts(self) -> Rows:
         """Rows with `text`."""
         columns = self.config.columns or {}
+        if useless := [n for n in ("roles", "content") if getattr(self.config, n) is not None]:
+            raise ConfigError(f"{useless[0]} has no effect on texts: it is for dialogues.")
         if unknown := columns.keys() - {"text"}:
             raise ConfigError(
                 f"columns: {min(unknown)!r}: a source of texts has one column, `text`, such as "
@@ -88,7 +90,20 @@ class RowSource(DataSource):
         return split(found, {"train": 1 - share, "eval": share})[wanted]
 
 
-class FileConfig(RowsConfig):
+class _UnsplitConfig(RowsConfig):
+    """A source whose rows have no splits of their own."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_splits(self) -> _UnsplitConfig:
+        if self.split and not self.eval_share:
+            raise ValueError(
+                f"split={self.split!r} has no effect here: with eval_share: 10% there are the "
+                "splits train and eval."
+            )
+        return self
+
+
+class FileConfig(_UnsplitConfig):
     """A source of files.
 
     Attributes:
@@ -212,7 +227,7 @@ class HuggingFace(RowSource):
         return None if known is None else known.columns
 
 
-class FunctionConfig(RowsConfig):
+class FunctionConfig(_UnsplitConfig):
     """A function of the recipe's `code:` that returns rows.
 
     Attributes:
