@@ -89,7 +89,7 @@ class MemorySnapshot(Callback):
 
     def _write(self, last: int) -> None:
         self._recording = False
-        found = torch.cuda.memory._snapshot()
+        found: dict[str, Any] = {**torch.cuda.memory._snapshot()}
         torch.cuda.memory._record_memory_history(enabled=None)
         if last == self._began_at:
             return  # no step was taken
