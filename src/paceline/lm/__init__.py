@@ -18,7 +18,14 @@ if TYPE_CHECKING:
         HFTokenizerConfig,
         HFTokenizerFactory,
     )
-    from paceline.lm.trainers import CausalTrainer, LMTrainer, SFTTrainer, next_token_loss
+    from paceline.lm.throughput import TokenThroughput
+    from paceline.lm.trainers import (
+        CausalTrainer,
+        LMTrainer,
+        LMTrainerConfig,
+        SFTTrainer,
+        next_token_loss,
+    )
 
 _MODULES = {
     "CausalTrainer": "paceline.lm.trainers",
@@ -28,7 +35,9 @@ _MODULES = {
     "HFTokenizerConfig": "paceline.lm.models",
     "HFTokenizerFactory": "paceline.lm.models",
     "LMTrainer": "paceline.lm.trainers",
+    "LMTrainerConfig": "paceline.lm.trainers",
     "SFTTrainer": "paceline.lm.trainers",
+    "TokenThroughput": "paceline.lm.throughput",
     "attend_by_document": "paceline.lm.attention",
     "check_packing": "paceline.lm.attention",
     "export_huggingface": "paceline.lm.export",
@@ -44,7 +53,9 @@ __all__ = [
     "HFTokenizerConfig",
     "HFTokenizerFactory",
     "LMTrainer",
+    "LMTrainerConfig",
     "SFTTrainer",
+    "TokenThroughput",
     "attend_by_document",
     "check_packing",
     "export_huggingface",

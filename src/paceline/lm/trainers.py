@@ -5,15 +5,29 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pydantic
 import torch
 import torch.nn.functional as F
 
-from paceline.factories import FactoryTrainer
+from paceline.factories import FactoryTrainer, HumanFloat, TrainerConfig
 from paceline.lm.attention import attend_by_document, check_packing, packed_inputs
 from paceline.lm.data.factory import CausalDataFactory, SFTDataFactory
 from paceline.lm.data.packing import PackedDataset, PaddedDataset, count_trained
 from paceline.lm.data.sample import IGNORED
 from paceline.lm.models import HFModelFactory, HFTokenizerFactory
+from paceline.lm.throughput import TokenThroughput
+
+
+class LMTrainerConfig(TrainerConfig):
+    """What a recipe of a language model says under `trainer:`, beside the Trainer's own settings.
+
+    Attributes:
+        peak_tflops: what a device can do at most, in 10^12 operations per second, for `mfu` in the
+            timing rows; known GPUs have theirs.
+    """
+
+    free = frozenset({"peak_tflops"})
+    peak_tflops: HumanFloat | None = pydantic.Field(None, gt=0)
 
 
 class LMTrainer(FactoryTrainer):
@@ -23,14 +37,23 @@ class LMTrainer(FactoryTrainer):
     t + 1 is predicted from the tokens up to t. Validation logs `val/loss` and `val/perplexity`, of
     several sources each under its name; the perplexity is that of the mean loss over all tokens.
 
+    Timing rows have tokens and operations per second (`TokenThroughput`), unless no rows are
+    written (`loggers=[]`).
+
     Whether rows hold several documents follows from the data. Then the model attends within each
     alone, and before training its logits are compared with those of documents alone.
     """
 
+    config_type = LMTrainerConfig
     model_factory_type = HFModelFactory
     tokenizer_factory_type = HFTokenizerFactory
 
     _packs = False
+
+    def __init__(self, config: Any = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        if self.loggers != [] and not any(isinstance(c, TokenThroughput) for c in self.callbacks):
+            self.callbacks.append(TokenThroughput(getattr(config, "peak_tflops", None)))
 
     @property
     def model_config(self) -> Any:
