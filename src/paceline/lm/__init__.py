@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         HFTokenizerConfig,
         HFTokenizerFactory,
     )
+    from paceline.lm.samples import GenerateSamples, SamplesConfig
     from paceline.lm.throughput import TokenThroughput
     from paceline.lm.trainers import (
         CausalTrainer,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CausalTrainer": "paceline.lm.trainers",
+    "GenerateSamples": "paceline.lm.samples",
     "HFCheckpointEngine": "paceline.lm.hf_engine",
     "HFModelConfig": "paceline.lm.models",
     "HFModelFactory": "paceline.lm.models",
@@ -37,6 +39,7 @@ _MODULES = {
     "LMTrainer": "paceline.lm.trainers",
     "LMTrainerConfig": "paceline.lm.trainers",
     "SFTTrainer": "paceline.lm.trainers",
+    "SamplesConfig": "paceline.lm.samples",
     "TokenThroughput": "paceline.lm.throughput",
     "attend_by_document": "paceline.lm.attention",
     "check_packing": "paceline.lm.attention",
@@ -47,6 +50,7 @@ _MODULES = {
 
 __all__ = [
     "CausalTrainer",
+    "GenerateSamples",
     "HFCheckpointEngine",
     "HFModelConfig",
     "HFModelFactory",
@@ -55,6 +59,7 @@ __all__ = [
     "LMTrainer",
     "LMTrainerConfig",
     "SFTTrainer",
+    "SamplesConfig",
     "TokenThroughput",
     "attend_by_document",
     "check_packing",

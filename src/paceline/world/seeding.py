@@ -32,6 +32,7 @@ _LABELS = {
     "init": 8,
     "name": 9,
     "source": 10,
+    "generate": 11,
 }
 
 
