@@ -84,7 +84,14 @@ class Speaker(Protocol):
     @property
     def world(self) -> World: ...
     def prompt_ids(self, text: str) -> list[int]: ...
-    def log(self, name: str, value: Any) -> None: ...
+    def log(self, name: str, value: Any) -> None:
+        """Logs a value.
+
+        Args:
+            name: of the value.
+            value: such as a table.
+        """
+        ...
 
 
 class GenerateSamples(Callback):
