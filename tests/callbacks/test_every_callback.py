@@ -20,6 +20,7 @@ from paceline.testing import Ranks, StopAt, bits
 EVERY: dict[str, dict[str, Any]] = {
     "averaged_weights": {"decay": 0.9, "every": 2},
     "early_stopping": {"patience": 9, "min_delta": 0.01, "relative": True},
+    "exit_step": {"step": STEPS},
     "freeze": {"names": "*bias", "until_step": 5},
     "gradient_explosion": {"factor": 1.01, "window": 5, "warmup": 2},
     "gradient_monitor": {"per_layer": True},
@@ -35,6 +36,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "update_ratio": {"every": 4},
 }
 
+NEED_A_GPU = ("memory_snapshot",)
 CHANGE_WEIGHTS = ("freeze", "schedule_free")
 
 # What a run with one of them needs besides.
@@ -53,7 +55,7 @@ def make(name: str) -> list[Callback]:
 
 def test_none_is_left_out() -> None:
     shipped = [n for n in names("callback") if lookup("callback", n).__module__.startswith("pacel")]
-    assert sorted(EVERY) == shipped
+    assert sorted([*EVERY, *NEED_A_GPU]) == shipped
 
 
 @pytest.mark.parametrize("name", EVERY)

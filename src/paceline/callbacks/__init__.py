@@ -12,11 +12,13 @@ from paceline.lazy import lazily
 if TYPE_CHECKING:
     from paceline.callbacks.averaged_weights import AveragedWeights
     from paceline.callbacks.early_stopping import EarlyStopping
+    from paceline.callbacks.exit_step import ExitStep
     from paceline.callbacks.freeze import Freeze
     from paceline.callbacks.gradient_explosion import GradientExplosion
     from paceline.callbacks.gradient_monitor import GradientMonitor
     from paceline.callbacks.learning_rate import LearningRate
     from paceline.callbacks.loss_prediction import LossPrediction
+    from paceline.callbacks.memory_snapshot import MemorySnapshot
     from paceline.callbacks.overfit_detection import OverfitDetection
     from paceline.callbacks.profiler import Profiler
     from paceline.callbacks.progress import Progress
@@ -33,11 +35,13 @@ else:
             "AveragedWeights": "paceline.callbacks.averaged_weights",
             "Callback": "paceline.trainer.callback",
             "EarlyStopping": "paceline.callbacks.early_stopping",
+            "ExitStep": "paceline.callbacks.exit_step",
             "Freeze": "paceline.callbacks.freeze",
             "GradientExplosion": "paceline.callbacks.gradient_explosion",
             "GradientMonitor": "paceline.callbacks.gradient_monitor",
             "LearningRate": "paceline.callbacks.learning_rate",
             "LossPrediction": "paceline.callbacks.loss_prediction",
+            "MemorySnapshot": "paceline.callbacks.memory_snapshot",
             "OverfitDetection": "paceline.callbacks.overfit_detection",
             "Profiler": "paceline.callbacks.profiler",
             "Progress": "paceline.callbacks.progress",
@@ -54,11 +58,13 @@ __all__ = [
     "AveragedWeights",
     "Callback",
     "EarlyStopping",
+    "ExitStep",
     "Freeze",
     "GradientExplosion",
     "GradientMonitor",
     "LearningRate",
     "LossPrediction",
+    "MemorySnapshot",
     "OverfitDetection",
     "Profiler",
     "Progress",

@@ -41,11 +41,24 @@ class Throughput(Callback):
             now - then for now, then in zip(_counts(trainer), self._counted, strict=True)
         )
         if steps > 0 and seconds > 0:
-            trainer.log_timing("samples_per_second", samples / seconds)
-            trainer.log_timing("items_per_second", items / seconds)
-            trainer.log_timing("step_seconds", seconds / steps)
-            trainer.log_timing("peak_memory_bytes", peak_memory(trainer.device))
+            speeds = self.speeds(trainer, seconds, samples=samples, items=items)
+            speeds["step_seconds"] = seconds / steps
+            speeds["peak_memory_bytes"] = peak_memory(trainer.device)
+            for name, value in speeds.items():
+                trainer.log_timing(name, value)
         self._restart(trainer)
+
+    def speeds(
+        self, trainer: Trainer, seconds: float, *, samples: int, items: int
+    ) -> dict[str, float]:
+        """What was done since the last row, per second.
+
+        Args:
+            trainer: which did it.
+            seconds: since the last row, without validations.
+            samples, items: of all ranks in these seconds.
+        """
+        return {"samples_per_second": samples / seconds, "items_per_second": items / seconds}
 
     def on_validation_start(self, trainer: Trainer) -> None:
         """Stops the clock."""

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 import pydantic
 
-from paceline.errors import ConfigError
+from paceline.callbacks.exit_step import ExitStep
+from paceline.data.source import WindowSize
+from paceline.errors import ConfigError, counted
 from paceline.factories.around import Around
 from paceline.factories.bases import (
     DataConfig,
@@ -22,6 +24,7 @@ from paceline.factories.bases import (
     TokenizerFactory,
 )
 from paceline.factories.defined import check_and_register, classes_named
+from paceline.factories.first_batch import epoch_for, first_batch_only
 from paceline.factories.optimizers import AdamWFactory, SGDFactory
 from paceline.factories.schedules import (
     ConstantFactory,
@@ -34,8 +37,9 @@ from paceline.recipe.builder import describe, trainer_arguments
 from paceline.recipe.compose import composed_of
 from paceline.recipe.mistakes import Mistakes
 from paceline.recipe.recipe import Recipe, check, load_recipe
-from paceline.recipe.typed import Config
+from paceline.recipe.typed import Config, HumanInt
 from paceline.trainer.callback import Callback
+from paceline.trainer.resume import kept_global_batch_size
 from paceline.trainer.slots import Only, Slot
 from paceline.trainer.trainer import Trainer
 from paceline.world.seeding import random_state_kept
@@ -48,10 +52,15 @@ class TrainerConfig(Config):
 
     Attributes:
         skip_validation: take factories that the trainer class does not list.
+        exit_step: leave the run after this optimizer step, saved; the next start resumes it.
+        exit_step_this_run: leave it after so many optimizer steps of this start.
+        overfit_first_batch: every batch has the first samples of the training data.
+        min_steps: optimizer steps to take at least: smaller data are passed over several times in
+            an epoch.
         model, tokenizer, data, optimizer, lr_scheduler: the sections.
     """
 
-    free = frozenset({"skip_validation"})
+    free = frozenset({"skip_validation", "exit_step", "exit_step_this_run"})
     not_yet = {
         "activation_checkpoint_cpu_offload": "keeping checkpointed activations on the CPU",
         "arctic_moe": "ArcticMoE",
@@ -59,6 +68,10 @@ class TrainerConfig(Config):
         "tiled_mlp_compute": "computing MLPs in tiles",
     }
     skip_validation: bool = False
+    exit_step: HumanInt | None = pydantic.Field(None, gt=0)
+    exit_step_this_run: HumanInt | None = pydantic.Field(None, gt=0)
+    overfit_first_batch: bool = False
+    min_steps: HumanInt | None = pydantic.Field(None, gt=0)
     model: Config | None = None
     tokenizer: Config | None = None
     data: DataConfig | None = None
@@ -179,10 +192,27 @@ class FactoryTrainer(Trainer, Around):
         vars(self).update(own)
         self.config = config
         self.tokenizer = tokenizer
+        self._prepared: Any = None  # the training loader, as the settings below have changed it
         if recipe is not None:
             describe(self, recipe)
-        if not bounded and config is not None:
+        if config is None:
+            return
+        if not bounded:
             self.plan.add("one pass over the data", "trainer.epochs")
+        if config.exit_step or config.exit_step_this_run:
+            self.callbacks.append(ExitStep(config.exit_step, this_run=config.exit_step_this_run))
+        if config.min_steps is not None:
+            self._check_min_steps(config.min_steps)
+
+    def _check_min_steps(self, wanted: int) -> None:
+        """Refuses what leaves `min_steps` without effect, or says otherwise."""
+        name = f"trainer.min_steps={wanted}"
+        if self.epochs is None:
+            raise ConfigError(f"{name} has no effect without epochs: max_steps says it all.")
+        if self.max_steps is not None and self.max_steps < wanted:
+            raise ConfigError(f"{name} is more than max_steps={self.max_steps}: give one of them.")
+        if self.epoch_length is not None:
+            raise ConfigError(f"{name} and epoch_length both say how long an epoch is: give one.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         mistakes: list[str] = []
@@ -237,8 +267,11 @@ class FactoryTrainer(Trainer, Around):
                 this order.
         """
         self.check(*sections)
-        for section in self._to_make(sections):
-            self._make(section)
+        for section in sections:
+            if self._to_make([section]):
+                self._make(section)
+            if section == "data" and self.config is not None:
+                self._prepare_data(self.config)
 
     def check(self, *sections: str) -> None:
         """Asks the factories of sections what is wrong, before anything but a tokenizer is made.
@@ -275,6 +308,35 @@ class FactoryTrainer(Trainer, Around):
             self.train_dataloader, self.val_dataloader = made
         else:
             setattr(self, section, made)
+
+    def _prepare_data(self, config: TrainerConfig) -> None:
+        """Does to the training loader what `overfit_first_batch` and `min_steps` ask for, once."""
+        if self.train_dataloader is None or self.train_dataloader is self._prepared:
+            return
+        ranks = self.world.dp_size
+        if config.overfit_first_batch:
+            self.train_dataloader = first_batch_only(self.train_dataloader, ranks)
+            count = counted(self.train_dataloader.batch_size or 1, "sample")
+            self.plan.add(
+                f"every batch is the first one, of {count}",
+                "trainer.overfit_first_batch",
+                given=True,
+            )
+        self._prepared = loader = self.train_dataloader
+        if config.min_steps is None or self.epochs is None:
+            return
+        accumulation, samples = self.gradient_accumulation_steps, self.global_batch_size
+        if samples is None:
+            kept = kept_global_batch_size(self.run_dir, self.resume, loader, accumulation)
+            samples = self.world.broadcast_object(kept)
+        size = WindowSize(accumulation, samples)
+        self.epoch_length = epoch_for(config.min_steps, loader, size, self.epochs, ranks, self.seed)
+        if self.epoch_length is not None:
+            self.plan.add(
+                f"an epoch has {self.epoch_length} micro-batches of a rank, more than a pass over "
+                "the data",
+                "trainer.min_steps",
+            )
 
     def factory(self, section: str) -> Any:
         """The factory of a section, which is kept as the attribute of its name (`model_factory`).

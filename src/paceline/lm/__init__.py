@@ -19,19 +19,31 @@ if TYPE_CHECKING:
         HFTokenizerConfig,
         HFTokenizerFactory,
     )
-    from paceline.lm.trainers import CausalTrainer, LMTrainer, SFTTrainer, next_token_loss
+    from paceline.lm.samples import GenerateSamples, SamplesConfig
+    from paceline.lm.throughput import TokenThroughput
+    from paceline.lm.trainers import (
+        CausalTrainer,
+        LMTrainer,
+        LMTrainerConfig,
+        SFTTrainer,
+        next_token_loss,
+    )
 else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
             "CausalTrainer": "paceline.lm.trainers",
+            "GenerateSamples": "paceline.lm.samples",
             "HFCheckpointEngine": "paceline.lm.hf_engine",
             "HFModelConfig": "paceline.lm.models",
             "HFModelFactory": "paceline.lm.models",
             "HFTokenizerConfig": "paceline.lm.models",
             "HFTokenizerFactory": "paceline.lm.models",
             "LMTrainer": "paceline.lm.trainers",
+            "LMTrainerConfig": "paceline.lm.trainers",
             "SFTTrainer": "paceline.lm.trainers",
+            "SamplesConfig": "paceline.lm.samples",
+            "TokenThroughput": "paceline.lm.throughput",
             "attend_by_document": "paceline.lm.attention",
             "check_packing": "paceline.lm.attention",
             "export_huggingface": "paceline.lm.export",
@@ -42,13 +54,17 @@ else:
 
 __all__ = [
     "CausalTrainer",
+    "GenerateSamples",
     "HFCheckpointEngine",
     "HFModelConfig",
     "HFModelFactory",
     "HFTokenizerConfig",
     "HFTokenizerFactory",
     "LMTrainer",
+    "LMTrainerConfig",
     "SFTTrainer",
+    "SamplesConfig",
+    "TokenThroughput",
     "attend_by_document",
     "check_packing",
     "export_huggingface",

@@ -5,15 +5,33 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pydantic
 import torch
 import torch.nn.functional as F
 
-from paceline.factories import FactoryTrainer
+from paceline.errors import ConfigError
+from paceline.factories import FactoryTrainer, HumanFloat, TrainerConfig
 from paceline.lm.attention import attend_by_document, check_packing, packed_inputs
 from paceline.lm.data.factory import CausalDataFactory, SFTDataFactory
 from paceline.lm.data.packing import PackedDataset, PaddedDataset, count_trained
 from paceline.lm.data.sample import IGNORED
 from paceline.lm.models import HFModelFactory, HFTokenizerFactory
+from paceline.lm.samples import GenerateSamples, SamplesConfig
+from paceline.lm.throughput import TokenThroughput
+
+
+class LMTrainerConfig(TrainerConfig):
+    """What a recipe of a language model says under `trainer:`, beside the Trainer's own settings.
+
+    Attributes:
+        peak_tflops: what a device can do at most, in 10^12 operations per second, for `mfu` in the
+            timing rows; known GPUs have theirs.
+        samples: what the model generates at each validation; None for nothing.
+    """
+
+    free = frozenset({"peak_tflops", "samples"})
+    samples: SamplesConfig | None = None
+    peak_tflops: HumanFloat | None = pydantic.Field(None, gt=0)
 
 
 class LMTrainer(FactoryTrainer):
@@ -23,14 +41,28 @@ class LMTrainer(FactoryTrainer):
     t + 1 is predicted from the tokens up to t. Validation logs `val/loss` and `val/perplexity`, of
     several sources each under its name; the perplexity is that of the mean loss over all tokens.
 
+    Timing rows have tokens and operations per second (`TokenThroughput`), unless no rows are
+    written (`loggers=[]`).
+
     Whether rows hold several documents follows from the data. Then the model attends within each
     alone, and before training its logits are compared with those of documents alone.
     """
 
+    config_type = LMTrainerConfig
     model_factory_type = HFModelFactory
     tokenizer_factory_type = HFTokenizerFactory
 
+    attention: str | None = None
+    """The model's own attention, where it attends by document instead."""
+
     _packs = False
+
+    def __init__(self, config: Any = None, **settings: Any) -> None:
+        super().__init__(config, **settings)
+        if self.loggers != [] and not any(isinstance(c, TokenThroughput) for c in self.callbacks):
+            self.callbacks.append(TokenThroughput(getattr(config, "peak_tflops", None)))
+        if (samples := getattr(config, "samples", None)) is not None:
+            self.callbacks.append(GenerateSamples(samples))
 
     @property
     def model_config(self) -> Any:
@@ -42,11 +74,14 @@ class LMTrainer(FactoryTrainer):
         return getattr(self.factory("model"), "model_config", None)
 
     def configure(self) -> None:
+        self.make("tokenizer", "data")
+        self._check_samples()
         super().configure()
         dataset = getattr(self.train_dataloader, "dataset", None)
         self._packs = isinstance(dataset, PackedDataset) and not isinstance(dataset, PaddedDataset)
         if not self._packs or not isinstance(self.model, torch.nn.Module):
             return
+        self.attention = self.attention or getattr(self.model.config, "_attn_implementation", None)
         attend_by_document(self.model)
         if not self.world.on_paper:
             gap = check_packing(self.model, capacity=dataset.packs.capacity)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
@@ -54,6 +89,28 @@ class LMTrainer(FactoryTrainer):
                 f"packs: a document's logits differ by {gap:.1g} of the largest from those alone",
                 "data.pack",
             )
+
+    def _check_samples(self) -> None:
+        """Refuses samples that nothing would generate, before the model is built."""
+        if getattr(self.config, "samples", None) is None:
+            return
+        if self.val_dataloader is None and not self.is_overridden("evaluate"):
+            raise ConfigError(
+                "trainer.samples: the model generates at validations, and there is nothing to "
+                "validate on: give data.eval_sources or data.eval_share."
+            )
+        if self.tokenizer is None:
+            raise ConfigError("trainer.samples needs a tokenizer: give `tokenizer:`.")
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The tokens of a prompt for samples, as training has them.
+
+        Args:
+            text: how a text begins.
+        """
+        opening = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return ids if ids[: len(opening)] == opening else opening + ids
 
     def count_items(self, batch: Any) -> Any:
         """The trained tokens of a batch.
@@ -109,6 +166,21 @@ class SFTTrainer(LMTrainer):
 
     name = "sft"
     data_factory_type = SFTDataFactory
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The tokens of a dialogue up to where its answer begins.
+
+        Args:
+            text: what a user says.
+        """
+        arguments = getattr(getattr(self.config, "data", None), "template_arguments", {})
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **arguments,
+        )
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 class CausalTrainer(LMTrainer):

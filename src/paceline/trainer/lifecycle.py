@@ -448,6 +448,8 @@ def _load(trainer: TrainerBase, run: Run) -> None:
         saving.report(run)
     _extend(trainer, run)
     run.sinks_state = None if elsewhere else tree["rank"]  # rows before are in the other folder
+    if not elsewhere:  # a stop before the first step need not save again what is there
+        run.saved_at = (run.progress.global_step, list(run.progress.pending))
     run.plan.add(f"resumes from {found.path if elsewhere else found.path.name}", "resume")
     for hook in run.events.on_load_checkpoint:
         hook(tree)

@@ -102,8 +102,7 @@ class Recorder:
         """Hands what is no number to the sinks at once."""
         if not self._main:
             return
-        shown = any(type(sink).write_media is not Sink.write_media for sink in self.sinks)
-        if not (shown or self._said_unseen):
+        if not (self.shows_media or self._said_unseen):
             self._said_unseen = True
             self._world.say(
                 f"log({name!r}, {type(value).__name__}(...)): no logger here shows it; add one, "
@@ -111,6 +110,11 @@ class Recorder:
             )
         for sink in self.sinks:
             sink.write_media(self._run.global_step, _of_loader(name, self._run.val_name), value)
+
+    @property
+    def shows_media(self) -> bool:
+        """Whether a sink shows images, histograms, text or tables."""
+        return any(type(sink).write_media is not Sink.write_media for sink in self.sinks)
 
     def log_loss(self, loss: torch.Tensor) -> None:
         """Adds a micro-batch's loss as "train/loss", if anybody looks at rows."""

@@ -36,6 +36,7 @@ _LABELS = {
     "probe": 12,
     "response": 13,
     "eval": 14,
+    "generate": 15,
 }
 
 
