@@ -110,7 +110,7 @@ def fill_cache(folder: str) -> dict[str, float]:
 
     into = Path(folder)
     with (into / "chats.jsonl").open("w") as file:
-        some = dialogues(1000, words=21)
+        some = dialogues(1000, words=8)
         for i in range(SAMPLES):
             question, *others = some[i % len(some)]["messages"]
             asked = {**question, "content": f"{i}: {question['content']}"}
