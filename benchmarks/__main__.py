@@ -16,6 +16,7 @@ NAMES = (
     "evaluation",
     "checkpoints",
     "scaling",
+    "lm",
 )
 
 if __name__ == "__main__":

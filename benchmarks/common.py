@@ -30,6 +30,7 @@ PACKAGES = {
     "lightning": "lightning",
     "transformers": "transformers",
     "accelerate": "accelerate",
+    "trl": "trl",
     "ignite": "pytorch-ignite",
 }
 
