@@ -192,6 +192,7 @@ class FactoryTrainer(Trainer, Around):
         vars(self).update(own)
         self.config = config
         self.tokenizer = tokenizer
+        self._checked: set[str] = set()  # sections
         self._prepared: Any = None  # the training loader, as the settings below have changed it
         if recipe is not None:
             describe(self, recipe)
@@ -286,13 +287,15 @@ class FactoryTrainer(Trainer, Around):
             return
         mistakes = self.config.mistakes()
         # The data are read last: what they may be depends on the tokenizer and the model's config.
-        for section in sorted(self._to_make(sections), key=lambda name: name == "data"):
+        new = [s for s in self._to_make(sections) if s not in self._checked]
+        for section in sorted(new, key=lambda name: name == "data"):
             with mistakes.collecting(section):
                 if section == "tokenizer":
                     self._make(section)
                 else:
                     self.factory(section).check(mistakes)
         mistakes.raise_any(self.config.origin)
+        self._checked.update(new)
 
     def _to_make(self, sections: Iterable[str]) -> list[str]:
         """Those sections that the recipe has and of which nothing is made yet."""

@@ -74,6 +74,7 @@ class LMTrainer(FactoryTrainer):
         return getattr(self.factory("model"), "model_config", None)
 
     def configure(self) -> None:
+        self.check("tokenizer", "data", "model", "optimizer", "lr_scheduler")
         self.make("tokenizer", "data")
         self._check_samples()
         super().configure()
