@@ -166,6 +166,15 @@ def test_each_evaluation_source_has_its_loss_and_perplexity_by_its_name(tiny: Pa
     assert rows.seen[-1]["val/near/loss"] != rows.seen[-1]["val/far/loss"]
 
 
+def test_attention_that_is_changed_on_the_way_is_refused(tiny: Path) -> None:
+    """Plain attention would take the documents of a pack for one, without a word."""
+    tree = recipe(tiny, data={"pack": True})
+    trainer = SFTTrainer(get_config(tree), run_dir=None)
+    trainer.on_train_start = lambda: trainer.model.set_attn_implementation("sdpa")  # pyright: ignore
+    with pytest.raises(ConfigError, match="attention was changed during training on packs"):
+        trainer.train(seed=0)
+
+
 def test_texts_fill_packs_of_exactly_the_length_asked_for(tiny: Path) -> None:
     texts = [{"type": "jsonl", "path": str(tiny / "texts.jsonl")}]
     seen: list[tuple[int, ...]] = []

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 
 from paceline.errors import ConfigError
 from paceline.factories import FactoryTrainer, HumanFloat, TrainerConfig
-from paceline.lm.attention import attend_by_document, check_packing, packed_inputs
+from paceline.lm.attention import (
+    NAME,
+    VARLEN,
+    attend_by_document,
+    check_packing,
+    packed_inputs,
+)
 from paceline.lm.data.factory import CausalDataFactory, SFTDataFactory
 from paceline.lm.data.packing import PackedDataset, PaddedDataset, count_trained
 from paceline.lm.data.sample import IGNORED
@@ -138,6 +144,11 @@ class LMTrainer(FactoryTrainer):
             batch: as for `loss`.
         """
         if self._packs:
+            if self.model.config._attn_implementation not in (NAME, VARLEN):  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                raise ConfigError(
+                    "the model's attention was changed during training on packs: documents would "
+                    "attend to each other. Give it back: paceline.lm.attend_by_document(model)."
+                )
             return packed_inputs(batch)
         # Padding is at the end, where no token before it sees it.
         return {"input_ids": batch["input_ids"], "use_cache": False}
