@@ -202,6 +202,19 @@ def test_what_fails_as_weights_are_swapped_back_leaves_the_trainer_usable() -> N
     assert (noted.events.count("teardown"), trainer.val_dataloader) == (2, None)
 
 
+class Squared(Trainer):
+    def on_metrics(self, metrics: dict[str, float]) -> None:
+        metrics["val/squared"] = metrics["val/loss"] ** 2
+
+
+def test_metrics_that_the_trainer_adds_are_there_too() -> None:
+    trainer = Squared(**settings(network(), val_dataloader=batches(11)))
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics == trainer.result.metrics
+    assert metrics["val/squared"] == metrics["val/loss"] ** 2
+
+
 class Named(Trainer):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         x = batch[0]

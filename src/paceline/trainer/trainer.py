@@ -468,7 +468,8 @@ class Trainer(TrainerBase):
 
         Outside a run it places the models and loads weights first; the run's folder is only read.
         Afterwards the models have these weights, and all else is as before: `result`, the counters,
-        the run's folder, what `paceline export` reads. The next `evaluate()` or `predict()` without
+        the run's folder, what `paceline export` reads. An `on_metrics` of the Trainer's own is
+        called with the metrics, those of callbacks are not. The next `evaluate()` or `predict()` without
         a checkpoint has the run's latest again, as has a `train()` that resumes it.
 
         One of your own takes no arguments. It is called on every rank when a validation is due,
@@ -518,7 +519,10 @@ class Trainer(TrainerBase):
                     "there is nothing to validate with: give evaluate() a loader, or the trainer a "
                     "val_dataloader."
                 )
-            return measure(self, run) or {}
+            metrics = measure(self, run) or {}
+            if self.is_overridden("on_metrics"):
+                self.on_metrics(metrics)  # which may add to them, as in training
+            return metrics
 
     @contextmanager
     def _inference(self, wanted: Wanted) -> Iterator[Run]:
