@@ -11,6 +11,7 @@ import numpy as np
 from paceline.errors import ConfigError
 from paceline.rl.algorithm import Algorithm
 from paceline.rl.graph import Graph
+from paceline.rl.recorded import record_of
 from paceline.rl.sampler import Sampler
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
@@ -25,6 +26,7 @@ class GraphCollector:
         acting: within it they are played.
         version: optimizer steps that the policy has taken.
         identity: settings that decide what is collected.
+        record: takes the records of all episodes; None to make none.
     """
 
     steps = None
@@ -37,7 +39,9 @@ class GraphCollector:
         *,
         version: Callable[[], int],
         identity: Mapping[str, Any],
+        record: Callable[[list[Any]], None] | None = None,
     ) -> None:
+        self._record = record
         self._sampler, self._algorithm = sampler, algorithm
         self._acting, self._version = acting, version
         self.identity = dict(identity)
@@ -64,15 +68,25 @@ class GraphCollector:
                 seed_everything(seeds[0])
             graphs = self._sampler.rollouts(seeds)
             steps = [list(self._algorithm.flatten(graph)) for graph in graphs]
+        played = zip(self._own, seeds, steps, graphs, strict=True)
         return [
-            (episode, made, _summary(graph))
-            for episode, made, graph in zip(self._own, steps, graphs, strict=True)
+            (
+                episode,
+                made,
+                _summary(graph),
+                record_of(graph, experience=experience, episode=episode, seed=seed)
+                if self._record
+                else None,
+            )
+            for episode, seed, made, graph in played
         ]
 
     def together(self, parts: list[Any]) -> tuple[list[Any], dict[str, float]]:
         episodes = sorted((one for part in parts for one in part), key=lambda one: one[0])
-        steps = [step for _, made, _ in episodes for step in made]
-        return steps, _row([summary for _, _, summary in episodes])
+        if self._record is not None:
+            self._record([record for *_, record in episodes])
+        steps = [step for _, made, *_ in episodes for step in made]
+        return steps, _row([summary for _, _, summary, _ in episodes])
 
     def state_dict(self) -> dict[str, Any]:
         return {}

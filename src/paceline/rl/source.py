@@ -17,6 +17,7 @@ import torch
 
 from paceline.data.source import Draw, WindowSize
 from paceline.errors import ConfigError, DataError, counted
+from paceline.recipe.mistakes import with_article
 from paceline.rl.algorithm import Algorithm
 from paceline.world.seeding import stream
 from paceline.world.world import World
@@ -290,8 +291,8 @@ def packed(steps: Any, owner: type) -> Any:
     if steps is None or isinstance(steps, (bool, int, float, str, np.ndarray, np.generic)):
         return steps
     raise ConfigError(
-        f"flatten() of {owner.__qualname__} returned steps with a {type(steps).__qualname__}, "
-        "which a checkpoint cannot hold: make it a dataclass of tensors, arrays, numbers and "
+        f"flatten() of {owner.__qualname__} returned steps with "
+        f"{with_article(type(steps).__qualname__)}, which a checkpoint cannot hold: make it a dataclass of tensors, arrays, numbers and "
         "texts, or train without checkpoints (checkpoint: null)."
     )
 

@@ -23,6 +23,7 @@ from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.system import ControlSystem
 from paceline.rl.evaluation import Evaluation
 from paceline.rl.graph_collector import GraphCollector
+from paceline.rl.recorded import RecordRollouts
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
 from paceline.rl.system import System
@@ -117,6 +118,8 @@ class RLTrainer(FactoryTrainer):
         }
         given = {name: value for name, value in own.items() if value is not None}
         super().__init__(config, **given, **settings)
+        if self.environment is None and (self.loggers is None or self.loggers):
+            self.loggers = [*(self.loggers or ()), RecordRollouts()]
         self.max_empty = max_empty if config is None else config.max_empty
 
     def configure(self) -> None:
@@ -169,13 +172,18 @@ class RLTrainer(FactoryTrainer):
             self.algorithm.system = self.system
 
     def setup(self) -> None:
-        held = {name: id(model) for name, model in modules_of(self.system).items()}
-        before = {id(model): name for name, model in self.named_models().items()}
+        before = self._trained()
         super().setup()
-        placed = self.named_models()
-        for name, model in held.items():
-            if model in before:  # so that ranks exchange gradients of what the system calls
-                setattr(self.system, name, placed[before[model]])
+        placed = {id(model): self._trained()[name] for name, model in before.items()}
+        # So that ranks exchange the gradients of what the system calls.
+        for name, model in modules_of(self.system).items():
+            if id(model) in placed:
+                setattr(self.system, name, placed[id(model)])
+                self._at_hand.cleanup.callback(setattr, self.system, name, model)
+
+    def _trained(self) -> dict[str, Any]:
+        """The models by name, as they are placed."""
+        return dict(self.model) if isinstance(self.model, Mapping) else {"": self.model}
 
     def _schedule_evaluations(self, every: int) -> None:
         wanted = "epoch" if every == 1 else f"{every} epochs"
@@ -251,6 +259,7 @@ class RLTrainer(FactoryTrainer):
                 self.acting,
                 version=lambda: self.global_step,
                 identity=identity,
+                record=self._record,
             )
         return ControlCollector(
             self.environment,
@@ -268,6 +277,12 @@ class RLTrainer(FactoryTrainer):
         models = {**self.named_models(), **modules_of(self.system)}
         with acting(models.values(), self.autocast):
             yield
+
+    def _record(self, episodes: list[Any]) -> None:
+        if self.world.is_main:
+            for sink in self.recorder.sinks:
+                if isinstance(sink, RecordRollouts):
+                    sink.add(episodes)
 
     def _report(self, row: Mapping[str, float]) -> None:
         self.recorder.write_metrics(dict(row))

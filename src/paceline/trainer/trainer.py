@@ -469,8 +469,8 @@ class Trainer(TrainerBase):
         Outside a run it places the models and loads weights first; the run's folder is only read.
         Afterwards the models have these weights, and all else is as before: `result`, the counters,
         the run's folder, what `paceline export` reads. An `on_metrics` of the Trainer's own is
-        called with the metrics, those of callbacks are not. The next `evaluate()` or `predict()` without
-        a checkpoint has the run's latest again, as has a `train()` that resumes it.
+        called with the metrics, those of callbacks are not. The next `evaluate()` or `predict()`
+        without a checkpoint has the run's latest again, as has a `train()` that resumes it.
 
         One of your own takes no arguments. It is called on every rank when a validation is due,
         also without a `val_dataloader`. There models are in eval mode and gradients off, random
