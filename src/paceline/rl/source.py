@@ -290,10 +290,11 @@ def packed(steps: Any, owner: type) -> Any:
         return steps.detach()
     if steps is None or isinstance(steps, (bool, int, float, str, np.ndarray, np.generic)):
         return steps
+    kind = with_article(type(steps).__qualname__)
     raise ConfigError(
-        f"flatten() of {owner.__qualname__} returned steps with "
-        f"{with_article(type(steps).__qualname__)}, which a checkpoint cannot hold: make it a dataclass of tensors, arrays, numbers and "
-        "texts, or train without checkpoints (checkpoint: null)."
+        f"flatten() of {owner.__qualname__} returned steps with {kind}, which a checkpoint cannot "
+        "hold: make it a dataclass of tensors, arrays, numbers and texts, or train without "
+        "checkpoints (checkpoint: null)."
     )
 
 
