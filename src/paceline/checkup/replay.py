@@ -18,6 +18,7 @@ from paceline.errors import CheckpointError, ConfigError, NonFiniteError, Paceli
 from paceline.log.files import shown
 from paceline.log.run_record import read_run
 from paceline.recipe.record import RecordRecipe
+from paceline.trainer.callback import Callback
 from paceline.trainer.nonfinite import kept_failures
 from paceline.trainer.resume import kept_global_batch_size
 from paceline.trainer.settings import Resume
@@ -115,7 +116,7 @@ def replay_failure(trainer: Trainer, run_dir: Path | str) -> Replay:
     run_dir = Path(run_dir).absolute()
     step = last_failure(run_dir)
     record = _record(run_dir)
-    found = _before(run_dir, step)
+    found = newest_before(run_dir, step)
     count = step - 1 - (0 if found is None else found.step)
     trainer.say(
         f"replays step {step} of {shown(run_dir)}, after {counted(count, 'step')} of training from "
@@ -124,8 +125,7 @@ def replay_failure(trainer: Trainer, run_dir: Path | str) -> Replay:
     rewinds = trainer.on_nonfinite == "rewind"
     skips = [n - 1 for n in kept_failures(run_dir) if rewinds and n < step]
     watch = StepWatch(step, run_dir, skips)
-    with _scratch(run_dir, removes=trainer.world.local_rank == 0) as scratch:
-        _prepare(trainer, run_dir, scratch, found, watch)
+    with trained_again(trainer, run_dir, found, watch):
         try:
             trainer.fit(seed=int(record.get("seed") or 0))
         except StepIsOver:
@@ -146,6 +146,25 @@ def replay_failure(trainer: Trainer, run_dir: Path | str) -> Replay:
         tuple(watch.ranks),
         int(record.get("world_size") or 1),
     )
+
+
+@contextmanager
+def trained_again(
+    trainer: Trainer, run_dir: Path, found: Checkpoint | None, watch: Callback
+) -> Iterator[Path]:
+    """Within it a trainer resumes a run from a checkpoint in a temporary folder.
+
+    Nothing is written to the run's folder, and loggers get no rows.
+
+    Args:
+        trainer: made as for the run. It is of no use afterwards.
+        run_dir: the run's folder.
+        found: the checkpoint; None to start anew.
+        watch: a callback that ends the training.
+    """
+    with _scratch(run_dir, removes=trainer.world.local_rank == 0) as scratch:
+        _prepare(trainer, run_dir, scratch, found, watch)
+        yield scratch
 
 
 def last_failure(run_dir: Path) -> int:
@@ -183,8 +202,13 @@ def _record(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def _before(run_dir: Path, step: int) -> Checkpoint | None:
-    """The newest intact checkpoint from which a step is still to come; nothing is moved."""
+def newest_before(run_dir: Path, step: int) -> Checkpoint | None:
+    """The newest intact checkpoint from which a step is still to come; nothing is moved.
+
+    Args:
+        run_dir: the run's folder.
+        step: of the run, from 1.
+    """
     engine = engine_of(run_dir)
     for checkpoint in reversed(engine.scan(run_dir / "checkpoints")[0] if engine else []):
         if checkpoint.step < step:
@@ -196,7 +220,7 @@ def _before(run_dir: Path, step: int) -> Checkpoint | None:
 
 
 def _prepare(
-    trainer: Trainer, run_dir: Path, scratch: Path, found: Checkpoint | None, watch: StepWatch
+    trainer: Trainer, run_dir: Path, scratch: Path, found: Checkpoint | None, watch: Callback
 ) -> None:
     """Has a trainer resume the run in a temporary folder, where nothing is kept."""
     if trainer.global_batch_size is None:

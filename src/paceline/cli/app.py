@@ -19,6 +19,7 @@ from paceline.cli.predict import predict
 from paceline.cli.preflight import preflight
 from paceline.cli.preview import preview
 from paceline.cli.ranks import announce_failure
+from paceline.cli.rollouts import rollouts
 from paceline.cli.runs import runs
 from paceline.cli.streams import make_lasting
 from paceline.cli.train import train
@@ -37,6 +38,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(export)
 app.command()(data)
+app.command()(rollouts)
 app.command()(preview)
 app.command("list")(list_names)
 app.command()(new)
