@@ -13,9 +13,11 @@ from control_runs import Strike, train, trainer_of
 
 from endings import ending, saved_steps
 from paceline.checkpoint import load_tree
-from paceline.errors import ResumeError
+from paceline.errors import ConfigError, RecipeError, ResumeError
+from paceline.recipe import build_trainer, load_model, load_recipe
+from paceline.recipe.trained import load_trainer
 from paceline.rl import PPO
-from paceline.testing import Ranks, rows
+from paceline.testing import Ranks, bits, rows
 
 SIZES = [1, 2]
 
@@ -89,3 +91,37 @@ def test_other_hyperparameters_are_refused_at_a_resume(tmp_path: Path) -> None:
         with pytest.raises(ResumeError, match=rf"algorithm\.{name}"):
             start(2, **changes)
     start(2)
+
+
+RECIPE = """
+trainer: {type: rl, epochs: 2, progress: false}
+environment: {type: gym, id: CartPole-v1, num_envs: 2, steps: 8}
+model: {hidden: [8]}
+algorithm: {type: ppo, passes: 1, minibatch: 8}
+optimizer: {type: adamw, lr: 1.0e-3}
+evaluation: {episodes: 2, every: 2}
+"""
+
+
+def test_a_recipe_is_checked_trained_loaded_and_evaluated(tmp_path: Path) -> None:
+    path = tmp_path / "cartpole.yaml"
+    path.write_text(RECIPE)
+    run = tmp_path / "run"
+    trainer = build_trainer(load_recipe(path, [f"run.dir={run}"]))
+    metrics = trainer.train(seed=0).metrics
+    model = load_model(run)
+    assert bits(model.state_dict()) == bits(trainer.model.state_dict())
+    with torch.no_grad():
+        assert model.act(torch.zeros(1, 4), deterministic=True)[0].shape == (1,)
+    assert load_trainer(run).trainer.evaluate(checkpoint=run) == metrics
+    wrong = {
+        "algorithm.pases=2": r"has no such argument.*did you mean 'passes'",
+        "environment.id=CartPole-v9": "CartPole-v9",
+        "trainer.min_steps=9": "min_steps is about a loader's batches",
+        "algorithm.system=1": "is given by Paceline",
+        "algorithm.type=pqo": "did you mean 'ppo'",
+        "evaluation.evry=1": "did you mean 'every'",
+    }
+    for override, said in wrong.items():
+        with pytest.raises((RecipeError, ConfigError), match=said):
+            build_trainer(load_recipe(path, [f"run.dir={tmp_path / 'w'}", f"++{override}"])).train()

@@ -61,6 +61,13 @@ class RLConfig(TrainerConfig):
 
     max_empty: int = pydantic.Field(8, ge=0)
 
+    @pydantic.model_validator(mode="after")
+    def _no_loader(self) -> RLConfig:
+        for name in ("overfit_first_batch", "min_steps"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is about a loader's batches, and rollouts have none")
+        return self
+
 
 class RLTrainer(FactoryTrainer):
     """Trains a policy on its own rollouts: an epoch is one experience.
@@ -126,7 +133,7 @@ class RLTrainer(FactoryTrainer):
         if self.environment is not None:
             self._configure_control(self.environment)
         elif self.sampler is not None:
-            self._configure_sampler()
+            self.make("model")
         else:
             raise ConfigError("environment, sampler: nothing says where the policy acts.")
         self._collector = self.create_collector()
@@ -139,6 +146,16 @@ class RLTrainer(FactoryTrainer):
             self.lr_scheduler_interval = "epoch"
             self.plan.add("schedules step with each experience", "lr_scheduler_interval")
         self.make("optimizer", "lr_scheduler")
+
+    def make(self, *sections: str) -> None:
+        """Makes what sections of the recipe describe; a sampler's system has its models.
+
+        Args:
+            sections: as for `FactoryTrainer.make`.
+        """
+        if "model" in sections and self.environment is None and self.sampler is not None:
+            self._configure_sampler()
+        super().make(*sections)
 
     def _configure_control(self, environment: Environment) -> None:
         if self.model is None and self.config is None:
