@@ -115,6 +115,9 @@ _SHIPPED: dict[str, dict[str, str]] = {
     "algorithm": {
         "ppo": "paceline.rl.algorithms.ppo:PPO",
     },
+    "engine": {
+        "local": "paceline.rl.text.local:LocalEngine",
+    },
     "model_factory": {
         "actor_critic": "paceline.rl.trainer:ActorCriticFactory",
         "huggingface": "paceline.lm.models:HFModelFactory",
@@ -141,6 +144,12 @@ _SHIPPED: dict[str, dict[str, str]] = {
 _NOT_YET = {
     "trainer": {"dpo": "training on preferences (DPO)"},
     "data_source": {"snowflake": "reading from Snowflake"},
+    "engine": {
+        "http": "completing prompts by a server",
+        "ray": "completing prompts on Ray",
+        "sglang": "completing prompts with SGLang",
+        "vllm": "completing prompts with vLLM",
+    },
     "model_factory": {"liger": "training with Liger's kernels"},
 }
 _registered: dict[str, dict[str, Any]] = {}

@@ -52,8 +52,9 @@ class Completion:
 
     Attributes:
         ids: token ids, the end token among them, [length] int32.
-        logprobs: their log-probabilities under what they were drawn from at temperature 1 without
-            truncation, [length] float32.
+        logprobs: their log-probabilities at the sampling temperature, before top_k and top_p,
+            [length] float32: what `completion_logps` gives at this temperature, so that a ratio of
+            the two is 1 as long as the policy is the same. Sampling at 0 records those at 1.
         ended: "end" at an end token, "stop" at a text of `Sampling.stop`, or "length".
         version: the policy's version, as the engine was told.
     """
