@@ -44,15 +44,10 @@ def decode(
     places: dict[tuple[int, ...], int] = {}  # of each prompt, once
     of = [places.setdefault(tuple(map(int, one.ids)), len(places)) for one in requests]
     texts = list(places)
-    longest = max(map(len, texts))
-    ids = np.full((len(texts), longest), pad_id, np.int64)
-    attended = np.zeros((len(texts), longest), np.int64)
-    for i, text in enumerate(texts):
-        ids[i, longest - len(text) :] = text  # at the left, so that all go on at the right
-        attended[i, longest - len(text) :] = 1
-    mask = torch.as_tensor(attended, device=device)
+    ids, mask = _left_padded(texts, pad_id)
+    ids, mask = ids.to(device), mask.to(device)
     step = _Steps(model)
-    logits = step(torch.as_tensor(ids, device=device), mask)
+    logits = step(ids, mask)
 
     live = list(range(len(requests)))
     if of != list(range(len(texts))):
@@ -98,6 +93,17 @@ def decode(
         Completion(np.array(t, np.int32), np.array(p, np.float32), e, version)
         for t, p, e in zip(tokens, logps, ended, strict=True)
     ]
+
+
+def _left_padded(texts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and where there are some, [texts, longest]: all texts end at the right."""
+    longest = max(map(len, texts))
+    ids = torch.full((len(texts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, longest - len(text) :] = torch.tensor(text)
+        mask[i, longest - len(text) :] = 1
+    return ids, mask
 
 
 class _Steps:
@@ -170,7 +176,7 @@ def _choose(
     total = below[:, -1:].contiguous()
     found = torch.searchsorted(below, uniform[:, None] * total, right=True)
     last = torch.searchsorted(below, total)  # where rounding reaches the sum: no word of 0
-    return torch.minimum(found, last)[:, 0]
+    return torch.minimum(found, last)[:, 0].clamp(max=words - 1)  # where all is NaN
 
 
 def _stops(tokenizer: Any, ids: list[int], stop: tuple[str, ...]) -> bool:
