@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from paceline import registry
+from paceline.rl.old_names import take_old_names
 
 
 class System:
@@ -28,6 +29,7 @@ class System:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        take_old_names(cls)
         registry.register_named("system", cls)
 
     @abstractmethod
