@@ -54,6 +54,7 @@ KINDS: dict[str, str] = {
     "rollout_sampler": "paceline.rl.sampler:Sampler",
     "engine": "paceline.rl.engine:Engine",
     "algorithm": "paceline.rl.algorithm:Algorithm",
+    "scorer": "paceline.rl.scorer:Scorer",
     "checkpoint": "paceline.factories.checkpoint:CheckpointEngine",
 }
 
@@ -122,6 +123,19 @@ _SHIPPED: dict[str, dict[str, str]] = {
     },
     "engine": {
         "local": "paceline.rl.text.local:LocalEngine",
+    },
+    "system": {
+        "hf_ast": "paceline.rl.redteam.hf_ast_system:HFASTSystem",
+        "hf_evaluation": "paceline.rl.redteam.hf_ast_system:HFEvaluationSystem",
+    },
+    "rollout_sampler": {
+        "ast": "paceline.rl.redteam.ast_sampler:ASTSampler",
+    },
+    "scorer": {
+        "classifier": "paceline.rl.redteam.scorers:ClassifierScorer",
+        "detoxify": "paceline.rl.redteam.scorers:DetoxifyScorer",
+        "llama_guard": "paceline.rl.redteam.scorers:LlamaGuardScorer",
+        "profanity": "paceline.rl.redteam.scorers:ProfanityScorer",
     },
     "model_factory": {
         "actor_critic": "paceline.rl.trainer:ActorCriticFactory",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from paceline import registry
@@ -77,6 +78,13 @@ class Sampler:
             f"eval_rollout of {type(self).__qualname__} takes an int, not {seed!r:.40}: override "
             "it for other seeds."
         )
+
+    def locate(self, folder: Path) -> None:
+        """Reads files that it was given relative to a recipe; a trainer calls it before a run.
+
+        Args:
+            folder: the recipe's, or the working folder.
+        """
 
     def check_stop(self) -> None:
         """To be called between turns: gives the rollout up if the run stops.

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from paceline import registry
-from paceline.errors import ConfigError
+from paceline.rl.checked import Checked
+from paceline.rl.old_names import take_old_names
 from paceline.rl.text.logprobs import Scored
 
 
@@ -30,6 +31,7 @@ class System:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        take_old_names(cls)
         registry.register_named("system", cls)
 
     def auditor_logps(self, turns: Sequence[Any]) -> Scored:
@@ -43,7 +45,7 @@ class System:
                 them, see `paceline.rl.algorithm.Turn`.
 
         Raises:
-            ConfigError: `get_auditor_logprobs` returned something else than log-probabilities.
+            DataError: `get_auditor_logprobs` returned something else than log-probabilities.
         """
         return self._scored("auditor", turns)[0]
 
@@ -54,7 +56,7 @@ class System:
             turns: as for `auditor_logps`.
 
         Raises:
-            ConfigError: `get_baseline_logprobs` returned something else than log-probabilities.
+            DataError: `get_baseline_logprobs` returned something else than log-probabilities.
         """
         with torch.no_grad():
             return self._scored("baseline", turns)[0]
@@ -64,28 +66,9 @@ class System:
 
         The second is [turns, tokens]: places in a row.
         """
-        method = f"get_{whose}_logprobs"
-        found = getattr(self, method)([t.context for t in turns], [t.probe for t in turns])
-        self._check_logps(whose, f"{type(self).__qualname__}.{method}()", found, len(turns))
-        return aligned(found)
-
-    def _check_logps(self, whose: str, call: str, found: Any, count: int) -> None:
-        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != count:
-            said = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-            raise ConfigError(
-                f"{call} returned {said} for {count} texts: it has to return a tensor of "
-                f"[{count}, tokens]."
-            )
-        expected = vars(self).setdefault("_device_of_logps", found.device)
-        if found.device != expected:
-            raise ConfigError(
-                f"All logprobs must be on the same device. Expected {expected}, but {whose} "
-                f"logprobs are on {found.device}: have {call} return them there."
-            )
-        if whose == "auditor" and torch.is_grad_enabled() and not found.requires_grad:
-            raise ConfigError(f"{call} returned log-probabilities without a gradient.")
-        if not bool(torch.isfinite(found.detach()).all()):
-            raise ConfigError(f"{call} returned log-probabilities that are not finite.")
+        checked = vars(self).setdefault("_checked", Checked(self))
+        get = getattr(checked, f"get_{whose}_logprobs")
+        return aligned(get([t.context for t in turns], [t.probe for t in turns]))
 
     @abstractmethod
     def get_auditor_logprobs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,9 @@ class RLTrainer(FactoryTrainer):
             if self.system is None:
                 raise ConfigError("system: nothing says what the sampler plays.")
             self.sampler = self.sampler(system=self.system)
+        if isinstance(self.sampler, Sampler):
+            recipe = None if self.config is None else self.config._described_by
+            self.sampler.locate(Path() if recipe is None else Path(recipe.composed.path).parent)
         self.system = self.sampler.system
         self._make_algorithm()
         if self.model is None:
