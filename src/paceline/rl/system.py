@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from paceline import registry
+from paceline.errors import ConfigError
 from paceline.rl.checked import Checked
 from paceline.rl.old_names import take_old_names
 from paceline.rl.text.logprobs import Scored
@@ -60,6 +61,12 @@ class System:
         """
         with torch.no_grad():
             return self._scored("baseline", turns)[0]
+
+    def keep_baseline(self) -> None:
+        """Called before training for an algorithm that compares with the baseline.
+
+        Here a system makes one of the policy as it is then; others have theirs already.
+        """
 
     def _scored(self, whose: str, turns: Sequence[Any]) -> tuple[Scored, torch.Tensor]:
         """Log-probabilities as `Scored`, and where each was among those that the method returned.
