@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydantic
 import torch
 
+from paceline.data.batches import to_device
+from paceline.data.content import digest
 from paceline.errors import ConfigError
 from paceline.factories import Config, FactoryTrainer, ModelFactory, TrainerConfig
 from paceline.recipe.typed import HumanInt
@@ -138,7 +141,7 @@ class RLTrainer(FactoryTrainer):
             raise ConfigError("environment, sampler: nothing says where the policy acts.")
         self._collector = self.create_collector()
         self.train_dataloader = Rollouts(
-            self._collector, self.algorithm, self._report, self.max_empty
+            self._collector, self.algorithm, self._report, self.max_empty, self._goes_on
         )
         if self.evaluation is not None:
             self._schedule_evaluations(self.evaluation.every)
@@ -174,6 +177,9 @@ class RLTrainer(FactoryTrainer):
             if self.system is None:
                 raise ConfigError("system: nothing says what the sampler plays.")
             self.sampler = self.sampler(system=self.system)
+        if isinstance(self.sampler, Sampler):
+            recipe = None if self.config is None else self.config._described_by
+            self.sampler.locate(Path() if recipe is None else Path(recipe.composed.path).parent)
         self.system = self.sampler.system
         self._make_algorithm()
         if self.model is None:
@@ -187,6 +193,8 @@ class RLTrainer(FactoryTrainer):
             raise ConfigError("algorithm: nothing says how the policy is trained.")
         if self.algorithm.system is None:
             self.algorithm.system = self.system
+        if self.algorithm.compares and isinstance(self.system, System):
+            self.system.keep_baseline()
 
     def setup(self) -> None:
         before = self._trained()
@@ -197,6 +205,8 @@ class RLTrainer(FactoryTrainer):
             if id(model) in placed:
                 setattr(self.system, name, placed[id(model)])
                 self._at_hand.cleanup.callback(setattr, self.system, name, model)
+            else:
+                model.to(self.device)
 
     def _trained(self) -> dict[str, Any]:
         """The models by name, as they are placed."""
@@ -270,6 +280,9 @@ class RLTrainer(FactoryTrainer):
         if self.environment is None:
             identity |= arguments_of("sampler", self.sampler)
             identity |= arguments_of("system", self.system)
+            identity |= frozen_models(self.system)
+            own = getattr(self.sampler, "run_identity", dict)()
+            identity |= {f"sampler.{name}": value for name, value in own.items()}
             return GraphCollector(
                 self.sampler,
                 algorithm,
@@ -292,8 +305,23 @@ class RLTrainer(FactoryTrainer):
     def acting(self) -> Iterator[None]:
         """Within it the models act: in eval mode, without gradients, in training's precision."""
         models = {**self.named_models(), **modules_of(self.system)}
-        with acting(models.values(), self.autocast):
-            yield
+        # A rank may call them as often as it needs: nothing may be exchanged with others.
+        wrapped = {
+            name: model
+            for name, model in modules_of(self.system).items()
+            if isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        }
+        vars(self.system).update({name: model.module for name, model in wrapped.items()})
+        try:
+            with acting(models.values(), self.autocast):
+                yield
+        finally:
+            vars(self.system).update(wrapped)
+
+    def _goes_on(self, steps: Any) -> bool:
+        with self.acting():
+            steps = to_device(steps, self.device) if isinstance(steps, Mapping) else steps
+            return self.world.broadcast_object(self.algorithm.goes_on(steps))
 
     def _record(self, episodes: list[Any]) -> None:
         if self.world.is_main:
@@ -331,6 +359,22 @@ def modules_of(system: Any) -> dict[str, torch.nn.Module]:
         system: of any class.
     """
     return {n: v for n, v in vars(system).items() if isinstance(v, torch.nn.Module)}
+
+
+def frozen_models(system: Any) -> dict[str, str]:
+    """What a resumed run has to find unchanged of a system's models that are not trained.
+
+    A checkpoint does not hold them: a reference, or a target, comes from where it came before.
+
+    Args:
+        system: with `parameters()`.
+    """
+    trained = trained_models(system)
+    frozen = {n: m for n, m in modules_of(system).items() if n not in trained}
+    return {
+        f"system.{n}": f"sha256 {digest(dict(m.named_parameters()))[:16]}"
+        for n, m in frozen.items()
+    }
 
 
 def trained_models(system: Any) -> dict[str, torch.nn.Module]:
