@@ -308,7 +308,7 @@ def test_A28_log_probabilities_on_another_device_are_named() -> None:
         def get_baseline_logprobs(self, context: Any, continuation: Any) -> torch.Tensor:
             return super().get_baseline_logprobs(context, continuation).to("meta")
 
-    with pytest.raises(DataError, match="All logprobs must be on the same device.*cpu.*baseline"):
+    with pytest.raises(DataError, match=r"All logprobs must be on the same device.*cpu.*baseline"):
         DPO(Elsewhere(LOGP)).step(DPOBatch(["c"], ["p"], ["q"]))
 
 
