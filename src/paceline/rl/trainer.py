@@ -156,7 +156,7 @@ class RLTrainer(FactoryTrainer):
                 raise ConfigError("system: nothing says what the sampler plays.")
             self.sampler = self.sampler(system=self.system)
         if isinstance(self.sampler, Sampler):
-            recipe = None if self.config is None else self.config._described_by
+            recipe = getattr(self.config, "_described_by", None)
             self.sampler.locate(Path() if recipe is None else Path(recipe.composed.path).parent)
         self.system = self.sampler.system
         self._make_algorithm()

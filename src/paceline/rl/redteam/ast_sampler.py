@@ -13,7 +13,7 @@ from paceline.errors import ConfigError, nearest
 from paceline.rl.checked import Checked
 from paceline.rl.graph import Graph, Node
 from paceline.rl.redteam.ast_system import ASTSystem
-from paceline.rl.redteam.turns import Dialogue, Said, Turn, Verdict
+from paceline.rl.redteam.turns import Dialogue, Exchange, Said, Verdict
 from paceline.rl.sampler import Sampler
 from paceline.world.seeding import random_state_kept, seed_everything, stream
 
@@ -155,7 +155,7 @@ class ASTSampler(Sampler):
         )
         self.check_stop()
         turns = [
-            Turn(point.dialogue, probe, response, id(point))
+            Exchange(point.dialogue, probe, response, id(point))
             for (point, _, probe), response in zip(spoken, responses, strict=True)
         ]
         following = []
@@ -171,7 +171,7 @@ class ASTSampler(Sampler):
             following.append(_Point(point.graph, node.children, dialogue, point.seed, branch))
         return following
 
-    def _node(self, turn: Turn, verdict: Verdict) -> Node:
+    def _node(self, turn: Exchange, verdict: Verdict) -> Node:
         return Node(
             turn.dialogue.text,
             turn.probe.text,
@@ -227,7 +227,7 @@ class _OfTexts:
         prompts = [d.text + probe.text for d, probe in zip(dialogues, probes, strict=True)]
         return [Said(text) for text in self._checked.rollout_prompt_with_target(prompts)]
 
-    def judge(self, turns: Sequence[Turn]) -> list[Verdict | None]:
+    def judge(self, turns: Sequence[Exchange]) -> list[Verdict | None]:
         if isinstance(self._system, ASTSystem):
             return self._system.judge(turns)
         values = self._checked.reward(

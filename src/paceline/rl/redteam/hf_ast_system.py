@@ -16,9 +16,9 @@ from paceline.parallel.ddp import unwrap
 from paceline.rl.engine import Request, Sampling
 from paceline.rl.redteam.ast_system import ASTSystem
 from paceline.rl.redteam.tiny import TINY, tiny_model, tiny_tokenizer
-from paceline.rl.redteam.turns import Dialogue, Said, Turn
+from paceline.rl.redteam.turns import Dialogue, Exchange, Said
 from paceline.rl.text.local import LocalEngine, end_tokens
-from paceline.rl.text.logprobs import completion_logps
+from paceline.rl.text.logprobs import Scored, completion_logps
 
 
 class HFASTSystem(ASTSystem):
@@ -219,7 +219,7 @@ class HFASTSystem(ASTSystem):
             np.concatenate([target, asked, answered]),
         )
 
-    def probe_logps(self, turns: Sequence[Turn]) -> list[torch.Tensor]:
+    def probe_logps(self, turns: Sequence[Exchange]) -> list[torch.Tensor]:
         contexts = [
             t.dialogue.text if t.dialogue.target_ids is None else t.dialogue.target_ids
             for t in turns
@@ -273,6 +273,14 @@ class HFASTSystem(ASTSystem):
         model = self._beside(self.baseline)
         return self._scored(model, self.auditor_tokenizer, context, continuation).logps
 
+    def auditor_logps(self, turns: Sequence[Any]) -> Scored:
+        return self._scored(self.auditor, self.auditor_tokenizer, *_sampled(turns))
+
+    @torch.no_grad()
+    def baseline_logps(self, turns: Sequence[Any]) -> Scored:
+        model = self._beside(self.baseline)
+        return self._scored(model, self.auditor_tokenizer, *_sampled(turns))
+
     def rollout_prompt_with_auditor(self, prompts: Sequence[Any]) -> Sequence[Any]:
         ids = [_begun(self.auditor_tokenizer, prompt) for prompt in prompts]
         said = self._say(self.auditor, self.auditor_tokenizer, ids, _drawn(len(ids)))
@@ -306,7 +314,7 @@ class HFASTSystem(ASTSystem):
 
     def _scored(
         self, model: Any, tokenizer: Any, context: Sequence[Any], continuation: Sequence[Any]
-    ) -> Any:
+    ) -> Scored:
         wanted = [_followed(tokenizer, one) for one in continuation]
         before = [
             _cut(model, _begun(tokenizer, one), max(self.max_new_tokens, len(ids)))
@@ -424,6 +432,13 @@ def _followed(tokenizer: Any, text: Any) -> np.ndarray:
     if not isinstance(text, str):
         return np.asarray(text, np.int32)
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def _sampled(turns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Contexts and probes as token ids, where they are known, else as texts."""
+    with_ids = [t.context_ids is not None and t.probe_ids is not None for t in turns]
+    contexts = [t.context_ids if ids else t.context for t, ids in zip(turns, with_ids, strict=True)]
+    return contexts, [t.probe_ids if i else t.probe for t, i in zip(turns, with_ids, strict=True)]
 
 
 def _drawn(count: int) -> list[int]:
