@@ -114,7 +114,12 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "gym": "paceline.rl.control.environment:GymEnvironment",
     },
     "algorithm": {
+        "dpo": "paceline.rl.algorithms.dpo:DPO",
+        "grpo": "paceline.rl.algorithms.grpo:GRPO",
+        "ipo": "paceline.rl.algorithms.dpo:IPO",
         "ppo": "paceline.rl.algorithms.ppo:PPO",
+        "reinforce": "paceline.rl.algorithms.reinforce:REINFORCE",
+        "rloo": "paceline.rl.algorithms.reinforce:RLOO",
     },
     "engine": {
         "local": "paceline.rl.text.local:LocalEngine",

@@ -12,6 +12,8 @@ import numpy as np
 import pydantic
 import torch
 
+from paceline.data.batches import to_device
+from paceline.data.content import digest
 from paceline.errors import ConfigError
 from paceline.factories import Config, FactoryTrainer, ModelFactory, TrainerConfig
 from paceline.recipe.typed import HumanInt
@@ -129,7 +131,7 @@ class RLTrainer(FactoryTrainer):
             raise ConfigError("environment, sampler: nothing says where the policy acts.")
         self._collector = self.create_collector()
         self.train_dataloader = Rollouts(
-            self._collector, self.algorithm, self._report, self.max_empty
+            self._collector, self.algorithm, self._report, self.max_empty, self._goes_on
         )
         if self.evaluation is not None:
             self._schedule_evaluations(self.evaluation.every)
@@ -178,6 +180,8 @@ class RLTrainer(FactoryTrainer):
         super().setup()
         placed = self.named_models()
         for name, model in held.items():
+            if model not in before:
+                getattr(self.system, name).to(self.device)
             if model in before:  # so that ranks exchange gradients of what the system calls
                 setattr(self.system, name, placed[before[model]])
 
@@ -249,6 +253,7 @@ class RLTrainer(FactoryTrainer):
         if self.environment is None:
             identity |= arguments_of("sampler", self.sampler)
             identity |= arguments_of("system", self.system)
+            identity |= frozen_models(self.system)
             return GraphCollector(
                 self.sampler,
                 algorithm,
@@ -270,8 +275,23 @@ class RLTrainer(FactoryTrainer):
     def acting(self) -> Iterator[None]:
         """Within it the models act: in eval mode, without gradients, in training's precision."""
         models = {**self.named_models(), **modules_of(self.system)}
-        with acting(models.values(), self.autocast):
-            yield
+        # A rank may call them as often as it needs: nothing may be exchanged with others.
+        wrapped = {
+            name: model
+            for name, model in modules_of(self.system).items()
+            if isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        }
+        vars(self.system).update({name: model.module for name, model in wrapped.items()})
+        try:
+            with acting(models.values(), self.autocast):
+                yield
+        finally:
+            vars(self.system).update(wrapped)
+
+    def _goes_on(self, steps: Any) -> bool:
+        with self.acting():
+            steps = to_device(steps, self.device) if isinstance(steps, Mapping) else steps
+            return self.world.broadcast_object(self.algorithm.goes_on(steps))
 
     def _report(self, row: Mapping[str, float]) -> None:
         self.recorder.write_metrics(dict(row))
@@ -303,6 +323,22 @@ def modules_of(system: Any) -> dict[str, torch.nn.Module]:
         system: of any class.
     """
     return {n: v for n, v in vars(system).items() if isinstance(v, torch.nn.Module)}
+
+
+def frozen_models(system: Any) -> dict[str, str]:
+    """What a resumed run has to find unchanged of a system's models that are not trained.
+
+    A checkpoint does not hold them: a reference, or a target, comes from where it came before.
+
+    Args:
+        system: with `parameters()`.
+    """
+    trained = trained_models(system)
+    frozen = {n: m for n, m in modules_of(system).items() if n not in trained}
+    return {
+        f"system.{n}": f"sha256 {digest(dict(m.named_parameters()))[:16]}"
+        for n, m in frozen.items()
+    }
 
 
 def trained_models(system: Any) -> dict[str, torch.nn.Module]:

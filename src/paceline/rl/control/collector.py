@@ -11,6 +11,7 @@ import torch
 
 from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError, MismatchError
+from paceline.losses import gae
 from paceline.rl.control.actor_critic import Policy
 from paceline.rl.control.environment import Environment, Episodes, packed_observation
 from paceline.rl.control.system import columns_of
@@ -140,9 +141,13 @@ class ControlCollector:
         values = columns["value"].numpy()
         following = np.concatenate([values[1:], policy.value(last).cpu().numpy()[None]])
         following = np.where(ended > 0, after_end, following)
-        following = np.where(terminated > 0, 0.0, following)
-        advantages = _gae(rewards, values, following, ended, valid, self._gamma, self._lam)
-        columns["advantages"] = torch.from_numpy(advantages)
+        by_time = (rewards, values, following, terminated, ended, valid)
+        advantages, _ = gae(
+            *(torch.from_numpy(part.T.astype(np.float64)) for part in by_time),
+            gamma=self._gamma,
+            lam=self._lam,
+        )
+        columns["advantages"] = advantages.T.float().contiguous()
         columns["returns"] = columns["advantages"] + columns["value"]
         return {
             "columns": columns,
@@ -348,22 +353,3 @@ def to_environment(policy: Any, action: torch.Tensor) -> Any:
     """
     convert = getattr(getattr(policy, "actions", None), "to_environment", None)
     return action.cpu().numpy() if convert is None else convert(action)
-
-
-def _gae(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    following: np.ndarray,
-    ended: np.ndarray,
-    valid: np.ndarray,
-    gamma: float,
-    lam: float,
-) -> np.ndarray:
-    """Advantages of [steps, envs] (Schulman et al., 2015, arXiv:1506.02438)."""
-    deltas = rewards + gamma * following - values
-    advantages, later = np.zeros_like(values), np.zeros(values.shape[1])
-    for t in reversed(range(len(values))):
-        fresh = deltas[t] + gamma * lam * (1 - ended[t]) * later
-        later = np.where(valid[t] > 0, fresh, 0.0)
-        advantages[t] = later
-    return advantages.astype(np.float32)

@@ -236,6 +236,23 @@ class HFASTSystem(ASTSystem):
             for row, mask in zip(scored.logps.double().cpu(), scored.mask.cpu(), strict=True)
         ]
 
+    def auditor_logps(self, turns: Sequence[Any]) -> Scored:
+        """How likely the auditor finds what it sampled; see `System.auditor_logps`.
+
+        Args:
+            turns: what was said, with the token ids where there are such.
+        """
+        return self._scored(self.auditor, self.auditor_tokenizer, *_sampled(turns))
+
+    @torch.no_grad()
+    def baseline_logps(self, turns: Sequence[Any]) -> Scored:
+        """How likely the baseline finds what the auditor sampled.
+
+        Args:
+            turns: as for `auditor_logps`.
+        """
+        return self._scored(self._beside(self.baseline), self.auditor_tokenizer, *_sampled(turns))
+
     # What every System has, of texts; token ids are taken as they are.
 
     def get_auditor_logprobs(
@@ -272,14 +289,6 @@ class HFASTSystem(ASTSystem):
         """
         model = self._beside(self.baseline)
         return self._scored(model, self.auditor_tokenizer, context, continuation).logps
-
-    def auditor_logps(self, turns: Sequence[Any]) -> Scored:
-        return self._scored(self.auditor, self.auditor_tokenizer, *_sampled(turns))
-
-    @torch.no_grad()
-    def baseline_logps(self, turns: Sequence[Any]) -> Scored:
-        model = self._beside(self.baseline)
-        return self._scored(model, self.auditor_tokenizer, *_sampled(turns))
 
     def rollout_prompt_with_auditor(self, prompts: Sequence[Any]) -> Sequence[Any]:
         ids = [_begun(self.auditor_tokenizer, prompt) for prompt in prompts]
@@ -435,10 +444,15 @@ def _followed(tokenizer: Any, text: Any) -> np.ndarray:
 
 
 def _sampled(turns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Contexts and probes as token ids, where they are known, else as texts."""
-    with_ids = [t.context_ids is not None and t.probe_ids is not None for t in turns]
-    contexts = [t.context_ids if ids else t.context for t, ids in zip(turns, with_ids, strict=True)]
-    return contexts, [t.probe_ids if i else t.probe for t, i in zip(turns, with_ids, strict=True)]
+    """Contexts and probes: as token ids where they were sampled so, else as texts."""
+    as_ids = [turn.probe_ids is not None for turn in turns]
+    contexts = [
+        turn.context_ids if ids else turn.context for turn, ids in zip(turns, as_ids, strict=True)
+    ]
+    probes = [
+        turn.probe_ids if ids else turn.probe for turn, ids in zip(turns, as_ids, strict=True)
+    ]
+    return contexts, probes
 
 
 def _drawn(count: int) -> list[int]:
