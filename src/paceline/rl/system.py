@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from paceline import registry
+from paceline.errors import ConfigError
 from paceline.rl.checked import Checked
 from paceline.rl.old_names import take_old_names
 from paceline.rl.text.logprobs import Scored
