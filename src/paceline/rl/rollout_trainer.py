@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +153,27 @@ class RolloutTrainer(RLTrainer):
             dataloader_kwargs={"batch_size": config.batch_size},
         )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        own = vars(cls).get("train")
+        if inspect.isfunction(own) and len(inspect.signature(own).parameters) == 1:
+            cls.train = _without_arguments(own)
+        super().__init_subclass__(**kwargs)
+
     def make(self, *sections: str) -> None:
         """Nothing: all components are given."""
+
+
+def _without_arguments(train: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A `train(self)` of a user's, as Trainers are called: with arguments, which it has not."""
+
+    @functools.wraps(train)
+    def called(self: Any, *args: Any, **settings: Any) -> Any:
+        if any(one is not None for one in (*args, *settings.values())):
+            raise ConfigError(f"{type(self).__qualname__}.train() takes no arguments.")
+        return train(self)
+
+    vars(called).pop("__wrapped__")  # whose signature would be seen in place of this one
+    return called
 
 
 class HFRolloutTrainer(RolloutTrainer):
