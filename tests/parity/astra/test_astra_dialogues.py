@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -114,7 +115,7 @@ def test_A16_a_prompt_is_played_once_without_branches(system: Any) -> None:
             return Graph(seed, [])
 
     assert Plain(None).eval_rollout(5).context == 5
-    with pytest.raises(NotImplementedError, match="eval_rollout of Plain takes an int"):
+    with pytest.raises(NotImplementedError, match=r"eval_rollout of .*Plain takes an int"):
         Plain(None).eval_rollout("a prompt")
 
 
@@ -132,6 +133,7 @@ def test_A28_log_probabilities_are_checked_on_every_call() -> None:
     system = WordSystem()
     checked = Checked(system)
     good = torch.full((2, 3), -1.0, requires_grad=True)
+    elsewhere = good.to("meta")
     wrong = {
         "carry no gradient": good.detach(),
         r"shape \[1, 3\], not \[2, tokens\]": good[:1],
@@ -150,7 +152,7 @@ def test_A28_log_probabilities_are_checked_on_every_call() -> None:
             checked.get_auditor_logprobs(["a", "b"], ["c", "d"])
     system.get_target_logprobs = lambda context, continuation: good.exp()  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="look like probabilities"):
-        assert not checked.get_target_logprobs(["a", "b"], ["c", "d"]).requires_grad or True
+        checked.get_target_logprobs(["a", "b"], ["c", "d"])
 
 
 def test_A29_too_few_texts_are_an_error() -> None:
@@ -158,7 +160,7 @@ def test_A29_too_few_texts_are_an_error() -> None:
     sampler = ASTSampler(system, ["one"], 2, 1)
     for given in (["x"], "xx", None):
         system.rollout_prompt_with_auditor = lambda prompts, given=given: given  # type: ignore[method-assign]
-        with pytest.raises(DataError, match="WordSystem.rollout_prompt_with_auditor: it returned"):
+        with pytest.raises(DataError, match="rollout_prompt_with_auditor: it returned"):
             sampler.rollout(0)
 
 
@@ -231,7 +233,7 @@ def test_A42_A43_rates_are_means_and_the_file_is_json(tmp_path: Path) -> None:
 
 
 def test_A44_a_checkpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="auditor_checkpoint=.*no model was saved there"):
+    with pytest.raises(ConfigError, match=r"auditor_checkpoint=.*no model was saved there"):
         HFEvaluationSystem(tmp_path / "best", "tiny", "tiny")
     auditor = tiny_model(seed=5)
     auditor.save_pretrained(tmp_path / "best")
@@ -242,9 +244,6 @@ def test_A44_a_checkpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_A46_the_reward_is_the_weighted_sum_and_says_which_likelihood() -> None:
     system = WordSystem(scorer=RuleScorer(len), ppl_weight=0.5)
-    logps = torch.tensor([1.6, 1.0], dtype=torch.float64) - torch.logsumexp(
-        torch.arange(8, dtype=torch.float64) * 0.2, 0
-    )  # of " good"?, by hand: the target's biases are 0, 0.2, ... 1.4
     bias = torch.arange(8, dtype=torch.float64) * 0.2
     logps = bias.log_softmax(0)[[7, 2]]  # good, blue
     expected = 0.5 * math.exp(logps.sum()) + 0.1 * len(" good blue ok") + 0.1 * len(" ok")
@@ -309,10 +308,25 @@ def failing(*answers: Any) -> Any:
     return types.SimpleNamespace(score=score)
 
 
+RELEASED = threading.Event()
+
+
 def hang(texts: list[str]) -> Any:
-    threading.Event().wait(20)
+    RELEASED.wait(20)
 
 
+@pytest.fixture
+def _released() -> Any:
+    """Ends what hangs, once the test is over."""
+    RELEASED.clear()
+    before = set(threading.enumerate())
+    yield
+    RELEASED.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+
+
+@pytest.mark.usefixtures("_released")
 @pytest.mark.parametrize(
     "answer",
     [
@@ -377,13 +391,16 @@ def test_rewards_are_summed_by_weight_and_each_is_kept_by_its_name() -> None:
         total = 2 * parts["letters"] + 0.5 * parts["likelihood"] + 0.25 * parts["diversity"]
         assert node.reward == pytest.approx(total + parts["probed"])
         words = node.probe.split()
-        bags.append({(w,) for w in words} | set(zip(words, words[1:], strict=False)))
+        bags.append({(w,) for w in words} | set(itertools.pairwise(words)))
     for i, node in enumerate(graph.children):
         shared = [len(bags[i] & b) / len(bags[i] | b) for j, b in enumerate(bags) if j != i]
         assert node.rewards["diversity"] == pytest.approx(1 - max(shared))
 
 
-def test_profanity_is_what_the_package_says() -> None:
+def test_profanity_is_what_the_package_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"):  # scikit-learn sets them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     predict = pytest.importorskip("profanity_check").predict_prob
     system = tiny(rewards={"profanity": {"weight": 1.0, "of": "both"}})
     texts = ["you are a stupid idiot", "have a nice day"]
@@ -423,7 +440,7 @@ def test_what_cannot_be_played_is_refused_before(system: Any, tmp_path: Path) ->
     endless[0].generation_config.eos_token_id = None
     endless[0].config.eos_token_id = None
     endless[1].eos_token = None
-    with pytest.raises(ConfigError, match="auditor_model_id: .*end token"):
+    with pytest.raises(ConfigError, match=r"auditor_model_id: .*end token"):
         type(system)(endless, pair, rewards={"letters": (1.0, letters)})
     other = tiny_tokenizer()
     other.add_tokens(["more"])
