@@ -126,10 +126,12 @@ _SHIPPED: dict[str, dict[str, str]] = {
     },
     "system": {
         "hf_ast": "paceline.rl.redteam.hf_ast_system:HFASTSystem",
+        "policy": "paceline.rl.text.policy_system:PolicySystem",
         "hf_evaluation": "paceline.rl.redteam.hf_ast_system:HFEvaluationSystem",
     },
     "rollout_sampler": {
         "ast": "paceline.rl.redteam.ast_sampler:ASTSampler",
+        "prompts": "paceline.rl.text.prompt_sampler:PromptSampler",
     },
     "scorer": {
         "classifier": "paceline.rl.redteam.scorers:ClassifierScorer",

@@ -59,6 +59,7 @@ class Algorithm:
     """
 
     name: ClassVar[str]
+    compares = False  # whether it needs the system's baseline
     ends_early = False  # whether `goes_on` may end an experience before its last pass
 
     def __init__(self, system: Any, *, passes: int = 1, minibatch: int | None = None) -> None:

@@ -161,7 +161,7 @@ class RolloutSource:
         size = self._algorithm.minibatch
         self.plan = [
             (
-                f"an epoch is one experience, {counted(self._algorithm.passes, 'pass')} over it"
+                f"an epoch is one experience, {counted(self._algorithm.passes, 'pass', 'es')} over it"
                 + (f" in minibatches of {size}" if size else ""),
                 "algorithm",
             )

@@ -62,6 +62,12 @@ class System:
         with torch.no_grad():
             return self._scored("baseline", turns)[0]
 
+    def keep_baseline(self) -> None:
+        """Called before training for an algorithm that compares with the baseline.
+
+        Here a system makes one of the policy as it is then; others have theirs already.
+        """
+
     def _scored(self, whose: str, turns: Sequence[Any]) -> tuple[Scored, torch.Tensor]:
         """Log-probabilities as `Scored`, and where each was among those that the method returned.
 

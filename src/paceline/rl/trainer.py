@@ -173,6 +173,8 @@ class RLTrainer(FactoryTrainer):
             raise ConfigError("algorithm: nothing says how the policy is trained.")
         if self.algorithm.system is None:
             self.algorithm.system = self.system
+        if self.algorithm.compares and isinstance(self.system, System):
+            self.system.keep_baseline()
 
     def setup(self) -> None:
         held = {name: id(model) for name, model in modules_of(self.system).items()}
@@ -254,6 +256,8 @@ class RLTrainer(FactoryTrainer):
             identity |= arguments_of("sampler", self.sampler)
             identity |= arguments_of("system", self.system)
             identity |= frozen_models(self.system)
+            own = getattr(self.sampler, "run_identity", dict)()
+            identity |= {f"sampler.{name}": value for name, value in own.items()}
             return GraphCollector(
                 self.sampler,
                 algorithm,

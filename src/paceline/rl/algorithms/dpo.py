@@ -87,6 +87,7 @@ class DPO(Algorithm):
 
     name = "dpo"
     kind = "sigmoid"
+    compares = True
 
     def __init__(
         self,

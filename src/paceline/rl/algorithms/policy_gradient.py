@@ -77,6 +77,7 @@ class PolicyGradient(Algorithm):
         if not beta >= 0:
             raise ConfigError(f"algorithm.beta={beta}: expected at least 0.")
         self.beta, self.reference = beta, reference
+        self.compares = beta > 0
 
     def check(self, sampler: Any) -> None:
         if self.grouped:
