@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from paceline.checkpoint.files import Disk
 from paceline.checkpoint.publication import hidden, make_durable, publish
-from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError, unknown_settings
 from paceline.lm.export import write_model
 from paceline.parallel.ddp import unwrap
@@ -221,7 +219,7 @@ class HFRolloutTrainer(RolloutTrainer):
         prompts, keeper = list(dev_prompts or ()), _Keeper()
         callbacks = [keeper, *settings.pop("callbacks", ())]
         if prompts:
-            settings["evaluation"] = Evaluation(every=int(eval_every))
+            settings["evaluation"] = Evaluation(every=int(eval_every), prompts=prompts)
         super().__init__(config, sampler, algorithm, callbacks=callbacks, **settings)
         self.dev_prompts, self.eval_every = prompts, int(eval_every)
         self.ckpt_dir = Path(ckpt_dir)
@@ -238,33 +236,6 @@ class HFRolloutTrainer(RolloutTrainer):
     def best_score(self) -> float:
         """The best mean reward of the leaves so far; minus infinity before the first."""
         return self._keeper.best_score
-
-    def evaluate(self) -> dict[str, float] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Plays each of the `dev_prompts` once, without branches.
-
-        Returns:
-            "val/reward", the mean reward of the leaves, and "val/skipped", dialogues that came to
-            no turn. None if the run is to stop.
-        """
-        sampler, world = self.sampler, self.world
-        own = self.dev_prompts[world.dp_rank :: world.dp_size]
-        with self.acting():
-            sampler.begin(self.global_step, self.stopping)
-            try:
-                if hasattr(sampler, "eval_rollouts"):
-                    graphs = sampler.eval_rollouts(own) if own else []
-                else:
-                    graphs = [sampler.eval_rollout(prompt) for prompt in own]
-            except StopCollecting:
-                return None
-        found = [
-            value
-            for part in world.all_gather_object([final_reward(graph) for graph in graphs])
-            for value in part
-        ]
-        rewards = [value for value in found if value is not None]
-        row = {"val/skipped": float(len(found) - len(rewards))}
-        return row | ({"val/reward": float(np.mean(rewards))} if rewards else {})
 
     def save(self, step: int, tag: str = "step") -> Path:
         """Writes the auditor and its tokenizer, whole or not at all.
@@ -312,15 +283,3 @@ class _Keeper(Callback):
 def _saved(trainer: Any, tag: str) -> None:
     if trainer.world.is_main:
         trainer.save(trainer.global_step, tag)
-
-
-def final_reward(graph: Any) -> float | None:
-    """The reward of the leaf at the end of the first branches; None if there is no turn.
-
-    Args:
-        graph: of a rollout.
-    """
-    children, reward = graph.children, None
-    while children:
-        reward, children = children[0].reward, children[0].children
-    return reward

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from astra_systems import Reinforced, WordSystem, letters, tiny
+from astra_systems import WordSystem, letters, tiny
 
 from paceline.errors import ConfigError, DataError
 from paceline.rl import (
@@ -28,13 +28,11 @@ from paceline.rl import (
     GraphMetrics,
     HFEvaluationSystem,
     LlamaGuardScorer,
-    Node,
     RuleScorer,
     Sampler,
     System,
     with_present_names,
 )
-from paceline.rl.checked import Checked
 from paceline.rl.redteam.judging import Watch
 from paceline.rl.redteam.tiny import tiny_model, tiny_tokenizer
 
@@ -127,32 +125,6 @@ def test_the_stop_is_asked_for_between_turns(system: Any) -> None:
     sampler.begin(0, lambda: next(asked))
     with pytest.raises(StopCollecting):
         sampler.rollout(0)
-
-
-def test_A28_log_probabilities_are_checked_on_every_call() -> None:
-    system = WordSystem()
-    checked = Checked(system)
-    good = torch.full((2, 3), -1.0, requires_grad=True)
-    elsewhere = good.to("meta")
-    wrong = {
-        "carry no gradient": good.detach(),
-        r"shape \[1, 3\], not \[2, tokens\]": good[:1],
-        r"shape \[2\]": good[:, 0],
-        "no finite number": good * float("nan"),
-        "not a tensor": [-1.0, -2.0],
-        "All logprobs must be on the same device. Expected cpu, but auditor .* meta": good.to(
-            "meta"
-        ),
-    }
-    for said, values in [*wrong.items(), *wrong.items()]:
-        system.get_auditor_logprobs = lambda context, continuation: good  # type: ignore[method-assign]
-        assert checked.get_auditor_logprobs(["a", "b"], ["c", "d"]) is good
-        system.get_auditor_logprobs = lambda context, continuation, v=values: v  # type: ignore[method-assign]
-        with pytest.raises(DataError, match=f"WordSystem.get_auditor_logprobs: .*{said}"):
-            checked.get_auditor_logprobs(["a", "b"], ["c", "d"])
-    system.get_target_logprobs = lambda context, continuation: good.exp()  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="look like probabilities"):
-        checked.get_target_logprobs(["a", "b"], ["c", "d"])
 
 
 def test_A29_too_few_texts_are_an_error() -> None:
@@ -278,18 +250,6 @@ def test_A48_old_names_are_taken_and_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with_present_names(Older())
-
-
-class Scored(Node):
-    """A node with a field of its own."""
-
-    extra = "kept"
-
-
-def test_A49_a_node_of_ones_own_goes_through(system: Any) -> None:
-    nodes = [Scored("a", " b", "c", 1.0), Scored("a", " c", "d", 0.0)]
-    steps = Reinforced(system).flatten(Graph("a", nodes))  # type: ignore[arg-type]
-    assert [step.reward for step in steps] == [1.0, 0.0]
 
 
 # Scorers that fail

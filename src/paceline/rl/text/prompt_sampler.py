@@ -289,9 +289,7 @@ def _scores(
 
 def _rows(source: Any) -> Any:
     if isinstance(source, str) or not hasattr(source, "__len__"):
-        raise ConfigError(
-            "sampler.source: expected rows, {file: path} or {function: MODULE.NAME}."
-        )
+        raise ConfigError("sampler.source: expected rows, {file: path} or {function: MODULE.NAME}.")
     if not len(source):
         raise ConfigError("sampler.source: there is no prompt in it.")
     _row(source[0], 0)
