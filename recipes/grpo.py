@@ -1,13 +1,13 @@
-"""Prompts and rule rewards for recipes/grpo.yaml: the model learns to say again what it was told."""
+"""Prompts and rule rewards for recipes/grpo.yaml: to say again the word that was asked for."""
 
-WORDS = ("tea", "bread", "coffee", "water", "music", "paper", "summer", "winter", "river", "garden")
+WORDS = ("tea", "bread", "coffee", "water", "music", "paper", "summer", "winter", "garden")
 
 
 def prompts() -> list[dict[str, str]]:
     """Prompts, each with the word that is wanted as a further column."""
-    return [
-        {"prompt": f"please say {word}", "wanted": word, "verb": "say"} for word in WORDS
-    ] + [{"prompt": f"now write {word}", "wanted": word, "verb": "write"} for word in WORDS]
+    return [{"prompt": f"please say {word}", "wanted": word, "verb": "say"} for word in WORDS] + [
+        {"prompt": f"now write {word}", "wanted": word, "verb": "write"} for word in WORDS
+    ]
 
 
 def says_it(completions: list[str], wanted: list[str], **_: object) -> list[float]:

@@ -12,7 +12,26 @@ if TYPE_CHECKING:
     from paceline.rl.engine import Completion, Engine, Request, Sampling
     from paceline.rl.evaluation import Evaluation
     from paceline.rl.graph import Graph, Node
+    from paceline.rl.harness import Harness
+    from paceline.rl.old_names import with_present_names
     from paceline.rl.recorded import RecordRollouts, read_rollouts
+    from paceline.rl.redteam.ast_sampler import ASTSampler
+    from paceline.rl.redteam.ast_system import ASTSystem
+    from paceline.rl.redteam.evaluators import ASTEvaluator, Evaluator, GraphMetrics
+    from paceline.rl.redteam.hf_ast_system import HFASTSystem, HFEvaluationSystem
+    from paceline.rl.redteam.scorers import (
+        ClassifierScorer,
+        DetoxifyScorer,
+        LlamaGuardScorer,
+        ProfanityScorer,
+        RuleScorer,
+    )
+    from paceline.rl.rollout_trainer import (
+        HFRolloutConfiguration,
+        HFRolloutTrainer,
+        RolloutTrainer,
+        TrainingConfiguration,
+    )
     from paceline.rl.sampler import Sampler
     from paceline.rl.scorer import Scorer
     from paceline.rl.system import System, ValueFunctionSystem
@@ -21,48 +40,84 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            "PPO": "paceline.rl.algorithms.ppo",
+            "ASTEvaluator": "paceline.rl.redteam.evaluators",
+            "ASTSampler": "paceline.rl.redteam.ast_sampler",
+            "ASTSystem": "paceline.rl.redteam.ast_system",
             "ActorCritic": "paceline.rl.control.actor_critic",
             "Algorithm": "paceline.rl.algorithm",
+            "ClassifierScorer": "paceline.rl.redteam.scorers",
             "Completion": "paceline.rl.engine",
+            "DetoxifyScorer": "paceline.rl.redteam.scorers",
             "Engine": "paceline.rl.engine",
             "Environment": "paceline.rl.control.environment",
             "Evaluation": "paceline.rl.evaluation",
+            "Evaluator": "paceline.rl.redteam.evaluators",
             "Graph": "paceline.rl.graph",
+            "GraphMetrics": "paceline.rl.redteam.evaluators",
             "GymEnvironment": "paceline.rl.control.environment",
+            "HFASTSystem": "paceline.rl.redteam.hf_ast_system",
+            "HFEvaluationSystem": "paceline.rl.redteam.hf_ast_system",
+            "HFRolloutConfiguration": "paceline.rl.rollout_trainer",
+            "HFRolloutTrainer": "paceline.rl.rollout_trainer",
+            "Harness": "paceline.rl.harness",
+            "LlamaGuardScorer": "paceline.rl.redteam.scorers",
             "Node": "paceline.rl.graph",
+            "PPO": "paceline.rl.algorithms.ppo",
             "Policy": "paceline.rl.control.actor_critic",
+            "ProfanityScorer": "paceline.rl.redteam.scorers",
             "RLTrainer": "paceline.rl.trainer",
             "RecordRollouts": "paceline.rl.recorded",
             "Request": "paceline.rl.engine",
+            "RolloutTrainer": "paceline.rl.rollout_trainer",
+            "RuleScorer": "paceline.rl.redteam.scorers",
             "Sampler": "paceline.rl.sampler",
             "Sampling": "paceline.rl.engine",
             "Scorer": "paceline.rl.scorer",
             "System": "paceline.rl.system",
+            "TrainingConfiguration": "paceline.rl.rollout_trainer",
             "ValueFunctionSystem": "paceline.rl.system",
             "read_rollouts": "paceline.rl.recorded",
+            "with_present_names": "paceline.rl.old_names",
         },
     )
 
 __all__ = [
     "PPO",
+    "ASTEvaluator",
+    "ASTSampler",
+    "ASTSystem",
     "ActorCritic",
     "Algorithm",
+    "ClassifierScorer",
     "Completion",
+    "DetoxifyScorer",
     "Engine",
     "Environment",
     "Evaluation",
+    "Evaluator",
     "Graph",
+    "GraphMetrics",
     "GymEnvironment",
+    "HFASTSystem",
+    "HFEvaluationSystem",
+    "HFRolloutConfiguration",
+    "HFRolloutTrainer",
+    "Harness",
+    "LlamaGuardScorer",
     "Node",
     "Policy",
+    "ProfanityScorer",
     "RLTrainer",
     "RecordRollouts",
     "Request",
+    "RolloutTrainer",
+    "RuleScorer",
     "Sampler",
     "Sampling",
     "Scorer",
     "System",
+    "TrainingConfiguration",
     "ValueFunctionSystem",
     "read_rollouts",
+    "with_present_names",
 ]

@@ -1,4 +1,4 @@
-"""What the methods of a user's system return is checked, on every call."""
+"""What the methods of a system return is checked, on every call."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 
 from paceline.data.batches import to_device
 from paceline.data.content import digest
+from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError
 from paceline.factories import Config, FactoryTrainer, ModelFactory, TrainerConfig
 from paceline.recipe.typed import HumanInt
@@ -25,6 +26,7 @@ from paceline.rl.control.environment import Environment
 from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.system import ControlSystem
 from paceline.rl.evaluation import Evaluation
+from paceline.rl.graph import final_reward
 from paceline.rl.graph_collector import GraphCollector
 from paceline.rl.recorded import RecordRollouts
 from paceline.rl.sampler import Sampler
@@ -32,6 +34,7 @@ from paceline.rl.source import Rollouts
 from paceline.rl.system import System
 from paceline.trainer.arguments import arguments_of
 from paceline.trainer.slots import Slot
+from paceline.world.seeding import stream
 
 
 class ActorCriticConfig(Config):
@@ -177,9 +180,12 @@ class RLTrainer(FactoryTrainer):
             if self.system is None:
                 raise ConfigError("system: nothing says what the sampler plays.")
             self.sampler = self.sampler(system=self.system)
+        recipe = getattr(self.config, "_described_by", None)
+        folder = Path() if recipe is None else Path(recipe.composed.path).parent
         if isinstance(self.sampler, Sampler):
-            recipe = None if self.config is None else self.config._described_by
-            self.sampler.locate(Path() if recipe is None else Path(recipe.composed.path).parent)
+            self.sampler.locate(folder)
+        if self.evaluation is not None:
+            self.evaluation.locate(folder)
         self.system = self.sampler.system
         self._make_algorithm()
         if self.model is None:
@@ -227,15 +233,16 @@ class RLTrainer(FactoryTrainer):
         return self.evaluation is not None and self.max_val_batches != 0
 
     def evaluate(self) -> dict[str, float] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Evaluates the policy on fresh episodes.
+        """Evaluates the policy on fresh episodes, or on prompts.
 
         Returns:
             Means over the episodes: "val/return", "val/length" and, with a threshold,
-            "val/success". None if the run is to stop.
+            "val/success"; of a sampler's "val/reward", that of the last turn, and the number of
+            episodes without a turn as "val/skipped". None if the run is to stop.
         """
         evaluation, environment = self.evaluation or Evaluation(), self.environment
         if environment is None:
-            raise ConfigError("evaluation: that of a sampler does not exist yet.")
+            return self._evaluate_dialogues(evaluation)
         with self.acting():
             lived = fresh_episodes(
                 environment,
@@ -257,6 +264,34 @@ class RLTrainer(FactoryTrainer):
         }
         if evaluation.threshold is not None:
             row["val/success"] = float(np.mean([r >= evaluation.threshold for r in returns]))
+        return row
+
+    def _evaluate_dialogues(self, evaluation: Evaluation) -> dict[str, float] | None:
+        """Plays episodes of the sampler, each rank its share."""
+        sampler, world = self.sampler, self.world
+        seeds = evaluation.prompts or [
+            stream(self.seed, "eval", episode) >> 1 for episode in range(evaluation.episodes)
+        ]
+        own = seeds[world.dp_rank :: world.dp_size]
+        with self.acting():
+            sampler.begin(self.global_step, self.stopping)
+            try:
+                if evaluation.prompts and hasattr(sampler, "eval_rollouts"):
+                    graphs = sampler.eval_rollouts(own) if own else []
+                else:
+                    graphs = [sampler.eval_rollout(seed) for seed in own]
+            except StopCollecting:
+                graphs = None
+        parts = world.all_gather_object(graphs and [final_reward(graph) for graph in graphs])
+        if graphs is None or any(part is None for part in parts):
+            return None
+        found = [value for part in parts for value in part]
+        rewards = [value for value in found if value is not None]
+        row = {"val/skipped": float(len(found) - len(rewards))}
+        if rewards:
+            row["val/reward"] = float(np.mean(rewards))
+        if rewards and evaluation.threshold is not None:
+            row["val/success"] = float(np.mean([r >= evaluation.threshold for r in rewards]))
         return row
 
     @property

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paceline.errors import ConfigError, nearest
+from paceline.errors import ConfigError
 from paceline.rl.checked import Checked
 from paceline.rl.graph import Graph, Node
+from paceline.rl.prompts import file_of, read_prompts, usable
 from paceline.rl.redteam.ast_system import ASTSystem
-from paceline.rl.redteam.turns import Dialogue, Said, Turn, Verdict
+from paceline.rl.redteam.turns import Dialogue, Exchange, Said, Verdict
 from paceline.rl.sampler import Sampler
 from paceline.world.seeding import random_state_kept, seed_everything, stream
 
@@ -63,10 +64,10 @@ class ASTSampler(Sampler):
             raise ConfigError("sampler.prompts: expected texts, or {file: path}.")
         self._file: str | None = None
         if isinstance(prompts, Mapping):
-            self._file = _file_of(prompts)
+            self._file = file_of("sampler.prompts", prompts)
             self.prompts: list[Any] = []
         else:
-            self.prompts = _usable(list(prompts), "sampler.prompts")
+            self.prompts = usable(list(prompts), "sampler.prompts")
 
     def locate(self, folder: Path) -> None:
         if self._file is not None and not self.prompts:
@@ -155,7 +156,7 @@ class ASTSampler(Sampler):
         )
         self.check_stop()
         turns = [
-            Turn(point.dialogue, probe, response, id(point))
+            Exchange(point.dialogue, probe, response, id(point))
             for (point, _, probe), response in zip(spoken, responses, strict=True)
         ]
         following = []
@@ -171,7 +172,7 @@ class ASTSampler(Sampler):
             following.append(_Point(point.graph, node.children, dialogue, point.seed, branch))
         return following
 
-    def _node(self, turn: Turn, verdict: Verdict) -> Node:
+    def _node(self, turn: Exchange, verdict: Verdict) -> Node:
         return Node(
             turn.dialogue.text,
             turn.probe.text,
@@ -227,7 +228,7 @@ class _OfTexts:
         prompts = [d.text + probe.text for d, probe in zip(dialogues, probes, strict=True)]
         return [Said(text) for text in self._checked.rollout_prompt_with_target(prompts)]
 
-    def judge(self, turns: Sequence[Turn]) -> list[Verdict | None]:
+    def judge(self, turns: Sequence[Exchange]) -> list[Verdict | None]:
         if isinstance(self._system, ASTSystem):
             return self._system.judge(turns)
         values = self._checked.reward(
@@ -239,37 +240,3 @@ class _OfTexts:
 
     def follow(self, dialogue: Dialogue, probe: Said, response: Said) -> Dialogue:
         return Dialogue(self._system.advance(dialogue.text, probe.text, response.text))
-
-
-def _file_of(prompts: Mapping[str, Any]) -> str:
-    if set(prompts) != {"file"}:
-        wrong = next((key for key in prompts if key != "file"), "")
-        raise ConfigError(
-            f"prompts: expected texts or {{file: path}}, not {wrong!r}{nearest(wrong, ['file'])}"
-        )
-    return str(prompts["file"])
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file, one a line; blank lines are none.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        ConfigError: it cannot be read, or holds no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts.file={str(path)!r}: {error}.") from None
-    return _usable([line for line in lines if line.strip()], f"prompts.file={str(path)!r}")
-
-
-def _usable(prompts: list[Any], where: str) -> list[Any]:
-    if not prompts:
-        raise ConfigError(f"{where}: there is no prompt in it.")
-    blank = [i for i, p in enumerate(prompts) if isinstance(p, str) and not p.strip()]
-    if blank:
-        raise ConfigError(f"{where}: prompt {blank[0]} is blank.")
-    return prompts

@@ -15,7 +15,7 @@ from paceline.rl.redteam.rewards import (
     ScorerReward,
     rewards_from,
 )
-from paceline.rl.redteam.turns import Dialogue, Said, Turn, Verdict
+from paceline.rl.redteam.turns import Dialogue, Exchange, Said, Verdict
 from paceline.rl.system import System
 
 
@@ -88,7 +88,7 @@ class ASTSystem(System):
     def advance(self, context: Any, probe: Any, response: Any) -> Any:
         return context + probe + response
 
-    def judge(self, turns: Sequence[Turn]) -> list[Verdict | None]:
+    def judge(self, turns: Sequence[Exchange]) -> list[Verdict | None]:
         """What turns are worth; None where a scorer failed, whatever was tried.
 
         Args:
@@ -113,7 +113,7 @@ class ASTSystem(System):
         self, context: Sequence[Any], probe: Sequence[Any], response: Sequence[Any]
     ) -> Sequence[float]:
         turns = [
-            Turn(Dialogue(c), Said(p), Said(r))
+            Exchange(Dialogue(c), Said(p), Said(r))
             for c, p, r in zip(context, probe, response, strict=True)
         ]
         verdicts = self.judge(turns)
@@ -122,7 +122,7 @@ class ASTSystem(System):
             raise DataError(f"{len(turns) - len(given)} of {len(turns)} turns have no reward.")
         return given
 
-    def probe_logps(self, turns: Sequence[Turn]) -> list[torch.Tensor]:
+    def probe_logps(self, turns: Sequence[Exchange]) -> list[torch.Tensor]:
         """The target's log-probabilities of each probe's tokens, [tokens] float64 each.
 
         Args:

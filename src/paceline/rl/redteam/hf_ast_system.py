@@ -16,9 +16,9 @@ from paceline.parallel.ddp import unwrap
 from paceline.rl.engine import Request, Sampling
 from paceline.rl.redteam.ast_system import ASTSystem
 from paceline.rl.redteam.tiny import TINY, tiny_model, tiny_tokenizer
-from paceline.rl.redteam.turns import Dialogue, Said, Turn
+from paceline.rl.redteam.turns import Dialogue, Exchange, Said
 from paceline.rl.text.local import LocalEngine, end_tokens
-from paceline.rl.text.logprobs import completion_logps
+from paceline.rl.text.logprobs import Scored, completion_logps
 
 
 class HFASTSystem(ASTSystem):
@@ -219,7 +219,7 @@ class HFASTSystem(ASTSystem):
             np.concatenate([target, asked, answered]),
         )
 
-    def probe_logps(self, turns: Sequence[Turn]) -> list[torch.Tensor]:
+    def probe_logps(self, turns: Sequence[Exchange]) -> list[torch.Tensor]:
         contexts = [
             t.dialogue.text if t.dialogue.target_ids is None else t.dialogue.target_ids
             for t in turns
@@ -236,7 +236,7 @@ class HFASTSystem(ASTSystem):
             for row, mask in zip(scored.logps.double().cpu(), scored.mask.cpu(), strict=True)
         ]
 
-    def auditor_logps(self, turns: Sequence[Any]) -> Any:
+    def auditor_logps(self, turns: Sequence[Any]) -> Scored:
         """How likely the auditor finds what it sampled; see `System.auditor_logps`.
 
         Args:
@@ -245,7 +245,7 @@ class HFASTSystem(ASTSystem):
         return self._scored(self.auditor, self.auditor_tokenizer, *_sampled(turns))
 
     @torch.no_grad()
-    def baseline_logps(self, turns: Sequence[Any]) -> Any:
+    def baseline_logps(self, turns: Sequence[Any]) -> Scored:
         """How likely the baseline finds what the auditor sampled.
 
         Args:
@@ -323,7 +323,7 @@ class HFASTSystem(ASTSystem):
 
     def _scored(
         self, model: Any, tokenizer: Any, context: Sequence[Any], continuation: Sequence[Any]
-    ) -> Any:
+    ) -> Scored:
         wanted = [_followed(tokenizer, one) for one in continuation]
         before = [
             _cut(model, _begun(tokenizer, one), max(self.max_new_tokens, len(ids)))

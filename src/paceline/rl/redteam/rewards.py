@@ -12,7 +12,7 @@ from paceline import registry
 from paceline.errors import ConfigError
 from paceline.rl.redteam.judging import Watch
 from paceline.rl.redteam.scorers import RuleScorer
-from paceline.rl.redteam.turns import Turn, Verdict
+from paceline.rl.redteam.turns import Exchange, Verdict
 
 Of = Literal["response", "probe", "both"]
 Likelihoods = Literal["probability", "per_token"]
@@ -22,7 +22,7 @@ class Reward:
     """One part of what turns are worth."""
 
     @abstractmethod
-    def score(self, turns: Sequence[Turn], system: Any, watch: Watch) -> list[float | None]:
+    def score(self, turns: Sequence[Exchange], system: Any, watch: Watch) -> list[float | None]:
         """A number for each turn; None where there is none.
 
         Args:
@@ -47,7 +47,7 @@ class ScorerReward(Reward):
             raise ConfigError(f"rewards.{name}.of={of!r}: choose one of {', '.join(get_args(Of))}.")
         self.name, self.scorer, self.of = name, scorer, of
 
-    def score(self, turns: Sequence[Turn], system: Any, watch: Watch) -> list[float | None]:
+    def score(self, turns: Sequence[Exchange], system: Any, watch: Watch) -> list[float | None]:
         if self.of == "both":
             texts = [turn.probe.text + turn.response.text for turn in turns]
         else:
@@ -66,7 +66,7 @@ class LikelihoodReward(Reward):
     def __init__(self, kind: Likelihoods = "per_token") -> None:
         self.kind = kind
 
-    def score(self, turns: Sequence[Turn], system: Any, watch: Watch) -> list[float | None]:
+    def score(self, turns: Sequence[Exchange], system: Any, watch: Watch) -> list[float | None]:
         found: list[float | None] = []
         for logps in system.probe_logps(turns):
             total = float(logps.sum())
@@ -83,7 +83,7 @@ class DiversityReward(Reward):
     """How much a probe differs from those that began at the same point: 1 less the largest share
     of words and word pairs in common (Jaccard). 0 for one that has no sibling to differ from."""
 
-    def score(self, turns: Sequence[Turn], system: Any, watch: Watch) -> list[float | None]:
+    def score(self, turns: Sequence[Exchange], system: Any, watch: Watch) -> list[float | None]:
         sets = [_words(turn.probe.text) for turn in turns]
         groups: dict[int, list[int]] = {}
         for i, turn in enumerate(turns):
@@ -115,7 +115,7 @@ class Judge:
     def __init__(self, rewards: Mapping[str, tuple[float, Reward]], watch: Watch) -> None:
         self.rewards, self.watch = dict(rewards), watch
 
-    def __call__(self, turns: Sequence[Turn], system: Any) -> list[Verdict | None]:
+    def __call__(self, turns: Sequence[Exchange], system: Any) -> list[Verdict | None]:
         """What turns are worth; None for one that a reward has no number for.
 
         Args:

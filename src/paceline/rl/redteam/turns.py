@@ -41,7 +41,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Exchange:
     """A probe and the response to it, to be judged.
 
     Args:
