@@ -116,6 +116,9 @@ class Rollouts:
                 "global_batch_size, epoch_length: the windows of a run with rollouts are the "
                 "algorithm's minibatches: set algorithm.minibatch."
             )
+        minibatch, steps = self.algorithm.minibatch, self.collector.steps
+        if minibatch is not None and steps is not None and minibatch > steps:
+            raise ConfigError(f"algorithm.minibatch={minibatch}: an experience has {steps} steps.")
         self.collector.open(seed, world, stopping)
         return RolloutSource(self, size.gradient_accumulation_steps, seed, world)
 
@@ -147,10 +150,10 @@ class RolloutSource:
         many = self.windows_per_epoch
         self.micro_batches = None if many is None else many * accumulation
         self.identity = self._collector.identity
-        size = self._algorithm.minibatch
+        size, passes = self._algorithm.minibatch, counted(self._algorithm.passes, "pass", "es")
         self.plan = [
             (
-                f"an epoch is one experience, {counted(self._algorithm.passes, 'pass')} over it"
+                f"an epoch is one experience, {passes} over it"
                 + (f" in minibatches of {size}" if size else ""),
                 "algorithm",
             )

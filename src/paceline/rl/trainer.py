@@ -138,6 +138,12 @@ class RLTrainer(FactoryTrainer):
         self.make("optimizer", "lr_scheduler")
 
     def _configure_control(self, environment: Environment) -> None:
+        found = self.world.all_gather_object(str(self.spaces()))
+        if len(set(found)) > 1:  # before models are compared, of which it would be said less well
+            raise ConfigError(
+                "environment: ranks have different spaces of observations and actions:\n"
+                + "\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
+            )
         if self.model is None and self.config is None:
             self.model = ActorCritic(*self.spaces())
         self.make("model")
@@ -232,11 +238,7 @@ class RLTrainer(FactoryTrainer):
     def spaces(self) -> tuple[Any, Any]:
         """The spaces of one environment's observations and actions."""
         assert self.environment is not None
-        vector = self.environment.make(1)
-        try:
-            return vector.single_observation_space, vector.single_action_space
-        finally:
-            vector.close()
+        return self.environment.traits[:2]
 
     def create_collector(self) -> Any:
         """What makes the experiences."""

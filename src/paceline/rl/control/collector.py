@@ -11,8 +11,14 @@ import torch
 
 from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError, MismatchError
+from paceline.losses import gae
 from paceline.rl.control.actor_critic import Policy
-from paceline.rl.control.environment import Environment, Episodes, packed_observation
+from paceline.rl.control.environment import (
+    Environment,
+    Episodes,
+    check_finite,
+    packed_observation,
+)
 from paceline.rl.control.system import columns_of
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
@@ -44,7 +50,8 @@ class ControlCollector:
         self.environment, self._policy, self._acting = environment, policy, acting
         self._gamma, self._lam, self._device = gamma, lam, device
         self.identity = dict(identity)
-        self.steps = environment.num_envs * environment.steps
+        whole = environment.num_envs * environment.steps
+        self.steps = None if environment.traits.skips else whole
         self._episodes: Episodes | None = None
         self._stopping: Callable[[], bool] = lambda: False
 
@@ -124,6 +131,7 @@ class ControlCollector:
             else:
                 action, logp, value = policy.act(obs, noise=noise[t].to(device))  # pyright: ignore[reportCallIssue]
             outcome = episodes.step(to_environment(policy, action))
+            check_finite(outcome, self._first, f"step {t} of experience {experience}")
             row = {**columns_of(obs), "action": action, "logp": logp, "value": value}
             seen.append({name: part.cpu() for name, part in row.items()})
             scaling.add(outcome)
@@ -140,10 +148,13 @@ class ControlCollector:
         values = columns["value"].numpy()
         following = np.concatenate([values[1:], policy.value(last).cpu().numpy()[None]])
         following = np.where(ended > 0, after_end, following)
-        following = np.where(terminated > 0, 0.0, following)
-        advantages = _gae(rewards, values, following, ended, valid, self._gamma, self._lam)
-        columns["advantages"] = torch.from_numpy(advantages)
-        columns["returns"] = columns["advantages"] + columns["value"]
+        flags = [torch.from_numpy(part > 0).T for part in (terminated, ended, valid)]
+        advantages, returns = gae(
+            torch.from_numpy(rewards).T, columns["value"].double().T,
+            torch.from_numpy(following).double().T, *flags, gamma=self._gamma, lam=self._lam,
+        )  # fmt: skip
+        columns["advantages"] = advantages.T.float()
+        columns["returns"] = returns.T.float()
         return {
             "columns": columns,
             "valid": valid > 0,
@@ -228,11 +239,6 @@ class Scaling:
         """
         if not self._environment.normalize_observations:
             return values
-        if isinstance(values, Mapping):
-            raise ConfigError(
-                "environment.normalize_observations: an observation of several parts cannot be "
-                "normalized; normalize within the environment."
-            )
         if self._obs is None:
             return np.asarray(values, dtype=np.float32)
         count, total, squares = (np.asarray(part) for part in self._obs)
@@ -348,22 +354,3 @@ def to_environment(policy: Any, action: torch.Tensor) -> Any:
     """
     convert = getattr(getattr(policy, "actions", None), "to_environment", None)
     return action.cpu().numpy() if convert is None else convert(action)
-
-
-def _gae(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    following: np.ndarray,
-    ended: np.ndarray,
-    valid: np.ndarray,
-    gamma: float,
-    lam: float,
-) -> np.ndarray:
-    """Advantages of [steps, envs] (Schulman et al., 2015, arXiv:1506.02438)."""
-    deltas = rewards + gamma * following - values
-    advantages, later = np.zeros_like(values), np.zeros(values.shape[1])
-    for t in reversed(range(len(values))):
-        fresh = deltas[t] + gamma * lam * (1 - ended[t]) * later
-        later = np.where(valid[t] > 0, fresh, 0.0)
-        advantages[t] = later
-    return advantages.astype(np.float32)
