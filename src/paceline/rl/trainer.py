@@ -25,6 +25,7 @@ from paceline.rl.evaluation import Evaluation
 from paceline.rl.graph_collector import GraphCollector
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
+from paceline.rl.statistics import bootstrap_interval
 from paceline.rl.system import System
 from paceline.trainer.arguments import arguments_of
 from paceline.trainer.slots import Slot
@@ -202,7 +203,8 @@ class RLTrainer(FactoryTrainer):
 
         Returns:
             Means over the episodes: "val/return", "val/length" and, with a threshold,
-            "val/success". None if the run is to stop.
+            "val/success"; "val/return_low" and "val/return_high", between which the mean return
+            lies with 95 % confidence. None if the run is to stop.
         """
         evaluation, environment = self.evaluation or Evaluation(), self.environment
         if environment is None:
@@ -222,8 +224,11 @@ class RLTrainer(FactoryTrainer):
         if lived is None:
             return None
         returns = [one[0] for one in lived]
+        low, high = bootstrap_interval(returns, self.seed)
         row = {
             "val/return": float(np.mean(returns)),
+            "val/return_low": low,
+            "val/return_high": high,
             "val/length": float(np.mean([one[1] for one in lived])),
         }
         if evaluation.threshold is not None:

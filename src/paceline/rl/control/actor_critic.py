@@ -57,8 +57,9 @@ class ActorCritic(Policy):
 
     Actions are categorical (Discrete), several categoricals (MultiDiscrete), Bernoulli
     (MultiBinary), or normal with a learnt deviation that is the same everywhere (Box). Vectors are
-    taken as they are, discrete observations one-hot, images (bytes of three dimensions, at least 36
-    x 36) by three convolutions (Mnih et al., 2015), dictionaries part by part.
+    taken as they are, bytes divided by 255, discrete observations one-hot, images (bytes of three
+    dimensions, at least 36 x 36) by three convolutions (Mnih et al., 2015), dictionaries part by
+    part.
 
     Args:
         observation_space, action_space: gymnasium's, of one environment.
@@ -213,14 +214,15 @@ def _actions(space: Any) -> Any:
 
 
 class _Vector(nn.Module):
-    """A Box, flat."""
+    """A Box, flat; bytes from 0 to 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return obs.float().flatten(1)
+        scale = 255 if obs.dtype == torch.uint8 else 1
+        return obs.float().flatten(1) / scale
 
 
 class _OneHot(nn.Module):
@@ -266,11 +268,13 @@ class _Parts(nn.Module):
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict(parts)
+        self.names = list(parts)  # any text, which the names of modules may not be
+        self.parts = nn.ModuleList(parts.values())
         self.width = sum(int(part.width) for part in parts.values())  # pyright: ignore[reportArgumentType]
 
     def forward(self, obs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([part(obs[name]) for name, part in self.parts.items()], -1)
+        seen = [part(obs[name]) for name, part in zip(self.names, self.parts, strict=True)]
+        return torch.cat(seen, -1)
 
 
 def _encoder(space: Any) -> Any:

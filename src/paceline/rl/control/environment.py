@@ -99,6 +99,11 @@ class Environment:
             raise ConfigError(
                 "environment: observations of Tuple have no names: make it a Dict (or wrap it)."
             )
+        if type(spaces[1]).__name__ in ("Tuple", "Dict"):
+            raise ConfigError(
+                f"environment: actions of {type(spaces[1]).__name__} do not exist here: flatten "
+                "them (gymnasium.spaces.utils.flatten_space)."
+            )
         if self.normalize_observations and not _is_numbers(spaces[0]):
             raise ConfigError(
                 f"environment.normalize_observations: it takes a Box of numbers, not {spaces[0]}: "
@@ -249,6 +254,7 @@ class Episodes:
         self.vector = environment.make(count)
         mode = _autoreset(self.vector)
         self._disabled, self._same = mode == "DISABLED", mode == "SAME_STEP"
+        self._dtype = self.vector.action_space.dtype
         self._seed, self._label = seed, label
         self.first, self.count = first, count
         self._episode = np.zeros(count, dtype=np.int64)  # begun before the one at hand
@@ -270,6 +276,7 @@ class Episodes:
         Args:
             actions: as the vector's action space has them.
         """
+        actions = np.asarray(actions, dtype=self._dtype)  # as a replay will have them
         after, rewards, terminated, truncated, info = self.vector.step(actions)
         final, ended = after, terminated | truncated
         valid = ~self._ended
