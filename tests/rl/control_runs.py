@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from scripted import Walks
 
 from paceline import CheckpointPolicy
-from paceline.rl import PPO, ActorCritic, Evaluation, GymEnvironment, RLTrainer
+from paceline.rl import PPO, ActorCritic, Environment, Evaluation, GymEnvironment, RLTrainer
 
 EPOCHS = 3
 
@@ -36,12 +38,11 @@ class Strike:
     lasting: float = 0.0
 
 
-class Striking(GymEnvironment):
+class Striking(Environment):
     """Environments in which a signal may come."""
 
     strike: Strike | None = None
     folder: Path = Path()
-    experience = 0
     taken = 0
 
     def make(self, count: int) -> Any:
@@ -67,6 +68,28 @@ class Striking(GymEnvironment):
             time.sleep(strike.lasting)
 
 
+class StrikingGym(Striking, GymEnvironment):
+    """Of gymnasium's."""
+
+
+class StrikingWalks(Striking, Walks):
+    """Of the tests' own, observed in parts."""
+
+
+SCALED: dict[str, Any] = {
+    "num_envs": 4,
+    "steps": 16,
+    "normalize_observations": True,
+    "normalize_rewards": True,
+}
+ENVIRONMENTS: dict[str, Callable[[], Striking]] = {
+    "cartpole": lambda: StrikingGym("CartPole-v1", **SCALED),
+    "pendulum": lambda: StrikingGym("Pendulum-v1", **SCALED),
+    "vector": lambda: StrikingGym("CartPole-v1", vectorization="vector_entry_point", **SCALED),
+    "walks": lambda: StrikingWalks(num_envs=4, steps=16),
+}
+
+
 def once(folder: Path) -> bool:
     """Whether this is the first time."""
     try:
@@ -81,12 +104,10 @@ def _rank() -> int:
 
 
 def trainer_of(
-    folder: Path, strike: Strike | None = None, id: str = "CartPole-v1", **changes: Any
+    folder: Path, strike: Strike | None = None, kind: str = "cartpole", **changes: Any
 ) -> RLTrainer:
     """PPO with four environments of 16 steps and two passes in minibatches of 24."""
-    environment = Striking(
-        id, num_envs=4, steps=16, normalize_observations=True, normalize_rewards=True
-    )
+    environment = ENVIRONMENTS[kind]()
     environment.strike, environment.folder = strike, folder
 
     def on_step_end(metrics: Any) -> None:
@@ -98,7 +119,7 @@ def trainer_of(
             time.sleep(strike.lasting)
 
     torch.manual_seed(0)
-    model = ActorCritic(*spaces(environment), hidden=(16,))
+    model = ActorCritic(*environment.traits[:2], hidden=(16,))
     settings: dict[str, Any] = {
         "environment": environment,
         "model": model,
@@ -117,13 +138,7 @@ def trainer_of(
     return trainer
 
 
-def spaces(environment: GymEnvironment) -> tuple[Any, Any]:
-    vector = GymEnvironment.make(environment, 1)
-    vector.close()
-    return vector.single_observation_space, vector.single_action_space
-
-
-def train(folder: Path, strike: Strike | None = None, id: str = "CartPole-v1") -> str:
+def train(folder: Path, strike: Strike | None = None, kind: str = "cartpole") -> str:
     """One rank of one start; returns why it stopped, if it did not leave."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return trainer_of(folder, strike, id).train(seed=11).stopped_by
+    return trainer_of(folder, strike, kind).train(seed=11).stopped_by

@@ -61,6 +61,22 @@ def test_a_signal_abandons_the_rollout_on_all_ranks(
     assert ending(tmp_path / "run") == ending(unbroken[size] / "run")
 
 
+@pytest.mark.parametrize(
+    ("kind", "step"), [("pendulum", 7), ("vector", None), ("walks", 11)], ids=lambda one: str(one)
+)
+def test_a_killed_run_goes_on_bitwise_in_other_environments(
+    ranks: Ranks, tmp_path: Path, kind: str, step: int | None
+) -> None:
+    """Continuous actions; a vector that resets by itself; observations in parts."""
+    ranks(train, 1, tmp_path, None, kind)
+    whole = ending(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "whole")
+    killed = ranks.outcomes(train, 1, tmp_path, Strike(signal.SIGKILL, step=step), kind)
+    assert killed[0].code == -signal.SIGKILL
+    ranks(train, 1, tmp_path, None, kind)
+    assert ending(tmp_path / "run") == whole
+
+
 def test_ranks_share_out_one_run(unbroken: dict[int, Path]) -> None:
     """The same episodes and minibatches; sums over ranks are added up in another order."""
     one, two = rows(unbroken[1] / "run"), rows(unbroken[2] / "run")

@@ -31,6 +31,7 @@ from paceline.rl.graph_collector import GraphCollector
 from paceline.rl.recorded import RecordRollouts
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
+from paceline.rl.statistics import bootstrap_interval
 from paceline.rl.system import System
 from paceline.trainer.arguments import arguments_of
 from paceline.trainer.slots import Slot
@@ -164,6 +165,12 @@ class RLTrainer(FactoryTrainer):
         super().make(*sections)
 
     def _configure_control(self, environment: Environment) -> None:
+        found = self.world.all_gather_object(str(self.spaces()))
+        if len(set(found)) > 1:  # before models are compared, of which it would be said less well
+            raise ConfigError(
+                "environment: ranks have different spaces of observations and actions:\n"
+                + "\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
+            )
         if self.model is None and self.config is None:
             self.model = ActorCritic(*self.spaces())
         self.make("model")
@@ -237,8 +244,9 @@ class RLTrainer(FactoryTrainer):
 
         Returns:
             Means over the episodes: "val/return", "val/length" and, with a threshold,
-            "val/success"; of a sampler's "val/reward", that of the last turn, and the number of
-            episodes without a turn as "val/skipped". None if the run is to stop.
+            "val/success". "val/return_low" and "val/return_high", between which the mean return
+            lies with 95 % confidence. Of a sampler's episodes "val/reward", that of the last turn,
+            and the number of those without a turn as "val/skipped". None if the run is to stop.
         """
         evaluation, environment = self.evaluation or Evaluation(), self.environment
         if environment is None:
@@ -258,8 +266,11 @@ class RLTrainer(FactoryTrainer):
         if lived is None:
             return None
         returns = [one[0] for one in lived]
+        low, high = bootstrap_interval(returns, self.seed)
         row = {
             "val/return": float(np.mean(returns)),
+            "val/return_low": low,
+            "val/return_high": high,
             "val/length": float(np.mean([one[1] for one in lived])),
         }
         if evaluation.threshold is not None:
@@ -302,11 +313,7 @@ class RLTrainer(FactoryTrainer):
     def spaces(self) -> tuple[Any, Any]:
         """The spaces of one environment's observations and actions."""
         assert self.environment is not None
-        vector = self.environment.make(1)
-        try:
-            return vector.single_observation_space, vector.single_action_space
-        finally:
-            vector.close()
+        return self.environment.traits[:2]
 
     def create_collector(self) -> Any:
         """What makes the experiences."""

@@ -57,8 +57,9 @@ class ActorCritic(Policy):
 
     Actions are categorical (Discrete), several categoricals (MultiDiscrete), Bernoulli
     (MultiBinary), or normal with a learnt deviation that is the same everywhere (Box). Vectors are
-    taken as they are, discrete observations one-hot, images by three convolutions (Mnih et al.,
-    2015), dictionaries part by part.
+    taken as they are, bytes divided by 255, discrete observations one-hot, images (bytes of three
+    dimensions, at least 36 x 36) by three convolutions (Mnih et al., 2015), dictionaries part by
+    part.
 
     Args:
         observation_space, action_space: gymnasium's, of one environment.
@@ -123,8 +124,9 @@ class ActorCritic(Policy):
 class _Categoricals:
     """Several independent choices."""
 
-    def __init__(self, sizes: Sequence[int], shape: tuple[int, ...], start: Any = 0) -> None:
-        self.sizes, self.shape, self.start = list(sizes), shape, start
+    def __init__(self, sizes: Sequence[int], space: Any, start: Any = 0) -> None:
+        self.sizes, self.shape, self.dtype = list(sizes), tuple(space.shape), space.dtype
+        self.start = start
         self.width = sum(sizes)
 
     def extra(self) -> torch.Tensor | None:
@@ -158,7 +160,7 @@ class _Categoricals:
         return -torch.stack([(log.exp() * log).sum(-1) for log in logs]).sum(0)
 
     def to_environment(self, action: torch.Tensor) -> Any:
-        return action.cpu().numpy() + self.start
+        return (action.cpu().numpy() + self.start).astype(self.dtype)
 
 
 class _Normal:
@@ -198,11 +200,11 @@ class _Normal:
 def _actions(space: Any) -> Any:
     kind = type(space).__name__
     if kind == "Discrete":
-        return _Categoricals([int(space.n)], (), int(space.start))
+        return _Categoricals([int(space.n)], space, int(space.start))
     if kind == "MultiDiscrete":
-        return _Categoricals([int(n) for n in space.nvec.flatten()], space.nvec.shape, space.start)
+        return _Categoricals([int(n) for n in space.nvec.flatten()], space, space.start)
     if kind == "MultiBinary":
-        return _Categoricals([2] * math.prod(space.shape), space.shape)
+        return _Categoricals([2] * math.prod(space.shape), space)
     if kind == "Box":
         return _Normal(space)
     raise ConfigError(
@@ -212,14 +214,15 @@ def _actions(space: Any) -> Any:
 
 
 class _Vector(nn.Module):
-    """A Box, flat."""
+    """A Box, flat; bytes from 0 to 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return obs.float().flatten(1)
+        scale = 255 if obs.dtype == torch.uint8 else 1
+        return obs.float().flatten(1) / scale
 
 
 class _OneHot(nn.Module):
@@ -243,7 +246,7 @@ class _Image(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.last = shape[-1] in (1, 3, 4) or shape[-1] < shape[0]
+        self.last = shape[-1] < shape[0]
         channels = shape[-1] if self.last else shape[0]
         self.convolutions = nn.Sequential(
             nn.Conv2d(channels, 32, 8, 4), nn.ReLU(),
@@ -265,17 +268,20 @@ class _Parts(nn.Module):
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.parts = nn.ModuleDict(parts)
+        self.names = list(parts)  # any text, which the names of modules may not be
+        self.parts = nn.ModuleList(parts.values())
         self.width = sum(int(part.width) for part in parts.values())  # pyright: ignore[reportArgumentType]
 
     def forward(self, obs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([part(obs[name]) for name, part in self.parts.items()], -1)
+        seen = [part(obs[name]) for name, part in zip(self.names, self.parts, strict=True)]
+        return torch.cat(seen, -1)
 
 
 def _encoder(space: Any) -> Any:
     kind = type(space).__name__
     if kind == "Box":
-        image = len(space.shape) == 3 and str(space.dtype) == "uint8" and min(space.shape[:2]) >= 36
+        image = len(space.shape) == 3 and str(space.dtype) == "uint8"
+        image = image and sorted(space.shape)[1] >= 36  # what the convolutions need
         return _Image(space.shape) if image else _Vector(math.prod(space.shape))
     if kind == "Discrete":
         return _OneHot([int(space.n)], [int(space.start)])

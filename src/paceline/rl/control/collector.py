@@ -13,7 +13,12 @@ from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError, MismatchError
 from paceline.losses import gae
 from paceline.rl.control.actor_critic import Policy
-from paceline.rl.control.environment import Environment, Episodes, packed_observation
+from paceline.rl.control.environment import (
+    Environment,
+    Episodes,
+    check_finite,
+    packed_observation,
+)
 from paceline.rl.control.system import columns_of
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
@@ -45,7 +50,8 @@ class ControlCollector:
         self.environment, self._policy, self._acting = environment, policy, acting
         self._gamma, self._lam, self._device = gamma, lam, device
         self.identity = dict(identity)
-        self.steps = environment.num_envs * environment.steps
+        whole = environment.num_envs * environment.steps
+        self.steps = None if environment.traits.skips else whole
         self._episodes: Episodes | None = None
         self._stopping: Callable[[], bool] = lambda: False
 
@@ -125,6 +131,7 @@ class ControlCollector:
             else:
                 action, logp, value = policy.act(obs, noise=noise[t].to(device))  # pyright: ignore[reportCallIssue]
             outcome = episodes.step(to_environment(policy, action))
+            check_finite(outcome, self._first, f"step {t} of experience {experience}")
             row = {**columns_of(obs), "action": action, "logp": logp, "value": value}
             seen.append({name: part.cpu() for name, part in row.items()})
             scaling.add(outcome)
@@ -141,14 +148,13 @@ class ControlCollector:
         values = columns["value"].numpy()
         following = np.concatenate([values[1:], policy.value(last).cpu().numpy()[None]])
         following = np.where(ended > 0, after_end, following)
-        by_time = (rewards, values, following, terminated, ended, valid)
-        advantages, _ = gae(
-            *(torch.from_numpy(part.T.astype(np.float64)) for part in by_time),
-            gamma=self._gamma,
-            lam=self._lam,
-        )
-        columns["advantages"] = advantages.T.float().contiguous()
-        columns["returns"] = columns["advantages"] + columns["value"]
+        flags = [torch.from_numpy(part > 0).T for part in (terminated, ended, valid)]
+        advantages, returns = gae(
+            torch.from_numpy(rewards).T, columns["value"].double().T,
+            torch.from_numpy(following).double().T, *flags, gamma=self._gamma, lam=self._lam,
+        )  # fmt: skip
+        columns["advantages"] = advantages.T.float()
+        columns["returns"] = returns.T.float()
         return {
             "columns": columns,
             "valid": valid > 0,
@@ -233,11 +239,6 @@ class Scaling:
         """
         if not self._environment.normalize_observations:
             return values
-        if isinstance(values, Mapping):
-            raise ConfigError(
-                "environment.normalize_observations: an observation of several parts cannot be "
-                "normalized; normalize within the environment."
-            )
         if self._obs is None:
             return np.asarray(values, dtype=np.float32)
         count, total, squares = (np.asarray(part) for part in self._obs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +14,19 @@ from paceline.errors import ConfigError, DataError
 from paceline.world.seeding import stream
 
 Vectorization = Literal["sync", "async", "vector_entry_point"]
+
+
+class Traits(NamedTuple):
+    """What a run needs to know of its environments beforehand.
+
+    Attributes:
+        observation_space, action_space: of one environment.
+        skips: whether some steps are none, since they only reset.
+    """
+
+    observation_space: Any
+    action_space: Any
+    skips: bool
 
 
 class Environment:
@@ -66,6 +80,36 @@ class Environment:
             count: environments in it.
         """
         raise NotImplementedError(f"{type(self).__qualname__} needs a make(count).")
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What is known of the environments before there are any: one is made, looked at, closed.
+
+        Raises:
+            ConfigError: they cannot be trained in.
+        """
+        vector = self.make(1)
+        try:
+            _check_vector(vector)
+            spaces = vector.single_observation_space, vector.single_action_space
+            skips = _autoreset(vector) == "NEXT_STEP"
+        finally:
+            vector.close()
+        if type(spaces[0]).__name__ == "Tuple":
+            raise ConfigError(
+                "environment: observations of Tuple have no names: make it a Dict (or wrap it)."
+            )
+        if type(spaces[1]).__name__ in ("Tuple", "Dict"):
+            raise ConfigError(
+                f"environment: actions of {type(spaces[1]).__name__} do not exist here: flatten "
+                "them (gymnasium.spaces.utils.flatten_space)."
+            )
+        if self.normalize_observations and not _is_numbers(spaces[0]):
+            raise ConfigError(
+                f"environment.normalize_observations: it takes a Box of numbers, not {spaces[0]}: "
+                "normalize within the environment."
+            )
+        return Traits(*spaces, skips)
 
 
 class GymEnvironment(Environment):
@@ -153,6 +197,40 @@ class Outcome(NamedTuple):
     valid: np.ndarray
 
 
+def check_finite(outcome: Outcome, first: int, where: str) -> None:
+    """Refuses NaN and infinite numbers of a step.
+
+    Args:
+        outcome: of the step.
+        first: the number of the first environment.
+        where: the step.
+
+    Raises:
+        DataError: there is one.
+    """
+    for what, values in (("reward", outcome.rewards), ("observation", outcome.final)):
+        if (i := _not_finite(values)) is not None:
+            raise DataError(f"environment {first + i}: a NaN or infinite {what} in {where}.")
+
+
+def _not_finite(values: Any) -> int | None:
+    """The first environment with a number that is not finite; None if there is none.
+
+    Args:
+        values: arrays of [envs, ...], of any nesting.
+    """
+    if isinstance(values, Mapping):
+        found = [_not_finite(value) for value in values.values()]
+        return next((one for one in found if one is not None), None)
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return None
+    return int(np.argwhere(~np.isfinite(values))[0, 0])
+
+
+def _is_numbers(space: Any) -> bool:
+    return type(space).__name__ == "Box" and space.dtype.kind == "f"
+
+
 class Episodes:
     """A vector of environments in which one episode follows the other.
 
@@ -167,16 +245,16 @@ class Episodes:
         label: of the random streams.
 
     Attributes:
-        observations: to act on next; None before `start`.
+        observations: to act on next; None before `start` or `load`.
     """
 
     def __init__(
         self, environment: Environment, first: int, count: int, seed: int, label: str = "env"
     ) -> None:
-        modes = gymnasium_module().vector.AutoresetMode
         self.vector = environment.make(count)
-        mode = self.vector.metadata.get("autoreset_mode", modes.NEXT_STEP)
-        self._disabled, self._same = mode == modes.DISABLED, mode == modes.SAME_STEP
+        mode = _autoreset(self.vector)
+        self._disabled, self._same = mode == "DISABLED", mode == "SAME_STEP"
+        self._dtype = self.vector.action_space.dtype
         self._seed, self._label = seed, label
         self.first, self.count = first, count
         self._episode = np.zeros(count, dtype=np.int64)  # begun before the one at hand
@@ -185,13 +263,12 @@ class Episodes:
         self.observations: Any = None
 
     def start(self) -> None:
-        """Begins every environment's first episode, unless a state was loaded."""
-        if self.observations is None:
-            if self._disabled:
-                seeds = [self._seed_of(i) for i in range(self.count)]
-            else:
-                seeds = self._seed_of(0)
-            self.observations = self.vector.reset(seed=seeds)[0]
+        """Begins every environment's first episode."""
+        self._episode[:] = 0
+        self._ended[:] = False
+        self._actions = [[] for _ in range(self.count)]
+        seeds = [self._seed_of(i) for i in range(self.count)]
+        self.observations = self.vector.reset(seed=seeds if self._disabled else seeds[0])[0]
 
     def step(self, actions: Any) -> Outcome:
         """Takes a step in each environment.
@@ -199,6 +276,7 @@ class Episodes:
         Args:
             actions: as the vector's action space has them.
         """
+        actions = np.asarray(actions, dtype=self._dtype)  # as a replay will have them
         after, rewards, terminated, truncated, info = self.vector.step(actions)
         final, ended = after, terminated | truncated
         valid = ~self._ended
@@ -231,11 +309,7 @@ class Episodes:
     # State
 
     def state(self) -> list[Any]:
-        """What each environment needs to be where it is, in order.
-
-        Raises:
-            ConfigError: the vector resets by itself and gives no state.
-        """
+        """What each environment needs to be where it is, in order."""
         if self._disabled:
             return [self._state_of(i) for i in range(self.count)]
         held = {"vector": _state_of_vector(self.vector), "ended": self._ended.copy()}
@@ -253,7 +327,7 @@ class Episodes:
         """An environment that gives its state and takes it back; None if it does not."""
         envs = getattr(self.vector, "envs", None)
         own = None if envs is None else envs[i].unwrapped
-        return own if hasattr(own, "get_state") and hasattr(own, "set_state") else None
+        return own if _gives_state(own) else None
 
     def load(self, states: list[Any]) -> None:
         """Brings the environments to where they were.
@@ -265,7 +339,8 @@ class Episodes:
             DataError: replaying an episode's actions did not lead where they had led.
         """
         if not self._disabled:
-            self.start()
+            if self.observations is None:
+                self.start()  # an environment's own state may be set between resets alone
             _load_vector(self.vector, states[0]["vector"])
             self._ended = np.array(states[0]["ended"])
             self.observations = states[0]["observation"]
@@ -277,8 +352,8 @@ class Episodes:
             if not same(packed_observation(at(self.observations, i)), state["observation"]):
                 raise DataError(
                     f"environment {self.first + i} came to another observation as the episode's "
-                    "actions were taken again: its steps depend on more than seed and actions. "
-                    "Give it get_state() and set_state(state), and vectorization: sync."
+                    "actions were taken again: its steps depend on more than seed and actions: "
+                    "give it get_state() and set_state(state), and vectorization: sync."
                 )
 
     def _replayed(self, states: list[Any]) -> Any:
@@ -320,17 +395,41 @@ class Episodes:
         self.vector.close()
 
 
+def _autoreset(vector: Any) -> str:
+    """The name of a vector's autoreset mode."""
+    modes = gymnasium_module().vector.AutoresetMode
+    return modes(vector.metadata.get("autoreset_mode", modes.NEXT_STEP)).name
+
+
+_KEPT = ("state", "steps", "prev_done")  # by gymnasium's own CartPoleVectorEnv
+
+
+def _check_vector(vector: Any) -> None:
+    """Refuses a vector from which a resumed run could not go on.
+
+    Episodes that we begin ourselves are replayed; of one that resets by itself only its state says
+    where it is.
+    """
+    own = vector.unwrapped
+    if _autoreset(vector) == "DISABLED" or _gives_state(own):
+        return
+    if not all(hasattr(own, name) for name in _KEPT):
+        raise ConfigError(
+            f"environment: {type(own).__qualname__} resets by itself and gives no state that could "
+            "be saved: give it get_state() and set_state(state), or make it with "
+            "autoreset_mode=AutoresetMode.DISABLED (vectorization: sync does)."
+        )
+
+
+def _gives_state(own: Any) -> bool:
+    return hasattr(own, "get_state") and hasattr(own, "set_state")
+
+
 def _state_of_vector(vector: Any) -> dict[str, Any]:
     own = vector.unwrapped
-    if hasattr(own, "get_state") and hasattr(own, "set_state"):
+    if _gives_state(own):
         return {"own": own.get_state()}
-    kept = ("state", "steps", "prev_done")  # gymnasium's own CartPoleVectorEnv
-    if not all(hasattr(own, name) for name in kept):
-        raise ConfigError(
-            f"{type(own).__qualname__} gives no state that could be saved: give it get_state() and "
-            "set_state(state), or use vectorization: sync."
-        )
-    held = {name: np.array(getattr(own, name)) for name in kept}
+    held = {name: np.array(getattr(own, name)) for name in _KEPT}
     return {"attributes": held, "generator": own.np_random.bit_generator.state}
 
 

@@ -10,7 +10,7 @@ import torch
 
 from paceline.rl.control.actor_critic import Policy
 from paceline.rl.control.collector import Scaling, tensors, to_environment
-from paceline.rl.control.environment import Environment, Episodes
+from paceline.rl.control.environment import Environment, Episodes, check_finite
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
 
@@ -81,8 +81,9 @@ def _live(
             seed_everything(stream(seed, "eval", episodes.first, 1 << 32, t))
         action = policy.act(obs, deterministic=deterministic)[0]
         outcome = episodes.step(to_environment(policy, action))
+        check_finite(outcome, episodes.first, f"step {t} of an evaluation")
         counted = outcome.valid & ~done
-        returns += outcome.rewards * counted
+        returns[counted] += outcome.rewards[counted]
         lengths += counted
         done |= outcome.terminated | outcome.truncated
         t += 1
