@@ -140,7 +140,7 @@ class RLTrainer(FactoryTrainer):
         if self.environment is not None:
             self._configure_control(self.environment)
         elif self.sampler is not None:
-            self.make("model")
+            self._configure_sampler()
         else:
             raise ConfigError("environment, sampler: nothing says where the policy acts.")
         self._collector = self.create_collector()
@@ -160,7 +160,8 @@ class RLTrainer(FactoryTrainer):
         Args:
             sections: as for `FactoryTrainer.make`.
         """
-        if "model" in sections and self.environment is None and self.sampler is not None:
+        played = self.environment is None and self.sampler is not None
+        if "model" in sections and played and self.model is None:
             self._configure_sampler()
         super().make(*sections)
 
