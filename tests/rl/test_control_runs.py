@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from control_runs import Strike, train, trainer_of
+from control_runs import EPOCHS, Strike, train, trainer_of
 
 from endings import ending, saved_steps
 from paceline.checkpoint import load_tree
@@ -75,6 +75,19 @@ def test_a_killed_run_goes_on_bitwise_in_other_environments(
     assert killed[0].code == -signal.SIGKILL
     ranks(train, 1, tmp_path, None, kind)
     assert ending(tmp_path / "run") == whole
+
+
+def test_a_checkpoint_is_evaluated_with_the_scaling_of_its_observations(
+    unbroken: dict[int, Path],
+) -> None:
+    """In another process than the run's, as the run has measured; the policy keeps the scaling."""
+    last = [row for row in rows(unbroken[1] / "run") if "val/return" in row][-1]
+    again = trainer_of(unbroken[1])
+    again.seed = 11
+    assert again.evaluate(checkpoint=unbroken[1] / "run") == {
+        k: last[k] for k in last if k[:4] == "val/"
+    }
+    assert float(again.model.observation_scaling.count) == EPOCHS * 4 * 16
 
 
 def test_ranks_share_out_one_run(unbroken: dict[int, Path]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from scripted import Known, Ladders, Walks
 
 from paceline.data.source import StopCollecting
@@ -18,6 +19,7 @@ from paceline.rl import PPO, ActorCritic, Environment, Evaluation, GymEnvironmen
 from paceline.rl.control.collector import ControlCollector
 from paceline.rl.control.environment import Episodes
 from paceline.rl.control.episodes import fresh_episodes
+from paceline.rl.control.scaling import ObservationScaling
 from paceline.testing import Ranks
 from paceline.world.world import World
 
@@ -108,7 +110,7 @@ def test_an_evaluation_lives_one_whole_episode_in_each(mode: str) -> None:
     collecting = collector(Ladders((3, 4), mode, steps=1), Known())
     lived = fresh_episodes(
         collecting.environment, Known(), 2, seed=0, world=World(), device=CPU,
-        scaling=collecting.scaling(), deterministic=True, stopping=lambda: False,
+        deterministic=True, stopping=lambda: False,
     )  # fmt: skip
     assert lived == [(6.0, 3), (10.0, 4)]
 
@@ -123,7 +125,9 @@ def test_the_second_experience_begins_where_the_first_one_ended(
 
 def test_normalization_uses_what_was_seen_before(experience: Callable[..., Any]) -> None:
     environment = Ladders((4,), steps=4, normalize_observations=True, normalize_rewards=True)
-    columns, row, made = experience(environment, Known(), count=2)
+    policy: Any = Known()
+    policy.observation_scaling = ObservationScaling(spaces.Box(-9, 9, (1,)))
+    columns, row, _ = experience(environment, policy, count=2)
     seen = np.array([1.0, 2.0, 3.0, 4.0])  # after each step of the first experience
     expected = (np.array([0.0, 1, 2, 3]) - seen.mean()) / seen.std()
     np.testing.assert_allclose(columns["obs"][:, 0].numpy(), expected, rtol=1e-5)
@@ -131,13 +135,13 @@ def test_normalization_uses_what_was_seen_before(experience: Callable[..., Any])
     delta = 4 / np.std(discounted) + GAMMA * 10 * (4 - 2.5) / seen.std() - 10 * expected[3]
     assert float(columns["advantages"][3]) == pytest.approx(delta, rel=1e-4)
     assert row["rollout/return"] == 10.0, "what is logged is not scaled"
-    held = made.state_dict()
-    other = collector(environment, Known())
-    other.load_state_dict(held)
-    np.testing.assert_array_equal(
-        other.scaling().observations(seen), made.scaling().observations(seen)
-    )
-    other.close()
+    other = ObservationScaling(spaces.Box(-9, 9, (1,)))
+    other.load_state_dict(policy.observation_scaling.state_dict())
+    again = [one(torch.from_numpy(seen[:, None])) for one in (other, policy.observation_scaling)]
+    assert torch.equal(*again)
+    for space in (spaces.Discrete(3), spaces.Dict({"a": spaces.Discrete(2)})):
+        with pytest.raises(ConfigError, match="normalize within the environment"):
+            ObservationScaling(space)
 
 
 def states(environment: Environment, steps: int, mirror: Episodes | None = None) -> Any:
@@ -296,6 +300,6 @@ def differing(size: int) -> tuple[str, str]:
 
 
 def test_ranks_that_do_not_fit_are_told_before_training(ranks: Ranks) -> None:
-    for spaces, few in ranks(differing, 2, 2):
-        assert "ranks have different spaces" in spaces
+    for said, few in ranks(differing, 2, 2):
+        assert "ranks have different spaces" in said
         assert "environment.num_envs=1: each of the 2 ranks needs at least one" in few

@@ -24,6 +24,7 @@ from paceline.rl.control.actor_critic import ActorCritic, Policy
 from paceline.rl.control.collector import ControlCollector
 from paceline.rl.control.environment import Environment
 from paceline.rl.control.episodes import fresh_episodes
+from paceline.rl.control.scaling import ObservationScaling
 from paceline.rl.control.system import ControlSystem
 from paceline.rl.evaluation import Evaluation
 from paceline.rl.graph import final_reward
@@ -164,6 +165,15 @@ class RLTrainer(FactoryTrainer):
         if "model" in sections and played and self.model is None:
             self._configure_sampler()
         super().make(*sections)
+        if "model" in sections and isinstance(self.model, torch.nn.Module):
+            self._scale_observations(self.model)
+
+    def _scale_observations(self, policy: torch.nn.Module) -> None:
+        environment = self.environment
+        if environment is None or not environment.normalize_observations:
+            return
+        if not hasattr(policy, "observation_scaling"):
+            policy.observation_scaling = ObservationScaling(self.spaces()[0], environment.clip)
 
     def _configure_control(self, environment: Environment) -> None:
         found = self.world.all_gather_object(str(self.spaces()))
@@ -260,7 +270,6 @@ class RLTrainer(FactoryTrainer):
                 seed=self.seed,
                 world=self.world,
                 device=self.device,
-                scaling=self._collector.scaling(),
                 deterministic=evaluation.deterministic,
                 stopping=self.stopping,
             )

@@ -116,7 +116,7 @@ class ControlCollector:
         steps, own = environment.steps, self._own
         key = stream(self._seed, "env", 0, experience, 1)
         noise = self._noise(policy, key, steps)
-        scaling = Scaling(environment, self._state, own, self._first, self._gamma)
+        watch = Seen(environment, self._state, own, self._first, self._gamma)
         seen: list[dict[str, torch.Tensor]] = []
         rewards, terminated, ended, valid = (np.zeros((steps, own)) for _ in range(4))
         after_end = np.zeros((steps, own), dtype=np.float32)  # values of what was cut off
@@ -124,7 +124,7 @@ class ControlCollector:
         for t in range(steps):
             if self._stopping():
                 raise StopCollecting
-            obs = tensors(scaling.observations(episodes.observations), device)
+            obs = scaled(policy, episodes.observations, device)
             if noise is None:
                 seed_everything(stream(self._seed, "env", self._first, experience, 2 + t))
                 action, logp, value = policy.act(obs)
@@ -134,16 +134,16 @@ class ControlCollector:
             check_finite(outcome, self._first, f"step {t} of experience {experience}")
             row = {**columns_of(obs), "action": action, "logp": logp, "value": value}
             seen.append({name: part.cpu() for name, part in row.items()})
-            scaling.add(outcome)
-            rewards[t] = scaling.rewards(outcome.rewards)
+            watch.add(outcome)
+            rewards[t] = watch.rewards(outcome.rewards)
             terminated[t], valid[t] = outcome.terminated, outcome.valid
             ended[t] = outcome.terminated | outcome.truncated
             cut = outcome.truncated & ~outcome.terminated
             if cut.any():
-                final = tensors(scaling.observations(outcome.final), device)
+                final = scaled(policy, outcome.final, device)
                 after_end[t][cut] = policy.value(final).cpu().numpy()[cut]
-            finished += scaling.finished(t, ended[t], outcome.valid)
-        last = tensors(scaling.observations(episodes.observations), device)
+            finished += watch.finished(t, ended[t], outcome.valid)
+        last = scaled(policy, episodes.observations, device)
         columns = {name: torch.stack([row[name] for row in seen]) for name in seen[0]}
         values = columns["value"].numpy()
         following = np.concatenate([values[1:], policy.value(last).cpu().numpy()[None]])
@@ -160,7 +160,7 @@ class ControlCollector:
             "valid": valid > 0,
             "finished": finished,
             "environments": episodes.state(),
-            "scaling": scaling.sums(),
+            "seen": watch.sums(),
         }
 
     def _noise(self, policy: Policy, key: int, steps: int) -> torch.Tensor | None:
@@ -178,9 +178,13 @@ class ControlCollector:
         whole = {n: torch.cat([part["columns"][n] for part in parts], 1) for n in names}
         columns = {name: column.flatten(0, 1)[valid] for name, column in whole.items()}
         finished = sorted(one for part in parts for one in part["finished"])
+        after = Seen.added(self._state, [part["seen"] for part in parts])
+        fresh = after.pop("observations", None)
+        if fresh is not None and self._scaling() is not None:
+            self._scaling().add(*fresh)
         self._state = {
             "environments": [state for part in parts for state in part["environments"]],
-            **Scaling.added(self._state, [part["scaling"] for part in parts]),
+            **after,
         }
         self._entered = True
         row = {"rollout/episodes": float(len(finished))}
@@ -189,9 +193,8 @@ class ControlCollector:
             row["rollout/length"] = float(np.mean([one[3] for one in finished]))
         return columns, row
 
-    def scaling(self) -> Scaling:
-        """How observations are scaled at present."""
-        return Scaling(self.environment, self._state, 0, 0)
+    def _scaling(self) -> Any:
+        return getattr(self._policy(), "observation_scaling", None)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)
@@ -205,8 +208,8 @@ class ControlCollector:
         self._episodes = None
 
 
-class Scaling:
-    """Scales observations and rewards by what was seen before the experience at hand.
+class Seen:
+    """What is seen in an experience; scales rewards by what was seen before it.
 
     Args:
         environment: with the settings.
@@ -220,7 +223,6 @@ class Scaling:
         self, environment: Environment, state: Any, own: int, first: int, gamma: float = 1.0
     ) -> None:
         self._environment, self._first = environment, first
-        self._obs = state.get("observations") if environment.normalize_observations else None
         returns = state.get("returns") if environment.normalize_rewards else None
         self._std = None if returns is None else _deviation(returns)
         held = state.get("running")
@@ -230,22 +232,6 @@ class Scaling:
         self._gamma = gamma
         self._sums = np.zeros((own, 3))  # count, sum, sum of squares of discounted returns
         self._seen: list[Any] = []
-
-    def observations(self, values: Any) -> Any:
-        """Observations as the policy sees them.
-
-        Args:
-            values: of [envs, ...].
-        """
-        if not self._environment.normalize_observations:
-            return values
-        if self._obs is None:
-            return np.asarray(values, dtype=np.float32)
-        count, total, squares = (np.asarray(part) for part in self._obs)
-        mean = total / count
-        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0) + 1e-8)
-        clip = self._environment.clip
-        return ((values - mean) / deviation).clip(-clip, clip).astype(np.float32)
 
     def rewards(self, values: np.ndarray) -> np.ndarray:
         """Rewards as the algorithm sees them.
@@ -319,10 +305,7 @@ class Scaling:
             squares = np.concatenate([part["observations"][2] for part in parts])
             fresh = (np.array(float(len(sums) * parts[0]["observations"][0])), sums.sum(0),
                      squares.sum(0))  # fmt: skip
-            held = state.get("observations")
-            after["observations"] = [
-                part if held is None else held[i] + part for i, part in enumerate(fresh)
-            ]
+            after["observations"] = fresh
         return after
 
 
@@ -331,6 +314,19 @@ def _deviation(sums: np.ndarray) -> float | None:
     if count < 2:
         return None
     return float(np.sqrt(max(squares / count - (total / count) ** 2, 0) + 1e-8))
+
+
+def scaled(policy: Any, observations: Any, device: torch.device) -> Any:
+    """Observations as a policy sees them.
+
+    Args:
+        policy: which may have an `observation_scaling`.
+        observations: arrays of [envs, ...], of any nesting.
+        device: where the policy is.
+    """
+    found = tensors(observations, device)
+    scaling = getattr(policy, "observation_scaling", None)
+    return found if scaling is None else scaling(found)
 
 
 def tensors(values: Any, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from paceline.rl.control.actor_critic import Policy
-from paceline.rl.control.collector import Scaling, tensors, to_environment
+from paceline.rl.control.collector import scaled, to_environment
 from paceline.rl.control.environment import Environment, Episodes, check_finite
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
@@ -23,7 +23,6 @@ def fresh_episodes(
     seed: int,
     world: World,
     device: torch.device,
-    scaling: Scaling,
     deterministic: bool,
     stopping: Callable[[], bool],
 ) -> list[tuple[float, int]] | None:
@@ -36,7 +35,6 @@ def fresh_episodes(
         seed: the run's.
         world: the ranks.
         device: where the policy is.
-        scaling: scales observations.
         deterministic: whether the most likely action is taken.
         stopping: whether to abandon them.
 
@@ -49,7 +47,7 @@ def fresh_episodes(
     if len(own):
         episodes = Episodes(environment, int(own[0]), len(own), seed, "eval")
         try:
-            lived = _live(episodes, policy, seed, device, scaling, deterministic, stopping)
+            lived = _live(episodes, policy, seed, device, deterministic, stopping)
         finally:
             episodes.close()
         found, abandoned = lived or [], lived is None
@@ -64,7 +62,6 @@ def _live(
     policy: Policy,
     seed: int,
     device: torch.device,
-    scaling: Scaling,
     deterministic: bool,
     stopping: Callable[[], bool],
 ) -> list[tuple[float, int]] | None:
@@ -76,7 +73,7 @@ def _live(
     while not done.all():
         if stopping():
             return None
-        obs: Any = tensors(scaling.observations(episodes.observations), device)
+        obs: Any = scaled(policy, episodes.observations, device)
         if not deterministic:
             seed_everything(stream(seed, "eval", episodes.first, 1 << 32, t))
         action = policy.act(obs, deterministic=deterministic)[0]
