@@ -31,6 +31,7 @@ PACKAGES = {
     "transformers": "transformers",
     "accelerate": "accelerate",
     "ignite": "pytorch-ignite",
+    "stable-baselines3": "stable-baselines3",
 }
 
 

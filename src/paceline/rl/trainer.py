@@ -82,7 +82,7 @@ class RLTrainer(FactoryTrainer):
     name = "rl"
     config_type = RLConfig
     data_factory_type = None
-    model_factory_type = [ActorCriticFactory]
+    model_factory_type = None  # any: ActorCriticFactory, or one of the recipe's code
     slots = {
         "environment": Environment,
         "system": System,
@@ -145,9 +145,9 @@ class RLTrainer(FactoryTrainer):
                 "environment: ranks have different spaces of observations and actions:\n"
                 + "\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
             )
-        if self.model is None and self.config is None:
-            self.model = ActorCritic(*self.spaces())
         self.make("model")
+        if self.model is None:
+            self.model = ActorCritic(*self.spaces())
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "act"):
             raise ConfigError(
                 f"model: a {type(self.model).__qualname__} has no act(obs, deterministic); derive "
