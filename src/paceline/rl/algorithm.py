@@ -104,14 +104,6 @@ class Algorithm:
             sampler: plays the episodes.
         """
 
-    def summary(self, steps: Any) -> dict[str, float]:
-        """What the row of an experience says of its steps, by metric.
-
-        Args:
-            steps: of all ranks, as `flatten` returned them.
-        """
-        return {}
-
     def goes_on(self, steps: Any) -> bool:
         """Whether another pass over an experience is made; asked only with `ends_early`.
 

@@ -14,7 +14,6 @@ import torch
 from paceline.errors import ConfigError
 from paceline.losses import kl
 from paceline.rl.algorithm import Algorithm, Turn, turn_of
-from paceline.rl.text.logprobs import mismatch
 
 
 @dataclass
@@ -152,18 +151,6 @@ class PolicyGradient(Algorithm):
             turns: what was said.
         """
         return self.system.auditor_logps(turns), None
-
-    def summary(self, steps: Sequence[Sample]) -> dict[str, float]:
-        """How far the sampler's log-probabilities are from the trainer's, before the first pass.
-
-        Args:
-            steps: of an experience.
-        """
-        both = [(step.old, step.sampled) for step in steps if step.sampled is not None]
-        if not both:
-            return {}
-        old, sampled = (torch.from_numpy(np.concatenate(rows)) for rows in zip(*both, strict=True))
-        return mismatch(old, sampled, torch.ones_like(old))
 
     def prepare(self, steps: list[Sample]) -> list[Sample]:
         if not steps:
