@@ -25,6 +25,7 @@ from paceline.rl.control.collector import ControlCollector
 from paceline.rl.control.environment import Environment
 from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.system import ControlSystem
+from paceline.rl.engine import Engine
 from paceline.rl.evaluation import Evaluation
 from paceline.rl.graph import final_reward
 from paceline.rl.graph_collector import GraphCollector
@@ -77,6 +78,8 @@ class RLTrainer(FactoryTrainer):
         system: what the sampler plays, and
         sampler: plays episodes; or a function of `system` that makes it.
         algorithm: turns rollouts into losses; or a function of `system` that makes it.
+        engine: a function of `model` and `tokenizer` that makes what completes prompts, such as
+            `functools.partial(LocalEngine, batch=16)`; None for a `LocalEngine`.
         evaluation: what the policy is evaluated on, and when; None for no evaluation.
         max_empty: experiences in a row that may come to no step to train on.
         **settings: as of `FactoryTrainer`.
@@ -94,6 +97,7 @@ class RLTrainer(FactoryTrainer):
         "system": System,
         "sampler": Slot(Sampler, given=("system",)),
         "algorithm": Slot(Algorithm, given=("system",)),
+        "engine": Slot(Engine, given=("model", "tokenizer")),
         "evaluation": Slot(Evaluation, choices=(Evaluation,), optional=True),
     }
 
@@ -101,6 +105,7 @@ class RLTrainer(FactoryTrainer):
     sampler: Any
     environment: Environment | None
     algorithm: Any
+    engine: Any
     evaluation: Evaluation | None
 
     def __init__(
@@ -111,6 +116,7 @@ class RLTrainer(FactoryTrainer):
         system: System | None = None,
         sampler: Any = None,
         algorithm: Any = None,
+        engine: Any = None,
         evaluation: Evaluation | None = None,
         max_empty: int = 8,
         **settings: Any,
@@ -120,6 +126,7 @@ class RLTrainer(FactoryTrainer):
             "system": system,
             "sampler": sampler,
             "algorithm": algorithm,
+            "engine": engine,
             "evaluation": evaluation,
         }
         given = {name: value for name, value in own.items() if value is not None}
@@ -128,6 +135,8 @@ class RLTrainer(FactoryTrainer):
 
     def configure(self) -> None:
         if self.environment is not None:
+            if self.engine is not None:
+                raise ConfigError("engine: it completes prompts; an environment has none.")
             self._configure_control(self.environment)
         elif self.sampler is not None:
             self._configure_sampler()
@@ -168,6 +177,13 @@ class RLTrainer(FactoryTrainer):
         if self.evaluation is not None:
             self.evaluation.locate(folder)
         self.system = self.sampler.system
+        if self.engine is not None:
+            if not callable(self.engine) or not isinstance(self.system, System):
+                raise ConfigError(
+                    "engine: expected a function of model and tokenizer for a System of "
+                    "paceline.rl, such as functools.partial(LocalEngine, batch=16)."
+                )
+            self.system.make_engine = self.engine
         self._make_algorithm()
         if self.model is None:
             trained = trained_models(self.system)
@@ -292,6 +308,9 @@ class RLTrainer(FactoryTrainer):
             identity |= arguments_of("sampler", self.sampler)
             identity |= arguments_of("system", self.system)
             identity |= frozen_models(self.system)
+            if self.engine is not None:
+                engine = self.system.engine_of(next(iter(modules_of(self.system).values())), None)
+                identity |= arguments_of("engine", engine)
             own = getattr(self.sampler, "run_identity", dict)()
             identity |= {f"sampler.{name}": value for name, value in own.items()}
             return GraphCollector(
