@@ -1,6 +1,6 @@
-"""Prompts and rule rewards for recipes/grpo.yaml: the model learns to say again what it was told."""
+"""Prompts and rule rewards for recipes/grpo.yaml: to say again the word that was asked for."""
 
-WORDS = ("tea", "bread", "coffee", "water", "music", "paper", "summer", "winter", "river", "garden")
+WORDS = ("tea", "bread", "coffee", "water", "music", "paper", "summer", "winter", "garden")
 
 
 def prompts() -> list[dict[str, str]]:

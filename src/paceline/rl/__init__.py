@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paceline.rl.algorithm import Algorithm
+    from paceline.rl.algorithms.dpo import DPO, IPO, DPOBatch, DPOStep
+    from paceline.rl.algorithms.grpo import GRPO
     from paceline.rl.algorithms.ppo import PPO
+    from paceline.rl.algorithms.reinforce import REINFORCE, RLOO
     from paceline.rl.control.actor_critic import ActorCritic, Policy
     from paceline.rl.control.environment import Environment, GymEnvironment
     from paceline.rl.evaluation import Evaluation
@@ -34,16 +37,25 @@ if TYPE_CHECKING:
     from paceline.rl.sampler import Sampler
     from paceline.rl.scorer import Scorer
     from paceline.rl.system import System, ValueFunctionSystem
+    from paceline.rl.text.policy_system import PolicySystem
+    from paceline.rl.text.prompt_sampler import PromptSampler
     from paceline.rl.trainer import RLTrainer
 
 __all__ = [
+    "DPO",
+    "GRPO",
+    "IPO",
     "PPO",
+    "REINFORCE",
+    "RLOO",
     "ASTEvaluator",
     "ASTSampler",
     "ASTSystem",
     "ActorCritic",
     "Algorithm",
     "ClassifierScorer",
+    "DPOBatch",
+    "DPOStep",
     "DetoxifyScorer",
     "Environment",
     "Evaluation",
@@ -59,7 +71,9 @@ __all__ = [
     "LlamaGuardScorer",
     "Node",
     "Policy",
+    "PolicySystem",
     "ProfanityScorer",
+    "PromptSampler",
     "RLTrainer",
     "RolloutTrainer",
     "RuleScorer",
@@ -73,13 +87,20 @@ __all__ = [
 
 # Where the public names are, so that importing one imports no other part.
 _HOMES = {
+    "DPO": "algorithms.dpo",
+    "GRPO": "algorithms.grpo",
+    "IPO": "algorithms.dpo",
     "PPO": "algorithms.ppo",
+    "REINFORCE": "algorithms.reinforce",
+    "RLOO": "algorithms.reinforce",
     "ASTEvaluator": "redteam.evaluators",
     "ASTSampler": "redteam.ast_sampler",
     "ASTSystem": "redteam.ast_system",
     "ActorCritic": "control.actor_critic",
     "Algorithm": "algorithm",
     "ClassifierScorer": "redteam.scorers",
+    "DPOBatch": "algorithms.dpo",
+    "DPOStep": "algorithms.dpo",
     "DetoxifyScorer": "redteam.scorers",
     "Environment": "control.environment",
     "Evaluation": "evaluation",
@@ -95,7 +116,9 @@ _HOMES = {
     "LlamaGuardScorer": "redteam.scorers",
     "Node": "graph",
     "Policy": "control.actor_critic",
+    "PolicySystem": "text.policy_system",
     "ProfanityScorer": "redteam.scorers",
+    "PromptSampler": "text.prompt_sampler",
     "RLTrainer": "trainer",
     "RolloutTrainer": "rollout_trainer",
     "RuleScorer": "redteam.scorers",

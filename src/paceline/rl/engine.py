@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from paceline import registry
+from paceline.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Sampling:
         top_k: only so many of the most likely tokens; 0 for all.
         top_p: only the most likely tokens that together have this probability.
         stop: texts that end a completion; they stay in it.
+
+    Raises:
+        ConfigError: a setting is out of its range.
     """
 
     max_new_tokens: int = 32
@@ -29,6 +33,17 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for holds, name, expected in (
+            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
+            (0 <= self.temperature < float("inf"), "temperature", "0 or above"),
+            (self.top_k >= 0, "top_k", "0 for all tokens, or how many"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1, which takes all tokens"),
+            (not isinstance(self.stop, str) and all(self.stop), "stop", "texts with characters"),
+        ):
+            if not holds:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
 
 @dataclass(frozen=True)

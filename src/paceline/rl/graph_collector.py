@@ -57,8 +57,8 @@ class GraphCollector:
         size, most = self._algorithm.minibatch, getattr(self._sampler, "turns", None)
         if size is not None and most is not None and size > most:
             raise ConfigError(
-                f"algorithm.minibatch={size}: an experience has {most} samples at most; take fewer, "
-                "or null for all of them."
+                f"algorithm.minibatch={size}: an experience has {most} samples at most; take "
+                "fewer, or null for all of them."
             )
         self._seed, self._stopping = seed, stopping
         self._own = np.array_split(np.arange(count), world.dp_size)[world.dp_rank].tolist()

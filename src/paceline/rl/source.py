@@ -159,9 +159,10 @@ class RolloutSource:
         self.micro_batches = None if many is None else many * accumulation
         self.identity = self._collector.identity
         size = self._algorithm.minibatch
+        passes = counted(self._algorithm.passes, "pass", "es")
         self.plan = [
             (
-                f"an epoch is one experience, {counted(self._algorithm.passes, 'pass', 'es')} over it"
+                f"an epoch is one experience, {passes} over it"
                 + (f" in minibatches of {size}" if size else ""),
                 "algorithm",
             )

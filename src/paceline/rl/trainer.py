@@ -32,6 +32,7 @@ from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
 from paceline.rl.system import System
 from paceline.trainer.arguments import arguments_of
+from paceline.trainer.base import components
 from paceline.trainer.slots import Slot
 from paceline.world.seeding import stream
 
@@ -186,12 +187,12 @@ class RLTrainer(FactoryTrainer):
         held = {name: id(model) for name, model in modules_of(self.system).items()}
         before = {id(model): name for name, model in self.named_models().items()}
         super().setup()
-        placed = self.named_models()
+        placed = components(self, torch.nn.Module)
         for name, model in held.items():
-            if model not in before:
-                getattr(self.system, name).to(self.device)
             if model in before:  # so that ranks exchange gradients of what the system calls
                 setattr(self.system, name, placed[before[model]])
+            else:
+                getattr(self.system, name).to(self.device)
 
     def _schedule_evaluations(self, every: int) -> None:
         wanted = "epoch" if every == 1 else f"{every} epochs"

@@ -169,7 +169,7 @@ class PPO(PolicyGradient):
         logp, entropy, value, old, old_value, mask = self._evaluated(batch)
         policy, of_policy = ppo_policy_loss(
             logp, old, batch["advantages"], mask,
-            clip_low=self.clip_range, clip_high=self.clip_range,
+            clip_low=min(self.clip_range, 1.0), clip_high=self.clip_range,
         )  # fmt: skip
         value_loss, _ = ppo_value_loss(
             value, old_value, batch["returns"], mask, clip=self.clip_range_value

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from paceline.errors import ConfigError
+from paceline.parallel.ddp import unwrap
 from paceline.rl.engine import Completion, Request, Sampling
 
 
@@ -40,25 +41,15 @@ def decode(
     """
     _check(model, requests, sampling, tokenizer)
     device = next(model.parameters()).device
-    prompts: dict[bytes, int] = {}
-    texts: list[np.ndarray] = []
-    for request in requests:
-        if prompts.setdefault(np.asarray(request.ids, np.int64).tobytes(), len(texts)) == len(
-            texts
-        ):
-            texts.append(np.asarray(request.ids, np.int64))
-    longest = max(map(len, texts))
-    ids = np.full((len(texts), longest), pad_id, np.int64)
-    attended = np.zeros((len(texts), longest), np.int64)
-    for i, text in enumerate(texts):
-        ids[i, longest - len(text) :] = text
-        attended[i, longest - len(text) :] = 1
-    mask = torch.as_tensor(attended, device=device)
+    places: dict[tuple[int, ...], int] = {}  # of each prompt, once
+    of = [places.setdefault(tuple(map(int, one.ids)), len(places)) for one in requests]
+    texts = list(places)
+    ids, mask = _left_padded(texts, pad_id)
+    ids, mask = ids.to(device), mask.to(device)
     step = _Steps(model)
-    logits = step(torch.as_tensor(ids, device=device), mask)
+    logits = step(ids, mask)
 
     live = list(range(len(requests)))
-    of = [prompts[np.asarray(request.ids, np.int64).tobytes()] for request in requests]
     if of != list(range(len(texts))):
         index = torch.tensor(of, device=device)
         logits, mask = logits[index], mask[index]
@@ -102,6 +93,17 @@ def decode(
         Completion(np.array(t, np.int32), np.array(p, np.float32), e, version)
         for t, p, e in zip(tokens, logps, ended, strict=True)
     ]
+
+
+def _left_padded(texts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and where there are some, [texts, longest]: all texts end at the right."""
+    longest = max(map(len, texts))
+    ids = torch.full((len(texts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, longest - len(text) :] = torch.tensor(text)
+        mask[i, longest - len(text) :] = 1
+    return ids, mask
 
 
 class _Steps:
@@ -174,7 +176,7 @@ def _choose(
     total = below[:, -1:].contiguous()
     found = torch.searchsorted(below, uniform[:, None] * total, right=True)
     last = torch.searchsorted(below, total)  # where rounding reaches the sum: no word of 0
-    return torch.minimum(found, last)[:, 0]
+    return torch.minimum(found, last)[:, 0].clamp(max=words - 1)  # where all is NaN
 
 
 def _stops(tokenizer: Any, ids: list[int], stop: tuple[str, ...]) -> bool:
@@ -198,8 +200,8 @@ def _check(model: Any, requests: Sequence[Request], sampling: Sampling, tokenize
         if context is not None and length + sampling.max_new_tokens > context:
             raise ConfigError(
                 f"engine: a prompt of {length} tokens and max_new_tokens="
-                f"{sampling.max_new_tokens} exceed the model's context of {context}: shorten the "
-                "prompt, or ask for fewer tokens."
+                f"{sampling.max_new_tokens} exceed the model's context of {context}: ask for fewer "
+                "tokens, or keep the end of the prompt (cut_to_context)."
             )
 
 
@@ -209,4 +211,26 @@ def context_length(model: Any) -> int | None:
     Args:
         model: of transformers.
     """
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+
+
+def cut_to_context(ids: Any, model: Any, max_new_tokens: int) -> Any:
+    """The last tokens of a prompt, as many as leave room for a completion; all if they do.
+
+    Args:
+        ids: of the prompt, [length].
+        model: whose context it is.
+        max_new_tokens: of the completion.
+
+    Raises:
+        ConfigError: the completion alone fills the context.
+    """
+    context = context_length(model)
+    if context is None:
+        return ids
+    if max_new_tokens >= context:
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens}: the model's context of {context} tokens has no room "
+            "for a prompt beside them."
+        )
+    return ids[-(context - max_new_tokens) :]

@@ -87,6 +87,7 @@ def end_tokens(model: Any, tokenizer: Any = None) -> frozenset[int]:
         model: of transformers; of others nothing is read.
         tokenizer: its end token is one too.
     """
+    model = unwrap(model)
     found: set[int] = set()
     for part in ("generation_config", "config"):
         ends = getattr(getattr(model, part, None), "eos_token_id", None)

@@ -106,3 +106,31 @@ def completion_logps(
     return Scored(
         of_completion(logps), mask, None if entropies is None else of_completion(entropies)
     )
+
+
+def mismatch(
+    logps_trainer: torch.Tensor, logps_sampler: torch.Tensor, mask: torch.Tensor
+) -> dict[str, float]:
+    """How far the trainer's log-probabilities of sampled tokens are from the sampler's.
+
+    Both are of the same weights: what differs comes from kernels, precision, or a mistake.
+
+    Args:
+        logps_trainer: of each token, [completions, tokens], from `completion_logps`.
+        logps_sampler: of the same tokens, as `Completion.logprobs` records them.
+        mask: where there is a token, [completions, tokens].
+
+    Returns:
+        By the names of an experience's row: the mean and the largest absolute difference, and an
+        estimate of KL(sampler || trainer) in nats a token, the mean of r - 1 - log r for the ratio
+        r of trainer to sampler. Nothing if there is no token.
+    """
+    counts = mask.bool()
+    if not counts.any():
+        return {}
+    difference = (logps_trainer.detach().double() - logps_sampler.double())[counts]
+    return {
+        "rollout/logprob_difference/mean": float(difference.abs().mean()),
+        "rollout/logprob_difference/max": float(difference.abs().max()),
+        "rollout/logprob_kl": float((difference.expm1() - difference).mean()),
+    }
