@@ -19,6 +19,7 @@ import torch
 from astra_systems import WordSystem, letters, tiny
 
 from paceline.errors import ConfigError, DataError
+from paceline.recipe import build_trainer, load_recipe
 from paceline.rl import (
     ASTEvaluator,
     ASTSampler,
