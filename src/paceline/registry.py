@@ -54,6 +54,7 @@ KINDS: dict[str, str] = {
     "rollout_sampler": "paceline.rl.sampler:Sampler",
     "engine": "paceline.rl.engine:Engine",
     "algorithm": "paceline.rl.algorithm:Algorithm",
+    "scorer": "paceline.rl.scorer:Scorer",
     "checkpoint": "paceline.factories.checkpoint:CheckpointEngine",
 }
 
@@ -113,7 +114,30 @@ _SHIPPED: dict[str, dict[str, str]] = {
         "gym": "paceline.rl.control.environment:GymEnvironment",
     },
     "algorithm": {
+        "dpo": "paceline.rl.algorithms.dpo:DPO",
+        "grpo": "paceline.rl.algorithms.grpo:GRPO",
+        "ipo": "paceline.rl.algorithms.dpo:IPO",
         "ppo": "paceline.rl.algorithms.ppo:PPO",
+        "reinforce": "paceline.rl.algorithms.reinforce:REINFORCE",
+        "rloo": "paceline.rl.algorithms.reinforce:RLOO",
+    },
+    "engine": {
+        "local": "paceline.rl.text.local:LocalEngine",
+    },
+    "system": {
+        "hf_ast": "paceline.rl.redteam.hf_ast_system:HFASTSystem",
+        "policy": "paceline.rl.text.policy_system:PolicySystem",
+        "hf_evaluation": "paceline.rl.redteam.hf_ast_system:HFEvaluationSystem",
+    },
+    "rollout_sampler": {
+        "ast": "paceline.rl.redteam.ast_sampler:ASTSampler",
+        "prompts": "paceline.rl.text.prompt_sampler:PromptSampler",
+    },
+    "scorer": {
+        "classifier": "paceline.rl.redteam.scorers:ClassifierScorer",
+        "detoxify": "paceline.rl.redteam.scorers:DetoxifyScorer",
+        "llama_guard": "paceline.rl.redteam.scorers:LlamaGuardScorer",
+        "profanity": "paceline.rl.redteam.scorers:ProfanityScorer",
     },
     "model_factory": {
         "actor_critic": "paceline.rl.trainer:ActorCriticFactory",
@@ -141,6 +165,12 @@ _SHIPPED: dict[str, dict[str, str]] = {
 _NOT_YET = {
     "trainer": {"dpo": "training on preferences (DPO)"},
     "data_source": {"snowflake": "reading from Snowflake"},
+    "engine": {
+        "http": "completing prompts by a server",
+        "ray": "completing prompts on Ray",
+        "sglang": "completing prompts with SGLang",
+        "vllm": "completing prompts with vLLM",
+    },
     "model_factory": {"liger": "training with Liger's kernels"},
 }
 _registered: dict[str, dict[str, Any]] = {}

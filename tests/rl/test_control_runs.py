@@ -105,3 +105,29 @@ def test_other_hyperparameters_are_refused_at_a_resume(tmp_path: Path) -> None:
         with pytest.raises(ResumeError, match=rf"algorithm\.{name}"):
             start(2, **changes)
     start(2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_target_kl_ends_the_passes_over_an_experience(
+    ranks: Ranks, tmp_path: Path, size: int
+) -> None:
+    """After the first pass on some experiences, never in its middle; also when resumed there."""
+    ranks(train_within, size, tmp_path, 3)
+    lengths = steps_of_experiences(tmp_path / "run")
+    assert all(length % 3 == 0 and 3 <= length < 12 for length in lengths), lengths
+    broken = tmp_path / "broken"
+    strike = Strike(signal.SIGKILL, step=None, rank=size - 1)  # after 4 steps of the second
+    assert ranks.outcomes(train_within, size, broken, 3, strike)[-1].code == -signal.SIGKILL
+    ranks(train_within, size, broken, 3)
+    assert ending(broken / "run") == ending(tmp_path / "run")
+
+
+def train_within(folder: Path, epochs: int, strike: Strike | None = None) -> None:
+    """A rank of a run with four passes in three minibatches, which are ended early."""
+    algorithm = PPO(None, passes=4, minibatch=24, target_kl=1e-5)
+    trainer_of(folder, strike, algorithm=algorithm, epochs=epochs, evaluation=None).train(seed=11)
+
+
+def steps_of_experiences(run_dir: Path) -> list[int]:
+    at = [row["epoch"] for row in rows(run_dir) if "train/approx_kl" in row]
+    return [at.count(epoch) for epoch in sorted(set(at))]

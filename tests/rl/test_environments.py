@@ -256,7 +256,7 @@ def test_a_number_that_is_none_is_named_with_its_place(what: str) -> None:
             "environment.id='Pendulum-v1'",
         ),
         ({"environment": Ladders((3,), "NEXT_STEP", state=False)}, "autoreset_mode=.*DISABLED"),
-        ({"algorithm": PPO(None, minibatch=13)}, "minibatch=13: an experience has 12 steps"),
+        ({"algorithm": PPO(None, minibatch=13)}, "minibatch=13: an experience has 12 samples"),
         ({"model": torch.nn.Linear(1, 1)}, r"has no act\(obs, deterministic\)"),
         (
             {"environment": GymEnvironment("FrozenLake-v1", normalize_observations=True)},

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
 
 from paceline import registry
 from paceline.data.batches import count_first_dimension
 from paceline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the policy said in a context, as steps keep it.
+
+    Attributes:
+        context: what was there before.
+        probe: what the policy said.
+        context_ids: the token ids that the policy saw, [length] integers; None where there are no
+            tokens.
+        probe_ids: the token ids that the policy sampled, [length] integers.
+    """
+
+    context: Any
+    probe: Any
+    context_ids: np.ndarray | None = None
+    probe_ids: np.ndarray | None = None
+
+
+def turn_of(node: Any) -> Turn:
+    """The turn of a node.
+
+    Args:
+        node: a `Node`, or an object of the user's with `context` and `probe`.
+    """
+    ids = (getattr(node, name, None) for name in ("context_ids", "probe_ids"))
+    return Turn(node.context, node.probe, *ids)
 
 
 class Algorithm:
@@ -29,6 +59,8 @@ class Algorithm:
     """
 
     name: ClassVar[str]
+    compares = False  # whether it needs the system's baseline
+    ends_early = False  # whether `goes_on` may end an experience before its last pass
 
     def __init__(self, system: Any, *, passes: int = 1, minibatch: int | None = None) -> None:
         for setting, value in (("passes", passes), ("minibatch", minibatch)):
@@ -64,6 +96,32 @@ class Algorithm:
                 [steps, ...].
         """
         return steps
+
+    def check(self, sampler: Any) -> None:
+        """Called before training, to refuse a sampler whose rollouts cannot be trained on.
+
+        Args:
+            sampler: plays the episodes.
+        """
+
+    def row(self, steps: Sequence[Any]) -> Mapping[str, float]:
+        """What is logged of a whole experience, in its row.
+
+        Args:
+            steps: a list of what `flatten` returned, of all ranks.
+        """
+        return {}
+
+    def goes_on(self, steps: Any) -> bool:
+        """Whether another pass over an experience is made; asked only with `ends_early`.
+
+        It is called in front of every pass but the first, without gradients, on every rank with the
+        same steps and weights, and has to return the same.
+
+        Args:
+            steps: what `prepare` returned.
+        """
+        return True
 
     @staticmethod
     def collate_fn(steps: Sequence[Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from paceline import registry
+from paceline.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Sampling:
         top_k: only so many of the most likely tokens; 0 for all.
         top_p: only the most likely tokens that together have this probability.
         stop: texts that end a completion; they stay in it.
+
+    Raises:
+        ConfigError: a setting is out of its range.
     """
 
     max_new_tokens: int = 32
@@ -29,6 +33,17 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for holds, name, expected in (
+            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
+            (0 <= self.temperature < float("inf"), "temperature", "0 or above"),
+            (self.top_k >= 0, "top_k", "0 for all tokens, or how many"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1, which takes all tokens"),
+            (not isinstance(self.stop, str) and all(self.stop), "stop", "texts with characters"),
+        ):
+            if not holds:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,9 @@ class Completion:
 
     Attributes:
         ids: token ids, the end token among them, [length] int32.
-        logprobs: their log-probabilities under what they were drawn from at temperature 1 without
-            truncation, [length] float32.
+        logprobs: their log-probabilities at the sampling temperature, before top_k and top_p,
+            [length] float32: what `completion_logps` gives at this temperature, so that a ratio of
+            the two is 1 as long as the policy is the same. Sampling at 0 records those at 1.
         ended: "end" at an end token, "stop" at a text of `Sampling.stop`, or "length".
         version: the policy's version, as the engine was told.
     """
@@ -67,10 +83,15 @@ class Completion:
 class Engine:
     """Completes prompts.
 
-    A subclass with a `name` registers itself, and recipes take it as `engine: {type: NAME}`.
+    A subclass with a `name` registers itself, and recipes take it as `engine: {type: NAME}`; its
+    constructor is given `model` and `tokenizer`.
+
+    Attributes:
+        version: the policy's version, which completions record; set by who samples.
     """
 
     name: ClassVar[str]
+    version: int = 0
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
 from paceline.errors import ConfigError
+from paceline.rl.prompts import file_of, read_prompts, usable
 
 
 class Evaluation:
@@ -10,12 +15,15 @@ class Evaluation:
 
     Args:
         every: experiences between two evaluations.
-        episodes: fresh episodes over all ranks, the same in each evaluation.
-        deterministic: whether the most likely action is taken.
-        threshold: the return from which on an episode is a success; None to count none.
+        episodes: fresh episodes over all ranks, the same in each evaluation; without prompts.
+        deterministic: whether the most likely action is taken, in an environment.
+        threshold: the return, or the last turn's reward, from which on an episode is a success;
+            None to count none.
+        prompts: of a sampler's: each is played once, without branches; texts, or {"file": path}
+            with one a line, relative to the recipe.
 
     Raises:
-        ConfigError: a number is below 1.
+        ConfigError: a number is below 1, or there is no prompt.
     """
 
     def __init__(
@@ -25,9 +33,27 @@ class Evaluation:
         episodes: int = 100,
         deterministic: bool = True,
         threshold: float | None = None,
+        prompts: Any = None,
     ) -> None:
         for setting, value in (("every", every), ("episodes", episodes)):
             if value < 1:
                 raise ConfigError(f"evaluation.{setting}={value}: expected at least 1.")
         self.every, self.episodes = every, episodes
         self.deterministic, self.threshold = deterministic, threshold
+        self._file: str | None = None
+        self.prompts: list[Any] | None = None
+        if isinstance(prompts, Mapping):
+            self._file = file_of("evaluation.prompts", prompts)
+        elif isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes):
+            self.prompts = usable(list(prompts), "evaluation.prompts")
+        elif prompts is not None:
+            raise ConfigError("evaluation.prompts: expected texts, or {file: path}.")
+
+    def locate(self, folder: Path) -> None:
+        """Reads a file of prompts.
+
+        Args:
+            folder: that its path is relative to.
+        """
+        if self._file is not None:
+            self.prompts = read_prompts(folder / self._file)

@@ -65,3 +65,15 @@ class Graph:
             level = [each for each in level if each]
             yield from level
             level = [node.children for each in level for node in each]
+
+
+def final_reward(graph: Graph) -> float | None:
+    """The reward of the leaf at the end of the first branches; None if there is no turn.
+
+    Args:
+        graph: of a rollout.
+    """
+    children, reward = graph.children, None
+    while children:
+        reward, children = children[0].reward, children[0].children
+    return reward

@@ -53,6 +53,13 @@ class GraphCollector:
         count = self._sampler.episodes
         if count < 1:
             raise ConfigError(f"sampler.episodes={count}: expected at least 1.")
+        self._algorithm.check(self._sampler)
+        size, most = self._algorithm.minibatch, getattr(self._sampler, "turns", None)
+        if size is not None and most is not None and size > most:
+            raise ConfigError(
+                f"algorithm.minibatch={size}: an experience has {most} samples at most; take "
+                "fewer, or null for all of them."
+            )
         self._seed, self._stopping = seed, stopping
         self._own = np.array_split(np.arange(count), world.dp_size)[world.dp_rank].tolist()
 
@@ -60,6 +67,8 @@ class GraphCollector:
         seeds = [stream(self._seed, "probe", experience, episode) for episode in self._own]
         with self._acting():
             self._sampler.begin(self._version(), self._stopping)
+            first = experience * self._sampler.episodes
+            self._sampler.numbers = [first + episode for episode in self._own]
             if seeds:  # for samplers that draw from the global generators
                 seed_everything(seeds[0])
             graphs = self._sampler.rollouts(seeds)
@@ -72,7 +81,9 @@ class GraphCollector:
     def together(self, parts: list[Any]) -> tuple[list[Any], dict[str, float]]:
         episodes = sorted((one for part in parts for one in part), key=lambda one: one[0])
         steps = [step for _, made, _ in episodes for step in made]
-        return steps, _row([summary for _, _, summary in episodes])
+        summaries = [summary for _, _, summary in episodes]
+        self._sampler.check_skipped(_skipped(summaries))
+        return steps, {**_row(summaries), **self._algorithm.row(steps)}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -93,17 +104,27 @@ def _summary(graph: Graph) -> dict[str, Any]:
             values.setdefault(f"rollout/reward/{name}", []).append(value)
         if node.probe_ids is not None:
             values.setdefault("rollout/length", []).append(float(len(node.probe_ids)))
+    groups = [{node.reward for node in each} for each in graph.siblings() if len(each) > 1]
+    if groups:
+        values["rollout/equal_groups"] = [float(len(rewards) == 1) for rewards in groups]
     return {"values": values, "skipped": dict(graph.skipped)}
+
+
+def _skipped(summaries: list[dict[str, Any]]) -> dict[str, int]:
+    """How many branches of an experience were given up, by the reason."""
+    skipped: dict[str, int] = {}
+    for summary in summaries:
+        for reason, count in summary["skipped"].items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    return skipped
 
 
 def _row(summaries: list[dict[str, Any]]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
-    skipped: dict[str, int] = {}
+    skipped = _skipped(summaries)
     for summary in summaries:
         for name, found in summary["values"].items():
             values.setdefault(name, []).extend(found)
-        for reason, count in summary["skipped"].items():
-            skipped[reason] = skipped.get(reason, 0) + count
     row = {name: float(np.mean(found)) for name, found in values.items() if found}
     row["rollout/episodes"] = float(len(summaries))
     row["rollout/turns"] = float(len(values.get("rollout/reward", ())))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from paceline import registry
@@ -22,6 +23,8 @@ class Sampler:
 
     Attributes:
         version: optimizer steps that the policy has taken, for the nodes.
+        numbers: which of a run's episodes the next `rollouts` plays, for a sampler that goes
+            through data in order; empty outside a run.
     """
 
     name: ClassVar[str]
@@ -29,6 +32,7 @@ class Sampler:
     def __init__(self, system: Any, *, episodes: int = 8) -> None:
         self.system, self.episodes = system, episodes
         self.version = 0
+        self.numbers: Sequence[int] = ()
         self._stopping: Callable[[], bool] = lambda: False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -75,6 +79,13 @@ class Sampler:
             "it for other seeds."
         )
 
+    def locate(self, folder: Path) -> None:
+        """Reads files that it was given relative to a recipe; a trainer calls it before a run.
+
+        Args:
+            folder: the recipe's, or the working folder.
+        """
+
     def check_stop(self) -> None:
         """To be called between turns: gives the rollout up if the run stops.
 
@@ -92,3 +103,10 @@ class Sampler:
             stopping: whether the run stops.
         """
         self.version, self._stopping = version, stopping
+
+    def check_skipped(self, skipped: Mapping[str, int]) -> None:
+        """Called after each experience, on all ranks: raises if it may not go on like this.
+
+        Args:
+            skipped: branches of the experience that were given up, by the reason.
+        """

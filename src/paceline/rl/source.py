@@ -85,6 +85,7 @@ class Rollouts:
         algorithm: what is trained on each of them, how often and in which minibatches.
         report: takes what is logged of an experience.
         max_empty: experiences in a row that may come to nothing.
+        goes_on: the algorithm's, called within the context in which models are evaluated.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Rollouts:
         algorithm: Algorithm,
         report: Callable[[dict[str, float]], None] = lambda row: None,
         max_empty: int = 8,
+        goes_on: Callable[[Any], bool] | None = None,
     ) -> None:
+        self.goes_on = algorithm.goes_on if goes_on is None else goes_on
         self.collector, self.algorithm = collector, algorithm
         self.report, self.max_empty = report, max_empty
 
@@ -116,9 +119,12 @@ class Rollouts:
                 "global_batch_size, epoch_length: the windows of a run with rollouts are the "
                 "algorithm's minibatches: set algorithm.minibatch."
             )
-        minibatch, steps = self.algorithm.minibatch, self.collector.steps
-        if minibatch is not None and steps is not None and minibatch > steps:
-            raise ConfigError(f"algorithm.minibatch={minibatch}: an experience has {steps} steps.")
+        known, size_of = self.collector.steps, self.algorithm.minibatch
+        if known is not None and size_of is not None and size_of > known:
+            raise ConfigError(
+                f"algorithm.minibatch={size_of}: an experience has {known} samples; take at most "
+                "so many, or null for all of them."
+            )
         self.collector.open(seed, world, stopping)
         return RolloutSource(self, size.gradient_accumulation_steps, seed, world)
 
@@ -146,11 +152,14 @@ class RolloutSource:
         self._steps: Any = None  # of the experience at hand, on all ranks
         self._count: int | None = None  # of them; None before they are collected
         self._order: torch.Tensor | None = None  # of the pass at hand
-        self.windows_per_epoch = self._windows(self._collector.steps)
+        self._asked, self._ended = 0, False  # the window at which the algorithm was asked to go on
+        early = self._algorithm.ends_early
+        self.windows_per_epoch = None if early else self._windows(self._collector.steps)
         many = self.windows_per_epoch
         self.micro_batches = None if many is None else many * accumulation
         self.identity = self._collector.identity
-        size, passes = self._algorithm.minibatch, counted(self._algorithm.passes, "pass", "es")
+        size = self._algorithm.minibatch
+        passes = counted(self._algorithm.passes, "pass", "es")
         self.plan = [
             (
                 f"an epoch is one experience, {passes} over it"
@@ -163,6 +172,7 @@ class RolloutSource:
         if epoch != self._epoch:
             self._epoch, self._window, self._batches = epoch, 0, 0
             self._steps = self._count = self._order = None
+            self._asked, self._ended = 0, False
 
     def collect(self) -> None:
         """Collects this rank's part of the experience, unless it is there."""
@@ -227,7 +237,15 @@ class RolloutSource:
         return whole[self._world.dp_rank :: self._world.dp_size]
 
     def at_end(self, *, keep: bool) -> bool:
-        return self._count is not None and self._window >= (self._windows(self._count) or 0)
+        if self._count is None:
+            return False
+        whole = self._windows(self._count) or 0
+        if self._algorithm.ends_early and 0 < self._window < whole:
+            a_pass = whole // self._algorithm.passes
+            if self._window % a_pass == 0 and self._asked != self._window:
+                self._asked = self._window
+                self._ended = not self._rollouts.goes_on(self._steps)
+        return self._ended or self._window >= whole
 
     def batches_done(self) -> int:
         return self._batches
@@ -239,6 +257,7 @@ class RolloutSource:
             "window": self._window,
             "batches": self._batches,
             "empty": self._empty,
+            "asked": [self._asked, self._ended],
             "count": self._count,
             "steps": None if done else packed(self._steps, type(self._algorithm)),
             "collector": self._collector.state_dict(),
@@ -248,6 +267,7 @@ class RolloutSource:
         self._epoch, self._window = state["epoch"], state["window"]
         self._batches, self._empty = state["batches"], state["empty"]
         self._count, self._order, self._part = state["count"], None, None
+        self._asked, self._ended = state["asked"]
         held = state["steps"]
         self._steps = None if held is None else unpacked(held, type(self._algorithm))
         self._collector.load_state_dict(state["collector"])

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydantic
 import torch
 
+from paceline.data.batches import to_device
+from paceline.data.content import digest
+from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError
 from paceline.factories import Config, FactoryTrainer, ModelFactory, TrainerConfig
 from paceline.recipe.typed import HumanInt
@@ -21,14 +25,18 @@ from paceline.rl.control.collector import ControlCollector
 from paceline.rl.control.environment import Environment
 from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.system import ControlSystem
+from paceline.rl.engine import Engine
 from paceline.rl.evaluation import Evaluation
+from paceline.rl.graph import final_reward
 from paceline.rl.graph_collector import GraphCollector
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
 from paceline.rl.statistics import bootstrap_interval
 from paceline.rl.system import System
 from paceline.trainer.arguments import arguments_of
+from paceline.trainer.base import components
 from paceline.trainer.slots import Slot
+from paceline.world.seeding import stream
 
 
 class ActorCriticConfig(Config):
@@ -71,6 +79,8 @@ class RLTrainer(FactoryTrainer):
         system: what the sampler plays, and
         sampler: plays episodes; or a function of `system` that makes it.
         algorithm: turns rollouts into losses; or a function of `system` that makes it.
+        engine: a function of `model` and `tokenizer` that makes what completes prompts, such as
+            `functools.partial(LocalEngine, batch=16)`; None for a `LocalEngine`.
         evaluation: what the policy is evaluated on, and when; None for no evaluation.
         max_empty: experiences in a row that may come to no step to train on.
         **settings: as of `FactoryTrainer`.
@@ -88,6 +98,7 @@ class RLTrainer(FactoryTrainer):
         "system": System,
         "sampler": Slot(Sampler, given=("system",)),
         "algorithm": Slot(Algorithm, given=("system",)),
+        "engine": Slot(Engine, given=("model", "tokenizer")),
         "evaluation": Slot(Evaluation, choices=(Evaluation,), optional=True),
     }
 
@@ -95,6 +106,7 @@ class RLTrainer(FactoryTrainer):
     sampler: Any
     environment: Environment | None
     algorithm: Any
+    engine: Any
     evaluation: Evaluation | None
 
     def __init__(
@@ -105,6 +117,7 @@ class RLTrainer(FactoryTrainer):
         system: System | None = None,
         sampler: Any = None,
         algorithm: Any = None,
+        engine: Any = None,
         evaluation: Evaluation | None = None,
         max_empty: int = 8,
         **settings: Any,
@@ -114,6 +127,7 @@ class RLTrainer(FactoryTrainer):
             "system": system,
             "sampler": sampler,
             "algorithm": algorithm,
+            "engine": engine,
             "evaluation": evaluation,
         }
         given = {name: value for name, value in own.items() if value is not None}
@@ -122,6 +136,8 @@ class RLTrainer(FactoryTrainer):
 
     def configure(self) -> None:
         if self.environment is not None:
+            if self.engine is not None:
+                raise ConfigError("engine: it completes prompts; an environment has none.")
             self._configure_control(self.environment)
         elif self.sampler is not None:
             self._configure_sampler()
@@ -129,7 +145,7 @@ class RLTrainer(FactoryTrainer):
             raise ConfigError("environment, sampler: nothing says where the policy acts.")
         self._collector = self.create_collector()
         self.train_dataloader = Rollouts(
-            self._collector, self.algorithm, self._report, self.max_empty
+            self._collector, self.algorithm, self._report, self.max_empty, self._goes_on
         )
         if self.evaluation is not None:
             self._schedule_evaluations(self.evaluation.every)
@@ -161,7 +177,20 @@ class RLTrainer(FactoryTrainer):
             if self.system is None:
                 raise ConfigError("system: nothing says what the sampler plays.")
             self.sampler = self.sampler(system=self.system)
+        recipe = getattr(self.config, "_described_by", None)
+        folder = Path() if recipe is None else Path(recipe.composed.path).parent
+        if isinstance(self.sampler, Sampler):
+            self.sampler.locate(folder)
+        if self.evaluation is not None:
+            self.evaluation.locate(folder)
         self.system = self.sampler.system
+        if self.engine is not None:
+            if not callable(self.engine) or not isinstance(self.system, System):
+                raise ConfigError(
+                    "engine: expected a function of model and tokenizer for a System of "
+                    "paceline.rl, such as functools.partial(LocalEngine, batch=16)."
+                )
+            self.system.make_engine = self.engine
         self._make_algorithm()
         if self.model is None:
             trained = trained_models(self.system)
@@ -174,15 +203,19 @@ class RLTrainer(FactoryTrainer):
             raise ConfigError("algorithm: nothing says how the policy is trained.")
         if self.algorithm.system is None:
             self.algorithm.system = self.system
+        if self.algorithm.compares and isinstance(self.system, System):
+            self.system.keep_baseline()
 
     def setup(self) -> None:
         held = {name: id(model) for name, model in modules_of(self.system).items()}
         before = {id(model): name for name, model in self.named_models().items()}
         super().setup()
-        placed = self.named_models()
+        placed = components(self, torch.nn.Module)
         for name, model in held.items():
             if model in before:  # so that ranks exchange gradients of what the system calls
                 setattr(self.system, name, placed[before[model]])
+            else:
+                getattr(self.system, name).to(self.device)
 
     def _schedule_evaluations(self, every: int) -> None:
         wanted = "epoch" if every == 1 else f"{every} epochs"
@@ -199,16 +232,17 @@ class RLTrainer(FactoryTrainer):
         return self.evaluation is not None and self.max_val_batches != 0
 
     def evaluate(self) -> dict[str, float] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Evaluates the policy on fresh episodes.
+        """Evaluates the policy on fresh episodes, or on prompts.
 
         Returns:
             Means over the episodes: "val/return", "val/length" and, with a threshold,
             "val/success"; "val/return_low" and "val/return_high", between which the mean return
-            lies with 95 % confidence. None if the run is to stop.
+            lies with 95 % confidence. Of a sampler's "val/reward", that of the last turn, and the
+            number of episodes without a turn as "val/skipped". None if the run is to stop.
         """
         evaluation, environment = self.evaluation or Evaluation(), self.environment
         if environment is None:
-            raise ConfigError("evaluation: that of a sampler does not exist yet.")
+            return self._evaluate_dialogues(evaluation)
         with self.acting():
             lived = fresh_episodes(
                 environment,
@@ -235,6 +269,34 @@ class RLTrainer(FactoryTrainer):
             row["val/success"] = float(np.mean([r >= evaluation.threshold for r in returns]))
         return row
 
+    def _evaluate_dialogues(self, evaluation: Evaluation) -> dict[str, float] | None:
+        """Plays episodes of the sampler, each rank its share."""
+        sampler, world = self.sampler, self.world
+        seeds = evaluation.prompts or [
+            stream(self.seed, "eval", episode) >> 1 for episode in range(evaluation.episodes)
+        ]
+        own = seeds[world.dp_rank :: world.dp_size]
+        with self.acting():
+            sampler.begin(self.global_step, self.stopping)
+            try:
+                if evaluation.prompts and hasattr(sampler, "eval_rollouts"):
+                    graphs = sampler.eval_rollouts(own) if own else []
+                else:
+                    graphs = [sampler.eval_rollout(seed) for seed in own]
+            except StopCollecting:
+                graphs = None
+        parts = world.all_gather_object(graphs and [final_reward(graph) for graph in graphs])
+        if graphs is None or any(part is None for part in parts):
+            return None
+        found = [value for part in parts for value in part]
+        rewards = [value for value in found if value is not None]
+        row = {"val/skipped": float(len(found) - len(rewards))}
+        if rewards:
+            row["val/reward"] = float(np.mean(rewards))
+        if rewards and evaluation.threshold is not None:
+            row["val/success"] = float(np.mean([r >= evaluation.threshold for r in rewards]))
+        return row
+
     @property
     def policy(self) -> Policy:
         """What acts and is trained, as it is placed."""
@@ -252,6 +314,12 @@ class RLTrainer(FactoryTrainer):
         if self.environment is None:
             identity |= arguments_of("sampler", self.sampler)
             identity |= arguments_of("system", self.system)
+            identity |= frozen_models(self.system)
+            if self.engine is not None:
+                engine = self.system.engine_of(next(iter(modules_of(self.system).values())), None)
+                identity |= arguments_of("engine", engine)
+            own = getattr(self.sampler, "run_identity", dict)()
+            identity |= {f"sampler.{name}": value for name, value in own.items()}
             return GraphCollector(
                 self.sampler,
                 algorithm,
@@ -273,8 +341,23 @@ class RLTrainer(FactoryTrainer):
     def acting(self) -> Iterator[None]:
         """Within it the models act: in eval mode, without gradients, in training's precision."""
         models = {**self.named_models(), **modules_of(self.system)}
-        with acting(models.values(), self.autocast):
-            yield
+        # A rank may call them as often as it needs: nothing may be exchanged with others.
+        wrapped = {
+            name: model
+            for name, model in modules_of(self.system).items()
+            if isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        }
+        vars(self.system).update({name: model.module for name, model in wrapped.items()})
+        try:
+            with acting(models.values(), self.autocast):
+                yield
+        finally:
+            vars(self.system).update(wrapped)
+
+    def _goes_on(self, steps: Any) -> bool:
+        with self.acting():
+            steps = to_device(steps, self.device) if isinstance(steps, Mapping) else steps
+            return self.world.broadcast_object(self.algorithm.goes_on(steps))
 
     def _report(self, row: Mapping[str, float]) -> None:
         self.recorder.write_metrics(dict(row))
@@ -306,6 +389,22 @@ def modules_of(system: Any) -> dict[str, torch.nn.Module]:
         system: of any class.
     """
     return {n: v for n, v in vars(system).items() if isinstance(v, torch.nn.Module)}
+
+
+def frozen_models(system: Any) -> dict[str, str]:
+    """What a resumed run has to find unchanged of a system's models that are not trained.
+
+    A checkpoint does not hold them: a reference, or a target, comes from where it came before.
+
+    Args:
+        system: with `parameters()`.
+    """
+    trained = trained_models(system)
+    frozen = {n: m for n, m in modules_of(system).items() if n not in trained}
+    return {
+        f"system.{n}": f"sha256 {digest(dict(m.named_parameters()))[:16]}"
+        for n, m in frozen.items()
+    }
 
 
 def trained_models(system: Any) -> dict[str, torch.nn.Module]:

@@ -1,0 +1,1 @@
+"""Text: what completes prompts, and how likely completions are."""
