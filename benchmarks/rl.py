@@ -2,7 +2,7 @@
 
 CartPole at Stable-Baselines3's settings: 8 environments of 32 steps, minibatches of 256, 20 passes,
 two networks of 64-64. CPU time of an environment step, training included, by the slope between two
-run lengths. Then: what a checkpoint within an experience of 100,000 transitions takes.
+run lengths.
 
     python benchmarks/rl.py [--rounds 5]
 """
@@ -24,7 +24,6 @@ ENVS, STEPS, BATCH, PASSES = 8, 32, 256, 20
 GAMMA, LAM, CLIP, RATE, NORM = 0.98, 0.8, 0.2, 1e-3, 0.5
 LENGTHS = 4, 24  # experiences
 BY_HAND, PEER, OURS = "hand-written script", "Stable-Baselines3", "Paceline"
-TRANSITIONS = 100_000
 
 
 def by_hand(experiences: int, _: Path) -> None:
@@ -141,31 +140,6 @@ def trainer(experiences: int, folder: Path, **changes: Any) -> Any:
     )
 
 
-def checkpoint(folder: Path) -> dict[str, float]:
-    """Seconds that the loop waits for a checkpoint within an experience, and to write it whole."""
-    from paceline import CheckpointPolicy
-    from paceline.rl import PPO, GymEnvironment
-
-    found: dict[str, float] = {}
-    environment = GymEnvironment("CartPole-v1", num_envs=100, steps=TRANSITIONS // 100)
-    made = trainer(
-        1, folder, environment=environment, max_steps=1, checkpoint=CheckpointPolicy(),
-        algorithm=PPO(None, passes=2, minibatch=10_000),
-    )  # fmt: skip
-
-    def on_step_end(metrics: Any) -> None:
-        for name, wait in (("the loop waits", False), ("written whole", True)):
-            start = time.perf_counter()
-            made.save_checkpoint()
-            if wait:
-                made.checkpoint_engine.wait()
-            found[name] = time.perf_counter() - start
-
-    made.on_step_end = on_step_end
-    made.train(seed=0)
-    return found
-
-
 CONTESTANTS = {BY_HAND: by_hand, PEER: peer, OURS: ours}
 
 
@@ -175,8 +149,6 @@ def answer(contestant: str, experiences: int) -> Any:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        if contestant == "checkpoint":
-            return checkpoint(Path(folder))
         torch.manual_seed(0)
         start = time.process_time()
         CONTESTANTS[contestant](experiences, Path(folder))
@@ -189,7 +161,6 @@ def main() -> None:
     missing = common.report_missing(["stable-baselines3"])
     names = [name for name in CONTESTANTS if not (missing and name == PEER)]
     rates: dict[str, list[float]] = {name: [] for name in names}
-    saves: dict[str, list[float]] = {}
     with ExitStack() as stack:
         workers = {n: stack.enter_context(Worker([__file__, "--serve"])) for n in names}
         for i in range(options.rounds + 1):
@@ -198,10 +169,6 @@ def main() -> None:
                 if i > 0:
                     taken = (LENGTHS[1] - LENGTHS[0]) * ENVS * STEPS
                     rates[name].append(taken / (long - short))
-        for _ in range(options.rounds):
-            found = workers[OURS].ask(contestant="checkpoint", experiences=0)
-            for name, seconds in found.items():
-                saves.setdefault(name, []).append(seconds)
     ratios = {n: [o / p for o, p in zip(rates[OURS], rates[n], strict=True)] for n in names}
     rows = [
         [name, common.spread(rates[name]), f"{statistics.median(ratios[name]):.2f}"]
@@ -212,9 +179,7 @@ def main() -> None:
     text += f"{PASSES} passes; environment steps a second of CPU time, training included. The "
     text += "contestants draw other random numbers, so their weights are not compared.\n\n"
     text += common.table(["", "steps a CPU second", "Paceline is so many times as fast"], rows)
-    text += f"\n\nA checkpoint in an experience of {TRANSITIONS:,} transitions, wall clock:\n\n"
-    text += common.table(["", "seconds"], [[n, common.spread(s, 3)] for n, s in saves.items()])
-    common.save("rl", text, {"steps a CPU second": rates, "checkpoint": saves}, at)
+    common.save("rl", text, {"steps a CPU second": rates}, at)
 
 
 if __name__ == "__main__":
