@@ -9,6 +9,7 @@ from pathlib import Path
 NAMES = (
     "overhead",
     "streams",
+    "rl",
     "import_time",
     "dry_run",
     "memory",

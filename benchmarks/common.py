@@ -32,6 +32,7 @@ PACKAGES = {
     "accelerate": "accelerate",
     "trl": "trl",
     "ignite": "pytorch-ignite",
+    "stable-baselines3": "stable-baselines3",
 }
 
 

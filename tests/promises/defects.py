@@ -334,3 +334,18 @@ def takes_any_answer(store: Any, rank: int, size: int, timeout: Any) -> str:
 
 
 _name_of_this_start = meeting._name_of_this_start
+
+
+def one_item(algorithm: Any, batch: Any) -> int:
+    """Counts each batch as one, however many tokens it has."""
+    return 1
+
+
+def on_policy(cls: Any) -> Any:
+    """A loss in which the old log-probabilities are the present ones."""
+    healthy = cls._loss
+
+    def loss(algorithm: Any, logps: Any, old: Any, *others: Any) -> Any:
+        return healthy(algorithm, logps, logps.detach(), *others)
+
+    return loss

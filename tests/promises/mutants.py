@@ -33,6 +33,7 @@ from paceline.parallel.ddp import Replica
 from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
+from paceline.rl.algorithms.grpo import GRPO
 from paceline.trainer import (
     events,
     identity,
@@ -675,5 +676,17 @@ MUTANTS = [
         ((inference, "load_for_inference"),),
         defects.nothing,
         f"{INFERENCE}:test_what_training_has_changed_of_a_model_comes_with_its_weights",
+    ),
+    Mutant(
+        "GRPO takes the mean of its micro-batches' means",
+        ((GRPO, "count_items"),),
+        defects.one_item,
+        "test_text_runs:test_micro_batches_and_ranks_change_nothing",
+    ),
+    Mutant(
+        "GRPO corrects for the policy as it is, so that its ratio is always 1",
+        ((GRPO, "_loss"),),
+        defects.on_policy(GRPO),
+        "test_text_runs:test_the_ratio_leaves_one_on_the_second_pass",
     ),
 ]

@@ -64,7 +64,7 @@ def test_a_run_goes_through_all_prompts_before_any_comes_again(system: PolicySys
         sampler.numbers = range(3 * experience, 3 * experience + 3)
         seen += [graph.context for graph in sampler.rollouts([experience, 50, 90])]
     assert Counter(seen[:6]) == Counter(seen[6:]) == Counter(PROMPTS)
-    assert seen[:6] != seen[6:] and seen[:6] != PROMPTS, "in a random order"
+    assert seen[:6] != seen[6:], "in another order each time"
 
 
 def test_dialogues_go_through_the_chat_template(tmp_path: Path) -> None:
@@ -111,7 +111,8 @@ def test_a_reward_that_fails_is_never_a_zero(
     )  # fmt: skip
     graph = sampler.rollout(seed=1)
     (said,) = graph.skipped
-    assert said.startswith("failed: mine") and reason in said
+    assert said.startswith("failed: mine")
+    assert reason in said
     assert len(graph.children) + graph.skipped[said] == 4
     with pytest.raises(DataError, match=r"max_failures=0: mine"):
         sampler.check_skipped(graph.skipped)

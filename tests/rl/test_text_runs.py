@@ -97,6 +97,9 @@ def test_grpo_equals_a_loop_in_plain_torch_on_the_same_tokens() -> None:
 def test_the_ratio_leaves_one_on_the_second_pass(tmp_path: Path) -> None:
     algorithm = partial(GRPO, passes=2, clip_low=1e-3, clip_high=1e-3)
     trainer_of(tmp_path, algorithm, epochs=1).train(seed=7)
+    for row in rows(tmp_path / "run"):
+        if "rollout/reward" in row:
+            assert 0 < row["rollout/logprob_difference/max"] < 1e-5, "sampled by the same weights"
     first, second = [row for row in rows(tmp_path / "run") if "train/ratio" in row]
     assert first["train/ratio"] == pytest.approx(1, abs=1e-5)
     assert first["train/clip_low"] == first["train/clip_high"] == 0

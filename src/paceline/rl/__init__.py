@@ -6,7 +6,10 @@ from paceline.lazy import lazily
 
 if TYPE_CHECKING:
     from paceline.rl.algorithm import Algorithm
+    from paceline.rl.algorithms.dpo import DPO, IPO, DPOBatch, DPOStep
+    from paceline.rl.algorithms.grpo import GRPO
     from paceline.rl.algorithms.ppo import PPO
+    from paceline.rl.algorithms.reinforce import REINFORCE, RLOO
     from paceline.rl.control.actor_critic import ActorCritic, Policy
     from paceline.rl.control.environment import Environment, GymEnvironment
     from paceline.rl.engine import Completion, Engine, Request, Sampling
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from paceline.rl.sampler import Sampler
     from paceline.rl.scorer import Scorer
     from paceline.rl.system import System, ValueFunctionSystem
+    from paceline.rl.text.policy_system import PolicySystem
+    from paceline.rl.text.prompt_sampler import PromptSampler
     from paceline.rl.trainer import RLTrainer
 else:
     __getattr__, __dir__ = lazily(
@@ -47,11 +52,15 @@ else:
             "Algorithm": "paceline.rl.algorithm",
             "ClassifierScorer": "paceline.rl.redteam.scorers",
             "Completion": "paceline.rl.engine",
+            "DPO": "paceline.rl.algorithms.dpo",
+            "DPOBatch": "paceline.rl.algorithms.dpo",
+            "DPOStep": "paceline.rl.algorithms.dpo",
             "DetoxifyScorer": "paceline.rl.redteam.scorers",
             "Engine": "paceline.rl.engine",
             "Environment": "paceline.rl.control.environment",
             "Evaluation": "paceline.rl.evaluation",
             "Evaluator": "paceline.rl.redteam.evaluators",
+            "GRPO": "paceline.rl.algorithms.grpo",
             "Graph": "paceline.rl.graph",
             "GraphMetrics": "paceline.rl.redteam.evaluators",
             "GymEnvironment": "paceline.rl.control.environment",
@@ -60,11 +69,16 @@ else:
             "HFRolloutConfiguration": "paceline.rl.rollout_trainer",
             "HFRolloutTrainer": "paceline.rl.rollout_trainer",
             "Harness": "paceline.rl.harness",
+            "IPO": "paceline.rl.algorithms.dpo",
             "LlamaGuardScorer": "paceline.rl.redteam.scorers",
             "Node": "paceline.rl.graph",
             "PPO": "paceline.rl.algorithms.ppo",
             "Policy": "paceline.rl.control.actor_critic",
+            "PolicySystem": "paceline.rl.text.policy_system",
             "ProfanityScorer": "paceline.rl.redteam.scorers",
+            "PromptSampler": "paceline.rl.text.prompt_sampler",
+            "REINFORCE": "paceline.rl.algorithms.reinforce",
+            "RLOO": "paceline.rl.algorithms.reinforce",
             "RLTrainer": "paceline.rl.trainer",
             "RecordRollouts": "paceline.rl.recorded",
             "Request": "paceline.rl.engine",
@@ -82,7 +96,12 @@ else:
     )
 
 __all__ = [
+    "DPO",
+    "GRPO",
+    "IPO",
     "PPO",
+    "REINFORCE",
+    "RLOO",
     "ASTEvaluator",
     "ASTSampler",
     "ASTSystem",
@@ -90,6 +109,8 @@ __all__ = [
     "Algorithm",
     "ClassifierScorer",
     "Completion",
+    "DPOBatch",
+    "DPOStep",
     "DetoxifyScorer",
     "Engine",
     "Environment",
@@ -106,7 +127,9 @@ __all__ = [
     "LlamaGuardScorer",
     "Node",
     "Policy",
+    "PolicySystem",
     "ProfanityScorer",
+    "PromptSampler",
     "RLTrainer",
     "RecordRollouts",
     "Request",

@@ -104,6 +104,14 @@ class Algorithm:
             sampler: plays the episodes.
         """
 
+    def row(self, steps: Sequence[Any]) -> Mapping[str, float]:
+        """What is logged of a whole experience, in its row.
+
+        Args:
+            steps: a list of what `flatten` returned, of all ranks.
+        """
+        return {}
+
     def goes_on(self, steps: Any) -> bool:
         """Whether another pass over an experience is made; asked only with `ends_early`.
 

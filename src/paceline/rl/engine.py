@@ -83,10 +83,15 @@ class Completion:
 class Engine:
     """Completes prompts.
 
-    A subclass with a `name` registers itself, and recipes take it as `engine: {type: NAME}`.
+    A subclass with a `name` registers itself, and recipes take it as `engine: {type: NAME}`; its
+    constructor is given `model` and `tokenizer`.
+
+    Attributes:
+        version: the policy's version, which completions record; set by who samples.
     """
 
     name: ClassVar[str]
+    version: int = 0
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

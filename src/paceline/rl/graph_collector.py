@@ -97,7 +97,7 @@ class GraphCollector:
         steps = [step for _, made, *_ in episodes for step in made]
         summaries = [summary for _, _, summary, _ in episodes]
         self._sampler.check_skipped(_skipped(summaries))
-        return steps, _row(summaries)
+        return steps, {**_row(summaries), **self._algorithm.row(steps)}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

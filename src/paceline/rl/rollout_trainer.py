@@ -22,7 +22,7 @@ from paceline.rl.trainer import RLTrainer
 from paceline.trainer.callback import Callback
 from paceline.trainer.pretrained import is_pretrained, save_tokenizer
 
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Any] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,

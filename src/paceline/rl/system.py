@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,9 @@ import torch
 from paceline import registry
 from paceline.errors import ConfigError
 from paceline.rl.checked import Checked
+from paceline.rl.engine import Engine
 from paceline.rl.old_names import take_old_names
+from paceline.rl.text.local import LocalEngine
 from paceline.rl.text.logprobs import Scored
 
 
@@ -23,9 +25,14 @@ class System:
 
     Args:
         scorer: judges what was said.
+
+    Attributes:
+        make_engine: makes what completes prompts, from `model` and `tokenizer`; None for a
+            `LocalEngine`.
     """
 
     name: ClassVar[str]
+    make_engine: Callable[..., Engine] | None = None
 
     def __init__(self, scorer: Any = None) -> None:
         self.scorer = scorer
@@ -61,6 +68,16 @@ class System:
         """
         with torch.no_grad():
             return self._scored("baseline", turns)[0]
+
+    def engine_of(self, model: Any, tokenizer: Any) -> Engine:
+        """What completes prompts: as the recipe's `engine:` says, by default a `LocalEngine`.
+
+        Args:
+            model: one of the system's.
+            tokenizer: the model's.
+        """
+        make = LocalEngine if self.make_engine is None else self.make_engine
+        return make(model=model, tokenizer=tokenizer)
 
     def keep_baseline(self) -> None:
         """Called before training for an algorithm that compares with the baseline.

@@ -26,6 +26,7 @@ from paceline.rl.control.environment import Environment
 from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.scaling import ObservationScaling
 from paceline.rl.control.system import ControlSystem
+from paceline.rl.engine import Engine
 from paceline.rl.evaluation import Evaluation
 from paceline.rl.graph import final_reward
 from paceline.rl.graph_collector import GraphCollector
@@ -86,6 +87,8 @@ class RLTrainer(FactoryTrainer):
         system: what the sampler plays, and
         sampler: plays episodes; or a function of `system` that makes it.
         algorithm: turns rollouts into losses; or a function of `system` that makes it.
+        engine: a function of `model` and `tokenizer` that makes what completes prompts, such as
+            `functools.partial(LocalEngine, batch=16)`; None for a `LocalEngine`.
         evaluation: what the policy is evaluated on, and when; None for no evaluation.
         max_empty: experiences in a row that may come to no step to train on.
         **settings: as of `FactoryTrainer`.
@@ -97,12 +100,13 @@ class RLTrainer(FactoryTrainer):
     name = "rl"
     config_type = RLConfig
     data_factory_type = None
-    model_factory_type = [ActorCriticFactory]
+    model_factory_type = None  # any: ActorCriticFactory, or one of the recipe's code
     slots = {
         "environment": Environment,
         "system": System,
         "sampler": Slot(Sampler, given=("system",)),
         "algorithm": Slot(Algorithm, given=("system",)),
+        "engine": Slot(Engine, given=("model", "tokenizer")),
         "evaluation": Slot(Evaluation, choices=(Evaluation,), optional=True),
     }
 
@@ -110,6 +114,7 @@ class RLTrainer(FactoryTrainer):
     sampler: Any
     environment: Environment | None
     algorithm: Any
+    engine: Any
     evaluation: Evaluation | None
 
     def __init__(
@@ -120,6 +125,7 @@ class RLTrainer(FactoryTrainer):
         system: System | None = None,
         sampler: Any = None,
         algorithm: Any = None,
+        engine: Any = None,
         evaluation: Evaluation | None = None,
         max_empty: int = 8,
         **settings: Any,
@@ -129,6 +135,7 @@ class RLTrainer(FactoryTrainer):
             "system": system,
             "sampler": sampler,
             "algorithm": algorithm,
+            "engine": engine,
             "evaluation": evaluation,
         }
         given = {name: value for name, value in own.items() if value is not None}
@@ -139,6 +146,8 @@ class RLTrainer(FactoryTrainer):
 
     def configure(self) -> None:
         if self.environment is not None:
+            if self.engine is not None:
+                raise ConfigError("engine: it completes prompts; an environment has none.")
             self._configure_control(self.environment)
         elif self.sampler is not None:
             self._configure_sampler()
@@ -182,9 +191,9 @@ class RLTrainer(FactoryTrainer):
                 "environment: ranks have different spaces of observations and actions:\n"
                 + "\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
             )
-        if self.model is None and self.config is None:
-            self.model = ActorCritic(*self.spaces())
         self.make("model")
+        if self.model is None:
+            self.model = ActorCritic(*self.spaces())
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "act"):
             raise ConfigError(
                 f"model: a {type(self.model).__qualname__} has no act(obs, deterministic); derive "
@@ -205,6 +214,13 @@ class RLTrainer(FactoryTrainer):
         if self.evaluation is not None:
             self.evaluation.locate(folder)
         self.system = self.sampler.system
+        if self.engine is not None:
+            if not callable(self.engine) or not isinstance(self.system, System):
+                raise ConfigError(
+                    "engine: expected a function of model and tokenizer for a System of "
+                    "paceline.rl, such as functools.partial(LocalEngine, batch=16)."
+                )
+            self.system.make_engine = self.engine
         self._make_algorithm()
         if self.model is None:
             trained = trained_models(self.system)
@@ -255,9 +271,9 @@ class RLTrainer(FactoryTrainer):
 
         Returns:
             Means over the episodes: "val/return", "val/length" and, with a threshold,
-            "val/success". "val/return_low" and "val/return_high", between which the mean return
-            lies with 95 % confidence. Of a sampler's episodes "val/reward", that of the last turn,
-            and the number of those without a turn as "val/skipped". None if the run is to stop.
+            "val/success"; "val/return_low" and "val/return_high", between which the mean return
+            lies with 95 % confidence. Of a sampler's "val/reward", that of the last turn, and the
+            number of episodes without a turn as "val/skipped". None if the run is to stop.
         """
         evaluation, environment = self.evaluation or Evaluation(), self.environment
         if environment is None:
@@ -333,6 +349,9 @@ class RLTrainer(FactoryTrainer):
             identity |= arguments_of("sampler", self.sampler)
             identity |= arguments_of("system", self.system)
             identity |= frozen_models(self.system)
+            if self.engine is not None:
+                engine = self.system.engine_of(next(iter(modules_of(self.system).values())), None)
+                identity |= arguments_of("engine", engine)
             own = getattr(self.sampler, "run_identity", dict)()
             identity |= {f"sampler.{name}": value for name, value in own.items()}
             return GraphCollector(

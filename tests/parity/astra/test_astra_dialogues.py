@@ -19,6 +19,7 @@ import torch
 from astra_systems import WordSystem, letters, tiny
 
 from paceline.errors import ConfigError, DataError
+from paceline.recipe import build_trainer, load_recipe
 from paceline.rl import (
     ASTEvaluator,
     ASTSampler,
@@ -481,3 +482,42 @@ def test_any_classifier_of_transformers_scores_a_label() -> None:
     assert found == pytest.approx(wanted, rel=1e-4)
     with pytest.raises(ConfigError, match="label='d': the classifier's are a, b, c"):
         ClassifierScorer(model, "d", tokenizer=tokenizer)
+
+
+def test_all_live_branches_are_played_in_one_batch_a_turn(
+    system: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paceline.rl.text.local import LocalEngine
+
+    asked: list[int] = []
+    real = LocalEngine.generate
+
+    def counted(self: Any, requests: Any) -> Any:
+        asked.append(len(requests))
+        return real(self, requests)
+
+    monkeypatch.setattr(LocalEngine, "generate", counted)
+    ASTSampler(system, PROMPTS, 2, 3).rollouts([0, 1])
+    assert asked == [4, 4, 8, 8, 16, 16]
+
+
+def test_the_red_teaming_recipe_trains_and_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"):  # scikit-learn sets them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    recipe = Path(__file__).parents[3] / "recipes" / "redteam.yaml"
+    changes = ["trainer.epochs=2", "evaluation.every=1", f"run.dir={tmp_path}/run"]
+    trainer: Any = build_trainer(load_recipe(recipe, [*changes, "checkpoint=null"]))
+    trainer.train(seed=0)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    experiences = [row for row in rows if "rollout/reward" in row]
+    assert [row["rollout/turns"] for row in experiences] == [64, 64]
+    assert 0 < experiences[0]["rollout/reward/profanity"] < 1
+    assert experiences[0]["rollout/reward/likelihood"] < 0
+    assert len([row for row in rows if "val/reward" in row]) == 2
+    dev = set((recipe.parent / "prompts" / "dev.txt").read_text().splitlines())
+    assert set(trainer.evaluation.prompts) == dev
+    assert not dev & set(trainer.sampler.prompts)

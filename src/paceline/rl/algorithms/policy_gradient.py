@@ -14,6 +14,7 @@ import torch
 from paceline.errors import ConfigError
 from paceline.losses import kl
 from paceline.rl.algorithm import Algorithm, Turn, turn_of
+from paceline.rl.text.logprobs import mismatch
 
 
 @dataclass
@@ -151,6 +152,13 @@ class PolicyGradient(Algorithm):
             turns: what was said.
         """
         return self.system.auditor_logps(turns), None
+
+    def row(self, steps: Sequence[Sample]) -> Mapping[str, float]:
+        both = [(step.old, step.sampled) for step in steps if step.sampled is not None]
+        if not both:
+            return {}
+        old, sampled = (torch.as_tensor(np.concatenate(part)) for part in zip(*both, strict=True))
+        return mismatch(old, sampled, torch.ones_like(old))
 
     def prepare(self, steps: list[Sample]) -> list[Sample]:
         if not steps:

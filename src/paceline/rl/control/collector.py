@@ -148,13 +148,14 @@ class ControlCollector:
         values = columns["value"].numpy()
         following = np.concatenate([values[1:], policy.value(last).cpu().numpy()[None]])
         following = np.where(ended > 0, after_end, following)
-        flags = [torch.from_numpy(part > 0).T for part in (terminated, ended, valid)]
-        advantages, returns = gae(
-            torch.from_numpy(rewards).T, columns["value"].double().T,
-            torch.from_numpy(following).double().T, *flags, gamma=self._gamma, lam=self._lam,
-        )  # fmt: skip
-        columns["advantages"] = advantages.T.float()
-        columns["returns"] = returns.T.float()
+        by_time = (rewards, values, following, terminated, ended, valid)
+        advantages, _ = gae(
+            *(torch.from_numpy(part.T.astype(np.float64)) for part in by_time),
+            gamma=self._gamma,
+            lam=self._lam,
+        )
+        columns["advantages"] = advantages.T.float().contiguous()
+        columns["returns"] = columns["advantages"] + columns["value"]
         return {
             "columns": columns,
             "valid": valid > 0,

@@ -17,7 +17,7 @@ from paceline.rl.engine import Request, Sampling
 from paceline.rl.redteam.ast_system import ASTSystem
 from paceline.rl.redteam.tiny import TINY, tiny_model, tiny_tokenizer
 from paceline.rl.redteam.turns import Dialogue, Exchange, Said
-from paceline.rl.text.local import LocalEngine, end_tokens
+from paceline.rl.text.local import end_tokens
 from paceline.rl.text.logprobs import Scored, completion_logps
 
 
@@ -305,7 +305,7 @@ class HFASTSystem(ASTSystem):
     ) -> list[Said]:
         sampling = Sampling(self.max_new_tokens, top_k=self.top_k, top_p=self.top_p)
         cut = [_cut(model, ids, self.max_new_tokens) for ids in contexts]
-        engine = LocalEngine(model, tokenizer)
+        engine = self.engine_of(model, tokenizer)
         made = engine.generate(
             [Request(ids, seed, sampling) for ids, seed in zip(cut, seeds, strict=True)]
         )

@@ -157,7 +157,7 @@ def _reward(name: str, value: Any) -> tuple[float, Reward]:
         if not isinstance(made, Reward):
             made = ScorerReward(name, made if hasattr(made, "score") else RuleScorer(made))
         return _weight(where, weight), made
-    settings = dict(value) if isinstance(value, Mapping) else {"weight": value}
+    settings: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"weight": value}
     weight = _weight(where, settings.pop("weight", 1.0))
     if name in _OWN:
         if name == "diversity" or settings.keys() - {"kind"}:

@@ -73,7 +73,7 @@ def tiny_model(seed: int = 0) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
         # Large against the layers' weights: the word just read is among the likeliest.
         torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.15)
     return model

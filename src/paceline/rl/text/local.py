@@ -23,8 +23,8 @@ class LocalEngine(Engine):
         pad_id: fills up shorter prompts; no number depends on it.
         batch: the most completions at a time.
 
-    Attributes:
-        version: the policy's version, which the completions record; set by who trains it.
+    Raises:
+        ConfigError: `batch` is no positive number.
     """
 
     name = "local"
@@ -43,7 +43,6 @@ class LocalEngine(Engine):
         self.model, self.tokenizer = model, tokenizer
         self.end_ids = frozenset(end_ids) or end_tokens(model, tokenizer)
         self.pad_id, self.batch = pad_id, batch
-        self.version = 0
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """A completion for each request, in the same order.

@@ -58,7 +58,8 @@ class PolicySystem(System):
         if isinstance(tokenizer, str | Path):
             with reading(f"system.tokenizer={str(tokenizer)!r}"):
                 tokenizer = read_tokenizer(str(tokenizer))
-        self.auditor, self.tokenizer = model, tokenizer
+        self.auditor: Any = model
+        self.tokenizer: Any = tokenizer
         self.baseline: Any = None
 
     def keep_baseline(self) -> None:

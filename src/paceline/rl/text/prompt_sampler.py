@@ -21,7 +21,6 @@ from paceline.rl.engine import Completion, Request, Sampling
 from paceline.rl.graph import Graph, Node
 from paceline.rl.sampler import Sampler
 from paceline.rl.text.generate import context_length
-from paceline.rl.text.local import LocalEngine
 from paceline.world.seeding import stream
 
 _PROMPTS = ("prompt", "messages", "text")
@@ -166,7 +165,7 @@ class PromptSampler(Sampler):
                 ]
             graphs.append(graph)
             prompts.append(ids)
-        engine = LocalEngine(model, tokenizer)
+        engine = self.system.engine_of(model, tokenizer)
         engine.version = self.version
         made = iter(engine.generate(requests))
         for graph, row, ids in zip(graphs, rows, prompts, strict=True):
