@@ -29,6 +29,7 @@ from paceline.rl.engine import Engine
 from paceline.rl.evaluation import Evaluation
 from paceline.rl.graph import final_reward
 from paceline.rl.graph_collector import GraphCollector
+from paceline.rl.in_step import in_step
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
 from paceline.rl.system import System
@@ -342,7 +343,9 @@ class RLTrainer(FactoryTrainer):
         }
         vars(self.system).update({name: model.module for name, model in wrapped.items()})
         try:
-            with acting(models.values(), self.autocast):
+            each = [getattr(model, "module", model) for model in models.values()]
+            sharded = list({id(model): model for model in each}.values())
+            with acting(models.values(), self.autocast), in_step(sharded, self.world):
                 yield
         finally:
             vars(self.system).update(wrapped)
