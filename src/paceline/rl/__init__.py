@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paceline.rl.algorithms.reinforce import REINFORCE, RLOO
     from paceline.rl.control.actor_critic import ActorCritic, Policy
     from paceline.rl.control.environment import Environment, GymEnvironment
+    from paceline.rl.engine import Completion, Engine, Request, Sampling
     from paceline.rl.evaluation import Evaluation
     from paceline.rl.graph import Graph, Node
     from paceline.rl.harness import Harness
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from paceline.rl.sampler import Sampler
     from paceline.rl.scorer import Scorer
     from paceline.rl.system import System, ValueFunctionSystem
+    from paceline.rl.text.local import LocalEngine
     from paceline.rl.text.policy_system import PolicySystem
     from paceline.rl.text.prompt_sampler import PromptSampler
     from paceline.rl.trainer import RLTrainer
@@ -54,9 +56,11 @@ __all__ = [
     "ActorCritic",
     "Algorithm",
     "ClassifierScorer",
+    "Completion",
     "DPOBatch",
     "DPOStep",
     "DetoxifyScorer",
+    "Engine",
     "Environment",
     "Evaluation",
     "Evaluator",
@@ -69,15 +73,18 @@ __all__ = [
     "HFRolloutTrainer",
     "Harness",
     "LlamaGuardScorer",
+    "LocalEngine",
     "Node",
     "Policy",
     "PolicySystem",
     "ProfanityScorer",
     "PromptSampler",
     "RLTrainer",
+    "Request",
     "RolloutTrainer",
     "RuleScorer",
     "Sampler",
+    "Sampling",
     "Scorer",
     "System",
     "TrainingConfiguration",
@@ -87,6 +94,11 @@ __all__ = [
 
 # Where the public names are, so that importing one imports no other part.
 _HOMES = {
+    "Completion": "engine",
+    "Engine": "engine",
+    "Request": "engine",
+    "Sampling": "engine",
+    "LocalEngine": "text.local",
     "DPO": "algorithms.dpo",
     "GRPO": "algorithms.grpo",
     "IPO": "algorithms.dpo",

@@ -184,7 +184,8 @@ class RLTrainer(FactoryTrainer):
                     "engine: expected a function of model and tokenizer for a System of "
                     "paceline.rl, such as functools.partial(LocalEngine, batch=16)."
                 )
-            self.system.make_engine = self.engine
+            make: Any = self.engine
+            self.system.make_engine = make
         self._make_algorithm()
         if self.model is None:
             trained = trained_models(self.system)
