@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from language_models import model_of
-from paceline import CheckpointPolicy
+from paceline import CheckpointPolicy, Parallel
 from paceline.rl.algorithms.grpo import GRPO
 from paceline.rl.text.policy_system import PolicySystem
 from paceline.rl.text.prompt_sampler import PromptSampler
 from paceline.rl.trainer import RLTrainer
+from paceline.world.dtensors import whole
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 PROMPTS = ["a cat", "the dog", "one more", "x", "so it is", "now"]
@@ -90,3 +91,22 @@ def weights_after(accumulation: int = 1) -> torch.Tensor:
     trainer.train(seed=7)
     model = getattr(trainer.system.auditor, "module", trainer.system.auditor)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def sharded_weights_after(episodes: int, shards: int) -> torch.Tensor:
+    """The policy's weights after a run of two experiences, sharded over so many ranks."""
+    trainer = trainer_of(
+        sampler=lambda system: sampler_of(system, episodes=episodes),
+        algorithm=lambda system: GRPO(system, beta=0.05, passes=2, minibatch=4),
+        parallel=Parallel(dp_shard=shards),
+    )
+    trainer.optimizer = torch.optim.SGD(trainer.algorithm.system.parameters(), lr=0.1)
+    kept: list[torch.Tensor] = []
+
+    def on_step_end(metrics: Any) -> None:
+        parameters = [whole(p.detach()) for p in trainer.system.auditor.parameters()]
+        kept.append(torch.cat([p.flatten() for p in parameters]).clone())
+
+    trainer.on_step_end = on_step_end
+    trainer.train(seed=7)
+    return kept[-1]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from paceline.rl.sampler import Sampler
     from paceline.rl.scorer import Scorer
     from paceline.rl.system import System, ValueFunctionSystem
+    from paceline.rl.text.local import LocalEngine
     from paceline.rl.text.policy_system import PolicySystem
     from paceline.rl.text.prompt_sampler import PromptSampler
     from paceline.rl.trainer import RLTrainer
@@ -71,6 +72,7 @@ else:
             "Harness": "paceline.rl.harness",
             "IPO": "paceline.rl.algorithms.dpo",
             "LlamaGuardScorer": "paceline.rl.redteam.scorers",
+            "LocalEngine": "paceline.rl.text.local",
             "Node": "paceline.rl.graph",
             "PPO": "paceline.rl.algorithms.ppo",
             "Policy": "paceline.rl.control.actor_critic",
@@ -125,6 +127,7 @@ __all__ = [
     "HFRolloutTrainer",
     "Harness",
     "LlamaGuardScorer",
+    "LocalEngine",
     "Node",
     "Policy",
     "PolicySystem",

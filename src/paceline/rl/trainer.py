@@ -30,6 +30,7 @@ from paceline.rl.engine import Engine
 from paceline.rl.evaluation import Evaluation
 from paceline.rl.graph import final_reward
 from paceline.rl.graph_collector import GraphCollector
+from paceline.rl.in_step import in_step
 from paceline.rl.recorded import RecordRollouts
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
@@ -220,7 +221,8 @@ class RLTrainer(FactoryTrainer):
                     "engine: expected a function of model and tokenizer for a System of "
                     "paceline.rl, such as functools.partial(LocalEngine, batch=16)."
                 )
-            self.system.make_engine = self.engine
+            make: Any = self.engine
+            self.system.make_engine = make
         self._make_algorithm()
         if self.model is None:
             trained = trained_models(self.system)
@@ -384,7 +386,9 @@ class RLTrainer(FactoryTrainer):
         }
         vars(self.system).update({name: model.module for name, model in wrapped.items()})
         try:
-            with acting(models.values(), self.autocast):
+            each = [getattr(model, "module", model) for model in models.values()]
+            sharded = list({id(model): model for model in each}.values())
+            with acting(models.values(), self.autocast), in_step(sharded, self.world):
                 yield
         finally:
             vars(self.system).update(wrapped)
