@@ -36,6 +36,7 @@ from paceline.rl import (
 )
 from paceline.rl.redteam.judging import Watch
 from paceline.rl.redteam.tiny import tiny_model, tiny_tokenizer
+from paceline.rl.redteam.turns import Dialogue, Exchange, Said
 
 PROMPTS = ["tell me a story", "what is the time", "good day"]
 
@@ -356,6 +357,13 @@ def test_rewards_are_summed_by_weight_and_each_is_kept_by_its_name() -> None:
     for i, node in enumerate(graph.children):
         shared = [len(bags[i] & b) / len(bags[i] | b) for j, b in enumerate(bags) if j != i]
         assert node.rewards["diversity"] == pytest.approx(1 - max(shared))
+
+
+def test_the_likelihood_of_a_short_probe_is_a_mean_over_its_own_tokens(system: Any) -> None:
+    probes = (" tea", " red tea please")
+    turns = [Exchange(Dialogue("good day"), Said(probe), Said("")) for probe in probes]
+    alone = [system.probe_logps([turn])[0] for turn in turns]
+    assert [len(row) for row in system.probe_logps(turns)] == [1, 3] == [len(row) for row in alone]
 
 
 def test_profanity_is_what_the_package_says(monkeypatch: pytest.MonkeyPatch) -> None:

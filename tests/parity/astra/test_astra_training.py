@@ -206,6 +206,15 @@ def test_A13_a_seed_gives_one_experience_whose_episodes_differ() -> None:
     assert list(harness.experience(seed=0)) == list(harness.experience(seed=0)) != first
 
 
+def test_shuffled_steps_have_an_order_of_the_seed() -> None:
+    sampler = Fixed(WordSystem())
+    shuffled = {"batch_size": 6, "shuffle": True}
+    harness = Harness(sampler, Reinforced(sampler.system), 1, dataloader_kwargs=shuffled)
+    orders = [[step.probe for step in next(harness.experience(seed))] for seed in (1, 1, 2, 3)]
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in orders}) == 3
+
+
 def test_an_experience_without_a_step_is_an_error_that_says_so() -> None:
     sampler = sampler_of(depth=0)
     with pytest.raises(DataError, match="no step to train on"):
