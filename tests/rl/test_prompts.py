@@ -171,8 +171,8 @@ def test_impossible_settings_are_named(
 @pytest.mark.parametrize("kind", ["none", "truncate", "mask"])
 def test_importance_weights_correct_advantages(system: PolicySystem, kind: str) -> None:
     """As if the sampler had found each token a little less or more likely than the trainer."""
-    cap = {} if kind == "none" else {"importance_cap": 1.2}
-    algorithm = GRPO(system, importance_weights=kind, **cap)
+    weighting = None if kind == "none" else {"kind": kind, "cap": 1.2}
+    algorithm = GRPO(system, importance_weights=weighting)
     samples = algorithm.flatten(sampler_of(system, source=["a cat"]).rollout(seed=1))
     for sample in samples:
         assert np.abs(sample.sampled - sample.old).max() < 1e-5, "they are one model"

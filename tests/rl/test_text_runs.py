@@ -131,7 +131,7 @@ def test_what_cannot_be_trained_on_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match="max_length"):
         GRPO(system, aggregation="dr_grpo")
     with pytest.raises(ConfigError, match="cap=None"):
-        GRPO(system, importance_weights="truncate")
+        GRPO(system, importance_weights={"kind": "truncate"})
     with pytest.raises(ConfigError, match=r"group_size=1.*GRPO compares"):
         trainer_of(sampler=partial(sampler_of, group_size=1)).train(seed=7)
     with pytest.raises(ConfigError, match=r"minibatch=13: an experience has 12"):

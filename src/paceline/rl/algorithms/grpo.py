@@ -12,7 +12,6 @@ from paceline.errors import ConfigError
 from paceline.losses import group_advantages, grpo_items, grpo_loss, importance_weights
 from paceline.losses.advantages import SCALES
 from paceline.losses.masked import check_choice
-from paceline.losses.ratios import KINDS_OF_WEIGHTS
 from paceline.rl.algorithms.policy_gradient import (
     PolicyGradient,
     Sample,
@@ -38,17 +37,14 @@ class GRPO(PolicyGradient):
         ratio: "clip", or "cispo" for weights without a gradient, at most `cap`.
         cap: the largest ratio; "cispo" needs it.
         max_length: tokens by which "dr_grpo" divides: the longest completion allowed.
-        beta: of the divergence (k3) from the reference, in the loss; 0 needs no reference.
-        reference: "baseline": the system's.
         equal_groups: groups of equal rewards: "keep" counts their tokens in the mean, "drop" leaves
             them out and counts them as skipped.
         importance_weights: what corrects for a sampler that computes other probabilities than the
-            trainer does: "none", or weights above `importance_cap` are cut by "truncate" and 0 by
-            "mask".
-        importance_cap: the largest such weight.
-        importance_level: "token" or "sequence".
-        passes: over each experience.
-        minibatch: samples of all ranks in an optimizer step; None for the whole experience.
+            trainer does, as {"kind": "truncate", "cap": 2.0, "level": "token"}: weights above `cap`
+            are cut by "truncate" and 0 by "mask"; `level` is "token" or "sequence". None for no
+            correction.
+        **settings: `beta` (of k3, in the loss), `reference`, `passes` and `minibatch`, as of
+            `PolicyGradient`.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -69,25 +65,25 @@ class GRPO(PolicyGradient):
         ratio: str = "clip",
         cap: float | None = None,
         max_length: int | None = None,
-        beta: float = 0.0,
-        reference: str = "baseline",
         equal_groups: str = "keep",
-        importance_weights: str = "none",
-        importance_cap: float | None = None,
-        importance_level: str = "token",
-        passes: int = 1,
-        minibatch: int | None = None,
+        importance_weights: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(system, beta=beta, reference=reference, passes=passes, minibatch=minibatch)
+        super().__init__(system, **settings)
         self.aggregation, self.scale = aggregation, scale
         self.clip_low, self.clip_high = clip_low, clip_high
         self.level, self.ratio, self.cap, self.max_length = level, ratio, cap, max_length
         self.equal_groups = equal_groups
-        self.importance_weights, self.importance_cap = importance_weights, importance_cap
-        self.importance_level = importance_level
+        if importance_weights is not None and not isinstance(importance_weights, Mapping):
+            raise ConfigError(
+                f"algorithm.importance_weights={importance_weights!r}: expected such as "
+                "{kind: truncate, cap: 2.0}, or null."
+            )
+        self.importance_weights = None if importance_weights is None else dict(importance_weights)
+        if unknown := (self.importance_weights or {}).keys() - {"kind", "cap", "level"}:
+            raise ConfigError(f"algorithm.importance_weights: there is no {min(unknown)!r} in it.")
         check_choice("algorithm", "scale", scale, SCALES)
         check_choice("algorithm", "equal_groups", equal_groups, ("keep", "drop"))
-        check_choice("algorithm", "importance_weights", importance_weights, KINDS_OF_WEIGHTS)
         nothing = torch.zeros(1, 1)
         self._loss(nothing, nothing, nothing, nothing, nothing)  # refuses what it cannot do
         self._weights(nothing, nothing, nothing)
@@ -102,7 +98,7 @@ class GRPO(PolicyGradient):
     def advantages(self, samples: list[Sample]) -> list[np.ndarray]:
         whole = group_advantages(rewards_of(samples), groups_of(samples), scale=self.scale)
         found = [np.full(len(s.old), float(a)) for s, a in zip(samples, whole, strict=True)]
-        if self.importance_weights == "none":
+        if self.importance_weights is None:
             return found
         for i, sample in enumerate(samples):
             if sample.sampled is None:
@@ -122,9 +118,7 @@ class GRPO(PolicyGradient):
             old,
             sampled,
             mask,
-            kind=self.importance_weights,
-            cap=self.importance_cap,
-            level=self.importance_level,
+            **(self.importance_weights or {}),
         )
 
     def count_items(self, batch: Mapping[str, Any]) -> Any:

@@ -36,9 +36,9 @@ class PPO(PolicyGradient):
         target_kl: no further pass over an experience is made once the policy has diverged so far
             from the one that collected it (k3, mean over its samples); None for all passes.
         beta: how much the policy is held to the reference, of text; 0 needs none.
-        reference: "baseline": the system's.
         passes: over each experience.
         minibatch: transitions, or turns, of all ranks in an optimizer step.
+        **settings: `reference`, as of `PolicyGradient`.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -59,11 +59,11 @@ class PPO(PolicyGradient):
         normalize_advantages: bool = True,
         target_kl: float | None = None,
         beta: float = 0.0,
-        reference: str = "baseline",
         passes: int = 10,
         minibatch: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(system, beta=beta, reference=reference, passes=passes, minibatch=minibatch)
+        super().__init__(system, beta=beta, passes=passes, minibatch=minibatch, **settings)
         if target_kl is not None and not target_kl > 0:
             raise ConfigError(f"algorithm.target_kl={target_kl}: expected above 0, or null.")
         self.gamma, self.lam = gamma, lam
