@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,26 +67,9 @@ class HFASTSystem(ASTSystem):
         max_new_tokens: int = 32,
         top_k: int = 0,
         top_p: float = 1.0,
-        ppl_weight: float = 0.025,
-        combined_weight: float = 0.1,
-        defense_toxicity_weight: float = 0.1,
-        likelihood: Any = "probability",
-        rewards: Mapping[str, Any] | None = None,
-        scorer_timeout: float = 60.0,
-        scorer_retries: int = 1,
-        max_failures: int = 16,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            scorer,
-            ppl_weight,
-            combined_weight,
-            defense_toxicity_weight,
-            likelihood=likelihood,
-            rewards=rewards,
-            scorer_timeout=scorer_timeout,
-            scorer_retries=scorer_retries,
-            max_failures=max_failures,
-        )
+        super().__init__(scorer, **settings)
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         self.device, self.max_new_tokens = device, max_new_tokens
