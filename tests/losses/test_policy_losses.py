@@ -302,3 +302,20 @@ def test_a_batch_without_a_token_has_a_loss_of_zero_and_no_gradient() -> None:
         if name.endswith("/loss"):
             (gradient,) = torch.autograd.grad(loss, logps, retain_graph=True)
             assert not gradient.any(), name
+
+
+def test_no_mask_is_a_mask_of_everything() -> None:
+    torch.manual_seed(0)
+    new, old, advantages, values = torch.randn(4, 3, 5)
+    new.requires_grad_()
+    whole = torch.ones(3, 5, dtype=torch.bool)
+    for loss, *tensors in (
+        (ppo_policy_loss, new, old, advantages),
+        (ppo_value_loss, new, values, advantages),
+    ):
+        one, stats = loss(*tensors, whole)
+        other, others = loss(*tensors, None)
+        torch.testing.assert_close(other, one)
+        torch.testing.assert_close(others, stats)
+        first, second = (torch.autograd.grad(each, new)[0] for each in (one, other))
+        torch.testing.assert_close(second, first)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from text_runs import trainer_of
 
+from paceline import Resume
+from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError
 from paceline.recipe import build_trainer, load_recipe
 from paceline.rl.control.environment import GymEnvironment
@@ -69,3 +71,22 @@ def test_an_engine_without_prompts_is_refused() -> None:
         ).configure()
     with pytest.raises(ConfigError, match="expected a function of model and tokenizer"):
         trainer_of(engine=3).configure()
+
+
+def test_a_stop_is_asked_for_between_tokens(tmp_path: Path) -> None:
+    """So that a signal does not wait for a long completion."""
+    trainer = trainer_of(tmp_path, checkpoint=None)
+    sampler: Any = trainer.sampler
+    asked = iter([False, False, False, True])
+    sampler.begin(0, lambda: next(asked))
+    with pytest.raises(StopCollecting):
+        sampler.rollouts([1])
+    assert next(asked, None) is None
+
+
+def test_a_baseline_is_not_that_of_weights_that_are_loaded_later(tmp_path: Path) -> None:
+    trained = trainer_of(tmp_path, epochs=1)
+    trained.train(seed=7)
+    trainer = trainer_of(checkpoint=None, resume=Resume(init_from=tmp_path / "run"))
+    with pytest.raises(ConfigError, match="name them as the system's model instead"):
+        trainer.train()

@@ -10,15 +10,15 @@ from torch import Tensor
 from paceline.errors import ConfigError, nearest
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over a mask's elements, a scalar; 0 if there is none.
 
     Args:
         values: any shape.
-        mask: of the same shape; true, or not 0, where an element counts.
+        mask: of the same shape; true, or not 0, where an element counts. None if all do.
     """
     check_shapes("masked_mean", values=values, mask=mask)
-    counts = mask.bool()
+    counts = None if mask is None else mask.bool()
     return mean_where(only(exact(values), counts), counts)
 
 
@@ -83,23 +83,25 @@ def exact(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def only(values: Tensor, counts: Tensor) -> Tensor:
+def only(values: Tensor, counts: Tensor | None) -> Tensor:
     """Values with 0 outside a mask, where neither they nor their gradients count, NaN or not.
 
     Args:
         values: any shape.
-        counts: of the same shape, bool.
+        counts: of the same shape, bool; None if all count.
     """
-    return values.masked_fill(~counts, 0.0)
+    return values if counts is None else values.masked_fill(~counts, 0.0)
 
 
-def mean_where(values: Tensor, counts: Tensor) -> Tensor:
+def mean_where(values: Tensor, counts: Tensor | None) -> Tensor:
     """The mean of values that are 0 outside a mask.
 
     Args:
         values: any shape.
-        counts: of the same shape, bool.
+        counts: of the same shape, bool; None if all count.
     """
+    if counts is None:
+        return values.sum() / max(values.numel(), 1)
     return values.sum() / counts.sum().clamp(min=1)
 
 

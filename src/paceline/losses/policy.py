@@ -145,7 +145,7 @@ def ppo_policy_loss(
     logps: Tensor,
     old_logps: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -159,14 +159,14 @@ def ppo_policy_loss(
         logps: of what was sampled, under the policy, any shape.
         old_logps: those under the policy that sampled, of the same shape, without a gradient.
         advantages: of the same shape, without a gradient.
-        mask: of the same shape; true, or not 0, where an element counts.
+        mask: of the same shape; true, or not 0, where an element counts. None if all do.
         clip_low, clip_high: the ratio is clipped to 1 - clip_low and 1 + clip_high.
     """
     check_shapes(
         "ppo_policy_loss", logps=logps, old_logps=old_logps, advantages=advantages, mask=mask
     )
     _check_clips("ppo_policy_loss", clip_low, clip_high)
-    counts = mask.bool()
+    counts = None if mask is None else mask.bool()
     shifts = only(exact(logps) - exact(old_logps.detach()), counts)
     advantages = only(exact(advantages.detach()), counts)
     losses = _clipped(shifts, advantages, clip_low, clip_high, None)
@@ -178,7 +178,7 @@ def ppo_value_loss(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -194,16 +194,16 @@ def ppo_value_loss(
         values: as the model computes them now, any shape.
         old_values: those with which the samples were collected, of the same shape.
         returns: what they are to become, of the same shape, without a gradient.
-        mask: of the same shape; true, or not 0, where an element counts.
+        mask: of the same shape; true, or not 0, where an element counts. None if all do.
         clip: the largest change, in the unit of the rewards; None for any.
     """
     check_shapes("ppo_value_loss", values=values, old_values=old_values, returns=returns, mask=mask)
     if clip is not None and not clip > 0:
         raise ConfigError(f"ppo_value_loss: clip={clip}; it is above 0, or None for no clipping.")
-    counts = mask.bool()
+    counts = None if mask is None else mask.bool()
     values, returns = only(exact(values), counts), only(exact(returns.detach()), counts)
     errors = (values - returns).square()
-    clipped = torch.zeros_like(counts)
+    clipped = torch.zeros_like(values, dtype=torch.bool)
     if clip is not None:
         old = only(exact(old_values.detach()), counts)
         held = (old + (values - old).clamp(-clip, clip) - returns).square()
@@ -235,7 +235,7 @@ def _clipped(
 def _statistics(
     shifts: Tensor,
     advantages: Tensor,
-    counts: Tensor,
+    counts: Tensor | None,
     clip_low: float,
     clip_high: float,
 ) -> dict[str, Tensor]:

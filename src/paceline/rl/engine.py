@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -88,10 +88,12 @@ class Engine:
 
     Attributes:
         version: the policy's version, which completions record; set by who samples.
+        check_stop: to be called between tokens: raises `StopCollecting` if the run stops.
     """
 
     name: ClassVar[str]
     version: int = 0
+    check_stop: Callable[[], None] = staticmethod(lambda: None)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from paceline import registry
 from paceline.data.source import StopCollecting
 from paceline.rl.graph import Graph
+from paceline.rl.system import System
 
 
 class Sampler:
@@ -103,6 +104,8 @@ class Sampler:
             stopping: whether the run stops.
         """
         self.version, self._stopping = version, stopping
+        if isinstance(self.system, System):
+            self.system.check_stop = self.check_stop
 
     def check_skipped(self, skipped: Mapping[str, int]) -> None:
         """Called after each experience, on all ranks: raises if it may not go on like this.

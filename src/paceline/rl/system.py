@@ -29,9 +29,11 @@ class System:
     Attributes:
         make_engine: makes what completes prompts, from `model` and `tokenizer`; None for a
             `LocalEngine`.
+        check_stop: raises `StopCollecting` if the run stops; set by who samples.
     """
 
     name: ClassVar[str]
+    check_stop: Callable[[], None] = staticmethod(lambda: None)
     make_engine: Callable[..., Engine] | None = None
 
     def __init__(self, scorer: Any = None) -> None:
@@ -77,7 +79,9 @@ class System:
             tokenizer: the model's.
         """
         make = LocalEngine if self.make_engine is None else self.make_engine
-        return make(model=model, tokenizer=tokenizer)
+        engine = make(model=model, tokenizer=tokenizer)
+        engine.check_stop = self.check_stop
+        return engine
 
     def keep_baseline(self) -> None:
         """Called before training for an algorithm that compares with the baseline.

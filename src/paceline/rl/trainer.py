@@ -236,6 +236,11 @@ class RLTrainer(FactoryTrainer):
         if self.algorithm.system is None:
             self.algorithm.system = self.system
         if self.algorithm.compares and isinstance(self.system, System):
+            if self.resume.init_from is not None:
+                raise ConfigError(
+                    "--init-from: the algorithm compares with a baseline, which is made before "
+                    "these weights are loaded: name them as the system's model instead."
+                )
             self.system.keep_baseline()
 
     def setup(self) -> None:

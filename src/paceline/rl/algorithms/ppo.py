@@ -132,7 +132,8 @@ class PPO(PolicyGradient):
         items = 0.0
         for batch in self._batches(steps):
             new, _, _, *others = self._evaluated(batch)
-            old, mask = (others[i].to(new.device) for i in (0, 2))
+            old, mask = others[0].to(new.device), others[2]
+            mask = torch.ones_like(new) if mask is None else mask.to(new.device)
             number = float(mask.sum())
             total += masked_mean(kl(old, new, "k3", mask), mask).double().cpu() * number
             items += number
@@ -151,10 +152,10 @@ class PPO(PolicyGradient):
                 yield self.collate_fn(steps[part])
 
     def _evaluated(self, batch: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Log-probabilities, entropies or None, values, the old two, and the mask."""
+        """Log-probabilities, entropies or None, values, the old two, and the mask or None."""
         if "turns" not in batch:
             logp, entropy, value = self.system.evaluate(batch)
-            return logp, entropy, value, batch["logp"], batch["value"], torch.ones_like(logp)
+            return logp, entropy, value, batch["logp"], batch["value"], None
         scored, values = self.system.auditor_logps_and_values(batch["turns"])
         same_tokens(scored, batch["mask"])
         return scored.logps, scored.entropy, values, batch["old"], batch["values"], batch["mask"]

@@ -71,20 +71,16 @@ class ActorCritic(Policy):
     ) -> None:
         super().__init__()
         self.actions = _actions(action_space)
-        self.policy_encoder, self.value_encoder = _encoder(observation_space), None
-        images = any(isinstance(m, nn.Conv2d) for m in self.policy_encoder.modules())
-        if not images:  # an image's encoder is shared
-            self.value_encoder = _encoder(observation_space)
-        width = self.policy_encoder.width
+        self.encoder = _encoder(observation_space)  # nothing in it is trained, but for images
+        width = self.encoder.width
         self.policy_net = _tower(width, hidden, self.actions.width, 0.01)
         self.value_net = _tower(width, hidden, 1, 1.0)
         extra = self.actions.extra()
         self.log_std = None if extra is None else nn.Parameter(extra)
 
     def _both(self, obs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = self.policy_encoder(obs)
-        other = encoded if self.value_encoder is None else self.value_encoder(obs)
-        return self.policy_net(encoded), self.value_net(other).squeeze(-1)
+        encoded = self.encoder(obs)
+        return self.policy_net(encoded), self.value_net(encoded).squeeze(-1)
 
     def noise(self, generator: torch.Generator, *shape: int) -> torch.Tensor:
         """Random numbers from which `act` makes actions, [*shape, numbers of an action].
@@ -117,8 +113,7 @@ class ActorCritic(Policy):
         return logp, self.actions.entropy(outputs, self.log_std), value
 
     def value(self, obs: Any) -> torch.Tensor:
-        encoder = self.policy_encoder if self.value_encoder is None else self.value_encoder
-        return self.value_net(encoder(obs)).squeeze(-1)
+        return self.value_net(self.encoder(obs)).squeeze(-1)
 
 
 class _Categoricals:
@@ -132,12 +127,16 @@ class _Categoricals:
     def extra(self) -> torch.Tensor | None:
         return None
 
+    def _parts(self, outputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The logits of each choice."""
+        return [outputs] if len(self.sizes) == 1 else outputs.split(self.sizes, -1)
+
     def noise(self, generator: torch.Generator | None, shape: Sequence[int]) -> torch.Tensor:
         return torch.rand(*shape, len(self.sizes), generator=generator)
 
     def choose(self, outputs: torch.Tensor, _: Any, noise: torch.Tensor | None) -> torch.Tensor:
         chosen = []
-        for i, part in enumerate(outputs.split(self.sizes, -1)):
+        for i, part in enumerate(self._parts(outputs)):
             if noise is None:
                 chosen.append(part.argmax(-1))
                 continue
@@ -149,15 +148,14 @@ class _Categoricals:
 
     def log_prob(self, outputs: torch.Tensor, _: Any, action: torch.Tensor) -> torch.Tensor:
         flat = action.reshape(len(outputs), -1)
-        parts = outputs.split(self.sizes, -1)
-        logs = [part.log_softmax(-1) for part in parts]
-        return torch.stack(
-            [log.gather(-1, flat[:, i : i + 1]).squeeze(-1) for i, log in enumerate(logs)]
-        ).sum(0)
+        logs = [part.log_softmax(-1) for part in self._parts(outputs)]
+        chosen = [log.gather(-1, flat[:, i : i + 1]) for i, log in enumerate(logs)]
+        return (chosen[0] if len(chosen) == 1 else torch.cat(chosen, -1).sum(-1, True)).squeeze(-1)
 
     def entropy(self, outputs: torch.Tensor, _: Any) -> torch.Tensor:
-        logs = [part.log_softmax(-1) for part in outputs.split(self.sizes, -1)]
-        return -torch.stack([(log.exp() * log).sum(-1) for log in logs]).sum(0)
+        logs = [part.log_softmax(-1) for part in self._parts(outputs)]
+        each = [(log.exp() * log).sum(-1) for log in logs]
+        return -each[0] if len(each) == 1 else -torch.stack(each).sum(0)
 
     def to_environment(self, action: torch.Tensor) -> Any:
         return (action.cpu().numpy() + self.start).astype(self.dtype)

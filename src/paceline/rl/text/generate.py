@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ def decode(
     end_ids: Collection[int] = (),
     pad_id: int = 0,
     version: int = 0,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
     """Completes prompts, all sampled alike, in one batch.
 
@@ -33,7 +34,7 @@ def decode(
         model: as for `LocalEngine`, in eval mode.
         requests: what is wanted.
         sampling: how all of their tokens are chosen.
-        tokenizer, end_ids, pad_id, version: as for `LocalEngine`.
+        tokenizer, end_ids, pad_id, version, check_stop: as for `LocalEngine`.
 
     Raises:
         ConfigError: a prompt is empty, or there is no room for its completion in the model's
@@ -59,6 +60,7 @@ def decode(
     logps: list[list[float]] = [[] for _ in requests]
     ended: list[Any] = ["length"] * len(requests)
     for t in range(sampling.max_new_tokens):
+        check_stop()
         scaled = logits.float()
         if sampling.temperature:
             scaled = scaled / sampling.temperature

@@ -74,6 +74,7 @@ class LocalEngine(Engine):
                     end_ids=self.end_ids,
                     pad_id=self.pad_id,
                     version=self.version,
+                    check_stop=self.check_stop,
                 )
                 found.update(zip(alike, made, strict=True))
         return [found[i] for i in range(len(requests))]
