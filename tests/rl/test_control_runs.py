@@ -125,7 +125,7 @@ def test_other_hyperparameters_are_refused_at_a_resume(tmp_path: Path) -> None:
 RECIPE = """
 trainer: {type: rl, epochs: 2, progress: false}
 environment: {type: gym, id: CartPole-v1, num_envs: 2, steps: 8}
-model: {hidden: [8]}
+model: {type: actor_critic, hidden: [8]}
 algorithm: {type: ppo, passes: 1, minibatch: 8}
 optimizer: {type: adamw, lr: 1.0e-3}
 evaluation: {episodes: 2, every: 2}

@@ -17,9 +17,11 @@ from endings import ending
 from paceline import CheckpointPolicy
 from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError, DataError
-from paceline.rl import Algorithm, Graph, RLTrainer, read_rollouts
+from paceline.rl import Algorithm, Evaluation, Graph, RLTrainer, read_rollouts
+from paceline.rl.graph import final_reward
 from paceline.rl.source import packed, unpacked
 from paceline.testing import Ranks, rows
+from paceline.world.seeding import stream
 
 EPOCHS = 3
 
@@ -216,3 +218,36 @@ def test_a_rollout_leaves_the_global_generators_as_they_were() -> None:
 def test_a_run_without_rollouts_says_so() -> None:
     with pytest.raises(DataError, match="has recorded no rollouts"):
         read_rollouts("nowhere")
+
+
+def played_again(trainer: Any) -> list[float]:
+    """The rewards of the last turns of an evaluation's episodes, first branches alone."""
+    found = []
+    for episode in range(12):
+        graph = trainer.sampler.eval_rollout(stream(2, "eval", episode) >> 1)
+        found.append(final_reward(graph))
+    return found
+
+
+def test_evaluations_say_by_how_much_the_policy_has_gained(tmp_path: Path) -> None:
+    """On the same episodes as before training, pair by pair; a resumed run keeps those."""
+
+    def start(folder: str, epochs: int) -> Any:
+        evaluation = Evaluation(episodes=12, every=10, threshold=0.9, against_untrained=True)
+        trainer = trainer_of(tmp_path / folder, epochs=epochs, evaluation=evaluation)
+        trainer.train(seed=2)
+        return trainer
+
+    whole = start("whole", 20)
+    before = whole.untrained.values
+    metrics = whole.result.metrics
+    values = played_again(whole)
+    assert 0.3 < sum(before) / 12 < 0.7
+    assert metrics["val/reward"] == pytest.approx(sum(values) / 12)
+    assert metrics["val/gain"] == pytest.approx((sum(values) - sum(before)) / 12)
+    assert 0 < metrics["val/gain_low"] < metrics["val/gain"] < metrics["val/gain_high"]
+    assert metrics["val/success"] == sum(value >= 0.9 for value in values) / 12
+    start("parts", 7)
+    parts = start("parts", 20)
+    assert parts.untrained.values == before
+    assert parts.result.metrics == metrics

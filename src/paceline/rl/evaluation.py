@@ -21,6 +21,8 @@ class Evaluation:
             None to count none.
         prompts: of a sampler's: each is played once, without branches; texts, or {"file": path}
             with one a line, relative to the recipe.
+        against_untrained: whether the same episodes are played before training, and each evaluation
+            says by how much it has gained on them.
 
     Raises:
         ConfigError: a number is below 1, or there is no prompt.
@@ -34,12 +36,14 @@ class Evaluation:
         deterministic: bool = True,
         threshold: float | None = None,
         prompts: Any = None,
+        against_untrained: bool = False,
     ) -> None:
         for setting, value in (("every", every), ("episodes", episodes)):
             if value < 1:
                 raise ConfigError(f"evaluation.{setting}={value}: expected at least 1.")
         self.every, self.episodes = every, episodes
         self.deterministic, self.threshold = deterministic, threshold
+        self.against_untrained = against_untrained
         self._file: str | None = None
         self.prompts: list[Any] | None = None
         if isinstance(prompts, Mapping):
@@ -57,3 +61,21 @@ class Evaluation:
         """
         if self._file is not None:
             self.prompts = read_prompts(folder / self._file)
+
+
+class Untrained:
+    """What the episodes of an evaluation were worth before training; saved with the run.
+
+    Attributes:
+        values: one an episode, None for one without a turn; None before they were played.
+    """
+
+    values: list[float | None] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the values."""
+        self.values = state["values"]

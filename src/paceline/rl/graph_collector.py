@@ -75,7 +75,10 @@ class GraphCollector:
             self._sampler.numbers = [first + episode for episode in self._own]
             if seeds:  # for samplers that draw from the global generators
                 seed_everything(seeds[0])
-            graphs = self._sampler.rollouts(seeds)
+            try:
+                graphs = self._sampler.rollouts(seeds)
+            finally:
+                self._sampler.end()
             steps = [list(self._algorithm.flatten(graph)) for graph in graphs]
         played = zip(self._own, seeds, steps, graphs, strict=True)
         return [

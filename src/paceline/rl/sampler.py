@@ -107,6 +107,10 @@ class Sampler:
         if isinstance(self.system, System):
             self.system.check_stop = self.check_stop
 
+    def end(self) -> None:
+        """The experience is over, or given up: nothing is asked of its run any more."""
+        self.begin(self.version, lambda: False)
+
     def check_skipped(self, skipped: Mapping[str, int]) -> None:
         """Called after each experience, on all ranks: raises if it may not go on like this.
 

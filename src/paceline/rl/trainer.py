@@ -27,14 +27,14 @@ from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.scaling import ObservationScaling
 from paceline.rl.control.system import ControlSystem
 from paceline.rl.engine import Engine
-from paceline.rl.evaluation import Evaluation
+from paceline.rl.evaluation import Evaluation, Untrained
 from paceline.rl.graph import final_reward
 from paceline.rl.graph_collector import GraphCollector
 from paceline.rl.in_step import in_step
 from paceline.rl.recorded import RecordRollouts
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
-from paceline.rl.statistics import bootstrap_interval
+from paceline.rl.statistics import bootstrap_interval, paired_interval
 from paceline.rl.system import System
 from paceline.trainer.arguments import arguments_of
 from paceline.trainer.slots import Slot
@@ -144,6 +144,7 @@ class RLTrainer(FactoryTrainer):
         if self.environment is None and (self.loggers is None or self.loggers):
             self.loggers = [*(self.loggers or ()), RecordRollouts()]
         self.max_empty = max_empty if config is None else config.max_empty
+        self.untrained = Untrained()
 
     def configure(self) -> None:
         if self.environment is not None:
@@ -273,18 +274,55 @@ class RLTrainer(FactoryTrainer):
         """Whether the policy is evaluated."""
         return self.evaluation is not None and self.max_val_batches != 0
 
+    def on_train_start(self) -> None:
+        """Evaluates the policy before it is trained, if evaluations are compared with that."""
+        super().on_train_start()
+        wanted = self.evaluation is not None and self.evaluation.against_untrained
+        if wanted and self.untrained.values is None and self.global_step == 0:
+            self.untrained.values = self._episodes_lived()[0]
+
     def evaluate(self) -> dict[str, float] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Evaluates the policy on fresh episodes, or on prompts.
 
         Returns:
-            Means over the episodes: "val/return", "val/length" and, with a threshold,
-            "val/success"; "val/return_low" and "val/return_high", between which the mean return
-            lies with 95 % confidence. Of a sampler's "val/reward", that of the last turn, and the
-            number of episodes without a turn as "val/skipped". None if the run is to stop.
+            Of an environment "val/return" and "val/length", means over the episodes; of a sampler
+            "val/reward", the mean of the last turns', and "val/skipped", the episodes without a
+            turn. "val/return_low" and "val/return_high" (of a sampler "val/reward_low" ...) are the
+            ends of the mean's 95 % interval. With a threshold "val/success"; compared with the
+            untrained policy "val/gain", the mean difference of the same episodes, with its
+            interval. None if the run is to stop.
+        """
+        values, row = self._episodes_lived()
+        if values is None:
+            return None
+        evaluation = self.evaluation or Evaluation()
+        name = "val/return" if self.environment is not None else "val/reward"
+        known = [value for value in values if value is not None]
+        if known:
+            low, high = bootstrap_interval(known, self.seed)
+            row |= {name: float(np.mean(known)), f"{name}_low": low, f"{name}_high": high}
+        if known and evaluation.threshold is not None:
+            row["val/success"] = float(np.mean([v >= evaluation.threshold for v in known]))
+        before = self.untrained.values
+        if evaluation.against_untrained and before is not None and len(before) == len(values):
+            both = zip(values, before, strict=True)
+            pairs = [(v, b) for v, b in both if v is not None and b is not None]
+            if pairs:
+                ones, others = zip(*pairs, strict=True)
+                gain, low, high = paired_interval(ones, others, self.seed)
+                row |= {"val/gain": gain, "val/gain_low": low, "val/gain_high": high}
+        return row
+
+    def _episodes_lived(self) -> tuple[list[float | None] | None, dict[str, float]]:
+        """What each episode of an evaluation was worth, and what else is logged of them.
+
+        The values are None if the run is to stop, and one is if its episode had no turn.
         """
         evaluation, environment = self.evaluation or Evaluation(), self.environment
         if environment is None:
-            return self._evaluate_dialogues(evaluation)
+            values = self._dialogues(evaluation)
+            skipped = 0 if values is None else sum(value is None for value in values)
+            return values, {"val/skipped": float(skipped)}
         with self.acting():
             lived = fresh_episodes(
                 environment,
@@ -297,21 +335,12 @@ class RLTrainer(FactoryTrainer):
                 stopping=self.stopping,
             )
         if lived is None:
-            return None
-        returns = [one[0] for one in lived]
-        low, high = bootstrap_interval(returns, self.seed)
-        row = {
-            "val/return": float(np.mean(returns)),
-            "val/return_low": low,
-            "val/return_high": high,
-            "val/length": float(np.mean([one[1] for one in lived])),
-        }
-        if evaluation.threshold is not None:
-            row["val/success"] = float(np.mean([r >= evaluation.threshold for r in returns]))
-        return row
+            return None, {}
+        length = float(np.mean([one[1] for one in lived]))
+        return [one[0] for one in lived], {"val/length": length}
 
-    def _evaluate_dialogues(self, evaluation: Evaluation) -> dict[str, float] | None:
-        """Plays episodes of the sampler, each rank its share."""
+    def _dialogues(self, evaluation: Evaluation) -> list[float | None] | None:
+        """Plays episodes of the sampler, each rank its share; the last turns' rewards, in order."""
         sampler, world = self.sampler, self.world
         seeds = evaluation.prompts or [
             stream(self.seed, "eval", episode) >> 1 for episode in range(evaluation.episodes)
@@ -326,17 +355,13 @@ class RLTrainer(FactoryTrainer):
                     graphs = [sampler.eval_rollout(seed) for seed in own]
             except StopCollecting:
                 graphs = None
-        parts = world.all_gather_object(graphs and [final_reward(graph) for graph in graphs])
-        if graphs is None or any(part is None for part in parts):
+            finally:
+                sampler.end()
+        mine = None if graphs is None else [final_reward(graph) for graph in graphs]
+        parts = world.all_gather_object(mine)[:: max(1, world.size // world.dp_size)]
+        if any(part is None for part in parts):
             return None
-        found = [value for part in parts for value in part]
-        rewards = [value for value in found if value is not None]
-        row = {"val/skipped": float(len(found) - len(rewards))}
-        if rewards:
-            row["val/reward"] = float(np.mean(rewards))
-        if rewards and evaluation.threshold is not None:
-            row["val/success"] = float(np.mean([r >= evaluation.threshold for r in rewards]))
-        return row
+        return [parts[i % len(parts)][i // len(parts)] for i in range(len(seeds))]
 
     @property
     def policy(self) -> Policy:

@@ -127,6 +127,8 @@ def test_the_stop_is_asked_for_between_turns(system: Any) -> None:
     sampler.begin(0, lambda: next(asked))
     with pytest.raises(StopCollecting):
         sampler.rollout(0)
+    sampler.end()
+    assert len(list(sampler.rollout(0).nodes())) == 3
 
 
 def test_A29_too_few_texts_are_an_error() -> None:
