@@ -111,6 +111,7 @@ class CustomSource:
         self._epoch = 0
         self._collects = callable(getattr(source, "collect", None))
         self._collected = False  # ... for the epoch at hand
+        self.is_empty = False  # whether nothing was collected for it
         self._last: Any = _NOTHING  # stands in where another rank has more batches
         self._before: dict[str, Any] | None = None  # the state from before a draw that is given up
         self.micro_batches = source.micro_batches
@@ -124,7 +125,7 @@ class CustomSource:
         ]
 
     def start_epoch(self, epoch: int) -> None:
-        self._epoch, self._collected = epoch, False
+        self._epoch, self._collected, self.is_empty = epoch, False, False
         self._seed_all(0, epoch)
         self._source.start_epoch(epoch)
 
@@ -148,7 +149,7 @@ class CustomSource:
         if not decided and self._stopping.decided():
             raise StopCollecting
         if decided and draw is None and all(one.ended for one in drawn):
-            self._before = None
+            self._before, self.is_empty = None, True
             return None
         self._check(drawn)
         self._before = None

@@ -354,7 +354,7 @@ class Trainer(TrainerBase):
             except StopCollecting:  # on every rank: the run stops before this window
                 return self._leave(pending=[])
             if draw is None:
-                return self._pass_over_epoch(run)
+                return self._pass_over_epoch(run) if getattr(source, "is_empty", False) else None
             window = self.open_window(draw)
             if progress.global_step not in progress.skips:
                 yield window
