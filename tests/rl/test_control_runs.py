@@ -124,8 +124,7 @@ def test_other_hyperparameters_are_refused_at_a_resume(tmp_path: Path) -> None:
 
 RECIPE = """
 trainer: {type: rl, epochs: 2, progress: false}
-environment: {type: gym, id: CartPole-v1, num_envs: 2, steps: 8}
-model: {type: actor_critic, hidden: [8]}
+environment: {type: gym, id: CartPole-v1, num_envs: 2, steps: 8, normalize_observations: true}
 algorithm: {type: ppo, passes: 1, minibatch: 8}
 optimizer: {type: adamw, lr: 1.0e-3}
 evaluation: {episodes: 2, every: 2}
@@ -142,7 +141,11 @@ def test_a_recipe_is_checked_trained_loaded_and_evaluated(tmp_path: Path) -> Non
     assert bits(model.state_dict()) == bits(trainer.model.state_dict())
     with torch.no_grad():
         assert model.act(torch.zeros(1, 4), deterministic=True)[0].shape == (1,)
+    assert float(model.observation_scaling.count) == 2 * 2 * 8
     assert load_trainer(run).trainer.evaluate(checkpoint=run) == metrics
+    small = [f"run.dir={tmp_path / 'small'}", "+model={type: actor_critic, hidden: [8]}"]
+    build_trainer(load_recipe(path, small)).train(seed=0)
+    assert load_model(tmp_path / "small").policy_net[0].out_features == 8
     wrong = {
         "algorithm.pases=2": r"has no such argument.*did you mean 'passes'",
         "environment.id=CartPole-v9": "CartPole-v9",

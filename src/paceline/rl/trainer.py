@@ -176,14 +176,15 @@ class RLTrainer(FactoryTrainer):
         if "model" in sections and played and self.model is None:
             self._configure_sampler()
         super().make(*sections)
-        if "model" in sections and isinstance(self.model, torch.nn.Module):
-            self._scale_observations(self.model)
+        if "model" in sections and self.environment is not None:
+            self._complete_policy(self.environment)
 
-    def _scale_observations(self, policy: torch.nn.Module) -> None:
-        environment = self.environment
-        if environment is None or not environment.normalize_observations:
-            return
-        if not hasattr(policy, "observation_scaling"):
+    def _complete_policy(self, environment: Environment) -> None:
+        """Makes the policy if nothing describes it, and gives it a scaling of observations."""
+        policy = ActorCritic(*self.spaces()) if self.model is None else self.model
+        self.model = policy
+        scales = environment.normalize_observations and isinstance(policy, torch.nn.Module)
+        if scales and not hasattr(policy, "observation_scaling"):
             policy.observation_scaling = ObservationScaling(self.spaces()[0], environment.clip)
 
     def _configure_control(self, environment: Environment) -> None:
@@ -194,8 +195,6 @@ class RLTrainer(FactoryTrainer):
                 + "\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
             )
         self.make("model")
-        if self.model is None:
-            self.model = ActorCritic(*self.spaces())
         if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "act"):
             raise ConfigError(
                 f"model: a {type(self.model).__qualname__} has no act(obs, deterministic); derive "
