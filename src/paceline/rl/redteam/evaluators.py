@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ class GraphMetrics:
     per_turn: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Evaluator:
+class Evaluator(ABC):
     """Plays episodes for evaluation and measures them; training's random numbers are left alone.
 
     Args:

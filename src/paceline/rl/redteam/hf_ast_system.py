@@ -17,6 +17,7 @@ from paceline.rl.engine import Request, Sampling
 from paceline.rl.redteam.ast_system import ASTSystem
 from paceline.rl.redteam.tiny import TINY, tiny_model, tiny_tokenizer
 from paceline.rl.redteam.turns import Dialogue, Exchange, Said
+from paceline.rl.text.generate import context_length, cut_to_context
 from paceline.rl.text.local import end_tokens
 from paceline.rl.text.logprobs import Scored, completion_logps
 
@@ -114,7 +115,7 @@ class HFASTSystem(ASTSystem):
                 f"{role}_model_id: neither its generation config nor its tokenizer has an end "
                 "token, so that nothing it says would end. Set tokenizer.eos_token."
             )
-        room = _context_of(model)
+        room = context_length(model)
         if room is not None and self.max_new_tokens >= room:
             raise ConfigError(
                 f"max_new_tokens={self.max_new_tokens}: the {role} has a context of {room} tokens, "
@@ -287,7 +288,7 @@ class HFASTSystem(ASTSystem):
         self, model: Any, tokenizer: Any, contexts: Sequence[Any], seeds: Sequence[int]
     ) -> list[Said]:
         sampling = Sampling(self.max_new_tokens, top_k=self.top_k, top_p=self.top_p)
-        cut = [_cut(model, ids, self.max_new_tokens) for ids in contexts]
+        cut = [cut_to_context(ids, model, self.max_new_tokens) for ids in contexts]
         engine = self.engine_of(model, tokenizer)
         made = engine.generate(
             [Request(ids, seed, sampling) for ids, seed in zip(cut, seeds, strict=True)]
@@ -309,13 +310,13 @@ class HFASTSystem(ASTSystem):
     ) -> Scored:
         wanted = [_followed(tokenizer, one) for one in continuation]
         before = [
-            _cut(model, _begun(tokenizer, one), max(self.max_new_tokens, len(ids)))
+            cut_to_context(_begun(tokenizer, one), model, max(self.max_new_tokens, len(ids)))
             for one, ids in zip(context, wanted, strict=True)
         ]
         return completion_logps(model, before, wanted)
 
     def _spoken(self, model: Any, tokenizer: Any, said: Said) -> np.ndarray:
-        """What was sampled, without its end tokens: it goes on."""
+        """What was sampled, without its end tokens, since more text follows."""
         assert said.ids is not None
         ends, count = end_tokens(unwrap(model), tokenizer), len(said.ids)
         while count and int(said.ids[count - 1]) in ends:
@@ -388,24 +389,6 @@ def _id(given: Any) -> Any:
     return str(given) if isinstance(given, str | Path) else None
 
 
-def _context_of(model: Any) -> int | None:
-    config = unwrap(model).config
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    return None
-
-
-def _cut(model: Any, ids: np.ndarray, new: int) -> np.ndarray:
-    """The last token ids that leave room for new ones."""
-    room = _context_of(model)
-    if room is None or len(ids) + new <= room:
-        return ids
-    if new >= room:
-        raise ConfigError(f"{new} tokens do not fit a context of {room}.")
-    return ids[-(room - new) :]
-
-
 def _begun(tokenizer: Any, text: Any) -> np.ndarray:
     """The token ids with which a dialogue begins; at least one."""
     if not isinstance(text, str):
@@ -420,7 +403,7 @@ def _begun(tokenizer: Any, text: Any) -> np.ndarray:
 
 
 def _followed(tokenizer: Any, text: Any) -> np.ndarray:
-    """The token ids of what goes on: no special token stands in between."""
+    """The token ids of a continuation, without special tokens before it."""
     if not isinstance(text, str):
         return np.asarray(text, np.int32)
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)

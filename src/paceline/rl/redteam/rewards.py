@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ Of = Literal["response", "probe", "both"]
 Likelihoods = Literal["probability", "per_token"]
 
 
-class Reward:
+class Reward(ABC):
     """One part of what turns are worth."""
 
     @abstractmethod

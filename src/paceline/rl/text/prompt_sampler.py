@@ -322,7 +322,7 @@ def _tokens(tokenizer: Any, prompt: Any) -> tuple[str, np.ndarray]:
 def _encoded(tokenizer: Any, text: str, special: bool) -> list[int]:
     ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     if special and ids and ids[-1] == tokenizer.eos_token_id and text:
-        ids.pop()  # the text goes on
+        ids.pop()  # the completion continues the text
     return ids
 
 
