@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from paceline.cli.evaluate import _difference, _show
 from paceline.errors import DataError
 from paceline.log.predictions import open_predictions
 
@@ -40,14 +42,28 @@ def test_a_run_is_validated_again_on_one_process_or_two(paceline, trained: Path,
     assert code == 0, err
     assert out.splitlines()[0] == "step_00000016, step 16:"
     assert "The same as the run logged, bit by bit." in out
-    code, out, err = paceline("evaluate", RUN, "--nproc", "2", "--json")
+    code, out, err = paceline("evaluate", RUN, "--nproc", "2")
+    assert code == 0, err
+    assert "The same as the run logged but for rounding" in out
+    code, out, err = paceline("evaluate", RUN, "val_dataloader.dataset.n=30", "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert report["metrics"] == pytest.approx(report["logged"])
     assert report["logged"] == logged
-    code, out, _ = paceline("evaluate", RUN, "val_dataloader.dataset.n=30")
-    assert (code, "Not the same as the run logged." in out) == (0, True)
+    assert report["equal"] is False
+    again, then = report["metrics"]["val/loss"], logged["val/loss"]
+    assert report["difference"] == pytest.approx(abs(again - then) / then)
+    assert report["difference"] > 0.01
     assert stamps(trained) == before
+
+
+def test_another_value_is_not_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    report = {"checkpoint": "step_00000016", "step": 16, "equal": False}
+    for value, said in ((1 + 1e-8, "(at most 1e-08 of a value)"), (1.001, "Not the same as")):
+        metrics, logged = {"val/loss": value}, {"val/loss": 1.0}
+        difference = _difference(metrics, logged)
+        _show({**report, "metrics": metrics, "logged": logged, "difference": difference})
+        assert said in capsys.readouterr().out
+    assert _difference({"val/loss": math.nan}, {"val/loss": 1.0}) is None
 
 
 def test_predictions_are_written_in_the_order_of_the_samples(paceline, trained: Path, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from paceline.cli.options import (
     WhichWeights,
 )
 from paceline.cli.ranks import start_ranks
+
+_ROUNDING = 1e-6  # float32 has 24 bits
 
 
 def evaluate(
@@ -45,12 +48,14 @@ def evaluate(
         metrics = trainer.evaluate(checkpoint=trained.checkpoint.path, weights=weights.value)
     if not trainer.world.is_main:
         return
+    logged = trained.logged
     report: dict[str, Any] = {
         "checkpoint": trained.checkpoint.path.name,
         "step": trained.checkpoint.step,
         "metrics": metrics,
-        "logged": trained.logged,
-        "equal": None if trained.logged is None else _equal(metrics or {}, trained.logged),
+        "logged": logged,
+        "equal": None if logged is None else _equal(metrics or {}, logged),
+        "difference": None if logged is None else _difference(metrics or {}, logged),
     }
     if as_json:
         for name in ("metrics", "logged"):  # JSON has no NaN
@@ -69,6 +74,17 @@ def _same(one: Any, other: Any) -> bool:
     return one == other or (one != one and other != other)  # NaN is the same as NaN
 
 
+def _difference(metrics: Mapping[str, Any], logged: Mapping[str, Any]) -> float | None:
+    """The largest difference, as a share of the logged value; None if one has no such number."""
+    shares = [0.0]
+    for name, value in metrics.items():
+        before = logged.get(name)
+        if before is None or not math.isfinite(before) or not math.isfinite(value):
+            return None
+        shares.append(abs(value - before) / (abs(before) or 1.0))
+    return max(shares)
+
+
 def _show(report: Mapping[str, Any]) -> None:
     from paceline.runs.text import printable
 
@@ -84,5 +100,10 @@ def _show(report: Mapping[str, Any]) -> None:
         print("The run logged no validation at this step.")
     elif report["equal"]:
         print("The same as the run logged, bit by bit.")
+    elif report["difference"] is not None and report["difference"] <= _ROUNDING:
+        print(
+            f"The same as the run logged but for rounding (at most {report['difference']:.0e} of a "
+            "value): other ranks or batches add up in another order."
+        )
     else:
         print("Not the same as the run logged.")
