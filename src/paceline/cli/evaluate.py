@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +34,9 @@ def evaluate(
 ) -> None:
     """Validates a checkpoint of a run again, and says whether the run logged the same.
 
-    This imports the run's own code. Nothing is written.
+    This builds the run's trainer, with the code that trained it. Of a policy that was trained by
+    reinforcement, evaluation.json and evaluation.html are written in the run's folder, with
+    baselines beside it; of others nothing is.
     """
     start_ranks(nproc)
     from paceline.cli.reports import own_output_apart
@@ -45,7 +47,10 @@ def evaluate(
         allowed = tuple(trust or ())
         trained = load_trainer(run, overrides or (), checkpoint=checkpoint, trust=allowed)
         trainer = trained.trainer
-        metrics = trainer.evaluate(checkpoint=trained.checkpoint.path, weights=weights.value)
+        which = {"checkpoint": trained.checkpoint.path, "weights": weights.value}
+        beside = getattr(trainer, "full_evaluation", None)
+        full = None if beside is None else beside(**which)
+        metrics = trainer.evaluate(**which) if full is None else full.metrics
     if not trainer.world.is_main:
         return
     logged = trained.logged
@@ -57,12 +62,18 @@ def evaluate(
         "equal": None if logged is None else _equal(metrics or {}, logged),
         "difference": None if logged is None else _difference(metrics or {}, logged),
     }
+    if full is not None:
+        what = {"run": str(run), "checkpoint": report["checkpoint"], "step": report["step"]}
+        full.report.update(what)
+        report["files"] = [str(path) for path in full.write(run)]
     if as_json:
         for name in ("metrics", "logged"):  # JSON has no NaN
             report[name] = {k: as_text(v) for k, v in (report[name] or {}).items()} or None
         print(json.dumps(report))
     else:
         _show(report)
+        if full is not None:
+            _show_beside(full.report, report["files"])
 
 
 def _equal(metrics: Mapping[str, Any], logged: Mapping[str, Any]) -> bool:
@@ -107,3 +118,14 @@ def _show(report: Mapping[str, Any]) -> None:
         )
     else:
         print("Not the same as the run logged.")
+
+
+def _show_beside(report: Mapping[str, Any], files: Sequence[str]) -> None:
+    """Prints what other policies were worth in the same episodes."""
+    for name, gained in report["gains"].items():
+        if gained is not None:
+            mean, low, high = gained
+            print(f"  beside {name}: {mean:+.4g} (95 % interval {low:.4g} to {high:.4g})")
+    for name, why in report["left_out"].items():
+        print(f"  not beside {name}: {why}")
+    print(f"Written: {' and '.join(files)}.")

@@ -67,13 +67,24 @@ class Graph:
             level = [node.children for each in level for node in each]
 
 
+def first_turns(graph: Graph) -> list[Node]:
+    """The turns along the first branches, to a leaf.
+
+    Args:
+        graph: of a rollout.
+    """
+    found, children = [], graph.children
+    while children:
+        found.append(children[0])
+        children = children[0].children
+    return found
+
+
 def final_reward(graph: Graph) -> float | None:
     """The reward of the leaf at the end of the first branches; None if there is no turn.
 
     Args:
         graph: of a rollout.
     """
-    children, reward = graph.children, None
-    while children:
-        reward, children = children[0].reward, children[0].children
-    return reward
+    turns = first_turns(graph)
+    return turns[-1].reward if turns else None

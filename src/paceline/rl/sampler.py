@@ -80,6 +80,11 @@ class Sampler:
             "it for other seeds."
         )
 
+    @property
+    def files(self) -> list[str]:
+        """The files that it reads relative to the recipe; a run keeps copies of them."""
+        return []
+
     def locate(self, folder: Path) -> None:
         """Reads files that it was given relative to a recipe; a trainer calls it before a run.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pydantic
 import torch
 
+from paceline.checkpoint.export import Weights
 from paceline.data.batches import to_device
 from paceline.data.content import digest
 from paceline.data.source import StopCollecting
@@ -20,6 +22,7 @@ from paceline.factories import Config, FactoryTrainer, ModelFactory, TrainerConf
 from paceline.recipe.typed import HumanInt
 from paceline.rl.acting import acting
 from paceline.rl.algorithm import Algorithm
+from paceline.rl.baselines import RandomActions, RandomTokens
 from paceline.rl.control.actor_critic import ActorCritic, Policy
 from paceline.rl.control.collector import ControlCollector
 from paceline.rl.control.environment import Environment
@@ -27,15 +30,18 @@ from paceline.rl.control.episodes import fresh_episodes
 from paceline.rl.control.scaling import ObservationScaling
 from paceline.rl.control.system import ControlSystem
 from paceline.rl.engine import Engine
-from paceline.rl.evaluation import Evaluation, Untrained
-from paceline.rl.graph import final_reward
+from paceline.rl.evaluation import Beside, Evaluation, Untrained
+from paceline.rl.evaluation_report import FullEvaluation, report_of
+from paceline.rl.graph import Graph, final_reward, first_turns
 from paceline.rl.graph_collector import GraphCollector
 from paceline.rl.in_step import in_step
-from paceline.rl.recorded import RecordRollouts
+from paceline.rl.played import Played, gain, summary
+from paceline.rl.prompts import keep_beside_recipe
+from paceline.rl.recorded import RecordRollouts, record_of
 from paceline.rl.sampler import Sampler
 from paceline.rl.source import Rollouts
-from paceline.rl.statistics import bootstrap_interval, paired_interval
 from paceline.rl.system import System
+from paceline.rl.text.local import LocalEngine
 from paceline.trainer.arguments import arguments_of
 from paceline.trainer.slots import Slot
 from paceline.world.seeding import stream
@@ -145,6 +151,7 @@ class RLTrainer(FactoryTrainer):
             self.loggers = [*(self.loggers or ()), RecordRollouts()]
         self.max_empty = max_empty if config is None else config.max_empty
         self.untrained = Untrained()
+        self._beside: Beside | None = None
 
     def configure(self) -> None:
         if self.environment is not None:
@@ -208,12 +215,8 @@ class RLTrainer(FactoryTrainer):
             if self.system is None:
                 raise ConfigError("system: nothing says what the sampler plays.")
             self.sampler = self.sampler(system=self.system)
-        recipe = getattr(self.config, "_described_by", None)
-        folder = Path() if recipe is None else Path(recipe.composed.path).parent
-        if isinstance(self.sampler, Sampler):
-            self.sampler.locate(folder)
-        if self.evaluation is not None:
-            self.evaluation.locate(folder)
+        for part in self._readers():
+            part.locate(self._recipe_folder())
         self.system = self.sampler.system
         if self.engine is not None:
             if not callable(self.engine) or not isinstance(self.system, System):
@@ -227,6 +230,15 @@ class RLTrainer(FactoryTrainer):
         if self.model is None:
             trained = trained_models(self.system)
             self.model = next(iter(trained.values())) if len(trained) == 1 else trained
+
+    def _readers(self) -> list[Any]:
+        """What reads files that the recipe names."""
+        parts = (self.sampler, self.evaluation)
+        return [part for part in parts if isinstance(part, Sampler | Evaluation)]
+
+    def _recipe_folder(self) -> Path:
+        recipe = getattr(self.config, "_described_by", None)
+        return Path() if recipe is None else Path(recipe.composed.path).parent
 
     def _make_algorithm(self) -> None:
         if isinstance(self.algorithm, partial):
@@ -276,9 +288,13 @@ class RLTrainer(FactoryTrainer):
     def on_train_start(self) -> None:
         """Evaluates the policy before it is trained, if evaluations are compared with that."""
         super().on_train_start()
+        if self.world.is_main and self.run_dir is not None and self.resolved_recipe is not None:
+            files = [file for part in self._readers() for file in part.files]
+            keep_beside_recipe(self.run_dir, self._recipe_folder(), files)
         wanted = self.evaluation is not None and self.evaluation.against_untrained
         if wanted and self.untrained.values is None and self.global_step == 0:
-            self.untrained.values = self._episodes_lived()[0]
+            played = self._play()
+            self.untrained.values = None if played is None else [one.value for one in played]
 
     def evaluate(self) -> dict[str, float] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Evaluates the policy on fresh episodes, or on prompts.
@@ -287,45 +303,85 @@ class RLTrainer(FactoryTrainer):
             Of an environment "val/return" and "val/length", means over the episodes; of a sampler
             "val/reward", the mean of the last turns', and "val/skipped", the episodes without a
             turn. "val/return_low" and "val/return_high" (of a sampler "val/reward_low" ...) are the
-            ends of the mean's 95 % interval. With a threshold "val/success"; compared with the
-            untrained policy "val/gain", the mean difference of the same episodes, with its
-            interval. None if the run is to stop.
+            ends of the mean's 95 % interval. With a threshold "val/success"; with several attempts
+            at a prompt "val/reward_best", the mean of the best ones, and "val/hit_at_k", the share
+            of prompts with a success; compared with the untrained policy "val/gain", the mean
+            difference of the same episodes, with its interval. None if the run is to stop.
         """
-        values, row = self._episodes_lived()
-        if values is None:
+        played = self._play()
+        if played is None:
             return None
+        if self._beside is not None:
+            self._beside.played = played
         evaluation = self.evaluation or Evaluation()
-        name = "val/return" if self.environment is not None else "val/reward"
-        known = [value for value in values if value is not None]
-        if known:
-            low, high = bootstrap_interval(known, self.seed)
-            row |= {name: float(np.mean(known)), f"{name}_low": low, f"{name}_high": high}
-        if known and evaluation.threshold is not None:
-            row["val/success"] = float(np.mean([v >= evaluation.threshold for v in known]))
+        if self.environment is not None:
+            name = "val/return"
+            row = {"val/length": float(np.mean([one.length for one in played]))}
+        else:
+            name = "val/reward"
+            row = {"val/skipped": float(sum(one.value is None for one in played))}
+        said = summary(played, self.seed, evaluation.threshold, evaluation.attempts)
+        for part, value in said.items():
+            whole = {"mean": name, **{end: f"{name}_{end}" for end in ("low", "high", "best")}}
+            row[whole.get(part, f"val/{part}")] = value
         before = self.untrained.values
-        if evaluation.against_untrained and before is not None and len(before) == len(values):
-            both = zip(values, before, strict=True)
-            pairs = [(v, b) for v, b in both if v is not None and b is not None]
-            if pairs:
-                ones, others = zip(*pairs, strict=True)
-                gain, low, high = paired_interval(ones, others, self.seed)
-                row |= {"val/gain": gain, "val/gain_low": low, "val/gain_high": high}
+        if evaluation.against_untrained and before is not None and len(before) == len(played):
+            pairs = zip(played, before, strict=True)
+            others = [replace(one, value=value) for one, value in pairs]
+            found = gain(played, others, self.seed)
+            if found is not None:
+                names = ("val/gain", "val/gain_low", "val/gain_high")
+                row |= dict(zip(names, found, strict=True))
         return row
 
-    def _episodes_lived(self) -> tuple[list[float | None] | None, dict[str, float]]:
-        """What each episode of an evaluation was worth, and what else is logged of them.
+    def full_evaluation(
+        self, checkpoint: str | Path | None = None, weights: Weights = "auto"
+    ) -> FullEvaluation:
+        """Plays an evaluation's episodes with the trained policy and with its baselines.
 
-        The values are None if the run is to stop, and one is if its episode had no turn.
+        The trainer must be newly made, since the untrained policy is the one that it makes.
+
+        Args:
+            checkpoint, weights: of the trained policy, as for `evaluate`.
         """
-        evaluation, environment = self.evaluation or Evaluation(), self.environment
-        if environment is None:
-            values = self._dialogues(evaluation)
-            skipped = 0 if values is None else sum(value is None for value in values)
-            return values, {"val/skipped": float(skipped)}
+        evaluation = self.evaluation or Evaluation()
+        played: dict[str, list[Played]] = {}
+        left_out: dict[str, str] = {}
+        try:
+            for name in ("trained", *evaluation.baselines)[::-1]:  # weights are loaded for the last
+                self._beside = beside = Beside(name)
+                trained = name == "trained"
+                # Outside a run, the trainer wraps what it calls.
+                judge: Any = self.evaluate
+                metrics = judge(checkpoint=checkpoint, weights=weights) if trained else judge()
+                if beside.left_out:
+                    left_out[name] = beside.left_out
+                else:
+                    played[name] = beside.played
+        finally:
+            self._beside = None
+        kind = "return" if self.environment is not None else "reward"
+        prompts = [] if self.environment is not None else evaluation.prompts or []
+        report = report_of(
+            dict(reversed(played.items())),
+            kind=kind,
+            seed=self.seed,
+            threshold=evaluation.threshold,
+            attempts=evaluation.attempts,
+            prompts=prompts,
+        )
+        return FullEvaluation(metrics or {}, {**report, "left_out": left_out})
+
+    def _play(self) -> list[Played] | None:
+        """The episodes of an evaluation, over all ranks; None if the run is to stop."""
+        evaluation = self.evaluation or Evaluation()
+        if self.environment is None:
+            return self._dialogues(evaluation)
+        randomly = self._beside is not None and self._beside.policy == "random"
         with self.acting():
             lived = fresh_episodes(
-                environment,
-                self.policy,
+                self.environment,
+                RandomActions(self.spaces()[1], self.seed) if randomly else self.policy,
                 evaluation.episodes,
                 seed=self.seed,
                 world=self.world,
@@ -334,33 +390,88 @@ class RLTrainer(FactoryTrainer):
                 stopping=self.stopping,
             )
         if lived is None:
-            return None, {}
-        length = float(np.mean([one[1] for one in lived]))
-        return [one[0] for one in lived], {"val/length": length}
+            return None
+        return [Played(i, value, length) for i, (value, length) in enumerate(lived)]
 
-    def _dialogues(self, evaluation: Evaluation) -> list[float | None] | None:
-        """Plays episodes of the sampler, each rank its share; the last turns' rewards, in order."""
-        sampler, world = self.sampler, self.world
-        seeds = evaluation.prompts or [
-            stream(self.seed, "eval", episode) >> 1 for episode in range(evaluation.episodes)
-        ]
-        own = seeds[world.dp_rank :: world.dp_size]
-        with self.acting():
-            sampler.begin(self.global_step, self.stopping)
+    def _dialogues(self, evaluation: Evaluation) -> list[Played] | None:
+        """Plays episodes of the sampler, each rank its share."""
+        world, prompts = self.world, evaluation.prompts
+        count = evaluation.attempts if prompts else 1
+        cases = len(prompts) if prompts else evaluation.episodes
+        wanted = [(case, attempt) for case in range(cases) for attempt in range(count)]
+        own = wanted[world.dp_rank :: world.dp_size]
+        with self.acting(), self._as_baseline():
+            self.sampler.begin(self.global_step, self.stopping)
             try:
-                if evaluation.prompts and hasattr(sampler, "eval_rollouts"):
-                    graphs = sampler.eval_rollouts(own) if own else []
-                else:
-                    graphs = [sampler.eval_rollout(seed) for seed in own]
+                graphs = self._played(own, prompts)
             except StopCollecting:
                 graphs = None
             finally:
-                sampler.end()
-        mine = None if graphs is None else [final_reward(graph) for graph in graphs]
+                self.sampler.end()
+        mine = None
+        if graphs is not None:
+            mine = [
+                self._of_graph(graph, case, attempt)
+                for graph, (case, attempt) in zip(graphs, own, strict=True)
+            ]
         parts = world.all_gather_object(mine)[:: max(1, world.size // world.dp_size)]
         if any(part is None for part in parts):
             return None
-        return [parts[i % len(parts)][i // len(parts)] for i in range(len(seeds))]
+        return [parts[i % len(parts)][i // len(parts)] for i in range(len(wanted))]
+
+    def _played(
+        self, wanted: Sequence[tuple[int, int]], prompts: Sequence[Any] | None
+    ) -> list[Graph]:
+        """The sampler's episodes for cases and attempts at them."""
+        sampler = self.sampler
+        if not wanted:
+            return []
+        if prompts and hasattr(sampler, "eval_rollouts"):
+            attempts = [attempt for _, attempt in wanted]
+            return sampler.eval_rollouts([prompts[case] for case, _ in wanted], attempts)
+        if any(attempt for _, attempt in wanted):
+            raise ConfigError(
+                f"evaluation.attempts: {type(sampler).__qualname__} has no eval_rollouts(prompts, "
+                "attempts), which plays one prompt several times, each time another way."
+            )
+        if prompts:
+            return [sampler.eval_rollout(prompts[case]) for case, _ in wanted]
+        return [sampler.eval_rollout(stream(self.seed, "eval", case) >> 1) for case, _ in wanted]
+
+    def _of_graph(self, graph: Graph, case: int, attempt: int) -> Played:
+        record: dict[str, Any] = {}
+        if self._beside is not None:
+            record = record_of(graph, experience=0, episode=case, seed=attempt)
+        return Played(case, final_reward(graph), len(first_turns(graph)), record)
+
+    @contextmanager
+    def _as_baseline(self) -> Iterator[None]:
+        """Within it a random policy speaks in the auditor's place, if that is what is wanted."""
+        beside, system = self._beside, self.system
+        if beside is None or beside.policy != "random":
+            yield
+            return
+        if not isinstance(system, System) or getattr(system, "auditor", None) is None:
+            beside.left_out = "only a system with an `auditor`, which an engine completes, has one"
+            yield
+            return
+        make, drawn = system.make_engine, []
+
+        def engine(model: Any, tokenizer: Any) -> Engine:
+            if model is not system.auditor:
+                return (LocalEngine if make is None else make)(model=model, tokenizer=tokenizer)
+            drawn.append(RandomTokens(model, tokenizer))
+            return drawn[-1]
+
+        system.make_engine = engine
+        try:
+            yield
+        finally:
+            system.make_engine = make
+        if not drawn:
+            beside.left_out = (
+                f"{type(system).__qualname__} asks no engine for what its auditor says"
+            )
 
     @property
     def policy(self) -> Policy:

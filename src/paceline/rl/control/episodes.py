@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from paceline.rl.baselines import RandomActions
 from paceline.rl.control.actor_critic import Policy
 from paceline.rl.control.collector import scaled, to_environment
 from paceline.rl.control.environment import Environment, Episodes, check_finite
@@ -45,6 +46,8 @@ def fresh_episodes(
     found: list[tuple[float, int]] = []
     abandoned = False
     if len(own):
+        if isinstance(policy, RandomActions):
+            policy.begin_episodes(own.tolist())
         episodes = Episodes(environment, int(own[0]), len(own), seed, "eval")
         try:
             lived = _live(episodes, policy, seed, device, deterministic, stopping)

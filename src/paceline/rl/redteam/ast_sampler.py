@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from paceline.errors import ConfigError
 from paceline.rl.checked import Checked
 from paceline.rl.graph import Graph, Node
-from paceline.rl.prompts import file_of, read_prompts, usable
+from paceline.rl.prompts import eval_seed, file_of, read_prompts, usable
 from paceline.rl.redteam.ast_system import ASTSystem
 from paceline.rl.redteam.turns import Dialogue, Exchange, Said, Verdict
 from paceline.rl.sampler import Sampler
@@ -69,9 +68,13 @@ class ASTSampler(Sampler):
         else:
             self.prompts = usable(list(prompts), "sampler.prompts")
 
+    @property
+    def files(self) -> list[str]:
+        return [] if self._file is None else [self._file]
+
     def locate(self, folder: Path) -> None:
         if self._file is not None and not self.prompts:
-            self.prompts = read_prompts(folder / self._file)
+            self.prompts = read_prompts(folder, self._file)
 
     def rollout(self, seed: int | None = None) -> Graph:
         """One dialogue tree.
@@ -95,16 +98,17 @@ class ASTSampler(Sampler):
         """
         return self.eval_rollouts([seed])[0] if isinstance(seed, str) else self.rollout(seed)
 
-    def eval_rollouts(self, prompts: Sequence[str]) -> list[Graph]:
+    def eval_rollouts(
+        self, prompts: Sequence[str], attempts: Sequence[int] | None = None
+    ) -> list[Graph]:
         """One dialogue for each prompt, without branches.
 
         Args:
             prompts: with which they begin.
+            attempts: the number of each among those at the same prompt, which differ; None for 0.
         """
-        seeds = [
-            stream(int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "big"), "eval")
-            for p in prompts
-        ]
+        numbers = [0] * len(prompts) if attempts is None else attempts
+        seeds = [eval_seed(p, number) for p, number in zip(prompts, numbers, strict=True)]
         return self._play(prompts, seeds, 1)
 
     def _play(self, prompts: Sequence[Any], seeds: Sequence[int], width: int) -> list[Graph]:

@@ -13,6 +13,7 @@ import torch
 
 from paceline.errors import ConfigError
 from paceline.rl.acting import acting
+from paceline.rl.graph import first_turns
 
 THRESHOLD = 0.5
 
@@ -132,10 +133,7 @@ class ASTEvaluator(Evaluator):
             raise ConfigError("scorer: neither the evaluator nor its system has one.")
 
     def compute_metrics(self, graph: Any) -> GraphMetrics:
-        turns, children = [], graph.children
-        while children:
-            turns.append(children[0])
-            children = children[0].children
+        turns = first_turns(graph)
         if not turns:
             return GraphMetrics(_overall([], [], []))
         probes = [float(s) for s in self.scorer.score([node.probe for node in turns])]

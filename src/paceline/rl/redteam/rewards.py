@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from paceline import registry
 from paceline.errors import ConfigError
+from paceline.rl.played import words
 from paceline.rl.redteam.judging import Watch
 from paceline.rl.redteam.scorers import RuleScorer
 from paceline.rl.redteam.turns import Exchange, Verdict
@@ -84,7 +84,7 @@ class DiversityReward(Reward):
     of words and word pairs in common (Jaccard). 0 for one that has no sibling to differ from."""
 
     def score(self, turns: Sequence[Exchange], system: Any, watch: Watch) -> list[float | None]:
-        sets = [_words(turn.probe.text) for turn in turns]
+        sets = [words(turn.probe.text) for turn in turns]
         groups: dict[int, list[int]] = {}
         for i, turn in enumerate(turns):
             groups.setdefault(turn.siblings, []).append(i)
@@ -94,11 +94,6 @@ class DiversityReward(Reward):
             shared = [len(sets[i] & sets[j]) / max(1, len(sets[i] | sets[j])) for j in others]
             found.append(1.0 - max(shared) if shared else 0.0)
         return found
-
-
-def _words(text: str) -> set[tuple[str, ...]]:
-    words = str(text).lower().split()
-    return {(word,) for word in words} | set(itertools.pairwise(words))
 
 
 _OWN: dict[str, type[Reward]] = {"likelihood": LikelihoodReward, "diversity": DiversityReward}

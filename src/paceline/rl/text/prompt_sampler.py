@@ -19,6 +19,7 @@ from paceline.lm.data.rows import fingerprint, read_callable, read_files
 from paceline.recipe.code import is_own_code
 from paceline.rl.engine import Completion, Request, Sampling
 from paceline.rl.graph import Graph, Node
+from paceline.rl.prompts import beside_recipe, eval_seed
 from paceline.rl.sampler import Sampler
 from paceline.rl.text.generate import context_length
 from paceline.world.seeding import stream
@@ -99,11 +100,16 @@ class PromptSampler(Sampler):
         """What a resumed run has to find unchanged."""
         return {"prompts": fingerprint(self._located())}
 
+    @property
+    def files(self) -> list[str]:
+        named = isinstance(self.source, Mapping) and "file" in self.source
+        return [str(self.source["file"])] if named else []
+
     def locate(self, folder: Path) -> None:
         if self._rows is not None:
             return
         if "file" in self.source:
-            self._rows = _rows(read_files(folder / self.source["file"]))
+            self._rows = _rows(read_files(beside_recipe(folder, self.source["file"])))
         elif "function" in self.source:
             self._rows = _rows(read_callable(_own("sampler.source", self.source["function"])))
         else:
@@ -133,14 +139,31 @@ class PromptSampler(Sampler):
         """
         if seed is None or isinstance(seed, int):
             return self.rollout(seed)
-        return self._of_rows([_row(seed, 0)], [stream(0, "eval")])[0]
+        return self._of_rows([_row(seed, 0)], [eval_seed(seed)], self.group_size)[0]
+
+    def eval_rollouts(
+        self, prompts: Sequence[Any], attempts: Sequence[int] | None = None
+    ) -> list[Graph]:
+        """One completion of each prompt, for an evaluation.
+
+        Args:
+            prompts: texts, dialogues, or rows as of `source`.
+            attempts: the number of each among those of the same prompt, which differ; None for 0.
+        """
+        numbers = [0] * len(prompts) if attempts is None else attempts
+        seeds = [eval_seed(p, number) for p, number in zip(prompts, numbers, strict=True)]
+        rows = [_row(prompt, index) for index, prompt in enumerate(prompts)]
+        return self._of_rows(rows, seeds, 1)
 
     def _complete(self, chosen: Sequence[int], seeds: Sequence[int]) -> list[Graph]:
         rows = self._located()
-        return self._of_rows([_row(rows[index], index) for index in chosen], seeds)
+        chosen_rows = [_row(rows[index], index) for index in chosen]
+        return self._of_rows(chosen_rows, seeds, self.group_size)
 
-    def _of_rows(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Graph]:
-        """The completions of rows, which are judged prompt by prompt.
+    def _of_rows(
+        self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], size: int
+    ) -> list[Graph]:
+        """So many completions of each row, which are judged prompt by prompt.
 
         So neither a reward nor a failure of one depends on which other prompts a rank has.
         """
@@ -157,11 +180,11 @@ class PromptSampler(Sampler):
             fits = room is None or len(ids) + self.max_new_tokens <= room
             if not len(ids) or not fits:
                 reason = "prompt longer than the context" if len(ids) else "empty prompt"
-                graph.skipped[reason] = self.group_size
+                graph.skipped[reason] = size
             else:
                 requests += [
                     Request(ids, stream(seed, "probe", branch, 0), sampling)
-                    for branch in range(self.group_size)
+                    for branch in range(size)
                 ]
             graphs.append(graph)
             prompts.append(ids)
@@ -171,7 +194,7 @@ class PromptSampler(Sampler):
         for graph, row, ids in zip(graphs, rows, prompts, strict=True):
             self.check_stop()
             if not graph.skipped:
-                self._judge(graph, row, ids, [next(made) for _ in range(self.group_size)])
+                self._judge(graph, row, ids, [next(made) for _ in range(size)])
         return graphs
 
     def _judge(
