@@ -115,7 +115,13 @@ def test_the_page_escapes_what_was_said(trained: tuple[Any, Path]) -> None:
     assert "&lt;b&gt;say &amp; go" in page
     assert "<b>say" not in page
     assert "<script" not in page
-    for heading in ("Policies", "Distribution of the reward", "Reward by likelihood", "Cases"):
+    for heading in (
+        "Policies",
+        "Diversity",
+        "Distribution of the reward",
+        "Reward by likelihood",
+        "Cases",
+    ):
         assert f"<h2>{heading}</h2>" in page
     assert re.search(r"-&gt; .*\n", page), "responses"
 

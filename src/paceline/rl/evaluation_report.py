@@ -132,18 +132,13 @@ def page_of(report: Mapping[str, Any]) -> Page:
     kind, policies = report["kind"], report["policies"]
     page.heading("Policies")
     names = [n for n in dict.fromkeys(k for p in policies.values() for k in p) if n != "diversity"]
-    spread = list(dict.fromkeys(k for p in policies.values() for k in p["diversity"]))
     page.table(
-        ["policy", *(kind if n == "mean" else n.replace("_", " ") for n in names), *spread],
-        [
-            [name, *(p.get(n) for n in names), *(p["diversity"].get(n) for n in spread)]
-            for name, p in policies.items()
-        ],
+        ["policy", *(kind if n == "mean" else n.replace("_", " ") for n in names)],
+        [[name, *(p.get(n) for n in names)] for name, p in policies.items()],
     )
     page.paragraph(
         f"low and high are the ends of the mean {kind}'s 95 % interval, for which prompts or "
-        "episodes are drawn anew. distinct is the share of different probes, distance the mean of "
-        "1 less the share of words and word pairs that two probes have in common."
+        "episodes are drawn anew."
     )
     for name, why in report.get("left_out", {}).items():
         page.paragraph(f"Without {name}: {why}.")
@@ -154,6 +149,15 @@ def page_of(report: Mapping[str, Any]) -> Page:
             [[n, *(g or [None] * 3)] for n, g in report["gains"].items()],
         )
         page.paragraph("The same episodes or prompts, pair by pair, with a 95 % interval.")
+    spread = list(dict.fromkeys(k for p in policies.values() for k in p["diversity"]))
+    if spread:
+        page.heading("Diversity")
+        rows = [[n, *(p["diversity"].get(k) for k in spread)] for n, p in policies.items()]
+        page.table(["policy", *spread], rows)
+        page.paragraph(
+            "distinct is the share of different probes, distance the mean of 1 less the share of "
+            "words and word pairs that two probes have in common."
+        )
     page.heading(f"Distribution of the {kind}")
     bins = report["distribution"]
     page.table(
