@@ -24,7 +24,9 @@ from paceline.reading import patiently, read_file
 
 RUN_FILE = "run.json"
 FORMAT = 1
-STATUSES = ("running", "complete", "stopped", "failed")
+PRUNED = "pruned"
+"""The status of a run that a study has ended since others are better; it is the reason too."""
+STATUSES = ("running", "complete", PRUNED, "stopped", "failed")
 _MAX_RECORD = 16 << 20
 
 _log = logging.getLogger(__name__)
@@ -59,8 +61,9 @@ class RunRecord:
 
     @property
     def was_complete(self) -> bool:
-        """Whether the last start has completed the run."""
-        return bool(self._starts) and self._starts[-1].get("status") == "complete"
+        """Whether the last start has brought the run to its end."""
+        ended = ("complete", PRUNED)
+        return bool(self._starts) and self._starts[-1].get("status") in ended
 
     def start(
         self,
@@ -132,7 +135,7 @@ class RunRecord:
         the error that led there.
 
         Args:
-            status: "complete", "stopped" or "failed".
+            status: "complete", "pruned", "stopped" or "failed".
             stopped_by: the reason in words, e.g. "epochs", "SIGTERM", "NonFiniteError: ...".
             **fields: more top-level fields, as in `update`.
         """

@@ -44,8 +44,9 @@ class RunFolder:
     Attributes:
         folder: the run folder.
         name: its path below the folder that was searched, e.g. `digits/baseline/seed_1`.
-        status: "complete", "stopped", "failed", "running", "killed" (recorded as running, but no
-            process trains there), "damaged" or "unreadable" (`problem` says why).
+        status: "complete", "pruned" (by a study), "stopped", "failed", "running", "killed"
+            (recorded as running, but no process trains there), "damaged" or "unreadable" (`problem`
+            says why).
         record: the content of `run.json`, empty if it could not be had.
         metrics: of the last validation; the newest logged values of a run that has not ended.
         problem: what is wrong with `run.json`.

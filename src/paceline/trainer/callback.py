@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind")
 
 
+EARLY_STOP = "early stop"
+"""The reason of a run that its validations have ended."""
+
+
 class Callback(Generic[Kind]):
     """Behaviour that plugs into any Trainer, one method an event.
 
@@ -32,11 +36,14 @@ class Callback(Generic[Kind]):
         out_of_patience: while true, training is over at the next boundary with a validation, an
             epoch's end or a checkpoint. It has to follow from values that are equal on every rank,
             and from the callback's state alone: a run that is started again asks it once more.
+        ends_with: the run's `stopped_by` where `out_of_patience` ends it. "pruned" is a status of
+            its own in run.json; with any other reason the run is complete.
     """
 
     registered_as: ClassVar[str] = "callback"  # the kind in the registry
     priority: int = 100
     name: str = ""
+    ends_with: str = EARLY_STOP
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,17 +8,19 @@ from __future__ import annotations
 from paceline.checkpoint import reasons_due
 from paceline.checkpoint.policy import among_best
 from paceline.trainer.base import TrainerBase
+from paceline.trainer.callback import EARLY_STOP
 from paceline.trainer.run import Run
 from paceline.trainer.saving import wait_for_saves
 from paceline.trainer.settings import epochs_between
 
 
-def out_of_patience(trainer: TrainerBase) -> bool:
-    """Whether `early_stop` validations have brought nothing better, or a callback says so."""
+def out_of_patience(trainer: TrainerBase) -> str | None:
+    """Why `early_stop` or a callback ends the run; None if none of them does."""
     monitor, patience = trainer.metric_monitor, trainer.early_stop
     if patience is not None and monitor is not None and monitor.worse_count >= patience:
-        return True
-    return any(callback.out_of_patience for callback in trainer.callbacks)
+        return EARLY_STOP
+    ending = (callback.ends_with for callback in trainer.callbacks if callback.out_of_patience)
+    return next(ending, None)
 
 
 def validates(trainer: TrainerBase, run: Run) -> bool:

@@ -31,12 +31,13 @@ from paceline.errors import (
 )
 from paceline.log.files import shown
 from paceline.log.kept_code import keep, place_of
-from paceline.log.run_record import RunRecord
+from paceline.log.run_record import PRUNED, RunRecord
 from paceline.log.sinks import rows_of, with_local_rows
 from paceline.reading import status
 from paceline.trainer import decisions, error_context, resume, saving
 from paceline.trainer.attributes import attributes_of
 from paceline.trainer.base import TrainerBase
+from paceline.trainer.callback import EARLY_STOP
 from paceline.trainer.checks import check_changed, check_components, check_data, check_engine
 from paceline.trainer.events import EVENTS, Events
 from paceline.trainer.identity import add_own_identity, complete_identity, describe_components
@@ -463,9 +464,13 @@ def _extend(trainer: TrainerBase, run: Run) -> None:
         reached = "epochs"
     elif trainer.max_steps is not None and progress.global_step >= trainer.max_steps:
         reached = None if progress.pending else "max_steps"  # the boundary's to say
-    patient = progress.ended_by == "early stop" and not decisions.out_of_patience(trainer)
-    if patient or progress.ended_by in (None, "epochs", "max_steps"):
+    if (
+        progress.ended_by in (None, "epochs", "max_steps")
+        or decisions.out_of_patience(trainer) is None
+    ):
         progress.ended_by = reached
+    if progress.ended_by == PRUNED:
+        run.lacks_end = run.world.broadcast_object(not run.record.was_complete)
 
 
 def _describe(trainer: TrainerBase, run: Run) -> None:
@@ -495,7 +500,8 @@ def _describe(trainer: TrainerBase, run: Run) -> None:
 _MORE = {
     "epochs": "raise epochs",
     "max_steps": "raise max_steps",
-    "early stop": "raise early_stop",
+    EARLY_STOP: "raise early_stop",
+    PRUNED: "start it without the callback that has pruned it",
 }
 
 
@@ -538,6 +544,19 @@ def _left_out(trainer: TrainerBase) -> str:
     return f"validates on {used} of {counted(whole, 'batch', 'es')} a rank: {left} left out"
 
 
+def end(trainer: TrainerBase, run: Run, why: str) -> None:
+    """Training is over at the boundary at hand, whose checkpoint follows.
+
+    Args:
+        trainer: whose run it is.
+        run: that ends.
+        why: the reason.
+    """
+    run.progress.ended_by = why
+    if why != PRUNED:  # which may go on: the checkpoint then has the open row, and `finish` ends it
+        write_open_row(trainer, run)
+
+
 def write_open_row(trainer: TrainerBase, run: Run) -> None:
     """Writes the row of what was logged since the last one, when training is over.
 
@@ -564,6 +583,7 @@ def finish(trainer: TrainerBase, run: Run) -> None:
     if run.progress.ended_by is not None and not run.stopped and run.trained:
         for hook in run.events.on_train_end:
             hook()
+    if (run.progress.ended_by is not None and not run.stopped and run.trained) or run.lacks_end:
         write_open_row(trainer, run)
     trainer.recorder.ended = True
     trainer.result = _result(trainer, run)
@@ -578,6 +598,8 @@ def finish(trainer: TrainerBase, run: Run) -> None:
 
 
 def _status(result: Result) -> str:
+    if result.stopped_by == PRUNED:
+        return PRUNED
     return "complete" if result.complete else "stopped"
 
 
@@ -589,7 +611,8 @@ def _say_how_it_ended(trainer: TrainerBase) -> None:
         trainer.say(f"stopped at step {result.global_step} ({result.stopped_by}){saved}.")
         return
     measured = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
-    trainer.say(f"complete at step {result.global_step} ({result.stopped_by}{measured}){where}.")
+    ended = _status(result)
+    trainer.say(f"{ended} at step {result.global_step} ({result.stopped_by}{measured}){where}.")
 
 
 def _result(trainer: TrainerBase, run: Run) -> Result:

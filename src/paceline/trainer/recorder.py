@@ -254,7 +254,8 @@ class Recorder:
         self._made_with = settings_of(unique_names(self.sinks))
         for sink in self.sinks:
             sink.open(info)
-        if ranks is not None and not run.is_over:  # else rows of its end may follow the checkpoint
+        # Rows of its end may follow the checkpoint, once it has come to its end.
+        if ranks is not None and (not run.is_over or run.lacks_end):
             self.load_sinks(ranks)
 
     def load_sinks(self, ranks: dict[str, dict[str, Any]]) -> None:

@@ -116,6 +116,7 @@ class Run:
         settled: whether the loop is between two windows with nothing pending, so that state may be
             saved.
         stopped: whether the run stops before training is over.
+        lacks_end: whether a pruned run was killed behind its last checkpoint, before its last row.
         rewinding: whether to go back to a checkpoint behind this window, to skip `rewind_step`.
         asked_saves: reasons of checkpoints that were asked for within a window.
         saved_at: step and pending parts of the last checkpoint.
@@ -162,6 +163,7 @@ class Run:
     trained: bool = False
     settled: bool = False
     stopped: bool = False
+    lacks_end: bool = False
     rewinding: bool = False
     rewind_step: int = -1
     asked_saves: list[str] = field(default_factory=list)

@@ -434,9 +434,8 @@ class Trainer(TrainerBase):
             kept = improved or decisions.worth_keeping(self, run)
         if last:
             self._end_epoch()
-        if ending or decisions.out_of_patience(self):
-            progress.ended_by = ending or "early stop"
-            lifecycle.write_open_row(self, run)
+        if ending := ending or decisions.out_of_patience(self):
+            lifecycle.end(self, run, ending)
         reasons = decisions.save_reasons(self, run, epoch_ended=last, improved=kept)
         if reasons or progress.ended_by:
             self._save(reasons + (["end"] if progress.ended_by else []), best=improved)
