@@ -57,7 +57,12 @@ def join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     """
     global _held, _has_met, _announced
     store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timeout))
-    word = _await_all(store, rank, size, timeout)
+    try:
+        word = _await_all(store, rank, size, timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise PeerError(
+            "rank 0, whose store it was, left before the ranks had met; see its own output."
+        ) from error
     if word != _MET:
         _held, _announced = _held + 1, True
         store.set(f"left/{rank}", "")
