@@ -28,7 +28,6 @@ SAMPLERS: dict[str, dict[str, Argument]] = {
     "gp": {"n_startup_trials": _STARTUP, "deterministic_objective": _FLAG},
     "cmaes": {
         "n_startup_trials": _STARTUP,
-        "sigma0": Argument(float, 1e-12),
         "popsize": Argument(int, 2),
         "use_separable_cma": _FLAG,
         "with_margin": _FLAG,

@@ -64,7 +64,7 @@ class Stateless(BaseSampler):
         self._asked = (
             trial.number,
             sampler,
-        )  # some remember here what they need in `sample_relative`
+        )  # some remember what `sample_relative` needs
         return sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(
@@ -110,13 +110,14 @@ class Stateless(BaseSampler):
         Args:
             study: of Optuna.
         """
-        if not isinstance(self._make(0), BruteForceSampler):
+        sampler = self._make(0)
+        if not isinstance(sampler, BruteForceSampler):
             return False
         done = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and t.params]
         if not done:
             return False
         asked: Any = _Stoppable(study)
-        BruteForceSampler().after_trial(asked, done[-1], done[-1].state, done[-1].values)
+        sampler.after_trial(asked, done[-1], done[-1].state, done[-1].values)
         return asked.stopped
 
 
