@@ -49,8 +49,8 @@ tune:
     )
     for line in (
         "11 mistakes",
-        "toy.yaml:17: tune.sampler: there is no sampler 'tpee'; did you mean 'tpe'?",
-        "toy.yaml:18: tune.pruner: there is no pruner 'medain'; did you mean 'median'?",
+        "toy.yaml:17: tune.sampler.type: there is no sampler 'tpee'; did you mean 'tpe'?",
+        "toy.yaml:18: tune.pruner.type: there is no pruner 'medain'; did you mean 'median'?",
         "toy.yaml:19: tune.metrik: there is no such key; did you mean 'metric'?",
         "toy.yaml:21: tune.space.optimizer.lr.float: low is above high",
         "toy.yaml:22: tune.space.optimizer.momentum.float: a logarithmic scale begins above 0",
@@ -117,7 +117,7 @@ seeds: [1, 2]
     )
     assert "tune.direction: expected 'min' or 'max'" in told
     assert "tune.pruner: 'median' compares trials by one metric" in told
-    assert "tune.space.optimizer.lr: a grid needs a number of values" in told
+    assert "tune.sampler.type: 'grid' tries every value, and optimizer.lr has no end" in told
     assert "toy.yaml:21: tune.first.0.optimizer.lr: 7 is not between 0.1 and 1." in told
     assert "tune.first.0.optimizer.l: optimizer.l is not searched" in told
     assert "did you mean 'optimizer.lr'?" in told

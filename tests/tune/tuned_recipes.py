@@ -41,6 +41,7 @@ tune:
   sampler: random
   pruner: {type: median, n_startup_trials: 2, n_warmup_steps: 2}
   reports: 10
+  first: [{optimizer.lr: 0.3}, {optimizer.lr: 0.2}]
   space:
     optimizer.lr: {float: [1.0e-3, 0.5], log: true}
     train_dataloader.batch_size: [10, 20]

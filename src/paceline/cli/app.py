@@ -23,6 +23,7 @@ from paceline.cli.rollouts import rollouts
 from paceline.cli.runs import runs
 from paceline.cli.streams import make_lasting
 from paceline.cli.train import train
+from paceline.cli.tune import tune
 from paceline.errors import CheckpointError, ConfigError, PacelineError
 from paceline.exit_codes import FAILED, USAGE
 
@@ -32,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(tune)
 app.command()(runs)
 app.command()(preflight)
 app.command()(evaluate)

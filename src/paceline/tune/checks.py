@@ -16,10 +16,11 @@ from paceline.recipe.recipe import Recipe, check
 from paceline.trainer.checks import never_measured
 from paceline.trainer.events import overrides
 from paceline.trainer.trainer import Trainer
-from paceline.tune.pruners import pruner_for
-from paceline.tune.samplers import sampler_for
+from paceline.tune.pruners import wrong_pruner
+from paceline.tune.samplers import wrong_sampler
 from paceline.tune.settings import SECTION, TuneSettings, read_settings
 from paceline.tune.space import Parameter, Space, read_space
+from paceline.tune.storages import check_storage
 
 # The study's own, or the same for all trials.
 _NOT_SEARCHED = ("tune", "run", "code", "seeds", "defaults")
@@ -84,30 +85,50 @@ def check_study(composed: Composed, trust: Collection[str] = ()) -> Checked:
     return Checked(composed, recipe, settings, space, tuple(trust))
 
 
-def check_settings_alone(settings: TuneSettings, space: Space, mistakes: Mistakes) -> None:
-    """Checks what needs no recipe: sampler, pruner and the values to try first.
+def check_section(recipe: Recipe) -> None:
+    """Checks the section `tune:` of a recipe that is trained without it, if there is one.
+
+    Only what is written there: `paceline tune --dry-run` checks the recipe with the values too.
+
+    Args:
+        recipe: without other mistakes.
+
+    Raises:
+        RecipeError: the section has mistakes.
+    """
+    if recipe.composed.config.get(SECTION) is None:
+        return
+    mistakes = recipe.composed.mistakes()
+    section = recipe.composed.resolve(mistakes)[SECTION]
+    settings = read_settings(section, mistakes)
+    read_space(settings.space, (SECTION, "space"), mistakes)
+    mistakes.raise_any(recipe.composed.path)
+
+
+def check_settings_alone(settings: TuneSettings, space: Space | None, mistakes: Mistakes) -> None:
+    """Checks what needs no recipe: sampler, pruner, storage and the values to try first.
 
     Args:
         settings: of the study.
-        space: what is searched.
+        space: what is searched; None for a function that suggests its own.
         mistakes: collects what is wrong.
     """
     _check_choices(settings, space, mistakes, ())
 
 
 def _check_choices(
-    settings: TuneSettings, space: Space, mistakes: Mistakes, at: Path = (SECTION,)
+    settings: TuneSettings, space: Space | None, mistakes: Mistakes, at: Path = (SECTION,)
 ) -> None:
-    with mistakes.collecting(*at, "sampler"):
-        sampler_for(settings, 0, 0, space=space)
-    with mistakes.collecting(*at, "pruner"):
-        pruner_for(settings)
-    if settings.sampler["type"] == "grid":
-        for parameter in space.parameters:
-            if parameter.kind == "float" and parameter.step is None:
-                text = "a grid needs a number of values: give `step:`, or a list of choices."
-                mistakes.add((*at, "space", parameter.key), text)
-    for i, given in enumerate(settings.first):
+    distributions = None if space is None else space.distributions
+    sampler = wrong_sampler(settings.sampler, distributions, objectives=len(settings.metrics))
+    pruner = wrong_pruner(settings.pruner, settings.reports)
+    for name, found in (("sampler", sampler), ("pruner", pruner)):
+        for key, text in found:
+            mistakes.add((*at, name, key) if key else (*at, name), text)
+    with mistakes.collecting(*at, "storage"):
+        check_storage(settings.storage)
+    for i, given in enumerate(settings.first if space is not None else ()):
+        assert space is not None
         where = (*at, "first", str(i))
         stored: dict[str, Any] = {}
         for key, value in given.items():

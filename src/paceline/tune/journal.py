@@ -64,9 +64,9 @@ class OwnedLock:
     """A lock beside a file that says which process holds it.
 
     It is the symbolic link `<file>.lock`, which one process alone can make, also over NFS. It
-    points to no file but holds the owner's name. Where the owner ran on this machine and is dead, the
-    next process removes the lock at once. Of an owner on another machine nobody knows: its lock is
-    removed once it is 30 s old.
+    points to no file but holds the owner's name. Where the owner ran on this machine and is dead,
+    the next process removes the lock at once. Of an owner on another machine nobody knows: its lock
+    is removed once it is 30 s old.
 
     Args:
         path: the file to be locked, which has to exist when a lock is removed.

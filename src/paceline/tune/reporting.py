@@ -1,172 +1,158 @@
-"""TrialReports: what a trial's run tells its study, and what it hears from it."""
+"""TrialReports: tells a study how a trial's run is doing, and ends it if the pruner says so."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from paceline.errors import ConfigError, MetricError, PacelineError
+from paceline.errors import ConfigError
 from paceline.log.run_record import PRUNED
 from paceline.trainer.callback import Callback
-from paceline.trainer.checks import never_measured
+from paceline.tune.pruners import verdict
 
 if TYPE_CHECKING:
-    from paceline.trainer.trainer import Trainer
+    import optuna
 
-Direction = Literal["min", "max"]
-Ask = Callable[[list[tuple[int, float]]], bool]
-"""Takes a trial's new reports, (report, value) each, and returns whether to prune it."""
+    from paceline.trainer.trainer import Trainer
 
 
 class TrialReports(Callback):
-    """Reports a trial's metric to its study at equal shares of the run, and asks whether to prune.
+    """Reports a metric at equal shares of the run's steps, and asks the pruner after each.
 
-    Trials may differ in everything, the batch size and so the number of steps too, and are compared
-    at equal shares of their runs. Report i of n is the value of the last validation at or before
-    i / n of the run's steps; shares before the first validation have none. It is given at the
-    first validation that shows it: the one at this share, or else the next.
-
-    The verdict is rank 0's, and all ranks take it. It is kept in the callback's state, so that a
-    pruned trial stays so when it is started again.
+    Report i of n is the last validation at or before the share i / n of the horizon, so that trials
+    are compared at equal shares, whatever their batch size. The verdict is stored with the
+    checkpoint: a run that goes on follows what was decided.
 
     Args:
-        metrics: the names of the study's metrics among a validation's; the first is reported.
-        directions: of each.
-        reports: n.
-        ask: called on rank 0 with new reports; None to report nothing.
-        forgive: go on although the trial was pruned, and never prune it again.
+        metrics: what the study optimises; the first of them is reported.
+        directions: "min" or "max" for each.
+        reports: how many shares.
+        trial: Optuna's, on rank 0; None where nothing is reported.
+        judged: whether the pruner is asked, on every rank.
+        heeded: whether the run ends when the pruner says so, now or before. A trial that goes on
+            after it was pruned heeds none.
 
-    Raises:
-        ConfigError: at the start of the run: no validation will measure a metric, or there is
-            something to report and the run's length is unknown.
-        MetricError: a validation lacks a metric, or it is not finite.
+    Attributes:
+        best: the best value of each metric so far.
     """
 
-    priority = 900  # behind what may still add to a validation's metrics
     ends_with = PRUNED
 
     def __init__(
         self,
-        metrics: Sequence[str],
-        directions: Sequence[Direction],
+        metrics: list[str],
+        directions: list[Any],
+        reports: int,
+        trial: optuna.Trial | None = None,
         *,
-        reports: int = 20,
-        ask: Ask | None = None,
-        forgive: bool = False,
+        judged: bool = True,
+        heeded: bool = True,
     ) -> None:
-        self.metrics, self.directions = tuple(metrics), tuple(directions)
-        self.count, self.ask, self.forgive = reports, ask, forgive
+        self.metrics = metrics
+        self.directions = directions
+        self.reports = reports
+        self.judged = judged
+        self.heeded = heeded
+        self._trial = trial
         self._forget()
 
     def _forget(self) -> None:
-        self.reports: list[tuple[int, float]] = []
-        self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        self.pruned = False
-        self._before: float | None = None  # the first metric at the last validation
-        self._due = 1  # the next report
+        self._given: list[list[float]] = []  # number and value of each report
+        self._last: float | None = None  # the value of the last validation
+        self._verdict = False
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the study has pruned the trial."""
-        return self.pruned and not self.forgive
-
-    def values(self, which: Literal["last", "best"]) -> list[float] | None:
-        """The metrics of the last validation, or the best of all; None before the first.
-
-        Args:
-            which: of the two. Of several metrics each has its own best.
-        """
-        found = self.last if which == "last" else self.best
-        return [found[name] for name in self.metrics] if found else None
+        """Whether the pruner has ended the trial."""
+        return self._verdict and self.heeded
 
     def on_setup(self, trainer: Trainer) -> None:
-        """Resets everything, and checks that the metrics will be there."""
+        """Begins anew; a checkpoint's state is loaded afterwards."""
         self._forget()
-        if not trainer.has_validation:
+        if self.judged and trainer.training_horizon is None:
             raise ConfigError(
-                f"tune.metric: {', '.join(self.metrics)} cannot be had, since the run has no "
-                "validation: give it a val_dataloader."
-            )
-        for name in self.metrics:
-            if wrong := never_measured(trainer, name):
-                raise ConfigError(f"tune.metric: {wrong[0]}")
-        if self.ask is not None and trainer.training_horizon is None:
-            raise ConfigError(
-                "tune.pruner: trials are compared at equal shares of their runs, and this run's "
-                "length is unknown: give trainer.max_steps or trainer.epoch_length."
+                "tune.pruner: trials are compared at equal shares of their steps, and only the end "
+                "of the data will tell how many there are: set `trainer.max_steps`."
             )
 
     def on_metrics(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Takes a validation's metrics, reports what is due and hears the verdict."""
-        for name, direction in zip(self.metrics, self.directions, strict=True):
-            value = _finite(name, metrics, trainer.global_step)
-            before = self.best.get(name)
+        """Gives the reports that are due, and asks the pruner."""
+        for metric, direction in zip(self.metrics, self.directions, strict=True):
+            value = metrics.get(metric)
+            if value is None or math.isnan(value):
+                continue
             better = min if direction == "min" else max
-            self.best[name] = value if before is None else better(before, value)
-            self.last[name] = value
-        new = self._new_reports(trainer)
-        self._before = self.last[self.metrics[0]]
-        self.reports += new
-        if new and self.ask is not None and not self.forgive:
-            self.pruned = self._hear(trainer, self.ask, new)
-            if self.pruned:
-                trainer.say(f"pruned: other trials are better at report {new[-1][0]}.")
-
-    def _new_reports(self, trainer: Trainer) -> list[tuple[int, float]]:
-        horizon, step = trainer.training_horizon, trainer.global_step
-        new: list[tuple[int, float]] = []
-        # Whole numbers: a share is at a step or it is not.
-        while horizon and self._due <= self.count and self._due * horizon <= step * self.count:
-            here = self._due * horizon == step * self.count
-            value = self.last[self.metrics[0]] if here else self._before
-            if value is not None:
-                new.append((self._due, value))
-            self._due += 1
-        return new
-
-    def _hear(self, trainer: Trainer, ask: Ask, new: list[tuple[int, float]]) -> bool:
-        """Rank 0's verdict, on all ranks; an error of rank 0 is one of all."""
-        verdict: bool | str = False
-        failure: Exception | None = None
+            self.best[metric] = better(self.best.get(metric, value), value)
+        if not self.judged or self.metrics[0] not in metrics:
+            return
+        new = self._due(trainer.global_step, trainer.training_horizon or 1, metrics)
+        self._last = metrics[self.metrics[0]]
+        if not new:
+            return
+        self._given += new
+        box: tuple[bool, str | None] = (False, None)
         if trainer.world.is_main:
             try:
-                verdict = ask(new)
-            except Exception as error:  # noqa: BLE001  the others wait for a word
-                failure, verdict = error, f"{type(error).__name__}: {error}"
-        verdict = trainer.world.broadcast_object(verdict)
+                box = self._ask([(int(step), value) for step, value in new]), None
+            except Exception as error:  # the other ranks wait for the verdict
+                if trainer.world.size == 1:
+                    raise
+                box = False, f"{type(error).__name__}: {error}"
+        pruned, failure = trainer.world.broadcast_object(box)
         if failure is not None:
-            raise failure
-        if isinstance(verdict, str):
-            raise PacelineError(f"rank 0 could not report to the study: {verdict}")
-        return verdict
+            raise RuntimeError(f"the study's storage: {failure}")
+        self._verdict = self._verdict or pruned
+
+    def _due(self, step: int, horizon: int, metrics: Mapping[str, float]) -> list[list[float]]:
+        """The reports up to this step that were not given: of this validation or the last."""
+        first = int(self._given[-1][0]) + 1 if self._given else 1
+        new: list[list[float]] = []
+        for number in range(first, self.reports + 1):
+            ahead = number * horizon - step * self.reports  # in whole numbers: no rounding
+            if ahead > 0:
+                break
+            value = metrics[self.metrics[0]] if ahead == 0 else self._last
+            if value is not None:
+                new.append([number, value])
+        return new
+
+    def _ask(self, new: list[tuple[int, float]]) -> bool:
+        """Reports on rank 0; whether the pruner ends the trial."""
+        assert self._trial is not None
+        trial, storage = self._trial, self._trial.study._storage
+        there = storage.get_trial(trial._trial_id).intermediate_values
+        for number, value in new:
+            if number not in there:
+                trial.report(value, step=number)
+        return self.heeded and any(verdict(trial.study, trial, number) for number, _ in new)
 
     def state_dict(self) -> dict[str, Any]:
-        """The reports, the metrics and the verdict."""
+        """The reports, the best values and the verdict."""
         return {
-            "reports": [list(report) for report in self.reports],
-            "last": dict(self.last),
             "best": dict(self.best),
-            "pruned": self.pruned,
-            "before": self._before,
-            "due": self._due,
+            "given": [list(pair) for pair in self._given],
+            "last": self._last,
+            "verdict": self._verdict,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
-        self.reports = [(int(i), float(value)) for i, value in state["reports"]]
-        self.last, self.best = dict(state["last"]), dict(state["best"])
-        self.pruned, self._before, self._due = state["pruned"], state["before"], state["due"]
+        """Takes back what `state_dict` gave."""
+        self.best = dict(state["best"])
+        self._given = [list(pair) for pair in state["given"]]
+        self._last, self._verdict = state["last"], state["verdict"]
 
 
-def _finite(name: str, metrics: Mapping[str, float], step: int) -> float:
-    if name not in metrics:
-        raise MetricError(
-            f"tune.metric: the validation at step {step} did not measure {name!r}; it gave: "
-            f"{', '.join(metrics) or 'nothing'}."
-        )
-    value = float(metrics[name])
-    if not math.isfinite(value):
-        raise MetricError(f"tune.metric: {name} is {value} at step {step}, which is no result.")
-    return value
+def value_over_seeds(values: list[float], how: str, direction: str) -> float:
+    """A trial's value, from those of its seeds.
+
+    Args:
+        values: of each seed.
+        how: "mean" or "worst".
+        direction: "min" or "max".
+    """
+    if how == "mean":
+        return math.fsum(values) / len(values)
+    worst: Callable[[list[float]], float] = max if direction == "min" else min
+    return worst(values)

@@ -138,6 +138,11 @@ class Space:
     def __getitem__(self, key: str) -> Parameter:
         return next(parameter for parameter in self.parameters if parameter.key == key)
 
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's distribution of each parameter, by key."""
+        return {parameter.key: parameter.distribution for parameter in self.parameters}
+
     def is_searched(self, parameter: Parameter, stored: Mapping[str, Any]) -> bool:
         """Whether a parameter is searched beside the values that are there.
 
@@ -251,11 +256,9 @@ class _Reader:
 
     def _is_section(self, node: Mapping[str, Any]) -> bool:
         """Whether a mapping holds parameters of the keys below, and is no misspelt parameter."""
-        return (
-            bool(node)
-            and all(isinstance(inner, Mapping | list) for inner in node.values())
-            and (not any(nearest(str(name), _KINDS) for name in node))
-        )
+        if not node or any(nearest(str(name), _KINDS) for name in node):
+            return False
+        return all(isinstance(inner, Mapping | list) for inner in node.values())
 
     def _when(self, node: Any, path: Path) -> tuple[tuple[str, Any], ...]:
         if node is None:
@@ -289,9 +292,8 @@ class _Reader:
 
     def _choices(self, key: str, values: Any, path: Path, when: Any) -> Parameter | None:
         if not isinstance(values, list) or not values:
-            self.mistakes.add(
-                path, f"there are no choices: expected a list of values, got {values!r}"
-            )
+            text = f"there are no choices: expected a list of values, got {values!r}"
+            self.mistakes.add(path, text)
             return None
         names = choice_names(values)
         for i, value in enumerate(values):

@@ -1,165 +1,163 @@
-"""One trial: a run, or one for each of its seeds, and what it is worth."""
+"""Trains one trial of a study: a recipe with values of the space, once for each seed."""
 
 from __future__ import annotations
 
 import gc
-import statistics
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from paceline.errors import ConfigError
-from paceline.log.secrets import mask_credentials
-from paceline.log.traceback import told_in_full
+from paceline.errors import MetricError, nearest
+from paceline.log.run_record import PRUNED
 from paceline.recipe.builder import build_trainer
-from paceline.recipe.recipe import Recipe
+from paceline.recipe.recipe import Recipe, check
 from paceline.recipe.seeds import train_recipe
 from paceline.trainer.settings import Resume
-from paceline.trainer.trainer import Trainer
-from paceline.tune.reporting import Ask, Direction, TrialReports
-from paceline.world.world import World
+from paceline.tune.checks import Checked
+from paceline.tune.pruners import verdict
+from paceline.tune.reporting import TrialReports, value_over_seeds
+from paceline.tune.settings import SECTION
+
+if TYPE_CHECKING:
+    import optuna
+
+    from paceline.trainer.result import Result
+    from paceline.trainer.trainer import Trainer
 
 State = Literal["COMPLETE", "PRUNED", "FAIL"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial.
+    """How a trial has ended.
 
     Attributes:
-        state: how it ended.
-        values: one for each of the study's metrics; of a pruned trial those at the last
-            validation; None of one that failed.
-        reports: (report, value) each, of the first seed.
-        seeds: each seed's values, of a trial with several.
-        cause: of one that failed, its error with its traceback, credentials masked.
+        state: as Optuna calls it.
+        values: of each metric, if it is complete.
+        cause: why it has failed.
+        seeds: each seed's values, if there are several.
     """
 
     state: State
     values: list[float] | None = None
-    reports: list[tuple[int, float]] = field(default_factory=list)
-    seeds: dict[int, list[float]] = field(default_factory=dict)
-    cause: str = ""
+    cause: str | None = None
+    seeds: dict[str, list[float]] | None = field(default=None)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """By what a trial is judged.
+def recipe_of(
+    checked: Checked, stored: Mapping[str, Any], run_dir: Path, seed: int | None = None
+) -> Recipe:
+    """The recipe of a trial, without the section `tune:`.
 
     Args:
-        metrics: their names among a validation's; the first is reported.
-        directions: of each.
-        value: what the run is worth: the metrics of its "last" validation, or the "best" of all.
-        over_seeds: of several seeds' values: their "mean", or the "worst".
-        reports: at how many equal shares of the run the first metric is reported.
-        seeds_are_reports: report i is the i-th seed's value, for a pruner that compares seeds; else
-            the first seed reports as it is trained, and it alone may be pruned.
+        checked: the study.
+        stored: the trial's parameters, as Optuna has them.
+        run_dir: its run folder.
+        seed: the run's, if the trial has several.
+
+    Raises:
+        RecipeError: the values do not fit together.
     """
-
-    metrics: Sequence[str]
-    directions: Sequence[Direction]
-    value: Literal["last", "best"] = "last"
-    over_seeds: Literal["mean", "worst"] = "mean"
-    reports: int = 20
-    seeds_are_reports: bool = False
-
-    def over(self, seeds: Sequence[Sequence[float]]) -> list[float]:
-        """What several seeds' values come to, for each metric.
-
-        Args:
-            seeds: each seed's values.
-        """
-        worst = {"min": max, "max": min}
-        return [
-            statistics.fmean(found) if self.over_seeds == "mean" else worst[direction](found)
-            for found, direction in zip(zip(*seeds, strict=True), self.directions, strict=True)
-        ]
+    changes = checked.space.overrides(stored)
+    changes |= {"run.project": checked.recipe.project, "run.name": run_dir.name}
+    changes["run.dir"] = str(run_dir)
+    if seed is not None:
+        changes["seed"] = seed
+    return check(checked.composed.changed(changes, SECTION), checked.trust)
 
 
 def train_trial(
-    recipe: Recipe,
-    judged: Judged,
+    checked: Checked,
+    stored: Mapping[str, Any],
+    folder: Path,
+    trial: optuna.Trial | None,
     *,
-    ask: Ask | None = None,
-    forgive: bool = False,
-    world: World | None = None,
+    heeded: bool = True,
 ) -> Outcome:
-    """Trains a trial to its end, or until it is pruned; it goes on where it was stopped.
+    """Trains a trial, or goes on with one that was stopped.
 
-    With several seeds, these train one after the other. Only the first one reports and may be
-    pruned: what survives it is trained with all seeds.
+    The seeds are trained one after the other. Only the first reports to the pruner and may be
+    pruned; a trial that survives it trains all of them. The pruner "wilcoxon" compares seeds
+    instead: after each it is given that seed's value.
 
     Args:
-        recipe: of the trial, in its own folder.
-        judged: by what it is judged.
-        ask: on rank 0, takes new reports and returns whether to prune; None to ask nobody.
-        forgive: go on although it was pruned.
-        world: the study's processes, if there are several.
-
-    Returns:
-        On every rank the same. An error of the run is an outcome too, but on several ranks, where
-        it ends the process, since the others may have left.
+        checked: the study.
+        stored: the parameters, as Optuna has them.
+        folder: of the trial.
+        trial: Optuna's, on rank 0.
+        heeded: whether it may be pruned.
 
     Raises:
-        SystemExit: with code 75: the run was stopped and saved; the same call resumes it.
-        Exception: on several ranks, that of the run.
+        SystemExit: a signal, a time limit or a stop file has stopped it; it goes on when it is
+            trained again.
+        Exception: the run has failed.
     """
-    world = world or World()
-    try:
-        return _train(recipe, judged, ask, forgive, world)
-    except Exception as error:
-        if world.size > 1:
-            raise
-        return Outcome("FAIL", cause=mask_credentials(told_in_full(error)))
-    finally:
-        gc.collect()  # frees the run's tensors before the next trial
-
-
-def _train(recipe: Recipe, judged: Judged, ask: Ask | None, forgive: bool, world: World) -> Outcome:
-    runs = {seed: recipe.of_seed(seed) for seed in recipe.seeds} or {recipe.seed: recipe}
-    first = next(iter(runs))
-    reports: list[tuple[int, float]] = []
-    seeds: dict[int, list[float]] = {}
-    for seed, run in runs.items():
-        asked = ask if seed == first and not judged.seeds_are_reports else None
-        heard = TrialReports(
-            judged.metrics,
-            judged.directions,
-            reports=judged.reports,
-            ask=asked,
-            forgive=forgive,
+    settings, values = checked.settings, {}
+    by_seed = settings.pruner["type"] == "wilcoxon"
+    for place, seed in enumerate(settings.seeds or [None]):
+        run_dir = folder if seed is None else folder / f"seed_{seed}"
+        recipe = recipe_of(checked, stored, run_dir, seed)
+        judged = settings.pruner["type"] != "none" and not by_seed and place == 0
+        reports = TrialReports(
+            settings.metrics,
+            settings.directions,
+            settings.reports,
+            trial,
+            judged=judged,
+            heeded=heeded,
         )
-        train_recipe(run, Resume(), _with(heard))
-        values = heard.values(judged.value)
-        if values is None:
-            raise ConfigError(
-                f"tune.metric: the run in {run.run_dir} ended without a validation that measured "
-                f"{', '.join(judged.metrics)}."
-            )
-        seeds[seed] = values
-        if judged.seeds_are_reports:
-            new = [(len(seeds), values[0])]
-            reports += new
-            asks = ask is not None and not forgive and len(seeds) < len(runs)
-            pruned = asks and world.broadcast_object(world.is_main and ask(new))
-        else:
-            reports = reports or heard.reports
-            pruned = heard.out_of_patience
-        if pruned:
-            return Outcome("PRUNED", heard.values("last"), reports, _several(seeds))
-    return Outcome("COMPLETE", judged.over(list(seeds.values())), reports, _several(seeds))
+        result = _train(recipe, reports)
+        if result.stopped_by == PRUNED:
+            return Outcome("PRUNED")
+        values[str(seed)] = _values(checked, result, reports)
+        if by_seed and heeded and trial is not None and _is_worse(trial, place, values[str(seed)]):
+            return Outcome("PRUNED", seeds=values)
+    columns = [list(column) for column in zip(*values.values(), strict=True)]
+    totals = [
+        value_over_seeds(column, settings.over_seeds, direction)
+        for column, direction in zip(columns, settings.directions, strict=True)
+    ]
+    for metric, total in zip(settings.metrics, totals, strict=True):
+        if not math.isfinite(total):
+            return Outcome("FAIL", cause=f"it ended with {metric} = {total}")
+    return Outcome("COMPLETE", totals, seeds=None if settings.seeds is None else values)
 
 
-def _with(reports: TrialReports) -> Any:
-    """Builds a run's trainer, with the callback that reports."""
-
+def _train(recipe: Recipe, reports: TrialReports) -> Result:
     def build(recipe: Recipe, resume: Resume) -> Trainer:
         trainer = build_trainer(recipe, resume=resume)
+        trainer.show_progress = False
         trainer.callbacks = [*trainer.callbacks, reports]
         return trainer
 
-    return build
+    try:
+        return train_recipe(recipe, Resume("auto"), build)
+    finally:
+        gc.collect()  # frees the run's tensors before the next run
 
 
-def _several(seeds: dict[int, list[float]]) -> dict[int, list[float]]:
-    return seeds if len(seeds) > 1 else {}
+def _values(checked: Checked, result: Result, reports: TrialReports) -> list[float]:
+    """A run's value of each metric.
+
+    Raises:
+        MetricError: it was never measured.
+    """
+    found = result.metrics if checked.settings.value == "last" else reports.best
+    for metric in checked.settings.metrics:
+        if metric not in found:
+            there = ", ".join(sorted(found)) or "nothing"
+            raise MetricError(
+                f"tune.metric: the last validation has no {metric!r}{nearest(metric, found)} It "
+                f"has: {there}."
+            )
+    return [float(found[metric]) for metric in checked.settings.metrics]
+
+
+def _is_worse(trial: optuna.Trial, place: int, values: list[float]) -> bool:
+    """Whether the pruner ends the trial behind one of its seeds."""
+    stored = trial.study._storage.get_trial(trial._trial_id).intermediate_values
+    if place not in stored:
+        trial.report(values[0], step=place)
+    return verdict(trial.study, trial, place)
