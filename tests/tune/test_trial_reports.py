@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline import CheckpointPolicy, Trainer
@@ -73,6 +73,7 @@ def heard(trial: optuna.Trial) -> list[tuple[int, float]]:
     return sorted(stored.intermediate_values.items())
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 7), st.integers(1, 25), st.integers(1, 12))
 def test_reports_are_at_equal_shares_of_the_run(every: int, count: int, steps: int) -> None:
     reports, trial = reports_to(reports=count)

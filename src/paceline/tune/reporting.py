@@ -62,6 +62,7 @@ class TrialReports(Callback):
         self._given: list[list[float]] = []  # number and value of each report
         self._last: float | None = None  # the value of the last validation
         self._verdict = False
+        self._next = 1  # the number of the next report
 
     @property
     def out_of_patience(self) -> bool:
@@ -107,12 +108,12 @@ class TrialReports(Callback):
 
     def _due(self, step: int, horizon: int, metrics: Mapping[str, float]) -> list[list[float]]:
         """The reports up to this step that were not given: of this validation or the last."""
-        first = int(self._given[-1][0]) + 1 if self._given else 1
         new: list[list[float]] = []
-        for number in range(first, self.reports + 1):
+        for number in range(self._next, self.reports + 1):
             ahead = number * horizon - step * self.reports  # in whole numbers: no rounding
             if ahead > 0:
                 break
+            self._next = number + 1  # also behind a share before the first validation
             value = metrics[self.metrics[0]] if ahead == 0 else self._last
             if value is not None:
                 new.append([number, value])
@@ -135,6 +136,7 @@ class TrialReports(Callback):
             "given": [list(pair) for pair in self._given],
             "last": self._last,
             "verdict": self._verdict,
+            "next": self._next,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -142,6 +144,7 @@ class TrialReports(Callback):
         self.best = dict(state["best"])
         self._given = [list(pair) for pair in state["given"]]
         self._last, self._verdict = state["last"], state["verdict"]
+        self._next = int(state["next"])
 
 
 def value_over_seeds(values: list[float], how: str, direction: str) -> float:
