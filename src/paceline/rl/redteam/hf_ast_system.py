@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from paceline.errors import ConfigError
-from paceline.lm.loading import read_model, read_tokenizer, reading
+from paceline.lm.loading import read_model, reading
 from paceline.parallel.ddp import unwrap
 from paceline.rl.engine import Request, Sampling
+from paceline.rl.named_models import model_and_tokenizer, tokenizer_of
 from paceline.rl.redteam.ast_system import ASTSystem
-from paceline.rl.redteam.tiny import TINY, tiny_model, tiny_tokenizer
+from paceline.rl.redteam.tiny import TINY
 from paceline.rl.redteam.turns import Dialogue, Exchange, Said
 from paceline.rl.text.generate import context_length, cut_to_context
 from paceline.rl.text.local import end_tokens
@@ -25,8 +26,8 @@ from paceline.rl.text.logprobs import Scored, completion_logps
 class HFASTSystem(ASTSystem):
     """An auditor that is trained to probe a target; both are causal models of transformers.
 
-    A model is given as a folder, a hub id, a pair of a model and its tokenizer, or "tiny": a
-    word-level model that is made on the spot. What was sampled is kept as token ids and never
+    A model is given as a folder, a hub id, "smollm2", a pair of a model and its tokenizer, or
+    "tiny": a word-level model that is made on the spot. What was sampled is kept as token ids and never
     tokenised again; another model's tokenizer meets its text alone. A context that is too long is
     cut at the left.
 
@@ -124,11 +125,7 @@ class HFASTSystem(ASTSystem):
         return (model if self.device is None else model.to(self.device)), tokenizer
 
     def _read(self, role: str, name: str) -> tuple[Any, Any]:
-        with reading(name):
-            if name == TINY:
-                return tiny_model(seed=0 if role != "target" else 1), tiny_tokenizer()
-            model, _ = read_model(name, dtype="auto")
-            return model, read_tokenizer(name)
+        return model_and_tokenizer(name, seed=int(role == "target"))
 
     @property
     def tokenizer(self) -> Any:
@@ -374,7 +371,7 @@ class HFEvaluationSystem(HFASTSystem):
             raise ConfigError(f"{name}: it has no tokenizer: give auditor_base_model_id.")
         with reading(name):
             model, _ = read_model(name, dtype="auto")
-        return model, tiny_tokenizer() if self._base == TINY else read_tokenizer(self._base)
+        return model, tokenizer_of(self._base)
 
 
 def _one_of(role: str, one: Any, other: Any, *, optional: bool = False) -> Any:
