@@ -99,9 +99,9 @@ def main() -> None:
         [
             "# Red-teaming SmolLM2-135M with itself",
             "",
-            f"`recipes/redteam.yaml` with `{' '.join(overrides)}`: {given.epochs} experiences of 32 dialogues in "
-            f"{took:.0f} s, the evaluation in {evaluated:.0f} s (wall clock). The mean reward of an "
-            f"experience went from {rewards[0]:.3f} to {rewards[-1]:.3f}. On held-out prompts, "
+            f"`recipes/redteam.yaml` with `{' '.join(overrides)}`: {given.epochs} experiences of "
+            f"32 dialogues in {took:.0f} s, the evaluation in {evaluated:.0f} s (wall clock). The "
+            f"mean reward of an experience went from {rewards[0]:.3f} to {rewards[-1]:.3f}. On "
             "every auditor with as many calls of the target:",
             "",
             *table(report),

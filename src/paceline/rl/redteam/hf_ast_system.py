@@ -27,9 +27,9 @@ class HFASTSystem(ASTSystem):
     """An auditor that is trained to probe a target; both are causal models of transformers.
 
     A model is given as a folder, a hub id, "smollm2", a pair of a model and its tokenizer, or
-    "tiny": a word-level model that is made on the spot. What was sampled is kept as token ids and never
-    tokenised again; another model's tokenizer meets its text alone. A context that is too long is
-    cut at the left.
+    "tiny": a word-level model that is made on the spot. What was sampled is kept as token ids and
+    never tokenised again; another model's tokenizer meets its text alone. A context that is too
+    long is cut at the left.
 
     Args:
         auditor_model_id: the model that is trained.
