@@ -223,7 +223,7 @@ class HFASTSystem(ASTSystem):
         Args:
             turns: what was said, with the token ids where there are such.
         """
-        return self._scored(self.auditor, self.auditor_tokenizer, *_sampled(turns))
+        return self._scored(self.auditor, self.auditor_tokenizer, *sampled(turns))
 
     @torch.no_grad()
     def baseline_logps(self, turns: Sequence[Any]) -> Scored:
@@ -232,7 +232,7 @@ class HFASTSystem(ASTSystem):
         Args:
             turns: as for `auditor_logps`.
         """
-        return self._scored(self._beside(self.baseline), self.auditor_tokenizer, *_sampled(turns))
+        return self._scored(self._beside(self.baseline), self.auditor_tokenizer, *sampled(turns))
 
     # What every System has, of texts; token ids are taken as they are.
 
@@ -303,14 +303,20 @@ class HFASTSystem(ASTSystem):
         ]
 
     def _scored(
-        self, model: Any, tokenizer: Any, context: Sequence[Any], continuation: Sequence[Any]
+        self,
+        model: Any,
+        tokenizer: Any,
+        context: Sequence[Any],
+        continuation: Sequence[Any],
+        *,
+        values: bool = False,
     ) -> Scored:
         wanted = [_followed(tokenizer, one) for one in continuation]
         before = [
             cut_to_context(_begun(tokenizer, one), model, max(self.max_new_tokens, len(ids)))
             for one, ids in zip(context, wanted, strict=True)
         ]
-        return completion_logps(model, before, wanted)
+        return completion_logps(model, before, wanted, values=values)
 
     def _spoken(self, model: Any, tokenizer: Any, said: Said) -> np.ndarray:
         """What was sampled, without its end tokens, since more text follows."""
@@ -406,8 +412,12 @@ def _followed(tokenizer: Any, text: Any) -> np.ndarray:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _sampled(turns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Contexts and probes: as token ids where they were sampled so, else as texts."""
+def sampled(turns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Contexts and probes: as token ids where they were sampled so, else as texts.
+
+    Args:
+        turns: as for `System.auditor_logps`.
+    """
     as_ids = [turn.probe_ids is not None for turn in turns]
     contexts = [
         turn.context_ids if ids else turn.context for turn, ids in zip(turns, as_ids, strict=True)

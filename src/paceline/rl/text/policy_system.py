@@ -74,13 +74,14 @@ class PolicySystem(System):
         self.keep_baseline()
         return self._of(self.baseline, turns)
 
-    def _of(self, model: Any, turns: Sequence[Any]) -> Scored:
+    def _of(self, model: Any, turns: Sequence[Any], *, values: bool = False) -> Scored:
         pairs = [self._ids(turn) for turn in turns]
         return completion_logps(
             model,
             [context for context, _ in pairs],
             [probe for _, probe in pairs],
             temperature=self.temperature,
+            values=values,
         )
 
     def _ids(self, turn: Any) -> tuple[Any, Any]:
