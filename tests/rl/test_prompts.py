@@ -17,9 +17,11 @@ from language_models import bpe_tokenizer, model_of, write_tiny
 from paceline.errors import ConfigError, DataError
 from paceline.recipe import build_trainer, load_recipe
 from paceline.rl.algorithms.grpo import GRPO
+from paceline.rl.graph_collector import DRAWN_ANEW
+from paceline.rl.recorded import read_rollouts
 from paceline.rl.text.policy_system import PolicySystem
 from paceline.rl.text.prompt_sampler import PromptSampler
-from paceline.testing import rows
+from paceline.testing import Ranks, rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -220,3 +222,47 @@ def test_the_shipped_recipe_learns(tmp_path: Path) -> None:
     assert len(found) == 14
     assert np.mean(found[-3:]) > 3 * np.mean(found[:3]), found
     assert torch.isfinite(next(trainer.system.parameters())).all()
+
+
+def evens(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Two values only, so that many groups of two are of equal rewards."""
+    return [float(ids[0] % 8 == 0) for ids in completion_ids]
+
+
+def drawn_of(system: PolicySystem) -> PromptSampler:
+    return PromptSampler(system, PROMPTS, [evens], group_size=2, episodes=6, max_new_tokens=3)
+
+
+def redrawn(folder: Path, equal_groups: Any) -> None:
+    settings = {"equal_groups": equal_groups, "minibatch": None}
+    trainer_of(
+        folder, lambda system: GRPO(system, **settings), drawn_of, epochs=2, checkpoint=None
+    ).train(seed=7)
+
+
+def test_groups_of_equal_rewards_are_drawn_anew_a_bounded_number_of_times(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """The same prompts, other completions, each try counted; the same on two ranks."""
+    found = {}
+    for name, setting in {"drop": "drop", "few": {"redraw": 1}, "many": {"redraw": 40}}.items():
+        ranks(redrawn, 1, tmp_path / name, setting)
+        found[name] = list(read_rollouts(tmp_path / name / "run"))[:6]
+    anew, dropped = DRAWN_ANEW, "a group of equal rewards"
+    kept = {n: [one for one in f if dropped not in one["skipped"]] for n, f in found.items()}
+    assert len(kept["drop"]) < len(kept["few"]) < len(kept["many"]) == 6
+    for before, few, many in zip(found["drop"], found["few"], found["many"], strict=True):
+        assert before["context"] == few["context"] == many["context"]
+        if dropped in before["skipped"]:
+            assert few["skipped"][anew] == 1 <= many["skipped"][anew] <= 40
+            assert before["seed"] != few["seed"]
+        else:
+            assert before == few == many, "what there is to learn from is played once"
+    first = next(row for row in rows(tmp_path / "many" / "run") if "rollout/turns" in row)
+    counted = sum(one["skipped"].get(anew, 0) for one in found["many"])
+    assert first[f"rollout/skipped/{anew}"] == counted
+    ranks(redrawn, 2, tmp_path / "two", {"redraw": 40})
+    assert list(read_rollouts(tmp_path / "two" / "run"))[:6] == found["many"]
+    for wrong in ({"redraw": 0}, {"redrew": 3}, {"redraw": True}):
+        with pytest.raises(ConfigError, match=r"equal_groups=.*\{redraw: TIMES\} with at least 1"):
+            GRPO(None, equal_groups=wrong)

@@ -51,7 +51,7 @@ def trainer_of(
     folder: Path | None = None, algorithm: Any = None, sampler: Any = None, **changes: Any
 ) -> RLTrainer:
     """GRPO, two passes in minibatches of 5, a reference; a rank may be killed at a step."""
-    system = PolicySystem(model_of("Llama").eval(), Letters())
+    system = changes.pop("system", None) or PolicySystem(model_of("Llama").eval(), Letters())
     if algorithm is None:
         algorithm = GRPO(system, beta=0.05, passes=2, minibatch=5)
     else:

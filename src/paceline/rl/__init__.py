@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from paceline.rl.redteam.ast_system import ASTSystem
     from paceline.rl.redteam.evaluators import ASTEvaluator, Evaluator, GraphMetrics
     from paceline.rl.redteam.hf_ast_system import HFASTSystem, HFEvaluationSystem
+    from paceline.rl.redteam.hf_ast_value_system import HFASTValueSystem
     from paceline.rl.redteam.scorers import (
         ClassifierScorer,
         DetoxifyScorer,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from paceline.rl.text.local import LocalEngine
     from paceline.rl.text.policy_system import PolicySystem
     from paceline.rl.text.prompt_sampler import PromptSampler
+    from paceline.rl.text.value_system import PolicyValueSystem
     from paceline.rl.trainer import RLTrainer
 else:
     __getattr__, __dir__ = lazily(
@@ -66,6 +68,7 @@ else:
             "GraphMetrics": "paceline.rl.redteam.evaluators",
             "GymEnvironment": "paceline.rl.control.environment",
             "HFASTSystem": "paceline.rl.redteam.hf_ast_system",
+            "HFASTValueSystem": "paceline.rl.redteam.hf_ast_value_system",
             "HFEvaluationSystem": "paceline.rl.redteam.hf_ast_system",
             "HFRolloutConfiguration": "paceline.rl.rollout_trainer",
             "HFRolloutTrainer": "paceline.rl.rollout_trainer",
@@ -77,6 +80,7 @@ else:
             "PPO": "paceline.rl.algorithms.ppo",
             "Policy": "paceline.rl.control.actor_critic",
             "PolicySystem": "paceline.rl.text.policy_system",
+            "PolicyValueSystem": "paceline.rl.text.value_system",
             "ProfanityScorer": "paceline.rl.redteam.scorers",
             "PromptSampler": "paceline.rl.text.prompt_sampler",
             "REINFORCE": "paceline.rl.algorithms.reinforce",
@@ -122,6 +126,7 @@ __all__ = [
     "GraphMetrics",
     "GymEnvironment",
     "HFASTSystem",
+    "HFASTValueSystem",
     "HFEvaluationSystem",
     "HFRolloutConfiguration",
     "HFRolloutTrainer",
@@ -131,6 +136,7 @@ __all__ = [
     "Node",
     "Policy",
     "PolicySystem",
+    "PolicyValueSystem",
     "ProfanityScorer",
     "PromptSampler",
     "RLTrainer",

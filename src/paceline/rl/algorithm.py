@@ -61,6 +61,7 @@ class Algorithm:
     name: ClassVar[str]
     compares = False  # whether it needs the system's baseline
     ends_early = False  # whether `goes_on` may end an experience before its last pass
+    redraws = 0  # how often an episode that `teaches_nothing` may be played anew
 
     def __init__(self, system: Any, *, passes: int = 1, minibatch: int | None = None) -> None:
         for setting, value in (("passes", passes), ("minibatch", minibatch)):
@@ -84,6 +85,14 @@ class Algorithm:
             arrays, numbers and texts, which a checkpoint can hold.
         """
         raise NotImplementedError(f"{type(self).__qualname__} needs a flatten(graph).")
+
+    def teaches_nothing(self, graph: Any) -> bool:
+        """Whether a rollout is to be played anew, with other random numbers; asked with `redraws`.
+
+        Args:
+            graph: what the sampler's `rollout` returned.
+        """
+        return False
 
     def prepare(self, steps: Any) -> Any:
         """The steps of a whole experience, of all ranks, as they are trained on.

@@ -16,6 +16,8 @@ from paceline.rl.sampler import Sampler
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
 
+DRAWN_ANEW = "an episode of equal rewards, drawn anew"
+
 
 class GraphCollector:
     """Has a sampler play episodes, each with a seed of its own, on whatever rank.
@@ -77,6 +79,7 @@ class GraphCollector:
                 seed_everything(seeds[0])
             try:
                 graphs = self._sampler.rollouts(seeds)
+                self._draw_anew(graphs, seeds, experience)
             finally:
                 self._sampler.end()
             steps = [list(self._algorithm.flatten(graph)) for graph in graphs]
@@ -92,6 +95,33 @@ class GraphCollector:
             )
             for episode, seed, made, graph in played
         ]
+
+    def _draw_anew(self, graphs: list[Graph], seeds: list[int], experience: int) -> None:
+        """Plays episodes anew that there is nothing to learn from, a bounded number of times.
+
+        Each on its own, whatever the others come to, so that it is the same on any rank.
+
+        Args:
+            graphs, seeds: of this rank's episodes; those of new ones take their places.
+            experience: the number of the experience.
+        """
+        for attempt in range(1, self._algorithm.redraws + 1):
+            again = [i for i, g in enumerate(graphs) if self._algorithm.teaches_nothing(g)]
+            if not again:
+                return
+            for i in again:
+                seeds[i] = stream(self._seed, "probe", experience, self._own[i], attempt)
+            first = experience * self._sampler.episodes
+            self._sampler.numbers = [first + self._own[i] for i in again]
+            seed_everything(seeds[again[0]])
+            drawn = self._sampler.rollouts([seeds[i] for i in again])
+            for i, graph in zip(again, drawn, strict=True):
+                before = graphs[i].skipped  # what has failed counts, also in what is thrown away
+                graph.skipped = {
+                    n: before.get(n, 0) + graph.skipped.get(n, 0) for n in (*before, *graph.skipped)
+                }
+                graph.skipped[DRAWN_ANEW] = graph.skipped.get(DRAWN_ANEW, 0) + 1
+                graphs[i] = graph
 
     def together(self, parts: list[Any]) -> tuple[list[Any], dict[str, float]]:
         episodes = sorted((one for part in parts for one in part), key=lambda one: one[0])

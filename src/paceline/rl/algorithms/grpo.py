@@ -20,6 +20,7 @@ from paceline.rl.algorithms.policy_gradient import (
     padded,
     plain,
     rewards_of,
+    usable,
 )
 
 
@@ -38,7 +39,9 @@ class GRPO(PolicyGradient):
         cap: the largest ratio; "cispo" needs it.
         max_length: tokens by which "dr_grpo" divides: the longest completion allowed.
         equal_groups: groups of equal rewards: "keep" counts their tokens in the mean, "drop" leaves
-            them out and counts them as skipped.
+            them out and counts them as skipped. {"redraw": 4} plays an episode that has no other
+            group anew, with other random numbers, at most 4 times, which is counted too; a group
+            that is equal even then is dropped.
         importance_weights: what corrects for a sampler that computes other probabilities than the
             trainer does, as {"kind": "truncate", "cap": 2.0, "level": "token"}: weights above `cap`
             are cut by "truncate" and 0 by "mask"; `level` is "token" or "sequence". None for no
@@ -65,7 +68,7 @@ class GRPO(PolicyGradient):
         ratio: str = "clip",
         cap: float | None = None,
         max_length: int | None = None,
-        equal_groups: str = "keep",
+        equal_groups: str | Mapping[str, int] = "keep",
         importance_weights: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
@@ -83,17 +86,25 @@ class GRPO(PolicyGradient):
         if unknown := (self.importance_weights or {}).keys() - {"kind", "cap", "level"}:
             raise ConfigError(f"algorithm.importance_weights: there is no {min(unknown)!r} in it.")
         check_choice("algorithm", "scale", scale, SCALES)
-        check_choice("algorithm", "equal_groups", equal_groups, ("keep", "drop"))
+        self.redraws = _redraws(equal_groups)
         nothing = torch.zeros(1, 1)
         self._loss(nothing, nothing, nothing, nothing, nothing)  # refuses what it cannot do
         self._weights(nothing, nothing, nothing)
 
     def kept(self, siblings: Sequence[Any], skipped: dict[str, int]) -> list[Any]:
         good = super().kept(siblings, skipped)
-        if self.equal_groups == "drop" and len({float(node.reward) for node in good}) == 1:
+        if self.equal_groups != "keep" and len({float(node.reward) for node in good}) == 1:
             count(skipped, "a group of equal rewards")
             return []
         return good
+
+    def teaches_nothing(self, graph: Any) -> bool:
+        groups = [
+            [float(node.reward) for node in siblings if usable(node, {})]
+            for siblings in graph.siblings()
+        ]
+        compared = [rewards for rewards in groups if len(rewards) > 1]
+        return bool(compared) and all(len(set(rewards)) == 1 for rewards in compared)
 
     def advantages(self, samples: list[Sample]) -> list[np.ndarray]:
         whole = group_advantages(rewards_of(samples), groups_of(samples), scale=self.scale)
@@ -158,3 +169,23 @@ class GRPO(PolicyGradient):
             self.logps(batch), batch["old"], batch["advantages"], batch["mask"], batch.get("ref")
         )
         return loss, plain(stats, "train/")
+
+
+def _redraws(equal_groups: Any) -> int:
+    """How often an episode may be drawn anew.
+
+    Raises:
+        ConfigError: the setting says nothing that there is.
+    """
+    if not isinstance(equal_groups, Mapping):
+        check_choice("algorithm", "equal_groups", equal_groups, ("keep", "drop"))
+        return 0
+    tries = equal_groups.get("redraw")
+    if set(equal_groups) != {"redraw"} or isinstance(tries, bool) or not isinstance(tries, int):
+        tries = 0
+    if tries < 1:
+        raise ConfigError(
+            f"algorithm.equal_groups={dict(equal_groups)!r}: expected keep, drop, or "
+            "{redraw: TIMES} with at least 1."
+        )
+    return tries

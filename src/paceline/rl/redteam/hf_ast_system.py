@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from paceline.errors import ConfigError
-from paceline.lm.loading import read_model, read_tokenizer, reading
+from paceline.lm.loading import read_model, reading
 from paceline.parallel.ddp import unwrap
 from paceline.rl.engine import Request, Sampling
+from paceline.rl.named_models import model_and_tokenizer, tokenizer_of
 from paceline.rl.redteam.ast_system import ASTSystem
-from paceline.rl.redteam.tiny import TINY, tiny_model, tiny_tokenizer
+from paceline.rl.redteam.tiny import TINY
 from paceline.rl.redteam.turns import Dialogue, Exchange, Said
 from paceline.rl.text.generate import context_length, cut_to_context
 from paceline.rl.text.local import end_tokens
@@ -25,10 +26,10 @@ from paceline.rl.text.logprobs import Scored, completion_logps
 class HFASTSystem(ASTSystem):
     """An auditor that is trained to probe a target; both are causal models of transformers.
 
-    A model is given as a folder, a hub id, a pair of a model and its tokenizer, or "tiny": a
-    word-level model that is made on the spot. What was sampled is kept as token ids and never
-    tokenised again; another model's tokenizer meets its text alone. A context that is too long is
-    cut at the left.
+    A model is given as a folder, a hub id, "smollm2", a pair of a model and its tokenizer, or
+    "tiny": a word-level model that is made on the spot. What was sampled is kept as token ids and
+    never tokenised again; another model's tokenizer meets its text alone. A context that is too
+    long is cut at the left.
 
     Args:
         auditor_model_id: the model that is trained.
@@ -124,11 +125,7 @@ class HFASTSystem(ASTSystem):
         return (model if self.device is None else model.to(self.device)), tokenizer
 
     def _read(self, role: str, name: str) -> tuple[Any, Any]:
-        with reading(name):
-            if name == TINY:
-                return tiny_model(seed=0 if role != "target" else 1), tiny_tokenizer()
-            model, _ = read_model(name, dtype="auto")
-            return model, read_tokenizer(name)
+        return model_and_tokenizer(name, seed=int(role == "target"))
 
     @property
     def tokenizer(self) -> Any:
@@ -226,7 +223,7 @@ class HFASTSystem(ASTSystem):
         Args:
             turns: what was said, with the token ids where there are such.
         """
-        return self._scored(self.auditor, self.auditor_tokenizer, *_sampled(turns))
+        return self._scored(self.auditor, self.auditor_tokenizer, *sampled(turns))
 
     @torch.no_grad()
     def baseline_logps(self, turns: Sequence[Any]) -> Scored:
@@ -235,7 +232,7 @@ class HFASTSystem(ASTSystem):
         Args:
             turns: as for `auditor_logps`.
         """
-        return self._scored(self._beside(self.baseline), self.auditor_tokenizer, *_sampled(turns))
+        return self._scored(self._beside(self.baseline), self.auditor_tokenizer, *sampled(turns))
 
     # What every System has, of texts; token ids are taken as they are.
 
@@ -306,14 +303,20 @@ class HFASTSystem(ASTSystem):
         ]
 
     def _scored(
-        self, model: Any, tokenizer: Any, context: Sequence[Any], continuation: Sequence[Any]
+        self,
+        model: Any,
+        tokenizer: Any,
+        context: Sequence[Any],
+        continuation: Sequence[Any],
+        *,
+        values: bool = False,
     ) -> Scored:
         wanted = [_followed(tokenizer, one) for one in continuation]
         before = [
             cut_to_context(_begun(tokenizer, one), model, max(self.max_new_tokens, len(ids)))
             for one, ids in zip(context, wanted, strict=True)
         ]
-        return completion_logps(model, before, wanted)
+        return completion_logps(model, before, wanted, values=values)
 
     def _spoken(self, model: Any, tokenizer: Any, said: Said) -> np.ndarray:
         """What was sampled, without its end tokens, since more text follows."""
@@ -374,7 +377,7 @@ class HFEvaluationSystem(HFASTSystem):
             raise ConfigError(f"{name}: it has no tokenizer: give auditor_base_model_id.")
         with reading(name):
             model, _ = read_model(name, dtype="auto")
-        return model, tiny_tokenizer() if self._base == TINY else read_tokenizer(self._base)
+        return model, tokenizer_of(self._base)
 
 
 def _one_of(role: str, one: Any, other: Any, *, optional: bool = False) -> Any:
@@ -409,8 +412,12 @@ def _followed(tokenizer: Any, text: Any) -> np.ndarray:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _sampled(turns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Contexts and probes: as token ids where they were sampled so, else as texts."""
+def sampled(turns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Contexts and probes: as token ids where they were sampled so, else as texts.
+
+    Args:
+        turns: as for `System.auditor_logps`.
+    """
     as_ids = [turn.probe_ids is not None for turn in turns]
     contexts = [
         turn.context_ids if ids else turn.context for turn, ids in zip(turns, as_ids, strict=True)

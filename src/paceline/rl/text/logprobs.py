@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from paceline.errors import ConfigError
 from paceline.losses.tokens import token_entropy, token_logps
 from paceline.parallel.ddp import unwrap
+from paceline.rl.text.value_head import values_seen
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Scored:
             `mask`.
         mask: where a completion has a token, [completions, tokens] bool.
         entropy: of the distribution of each token in nats, as `logps`; None if not asked for.
+        values: before each token, as `logps`; None if not asked for.
     """
 
     logps: torch.Tensor
     mask: torch.Tensor
     entropy: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
 
 def completion_logps(
@@ -37,6 +41,7 @@ def completion_logps(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    values: bool = False,
 ) -> Scored:
     """How likely a causal model finds completions of prompts; gradients flow.
 
@@ -50,6 +55,7 @@ def completion_logps(
         temperature: by which the logits are divided: the sampler's, where the result is compared
             with what it recorded.
         entropy: whether to give entropies too.
+        values: whether to give those of the model's value head too.
 
     Raises:
         ConfigError: a prompt is empty, or there are not as many completions as prompts.
@@ -71,7 +77,7 @@ def completion_logps(
     mask = torch.arange(longest, device=device) < lengths[:, None]
     if longest == 0:
         empty = torch.zeros(mask.shape, device=device)
-        return Scored(empty, mask, empty if entropy else None)
+        return Scored(empty, mask, empty if entropy else None, empty if values else None)
 
     texts = [
         [*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)
@@ -85,12 +91,13 @@ def completion_logps(
     keep = ids.shape[1] - min(map(len, prompts)) + 1  # logits from before the first completion on
     named = inspect.signature(unwrap(model).forward).parameters
     settings = {"logits_to_keep": keep} if "logits_to_keep" in named else {}
-    logits = model(
-        input_ids=ids,
-        attention_mask=attended.long(),
-        position_ids=(attended.cumsum(1) - 1).clamp(min=0),
-        **settings,
-    ).logits
+    with values_seen(model) if values else nullcontext([]) as seen:
+        logits = model(
+            input_ids=ids,
+            attention_mask=attended.long(),
+            position_ids=(attended.cumsum(1) - 1).clamp(min=0),
+            **settings,
+        ).logits
     logits = logits[:, -keep:-1]
     labels, at = ids[:, 1 - keep :], place[1 - keep :]
     sampled = (at >= starts[:, None]) & attended[:, 1 - keep :]
@@ -104,7 +111,10 @@ def completion_logps(
     logps = token_logps(logits, labels, sampled, temperature=temperature)
     entropies = token_entropy(logits, sampled, temperature=temperature) if entropy else None
     return Scored(
-        of_completion(logps), mask, None if entropies is None else of_completion(entropies)
+        of_completion(logps),
+        mask,
+        None if entropies is None else of_completion(entropies),
+        of_completion(seen[0][:, -keep:-1]) if values else None,
     )
 
 

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from paceline.errors import ConfigError
-from paceline.lm import gguf
-from paceline.lm.loading import read_model, read_tokenizer, reading
-from paceline.rl.redteam.tiny import TINY, tiny_model, tiny_tokenizer
+from paceline.lm.loading import read_tokenizer, reading
+from paceline.rl.named_models import model_and_tokenizer
 from paceline.rl.system import System
 from paceline.rl.text.logprobs import Scored, completion_logps
 
@@ -51,7 +50,8 @@ class PolicySystem(System):
         self.temperature = temperature
         self.model_id = str(model) if isinstance(model, str | Path) else None
         if self.model_id is not None:
-            model, own = _read(self.model_id)
+            where = f"system.model={self.model_id!r}"
+            model, own = model_and_tokenizer(self.model_id, where=where)
             tokenizer = own if tokenizer is None else tokenizer
         if tokenizer is None:
             raise ConfigError("system.tokenizer: give the model's.")
@@ -74,13 +74,14 @@ class PolicySystem(System):
         self.keep_baseline()
         return self._of(self.baseline, turns)
 
-    def _of(self, model: Any, turns: Sequence[Any]) -> Scored:
+    def _of(self, model: Any, turns: Sequence[Any], *, values: bool = False) -> Scored:
         pairs = [self._ids(turn) for turn in turns]
         return completion_logps(
             model,
             [context for context, _ in pairs],
             [probe for _, probe in pairs],
             temperature=self.temperature,
+            values=values,
         )
 
     def _ids(self, turn: Any) -> tuple[Any, Any]:
@@ -138,13 +139,3 @@ class _Text:
 
 def _turns(context: Sequence[Any], continuation: Sequence[Any]) -> list[_Text]:
     return [_Text(one, other) for one, other in zip(context, continuation, strict=True)]
-
-
-def _read(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
-    with reading(f"system.model={name!r}"):
-        if name == TINY:
-            return tiny_model(), tiny_tokenizer()
-        if name in gguf.PACKAGED and not Path(name).exists():
-            name = str(gguf.converted(gguf.packaged(name), lambda line: None))
-        return read_model(name, dtype="auto")[0], read_tokenizer(name)

