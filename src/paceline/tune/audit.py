@@ -109,8 +109,8 @@ def pruning_cost(
 ) -> PruningCost:
     """What pruning has cost: how many of the audited trials would have beaten the best.
 
-    The best is that of the trials that were not pruned. A trial revived by hand counts only if it is
-    in the audit's sample: those that a person chooses say nothing about the others.
+    The best is that of the trials that were not pruned. A trial revived by hand counts only if it
+    is in the audit's sample: those that a person chooses say nothing about the others.
 
     Args:
         trials: of the study.
