@@ -48,8 +48,8 @@ tune:
 """
 
 
-def write(folder: Path, tune: str = TUNE, recipe: str = RECIPE) -> Path:
+def write(folder: Path, tune: str = TUNE, recipe: str = RECIPE, *, code: str = CODE) -> Path:
     """Writes the recipe with its code; returns the recipe's file."""
-    (folder / "toy.py").write_text(CODE)
+    (folder / "toy.py").write_text(code)
     (folder / "toy.yaml").write_text(recipe + tune)
     return folder / "toy.yaml"

@@ -85,6 +85,26 @@ def check_study(composed: Composed, trust: Collection[str] = ()) -> Checked:
     return Checked(composed, recipe, settings, space, tuple(trust))
 
 
+def check_section(recipe: Recipe) -> None:
+    """Checks the section `tune:` of a recipe that is trained without it, if there is one.
+
+    Only what is written there: `paceline tune --dry-run` checks the recipe with the values too.
+
+    Args:
+        recipe: without other mistakes.
+
+    Raises:
+        RecipeError: the section has mistakes.
+    """
+    if recipe.composed.config.get(SECTION) is None:
+        return
+    mistakes = recipe.composed.mistakes()
+    section = recipe.composed.resolve(mistakes)[SECTION]
+    settings = read_settings(section, mistakes)
+    read_space(settings.space, (SECTION, "space"), mistakes)
+    mistakes.raise_any(recipe.composed.path)
+
+
 def check_settings_alone(settings: TuneSettings, space: Space | None, mistakes: Mistakes) -> None:
     """Checks what needs no recipe: sampler, pruner, storage and the values to try first.
 
@@ -101,7 +121,8 @@ def _check_choices(
 ) -> None:
     distributions = None if space is None else space.distributions
     sampler = wrong_sampler(settings.sampler, distributions, objectives=len(settings.metrics))
-    for name, found in (("sampler", sampler), ("pruner", wrong_pruner(settings.pruner))):
+    pruner = wrong_pruner(settings.pruner, settings.reports)
+    for name, found in (("sampler", sampler), ("pruner", pruner)):
         for key, text in found:
             mistakes.add((*at, name, key) if key else (*at, name), text)
     with mistakes.collecting(*at, "storage"):

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from paceline.errors import ConfigError
 from paceline.log.run_record import PRUNED
 from paceline.trainer.callback import Callback
+from paceline.tune.pruners import verdict
 
 if TYPE_CHECKING:
     import optuna
 
     from paceline.trainer.trainer import Trainer
-
-_RUNG = "completed_rung_"  # how successive halving marks in the storage what it has decided
 
 
 class TrialReports(Callback):
@@ -101,10 +100,10 @@ class TrialReports(Callback):
                 if trainer.world.size == 1:
                     raise
                 box = False, f"{type(error).__name__}: {error}"
-        verdict, failure = trainer.world.broadcast_object(box)
+        pruned, failure = trainer.world.broadcast_object(box)
         if failure is not None:
             raise RuntimeError(f"the study's storage: {failure}")
-        self._verdict = self._verdict or verdict
+        self._verdict = self._verdict or pruned
 
     def _due(self, step: int, horizon: int, metrics: Mapping[str, float]) -> list[list[float]]:
         """The reports up to this step that were not given: of this validation or the last."""
@@ -123,29 +122,11 @@ class TrialReports(Callback):
         """Reports on rank 0; whether the pruner ends the trial."""
         assert self._trial is not None
         trial, storage = self._trial, self._trial.study._storage
-        stored = storage.get_trial(trial._trial_id)
-        there = stored.intermediate_values
+        there = storage.get_trial(trial._trial_id).intermediate_values
         for number, value in new:
             if number not in there:
                 trial.report(value, step=number)
-        newest, before = new[-1][0], max(there, default=0)
-        if not self.heeded or newest < before:
-            return False  # it was asked then, and the run went on
-        if newest > before:
-            return trial.should_prune()
-        # A kill came after this report. What its question may have left behind is not looked at.
-        from optuna.pruners import _filter_study
-
-        reported = there[newest]
-        marks = {name: v for name, v in stored.system_attrs.items() if name.startswith(_RUNG)}
-        last = max((int(name[len(_RUNG) :]) for name in marks), default=-1)
-        while last >= 0 and marks[f"{_RUNG}{last}"] == reported:
-            del marks[f"{_RUNG}{last}"]
-            last -= 1
-        others = {k: v for k, v in stored.system_attrs.items() if not k.startswith(_RUNG)}
-        stored.system_attrs = {**others, **marks}
-        study: Any = _filter_study(trial.study, stored)
-        return bool(trial.study.pruner.prune(study, stored))
+        return self.heeded and any(verdict(trial.study, trial, number) for number, _ in new)
 
     def state_dict(self) -> dict[str, Any]:
         """The reports, the best values and the verdict."""

@@ -234,7 +234,8 @@ class Study:
                 study.sampler = sampler_for(self.settings.sampler, known["seed"], space=space)
             else:
                 study.sampler = sampler_for(self.settings.sampler, known["seed"])
-            study.pruner = pruner_for(self.settings.pruner)
+            settings = self.settings
+            study.pruner = pruner_for(settings.pruner, settings.reports, value=settings.value)
             lines = self.folder.lines()
             trials = study.get_trials(deepcopy=False)
             if lines and not trials:

@@ -16,6 +16,7 @@ from paceline.recipe.recipe import Recipe, check
 from paceline.recipe.seeds import train_recipe
 from paceline.trainer.settings import Resume
 from paceline.tune.checks import Checked
+from paceline.tune.pruners import verdict
 from paceline.tune.reporting import TrialReports, value_over_seeds
 from paceline.tune.settings import SECTION
 
@@ -159,4 +160,4 @@ def _is_worse(trial: optuna.Trial, place: int, values: list[float]) -> bool:
     stored = trial.study._storage.get_trial(trial._trial_id).intermediate_values
     if place not in stored:
         trial.report(values[0], step=place)
-    return trial.should_prune()
+    return verdict(trial.study, trial, place)
