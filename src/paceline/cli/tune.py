@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paceline.cli.options import Overrides, Trust
+from paceline.errors import ConfigError
 from paceline.exit_codes import FAILED
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ def tune(
     add: Annotated[
         int, typer.Option(min=0, metavar="N", help="Run N trials more than `tune.trials`.")
     ] = 0,
+    revive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I,J", help="Train these pruned trials to their end.", show_default=False
+        ),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an earlier study aside and begin anew.")
     ] = False,
@@ -49,6 +56,7 @@ def tune(
     """
     from paceline.tune.study import Study, TrialsFailed
 
+    numbers = _numbers(revive)
     study = Study(
         recipe, overrides=overrides or (), trust=tuple(trust or ()), fresh=fresh, accept=accept
     )
@@ -56,7 +64,7 @@ def tune(
         _describe(study)
         return
     try:
-        study.optimize(add=add)
+        study.optimize(add=add, revived=numbers)
     except TrialsFailed as error:
         from paceline.log.secrets import mask_credentials
 
@@ -64,6 +72,13 @@ def tune(
         raise typer.Exit(FAILED) from None
     for line in summary(study):
         print(line, flush=True)
+
+
+def _numbers(text: str | None) -> list[int]:
+    words = [] if text is None else [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--revive {text}: expected numbers of trials, such as --revive 3,7.")
+    return [int(word) for word in words]
 
 
 def _describe(study: Study) -> None:

@@ -143,7 +143,9 @@ class TrialReports(Callback):
         """Takes back what `state_dict` gave."""
         self.best = dict(state["best"])
         self._given = [list(pair) for pair in state["given"]]
-        self._last, self._verdict = state["last"], state["verdict"]
+        self._last = state["last"]
+        # One that heeds no verdict ends with the state of a trial that was never pruned.
+        self._verdict = state["verdict"] and self.heeded
         self._next = int(state["next"])
 
 

@@ -20,6 +20,7 @@ from paceline.log.traceback import told_in_full
 from paceline.recipe.code import files_of
 from paceline.recipe.compose import Composed, compose
 from paceline.recipe.mistakes import Mistakes
+from paceline.tune.audit import audit_due, pruning_cost
 from paceline.tune.checks import Checked, check_settings_alone, check_study
 from paceline.tune.folder import (
     BEST_FILE,
@@ -32,6 +33,7 @@ from paceline.tune.folder import (
     rebuild,
 )
 from paceline.tune.pruners import pruner_for
+from paceline.tune.revival import check_revivals, is_revived, revive
 from paceline.tune.samplers import is_exhausted, sampler_for
 from paceline.tune.settings import SECTION, TuneSettings, read_settings
 from paceline.tune.space import Space, read_space
@@ -131,22 +133,30 @@ class Study:
     # What a user asks for
 
     def optimize(
-        self, trials: int | None = None, *, add: int = 0, say: Callable[[str], None] | None = None
+        self,
+        trials: int | None = None,
+        *,
+        add: int = 0,
+        revived: Collection[int] = (),
+        say: Callable[[str], None] | None = None,
     ) -> Study:
         """Runs trials until there are as many as the study is to have.
 
         Args:
             trials: how many in all; by default `tune.trials`.
             add: how many more than that; remembered for later starts.
+            revived: numbers of pruned trials that go on to their end; they are not counted.
             say: takes a line about each trial; by default it is printed.
 
         Raises:
+            ConfigError: a trial of `revived` cannot be revived.
             TrialsFailed: `max_failures` trials in a row have failed.
             SystemExit: with code 75, a signal has stopped the study; the same call continues it.
         """
         say = say or _say
         with _quiet():
             study = self._open(add)
+            self._revive(study, revived, say)
             goal = (trials or self.settings.trials) + int(self.folder.read().get("added", 0))
             end = (
                 None if self.settings.timeout is None else time.monotonic() + self.settings.timeout
@@ -155,6 +165,7 @@ class Study:
                 with self.folder.locked():
                     claimed = self._claim(study, goal, end)
                 if claimed is None:
+                    self._say_cost(study, say)
                     return self
                 try:
                     outcome = self._run(claimed)
@@ -359,14 +370,53 @@ class Study:
                 if claimed is not None:
                     return claimed
         counted = sum(REVIVES not in trial.user_attrs for trial in trials)
-        if counted >= goal or (end is not None and time.monotonic() >= end):
+        if end is not None and time.monotonic() >= end:
             return None
-        if is_exhausted(study):
-            return None
+        if counted >= goal or is_exhausted(study):
+            return self._claim_audit(study, known["seed"])
         # In one step: from its first moment on, a trial is this study's.
         template = create_trial(state=TrialState.RUNNING, user_attrs={HOME: home})
         number = study._storage.create_new_trial(study._study_id, template_trial=template)
         return self._take(study, optuna.Trial(study, number))
+
+    def _claim_audit(self, study: optuna.Study, seed: int) -> Claimed | None:
+        """A pruned trial that the audit trains to its end, once all others were begun."""
+        import optuna
+
+        for number in audit_due(study.get_trials(deepcopy=False), seed, self.settings.audit):
+            if self.folder.trial(number).is_dir():  # else it was trained on another machine
+                added = revive(study, self.folder, number)
+                trial = study.get_trials(deepcopy=False)[added]
+                return self._take(study, optuna.Trial(study, trial._trial_id))
+        return None
+
+    def _revive(
+        self, study: optuna.Study, numbers: Collection[int], say: Callable[[str], None]
+    ) -> None:
+        """Adds the trials that go on with pruned ones; a second time it does nothing."""
+        if numbers and self.function is not None:
+            raise ConfigError("a function's trials have no checkpoints: none can be revived.")
+        with self.folder.locked():
+            check_revivals(study.get_trials(deepcopy=False), self.folder, list(numbers))
+            for number in dict.fromkeys(numbers):
+                if is_revived(study.get_trials(deepcopy=False), number):
+                    say(f"trial {number} was revived before.")
+                else:
+                    say(f"trial {number} goes on as trial {revive(study, self.folder, number)}.")
+
+    def _say_cost(self, study: optuna.Study, say: Callable[[str], None]) -> None:
+        """Says what pruning has cost, and writes it to study.json."""
+        if not self.settings.audit:
+            return
+        with self.folder.locked():
+            cost = pruning_cost(
+                study.get_trials(deepcopy=False),
+                self.folder.read()["seed"],
+                self.settings.audit,
+                self.settings.directions[0],
+            )
+            self.folder.change(audit=cost.as_json())
+        say(cost.text())
 
     def _take(self, study: optuna.Study, trial: optuna.Trial) -> Claimed | None:
         lock = self.folder.take(trial.number, self._session)
