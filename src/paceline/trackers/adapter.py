@@ -37,11 +37,11 @@ class Adapter:
         run: that is followed.
 
     Attributes:
-        delay: seconds after which a row handed over is safe from a kill of the follower. Those
-            handed over later are sent again to a library that ignores what it has.
+        safe_at_once: whether a row handed over survives a kill of the follower. If not, the cursor
+            moves when the library's run is closed, and the adapter knows which rows there are.
     """
 
-    delay = 0.0
+    safe_at_once = True
 
     def __init__(self, settings: Mapping[str, Any], run: FollowedRun) -> None:
         self.settings, self.run = settings, run

@@ -46,6 +46,7 @@ class Cursor:
         run: id of the run that the places are of.
         rows: the place in metrics.jsonl up to which the library has taken the rows.
         media: the same in media.jsonl.
+        handed: rows handed over; the library may still lose those after `rows` if it is killed.
         complete: the run was over, and everything is sent.
         problem: why rows could not be sent, in words; None if they could.
         pid: of the follower that wrote it last.
@@ -57,6 +58,7 @@ class Cursor:
     run: str = ""
     rows: Place = field(default_factory=Place)
     media: Place = field(default_factory=Place)
+    handed: int = 0
     complete: bool = False
     problem: str | None = None
     pid: int = 0

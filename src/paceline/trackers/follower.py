@@ -81,7 +81,6 @@ class Follower:
         self._cursor = Cursor(todo["type"], todo["settings"], todo["config"], todo["run"])
         self._adapter: Adapter | None = None
         self._place = {METRICS_FILE: Place(), MEDIA_FILE: Place()}  # handed over
-        self._handed: list[tuple[float, Place]] = []  # not yet safe from a kill
         self._held = 0
         self._lock = FolderLock()
 
@@ -143,7 +142,6 @@ class Follower:
                     return False
 
     def _send(self) -> None:
-        self._settle()
         for file in (METRICS_FILE, MEDIA_FILE):
             while True:
                 try:
@@ -163,13 +161,15 @@ class Follower:
         if file == METRICS_FILE:
             self._adapter.send([each for each in rows if each[0] >= self._held])
             self._place[file] = after
-            self._handed.append((time.monotonic(), after))
+            self._cursor.handed = after.rows
+            if self._adapter.safe_at_once:
+                self._cursor.rows = after
         else:
             for number, row in rows:
                 self._adapter.send_media(number, row)
             self._place[file] = self._cursor.media = after
         self._cursor.problem, self._cursor.complete = None, False
-        self._settle(write=True)
+        self._write()
 
     def _open(self) -> None:
         """Begins with the library, and asks it which rows it has."""
@@ -178,7 +178,6 @@ class Follower:
         self._adapter = adapter
         held, rows = adapter.held(), self._cursor.rows.rows
         self._place = {METRICS_FILE: self._cursor.rows, MEDIA_FILE: self._cursor.media}
-        self._handed.clear()
         self._held = rows if held is None else held
         if self._held != rows:
             # Fewer: a kill took what it had in memory. More: one came before the cursor's write.
@@ -191,21 +190,8 @@ class Follower:
         self._place[file] = place_after(self._folder / file, before.rows)
         if file == METRICS_FILE:
             self._held = max(self._held, before.rows)
-            self._cursor.rows = self._place[file]
-            self._handed.clear()
         if self._place[file] == before:
             raise error
-
-    def _settle(self, *, write: bool = False) -> None:
-        """Moves the cursor over the rows that are safe from a kill by now."""
-        delay = 0.0 if self._adapter is None else self._adapter.delay
-        now, place = time.monotonic(), None
-        while self._handed and now - self._handed[0][0] >= delay:
-            _, place = self._handed.pop(0)
-        if place is not None:
-            self._cursor.rows = place
-        if write or place is not None:
-            self._write()
 
     def _finish(self, status: str) -> None:
         if self._adapter is not None and status == "complete":
@@ -227,7 +213,6 @@ class Follower:
         if text != self._cursor.problem:
             _say(text)
         self._cursor.problem = text
-        self._handed.clear()
         with contextlib.suppress(Exception):
             if self._adapter is not None:
                 self._adapter.close(None)

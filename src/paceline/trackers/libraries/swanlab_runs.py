@@ -9,6 +9,7 @@ from typing import Any
 import swanlab  # pyright: ignore[reportMissingImports] - an extra
 
 from paceline.trackers.adapter import Adapter, numbers
+from paceline.trackers.libraries.leveldb import records
 
 _SCANS = ("hardware", "runtime", "requirements", "conda", "git", "swanlab", "monitor")
 
@@ -16,7 +17,7 @@ _SCANS = ("hardware", "runtime", "requirements", "conda", "git", "swanlab", "mon
 class SwanlabRun(Adapter):
     """A run of SwanLab, online or offline as `SWANLAB_MODE` or the settings say."""
 
-    delay = 5.0  # it writes every 1.5 seconds
+    safe_at_once = False  # it keeps rows in memory
 
     def open(self) -> None:
         """See `Adapter.open`."""
@@ -24,6 +25,7 @@ class SwanlabRun(Adapter):
         mode: Any = given.get("mode") or os.environ.get("SWANLAB_MODE") or None
         home = os.environ.get("SWANLAB_LOG_DIR") or str(self.run.home)
         Path(home).mkdir(parents=True, exist_ok=True)
+        self._there = _values_in(Path(home), (self.run.id * 2)[:21])
         off = dict.fromkeys(_SCANS, False)
         settings = swanlab.Settings(probe=off, terminal={"proxy_type": "none"})  # pyright: ignore
         self._run: Any = swanlab.init(
@@ -43,7 +45,8 @@ class SwanlabRun(Adapter):
     def send(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
         """See `Adapter.send`."""
         for _, row in rows:
-            if values := numbers(row):
+            step, named = row["step"], numbers(row)
+            if values := {k: v for k, v in named.items() if (k, step) not in self._there}:
                 self._run.log(values, step=row["step"])
 
     def send_media(self, number: int, row: dict[str, Any]) -> None:
@@ -63,3 +66,19 @@ class SwanlabRun(Adapter):
         """See `Adapter.close`."""
         state = {"failed": "crashed", "killed": "crashed", "stopped": "aborted"}
         self._run.finish(state.get(status or "", "success"))
+
+
+def _values_in(home: Path, run_id: str) -> set[tuple[str, int]]:
+    """Names and steps of what is in the files of earlier followers of a run."""
+    from swanlab.proto.swanlab.record.v1 import (  # pyright: ignore[reportMissingImports]
+        record_pb2,
+    )
+
+    found = set()
+    for path in home.glob(f"run-*-{run_id}/run-{run_id}.swanlab"):
+        for data in records(path.read_bytes()):
+            record: Any = record_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "scalar":
+                found.add((record.scalar.key, record.scalar.step))
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 import wandb  # pyright: ignore[reportMissingImports] - an extra
 
 from paceline.trackers.adapter import Adapter
+from paceline.trackers.libraries.leveldb import records
 
 _MARK = "epoch"  # a counter that each row has, and nothing else
 
@@ -111,28 +112,10 @@ def history(path: Path) -> Iterator[dict[str, Any]]:
     """
     from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
 
-    for data in _records(path.read_bytes()):
+    for data in records(path.read_bytes()):
         record: Any = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
             values = {key: json.loads(value) for key, value in items.items()}
             yield {"_step": record.history.step.num, **values}
-
-
-def _records(data: bytes) -> Iterator[bytes]:
-    block, at, part = 32768, 7, b""
-    while at + 7 <= len(data):
-        left = block - at % block
-        if left < 7:
-            at += left
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        chunk = data[at + 7 : at + 7 + length]
-        if kind == 0 or len(chunk) < length:
-            return
-        at += 7 + length
-        part += chunk
-        if kind in (1, 4):  # whole, or the last part
-            yield part
-            part = b""
