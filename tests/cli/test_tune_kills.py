@@ -1,4 +1,4 @@
-"""kill -9 of a study, at drawn instants of each part of a trial: what it leaves is as if unkilled."""
+"""kill -9 of a study, at drawn instants of each part of a trial: nothing of it is lost."""
 
 from __future__ import annotations
 
