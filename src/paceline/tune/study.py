@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.errors import ConfigError, MissingExtraError, PacelineError
 from paceline.log.files import replacing, shown
@@ -540,7 +540,7 @@ class Study:
         return best
 
 
-_OPTUNA = {"min": "minimize", "max": "maximize"}
+_OPTUNA: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
 
 
 def best_of(trials: Sequence[FrozenTrial], settings: TuneSettings) -> FrozenTrial | None:
