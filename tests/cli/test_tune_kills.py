@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tune"))
 from tuned_recipes import CODE, write
 
 # Kills its process at the n-th call of a function, before or after the call.
-KILLING = '''
+KILLING = """
 import importlib, os, signal
 if "KILL" in os.environ:
     place, count, when = os.environ.pop("KILL").split(" ")
@@ -38,7 +38,7 @@ if "KILL" in os.environ:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     setattr(owner, last, call)
-'''
+"""
 TUNE = """\
 tune:
   metric: val/loss
