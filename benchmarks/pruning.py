@@ -45,7 +45,7 @@ PRUNERS: list[dict[str, Any]] = [
     {"type": "halving"},
     {"type": "hyperband"},
     {"type": "patient", "patience": 3, "pruner": {"type": "median"}},
-    {"type": "threshold", "upper": 1.0, "n_warmup_steps": 10},
+    {"type": "threshold", "upper": 2.5, "n_warmup_steps": 10},
     {"type": "wilcoxon"},
     {"type": "predicted_final"},
 ]
