@@ -3,8 +3,8 @@
 Three sets of 60 configurations drawn at random, each with 20 validation losses at equal shares of
 its steps:
 
-- digits: a network of one or two layers on scikit-learn's digits, constant learning rates. Of
-  each configuration four seeds are trained; the ends of all are stored, the curve of the first.
+- digits: a network of one or two layers on scikit-learn's digits, constant learning rates. Four
+  seeds of each configuration: the curve of the first is stored, and the ends of all.
 - manual: a character model on the texts of Python's own manual (`pydoc_data`), constant rates.
 - schedules: digits with a fifth of the labels wrong, under learning rates that are constant, fall
   at the end, or rise first: the curves cross.

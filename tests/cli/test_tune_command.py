@@ -44,8 +44,16 @@ def test_a_study_is_run_continued_and_listed(tune: Paceline, tmp_path: Path) -> 
     assert "its recipe: runs/p/s/best.yaml" in out
     assert tune("tune", "runs/p/s", "--add", "1")[0] == 0
     assert len(states(tmp_path / "runs/p/s")) == 6
+    chosen = str(states(tmp_path / "runs/p/s").index("PRUNED"))
+    code, _, err = tune("tune", "runs/p/s", "--revive", chosen)
+    assert code == 0, err
+    assert f"paceline: trial {chosen} goes on as trial 6." in err
+    assert states(tmp_path / "runs/p/s")[6] == "COMPLETE"
+    code, _, err = tune("tune", "runs/p/s", "--revive", "one")
+    assert code == 2
+    assert "expected numbers of trials, such as --revive 3,7" in err
     code, out, _ = tune("runs", "runs", "status=pruned", "--json")
-    assert len(json.loads(out)) == states(tmp_path / "runs/p/s").count("PRUNED") > 2
+    assert len(json.loads(out)) == states(tmp_path / "runs/p/s").count("PRUNED") - 1 > 1
 
 
 def test_mistakes_are_2_and_failures_1(tune: Paceline, tmp_path: Path) -> None:

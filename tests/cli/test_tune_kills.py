@@ -1,10 +1,12 @@
-"""kill -9 of a study, at drawn instants of each part of a trial: nothing of it is lost."""
+"""kill -9 of a study at drawn instants: what it leaves is what an undisturbed one leaves."""
 
 from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tune"))
 from tuned_recipes import CODE, write
 
 # Kills its process at the n-th call of a function, before or after the call.
-KILLING = '''
+KILLING = """
 import importlib, os, signal
 if "KILL" in os.environ:
     place, count, when = os.environ.pop("KILL").split(" ")
@@ -38,7 +40,7 @@ if "KILL" in os.environ:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     setattr(owner, last, call)
-'''
+"""
 TUNE = """\
 tune:
   metric: val/loss
@@ -117,6 +119,58 @@ def test_a_study_killed_at_drawn_instants_equals_one_never_killed(
         assert found[number][1] == expected[number][1]
     assert len(found) == 6
     assert "1 failed" not in out
+    trials = tmp_path / "runs/p/s/trials"
+    assert sorted(path.name for path in trials.iterdir()) == [f"trial_{n:04d}" for n in range(6)]
+    records = [json.loads((path / "run.json").read_text()) for path in trials.iterdir()]
+    again = [record for record in records if len(record["starts"]) > 0]
+    assert any("resumes from" in str(record["plan"]) for record in again)  # none begins again
     best = [(folder / "best.yaml").read_text() for folder in (whole, tmp_path / "runs/p/s")]
     assert best[0] == best[1]
     assert (tmp_path / "runs/p/s/study.db").exists()
+
+
+def test_sigterm_stops_all_workers_at_a_boundary_and_they_go_on(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    slow = CODE + "\nimport time\ninner = Points.__getitem__\n"
+    slow += "Points.__getitem__ = lambda self, i: (time.sleep(0.004), inner(self, i))[1]\n"
+    write(tmp_path, TUNE, code=slow)
+    runner, study = Paceline(tmp_path, ranks), tmp_path / "runs/p/s"
+    command = ("tune", "toy.yaml", "tune.sampler=random", "tune.pruner=none", "--workers", "2")
+    under_way = runner.start(*command)
+    deadline = time.monotonic() + 120
+    while len(list(study.glob("trials/*/checkpoints/step_*"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    under_way.signal(signal.SIGTERM)
+    code, _, err = under_way.end()
+    assert code == 75, err
+    statuses = [json.loads(path.read_text())["status"] for path in study.glob("trials/*/run.json")]
+    assert "stopped" in statuses
+    assert "running" not in statuses
+    code, _, err = runner(*command)
+    assert code == 0, err
+    assert [state for state, _ in left(study).values()]
+    assert sorted(left(study)) == list(range(6))
+
+
+def test_the_same_trials_are_pruned_at_the_same_places_on_two_ranks(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    write(tmp_path, TUNE.replace("    train_dataloader.batch_size: [10, 20]\n", ""))
+    runner, study = Paceline(tmp_path, ranks), tmp_path / "runs/p/s"
+    one = ("tune", "toy.yaml", "tune.sampler=random", "run.name=one")
+    assert runner(*one)[0] == 0
+    two = (*one[:3], "train_dataloader.batch_size=10", "--nproc", "2")  # on each rank
+    code, _, err = runner(*two)
+    assert code == 0, err
+    expected, found = (
+        [state for state, _ in left(folder).values()] for folder in (study.with_name("one"), study)
+    )
+    assert [line["state"] for line in found] == [line["state"] for line in expected]
+    assert "PRUNED" in {line["state"] for line in found}
+    for mine, wanted in zip(found, expected, strict=True):
+        assert mine["params"] == wanted["params"]
+        steps = [[step for step, _ in line["reports"]] for line in (mine, wanted)]
+        assert steps[0] == steps[1]
+        assert mine["values"] == pytest.approx(wanted["values"], rel=1e-5)

@@ -26,23 +26,24 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, S
     folder = tmp_path_factory.mktemp("revived")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        study = Study(write(folder)).optimize(say=lambda _: None)
+        study = Study(write(folder)).optimize()
         write(folder, NEVER)
         whole = Study(folder / "toy.yaml", overrides=["run.name=whole"])
-        yield study, whole.optimize(say=lambda _: None)
+        yield study, whole.optimize()
 
 
 def pruned(study: Study) -> list[int]:
     return [trial.number for trial in study.trials if trial.state.name == "PRUNED"]
 
 
-def test_a_revived_trial_ends_as_one_that_was_never_pruned(studies: tuple[Study, Study]) -> None:
+def test_a_revived_trial_ends_as_one_that_was_never_pruned(
+    studies: tuple[Study, Study], capsys: pytest.CaptureFixture[str]
+) -> None:
     study, whole = studies
     number, *_ = pruned(study)
     before = study.trials
-    said: list[str] = []
-    again = Study(study.folder.path).optimize(revived=[number], say=said.append)
-    assert said[0] == f"trial {number} goes on as trial 6."
+    again = Study(study.folder.path).optimize(revived=[number])
+    assert f"trial {number} goes on as trial 6.\n" in capsys.readouterr().err
     assert [repr(trial) for trial in again.trials[:6]] == [repr(trial) for trial in before]
     new, old = again.trials[6], whole.trials[number]
     assert len(again.trials) == 7
@@ -55,9 +56,9 @@ def test_a_revived_trial_ends_as_one_that_was_never_pruned(studies: tuple[Study,
     assert not study.folder.trial(6).exists()
 
     # The same command again, and a start without it, find nothing to do.
-    Study(study.folder.path).optimize(revived=[number], say=said.append)
-    assert said[-1] == f"trial {number} was revived before."
-    assert len(Study(study.folder.path).optimize(say=said.append).trials) == 7
+    Study(study.folder.path).optimize(revived=[number])
+    assert capsys.readouterr().err == f"paceline: trial {number} was revived before.\n"
+    assert len(Study(study.folder.path).optimize().trials) == 7
 
 
 @pytest.mark.parametrize("number", [99, -1])
@@ -65,7 +66,7 @@ def test_what_cannot_be_revived_is_listed(studies: tuple[Study, Study], number: 
     study, _ = studies
     complete = study.best_trial.number
     with pytest.raises(ConfigError) as caught:
-        Study(study.folder.path).optimize(revived=[complete, number], say=print)
+        Study(study.folder.path).optimize(revived=[complete, number])
     text = str(caught.value)
     assert f"trial {complete} was not pruned: it is complete." in text
     assert f"trial {number} does not exist" in text
@@ -75,7 +76,7 @@ def test_what_cannot_be_revived_is_listed(studies: tuple[Study, Study], number: 
 def test_a_functions_trials_cannot_be_revived(tmp_path: Path) -> None:
     study = Study(lambda trial: trial.suggest_float("x", 0, 1), tmp_path / "s")
     with pytest.raises(ConfigError, match="no checkpoints"):
-        study.optimize(1, revived=[0], say=print)
+        study.optimize(1, revived=[0])
 
 
 def test_a_revival_that_was_killed_goes_on(
@@ -90,36 +91,37 @@ def test_a_revival_that_was_killed_goes_on(
 
     monkeypatch.setattr("paceline.tune.study.train_trial", killed)
     with pytest.raises(KeyboardInterrupt):
-        Study(study.folder.path).optimize(revived=[number], say=print)
+        Study(study.folder.path).optimize(revived=[number])
     monkeypatch.undo()
-    again = Study(study.folder.path).optimize(say=print)
+    again = Study(study.folder.path).optimize()
     [new] = [trial for trial in again.trials if trial.user_attrs.get(REVIVES) == number]
     assert new.values == whole.trials[number].values
     assert ending(study.folder.trial(number)) == ending(whole.folder.trial(number))
 
 
 def test_the_audit_trains_its_sample_and_says_what_pruning_has_cost(
-    studies: tuple[Study, Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    studies: tuple[Study, Study],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     study, whole = studies
     monkeypatch.chdir(tmp_path)
-    said: list[str] = []
-    audited = Study(write(tmp_path), overrides=["tune.audit=1.0"]).optimize(say=said.append)
+    audited = Study(write(tmp_path), overrides=["tune.audit=1.0"]).optimize()
     assert [trial.user_attrs.get(REVIVES) for trial in audited.trials[6:]] == pruned(study)
     for trial in audited.trials[6:]:
         assert trial.values == whole.trials[trial.user_attrs[REVIVES]].values
     cost = json.loads((audited.folder.path / "study.json").read_text())["audit"]
     count = len(pruned(study))
     assert (cost["pruned"], cost["audited"], cost["failed"]) == (count, count, 0)
-    assert said[-1].startswith(
-        f"audit: {count} trials were pruned; of {count} trained to the end, "
-    )
+    said = capsys.readouterr().err
+    assert f"audit: {count} trials were pruned; of {count} trained to the end, " in said
     ends = [whole.trials[number].value or 0 for number in pruned(study)]
     best = min(t.value for t in audited.trials[:6] if t.state.name == "COMPLETE" and t.value)
     assert cost["better"] == sum(end < best for end in ends)
     assert [cost["low"], cost["high"]] == list(clopper_pearson(cost["better"], count))
-    Study(audited.folder.path).optimize(say=said.append)
-    assert said[-1] == said[-2]
+    Study(audited.folder.path).optimize()
+    assert said.endswith(capsys.readouterr().err)
 
 
 def test_the_sample_is_a_share_that_follows_from_seed_and_number() -> None:

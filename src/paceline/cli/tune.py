@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import Overrides, Trust
+from paceline.cli.options import Nproc, Overrides, Trust
+from paceline.cli.ranks import start_ranks
 from paceline.errors import ConfigError
 from paceline.exit_codes import FAILED
 
@@ -26,6 +27,10 @@ def tune(
         ),
     ],
     overrides: Overrides = None,
+    workers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that run trials side by side.")
+    ] = 1,
+    nproc: Nproc = None,
     add: Annotated[
         int, typer.Option(min=0, metavar="N", help="Run N trials more than `tune.trials`.")
     ] = 0,
@@ -55,23 +60,28 @@ def tune(
     of the best trial.
     """
     from paceline.tune.study import Study, TrialsFailed
+    from paceline.world.world import World
 
     numbers = _numbers(revive)
+    if workers > 1 and (nproc or 1) > 1:
+        raise ConfigError("--workers with --nproc: workers of several ranks do not exist yet.")
     study = Study(
         recipe, overrides=overrides or (), trust=tuple(trust or ()), fresh=fresh, accept=accept
     )
     if dry_run:
         _describe(study)
         return
+    start_ranks(nproc)
     try:
-        study.optimize(add=add, revived=numbers)
+        study.optimize(workers=workers, add=add, revived=numbers)
     except TrialsFailed as error:
         from paceline.log.secrets import mask_credentials
 
         print(f"paceline: {mask_credentials(str(error))}", file=sys.stderr, flush=True)
         raise typer.Exit(FAILED) from None
-    for line in summary(study):
-        print(line, flush=True)
+    if World().is_main:
+        for line in summary(study):
+            print(line, flush=True)
 
 
 def _numbers(text: str | None) -> list[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from paceline.lazy import lazily
 
 if TYPE_CHECKING:
+    from paceline.tune.predicted_final import PredictedFinal
     from paceline.tune.run_config import CheckpointConfig, EarlyStoppingConfig, RunConfig
     from paceline.tune.running import run
     from paceline.tune.settings import TuneSettings
@@ -17,6 +18,7 @@ else:
         {
             "CheckpointConfig": "paceline.tune.run_config",
             "EarlyStoppingConfig": "paceline.tune.run_config",
+            "PredictedFinal": "paceline.tune.predicted_final",
             "RunConfig": "paceline.tune.run_config",
             "Study": "paceline.tune.study",
             "TrialsFailed": "paceline.tune.study",
@@ -28,6 +30,7 @@ else:
 __all__ = [
     "CheckpointConfig",
     "EarlyStoppingConfig",
+    "PredictedFinal",
     "RunConfig",
     "Study",
     "TrialsFailed",

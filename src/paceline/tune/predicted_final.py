@@ -26,6 +26,7 @@ class PredictedFinal(BasePruner):
     curve says nothing about what makes it bend later (a learning rate that is lowered at the end):
     a late bloomer is ended like any other.
 
+    The defaults were chosen on stored curves of real trainings (`benchmarks/pruning.py`).
     Everything follows from the trials in the storage; the object keeps nothing.
 
     Args:
@@ -43,8 +44,8 @@ class PredictedFinal(BasePruner):
     def __init__(
         self,
         reports: int,
-        top_k: int = 3,
-        z: float = 1.0,
+        top_k: int = 5,
+        z: float = 2.75,
         min_points: int = 6,
         *,
         value: str = "last",

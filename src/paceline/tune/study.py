@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from paceline.errors import ConfigError, MissingExtraError, PacelineError
+from paceline.errors import ConfigError, MissingExtraError, PacelineError, PeerError
 from paceline.log.files import replacing, shown
 from paceline.log.kept_code import CODE_FOLDER, RECIPE_FILE, keep
 from paceline.log.lock import FolderLock
@@ -39,6 +39,7 @@ from paceline.tune.settings import SECTION, TuneSettings, read_settings
 from paceline.tune.space import Space, read_space
 from paceline.tune.storages import open_storage
 from paceline.tune.trial import Outcome, train_trial
+from paceline.world.world import World
 
 if TYPE_CHECKING:
     import optuna
@@ -66,6 +67,15 @@ class Claimed:
     trial: optuna.Trial
     stored: dict[str, Any]
     lock: FolderLock
+
+    @property
+    def asked(self) -> tuple[int, dict[str, Any], bool]:
+        """What every rank needs: the folder's number, the parameters, whether it may be pruned.
+
+        A trial that goes on after it was pruned has the folder of the old one.
+        """
+        number = self.trial.user_attrs.get(REVIVES, self.trial.number)
+        return int(number), self.stored, REVIVES not in self.trial.user_attrs
 
 
 class Study:
@@ -128,6 +138,7 @@ class Study:
         self.folder = StudyFolder(path)
         self._fresh, self._accept = fresh, accept
         self._session = secrets.token_hex(4)
+        self._shared = False  # whether other processes run trials beside this one
         self._study: optuna.Study | None = None
 
     # What a user asks for
@@ -136,42 +147,153 @@ class Study:
         self,
         trials: int | None = None,
         *,
+        workers: int = 1,
         add: int = 0,
         revived: Collection[int] = (),
-        say: Callable[[str], None] | None = None,
     ) -> Study:
         """Runs trials until there are as many as the study is to have.
 
         Args:
             trials: how many in all; by default `tune.trials`.
+            workers: processes that run them. A trial whose process dies goes on in another one,
+                `max_restarts` times; then it has failed.
             add: how many more than that; remembered for later starts.
             revived: numbers of pruned trials that go on to their end; they are not counted.
-            say: takes a line about each trial; by default it is printed.
 
         Raises:
             ConfigError: a trial of `revived` cannot be revived.
             TrialsFailed: `max_failures` trials in a row have failed.
             SystemExit: with code 75, a signal has stopped the study; the same call continues it.
         """
-        say = say or _say
         with _quiet():
-            study = self._open(add)
-            self._revive(study, revived, say)
-            goal = (trials or self.settings.trials) + int(self.folder.read().get("added", 0))
-            end = (
-                None if self.settings.timeout is None else time.monotonic() + self.settings.timeout
-            )
+            if workers > 1:
+                self._with_workers(trials, workers, add, revived)
+            else:
+                self._work(trials, add, revived)
+        return self
+
+    def _work(self, trials: int | None, add: int, revived: Collection[int] = ()) -> None:
+        """Runs trials in this process, or in those of all ranks: rank 0 alone asks and tells."""
+        world = World().open()
+        try:
+            study = self._open(add) if world.is_main else None
+            if study is not None:
+                self._revive(study, revived)
+            limit = self.settings.timeout
+            end = None if limit is None else time.monotonic() + limit
             while True:
-                with self.folder.locked():
-                    claimed = self._claim(study, goal, end)
-                if claimed is None:
-                    self._say_cost(study, say)
-                    return self
+                claimed, failed = None, None
+                if study is not None:
+                    try:
+                        claimed = self._next(study, trials, end)
+                    except Exception as error:  # the other ranks wait for the next trial
+                        if world.size == 1:
+                            raise
+                        failed = error
+                said = None if failed is None else f"{type(failed).__name__}: {failed}"
+                asked = None if claimed is None else claimed.asked
+                asked, said = world.broadcast_object((asked, said))
+                if failed is not None:
+                    raise failed
+                if said is not None:
+                    raise PacelineError(f"rank 0 failed: {said}")
+                if asked is None:
+                    if study is not None and not self._shared:
+                        self._say_cost(study)
+                    return
                 try:
-                    outcome = self._run(claimed)
-                    self._tell(study, claimed, outcome, say)
+                    trial = None if claimed is None else claimed.trial
+                    outcome = self._run(*asked, trial, world.broadcast_object)
+                    outcome = _of_all(world.all_gather_object(outcome))
+                    if study is not None and claimed is not None:
+                        self._tell(study, claimed, outcome)
                 finally:
-                    claimed.lock.release()
+                    if claimed is not None:
+                        claimed.lock.release()
+        finally:
+            world.close()
+
+    def _next(self, study: optuna.Study, trials: int | None, end: float | None) -> Claimed | None:
+        with self.folder.locked():
+            goal = (trials or self.settings.trials) + int(self.folder.read()["added"])
+            return self._claim(study, goal, end)
+
+    def _with_workers(
+        self, trials: int | None, count: int, add: int, revived: Collection[int]
+    ) -> None:
+        """Runs trials in processes of their own.
+
+        Raises:
+            SystemExit: a signal has stopped them.
+        """
+        from paceline.tune.workers import Workers
+
+        if World().size > 1:
+            raise ConfigError("several workers, each of several ranks, do not exist yet.")
+        self._prepare(add)  # the processes find it begun
+        self._revive(self._open(0), revived)
+        self._close()
+        self._shared = True
+        deaths = 0
+
+        def died(pid: int, how: str) -> bool:
+            nonlocal deaths
+            if self._give_up(pid, how):
+                return True
+            deaths += 1
+            return deaths <= self.settings.max_restarts + count
+
+        try:
+            code = Workers(count, lambda: self._work(trials, 0), died).run()
+        except PacelineError as error:
+            raise TrialsFailed(str(error)) from None
+        if code:
+            raise SystemExit(code)
+        if deaths > self.settings.max_restarts + count:
+            raise TrialsFailed(f"worker processes have died {deaths} times before any trial.")
+        self._say_cost(self._open(0))
+
+    def _give_up(self, pid: int, how: str) -> bool:
+        """Has the trial of a worker that died fail, if it has had its restarts.
+
+        Args:
+            pid: of the worker.
+            how: what has happened to it.
+
+        Returns:
+            Whether it had a trial.
+        """
+        from optuna.trial import TrialState
+
+        study, had = self._open(0), False
+        try:
+            with self.folder.locked():
+                for trial in study.get_trials(deepcopy=False):
+                    starts = self.folder.starts(trial.number, self._session)
+                    had = had or pid in starts
+                    if trial.state != TrialState.RUNNING or starts[-1:] != [pid]:
+                        continue
+                    _say(f"trial {trial.number}: its worker {how}.")
+                    if len(starts) <= self.settings.max_restarts:
+                        continue
+                    often = f"{len(starts)} times" if len(starts) > 1 else "once"
+                    cause = f"its worker {how}; tried {often} (tune.max_restarts)"
+                    study._storage.set_trial_user_attr(trial._trial_id, CAUSE, cause)
+                    study.tell(trial.number, state=TrialState.FAIL)
+                    frozen = study._storage.get_trial(trial._trial_id)
+                    self.folder.append(line_of(frozen, self.folder))
+                    _say(_line(trial.number, Outcome("FAIL", cause=cause), self.settings, None))
+        finally:
+            self._close()
+        return had
+
+    def _close(self) -> None:
+        """Closes the storage, so that no forked process shares its connections."""
+        study, self._study = self._study, None
+        backend = getattr(getattr(study, "_storage", None), "_backend", None)
+        if backend is not None and hasattr(backend, "engine"):
+            backend.scoped_session.remove()
+            backend.engine.dispose()
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -217,11 +339,8 @@ class Study:
         """Opens the storage, and mends what a kill has left behind."""
         import optuna
 
-        if self._fresh and self.folder.exists:
-            self._move_aside()
-        self._fresh = False
+        self._prepare(add)
         with self.folder.locked():
-            self._begin(add)
             known = self.folder.read()
             study = optuna.create_study(
                 study_name=known["name"],
@@ -229,11 +348,11 @@ class Study:
                 directions=[_OPTUNA[direction] for direction in self.settings.directions],
                 load_if_exists=True,
             )
-            if self.checked is not None:
-                space = self.space.distributions
-                study.sampler = sampler_for(self.settings.sampler, known["seed"], space=space)
-            else:
-                study.sampler = sampler_for(self.settings.sampler, known["seed"])
+            space = None if self.checked is None else self.space.distributions
+            chosen = dict(self.settings.sampler)
+            if self._shared and chosen["type"] == "tpe":  # it knows of trials under way
+                chosen.setdefault("constant_liar", True)
+            study.sampler = sampler_for(chosen, known["seed"], space=space)
             settings = self.settings
             study.pruner = pruner_for(settings.pruner, settings.reports, value=settings.value)
             lines = self.folder.lines()
@@ -247,6 +366,14 @@ class Study:
             self._write_best(trials)
         self._study = study
         return study
+
+    def _prepare(self, add: int) -> None:
+        """Begins the study, or makes sure that it is this one."""
+        if self._fresh and self.folder.exists:
+            self._move_aside()
+        self._fresh = False
+        with self.folder.locked():
+            self._begin(add)
 
     def _begin(self, add: int) -> None:
         """Writes what the study is begun with, or compares it with what it was begun with."""
@@ -365,7 +492,11 @@ class Study:
         home = known[HOME]
         for trial in trials:
             own = trial.state == TrialState.RUNNING and trial.user_attrs.get(HOME) == home
-            if own and self.folder.is_dead(trial.number):
+            if not own or not self.folder.is_dead(trial.number):
+                continue
+            starts = self.folder.starts(trial.number, self._session)
+            # Beyond them, the process that has started this one will have it fail.
+            if not self._shared or len(starts) <= self.settings.max_restarts:
                 claimed = self._take(study, optuna.Trial(study, trial._trial_id))
                 if claimed is not None:
                     return claimed
@@ -390,9 +521,7 @@ class Study:
                 return self._take(study, optuna.Trial(study, trial._trial_id))
         return None
 
-    def _revive(
-        self, study: optuna.Study, numbers: Collection[int], say: Callable[[str], None]
-    ) -> None:
+    def _revive(self, study: optuna.Study, numbers: Collection[int]) -> None:
         """Adds the trials that go on with pruned ones; a second time it does nothing."""
         if numbers and self.function is not None:
             raise ConfigError("a function's trials have no checkpoints: none can be revived.")
@@ -400,11 +529,11 @@ class Study:
             check_revivals(study.get_trials(deepcopy=False), self.folder, list(numbers))
             for number in dict.fromkeys(numbers):
                 if is_revived(study.get_trials(deepcopy=False), number):
-                    say(f"trial {number} was revived before.")
+                    _say(f"trial {number} was revived before.")
                 else:
-                    say(f"trial {number} goes on as trial {revive(study, self.folder, number)}.")
+                    _say(f"trial {number} goes on as trial {revive(study, self.folder, number)}.")
 
-    def _say_cost(self, study: optuna.Study, say: Callable[[str], None]) -> None:
+    def _say_cost(self, study: optuna.Study) -> None:
         """Says what pruning has cost, and writes it to study.json."""
         if not self.settings.audit:
             return
@@ -416,7 +545,7 @@ class Study:
                 self.settings.directions[0],
             )
             self.folder.change(audit=cost.as_json())
-        say(cost.text())
+        _say(cost.text())
 
     def _take(self, study: optuna.Study, trial: optuna.Trial) -> Claimed | None:
         lock = self.folder.take(trial.number, self._session)
@@ -459,17 +588,24 @@ class Study:
             f"{last[-1].number}:\n{cause}"
         )
 
-    def _run(self, claimed: Claimed) -> Outcome:
+    def _run(
+        self,
+        number: int,
+        stored: Mapping[str, Any],
+        heeded: bool,
+        trial: optuna.Trial | None,
+        agree: Callable[[Any], Any],
+    ) -> Outcome:
         try:
             if self.function is not None:
-                return self._call(self.function, claimed.trial)
+                assert trial is not None
+                return self._call(self.function, trial)
             assert self.checked is not None
-            number = claimed.trial.user_attrs.get(REVIVES, claimed.trial.number)
-            heeded = REVIVES not in claimed.trial.user_attrs
             folder = self.folder.trial(number)
-            return train_trial(self.checked, claimed.stored, folder, claimed.trial, heeded=heeded)
+            return train_trial(self.checked, stored, folder, trial, heeded=heeded, agree=agree)
         except Exception as error:  # noqa: BLE001  the study goes on
-            return Outcome("FAIL", cause=mask_credentials(told_in_full(error)))
+            cause = mask_credentials(told_in_full(error))
+            return Outcome("FAIL", cause=cause, of_peer=isinstance(error, PeerError))
 
     def _call(self, function: Function, trial: optuna.Trial) -> Outcome:
         import math
@@ -492,13 +628,7 @@ class Study:
             return Outcome("FAIL", cause=f"it returned {given!r:.80}.")
         return Outcome("COMPLETE", values)
 
-    def _tell(
-        self,
-        study: optuna.Study,
-        claimed: Claimed,
-        outcome: Outcome,
-        say: Callable[[str], None],
-    ) -> None:
+    def _tell(self, study: optuna.Study, claimed: Claimed, outcome: Outcome) -> None:
         """Records how a trial has ended: in the storage, in trials.jsonl, in best.yaml."""
         from optuna.trial import TrialState
 
@@ -512,7 +642,7 @@ class Study:
             self.folder.append(line_of(study._storage.get_trial(trial._trial_id), self.folder))
             trials = study.get_trials(deepcopy=False)
             best = self._write_best(trials)
-        say(_line(trial.number, outcome, self.settings, best))
+        _say(_line(trial.number, outcome, self.settings, best))
 
     def _write_best(self, trials: list[FrozenTrial]) -> FrozenTrial | None:
         """Writes the best trial's recipe, which trains in a folder of its own."""
@@ -557,6 +687,12 @@ def best_of(trials: Sequence[FrozenTrial], settings: TuneSettings) -> FrozenTria
         return None
     sign = 1 if settings.directions[0] == "min" else -1
     return min(ended, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+
+def _of_all(outcomes: list[Outcome]) -> Outcome:
+    """The outcome of all ranks: a failure if one has failed, with the error that came first."""
+    failed = sorted((one for one in outcomes if one.state == "FAIL"), key=lambda one: one.of_peer)
+    return failed[0] if failed else outcomes[0]
 
 
 def _line(number: int, outcome: Outcome, settings: TuneSettings, best: FrozenTrial | None) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,12 +38,14 @@ class Outcome:
         values: of each metric, if it is complete.
         cause: why it has failed.
         seeds: each seed's values, if there are several.
+        of_peer: whether another rank's error is the cause.
     """
 
     state: State
     values: list[float] | None = None
     cause: str | None = None
-    seeds: dict[str, list[float]] | None = field(default=None)
+    seeds: dict[str, list[float]] | None = None
+    of_peer: bool = False
 
 
 def recipe_of(
@@ -75,6 +77,7 @@ def train_trial(
     trial: optuna.Trial | None,
     *,
     heeded: bool = True,
+    agree: Callable[[Any], Any] = lambda value: value,
 ) -> Outcome:
     """Trains a trial, or goes on with one that was stopped.
 
@@ -88,6 +91,7 @@ def train_trial(
         folder: of the trial.
         trial: Optuna's, on rank 0.
         heeded: whether it may be pruned.
+        agree: gives every rank what rank 0 has.
 
     Raises:
         SystemExit: a signal, a time limit or a stop file has stopped it; it goes on when it is
@@ -112,7 +116,9 @@ def train_trial(
         if result.stopped_by == PRUNED:
             return Outcome("PRUNED")
         values[str(seed)] = _values(checked, result, reports)
-        if by_seed and heeded and trial is not None and _is_worse(trial, place, values[str(seed)]):
+        judge = by_seed and heeded
+        worse = judge and trial is not None and _is_worse(trial, place, values[str(seed)])
+        if judge and agree(worse):
             return Outcome("PRUNED", seeds=values)
     columns = [list(column) for column in zip(*values.values(), strict=True)]
     totals = [
