@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.errors import ConfigError, MissingExtraError, PacelineError, PeerError
 from paceline.log.files import replacing, shown
@@ -188,7 +188,7 @@ class Study:
                     return
                 try:
                     trial = None if claimed is None else claimed.trial
-                    outcome = self._run(*asked, trial, world.broadcast_object)
+                    outcome = self._run(asked, trial, world.broadcast_object)
                     outcome = _of_all(world.all_gather_object(outcome))
                     if study is not None and claimed is not None:
                         self._tell(study, claimed, outcome)
@@ -534,9 +534,7 @@ class Study:
 
     def _run(
         self,
-        number: int,
-        stored: Mapping[str, Any],
-        heeded: bool,
+        asked: tuple[int, Mapping[str, Any], bool],
         trial: optuna.Trial | None,
         agree: Callable[[Any], Any],
     ) -> Outcome:
@@ -545,6 +543,7 @@ class Study:
                 assert trial is not None
                 return self._call(self.function, trial)
             assert self.checked is not None
+            number, stored, heeded = asked
             folder = self.folder.trial(number)
             return train_trial(self.checked, stored, folder, trial, heeded=heeded, agree=agree)
         except Exception as error:  # noqa: BLE001  the study goes on
@@ -614,7 +613,7 @@ class Study:
         return best
 
 
-_OPTUNA = {"min": "minimize", "max": "maximize"}
+_OPTUNA: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
 
 
 def best_of(trials: Sequence[FrozenTrial], settings: TuneSettings) -> FrozenTrial | None:
