@@ -203,7 +203,7 @@ class Study:
                     return
                 try:
                     trial = None if claimed is None else claimed.trial
-                    outcome = self._run(*asked, trial, world.broadcast_object)
+                    outcome = self._run(asked, trial, world.broadcast_object)
                     outcome = _of_all(world.all_gather_object(outcome))
                     if study is not None and claimed is not None:
                         self._tell(study, claimed, outcome)
@@ -590,9 +590,7 @@ class Study:
 
     def _run(
         self,
-        number: int,
-        stored: Mapping[str, Any],
-        heeded: bool,
+        asked: tuple[int, Mapping[str, Any], bool],
         trial: optuna.Trial | None,
         agree: Callable[[Any], Any],
     ) -> Outcome:
@@ -601,6 +599,7 @@ class Study:
                 assert trial is not None
                 return self._call(self.function, trial)
             assert self.checked is not None
+            number, stored, heeded = asked
             folder = self.folder.trial(number)
             return train_trial(self.checked, stored, folder, trial, heeded=heeded, agree=agree)
         except Exception as error:  # noqa: BLE001  the study goes on
