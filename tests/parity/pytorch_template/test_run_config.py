@@ -6,6 +6,7 @@ Where Paceline differs on purpose the test says what it does instead; `docs/migr
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -24,14 +25,16 @@ from paceline.checkpoint import load_tree
 from paceline.errors import (
     ConfigError,
     MetricError,
+    MissingExtraError,
     NonFiniteError,
     Preempted,
     RecipeError,
     ResumeError,
 )
 from paceline.log.run_record import read_run
-from paceline.log.sinks import RunInfo, Sink
+from paceline.log.sinks import RunInfo, Sink, read_rows
 from paceline.testing import StopAt, rows
+from paceline.trackers.cursor import read_cursor
 from paceline.tune import RunConfig, run
 
 Change = dict[str, Any]
@@ -579,10 +582,10 @@ def test_35_wandb_true_tracks_each_seed_and_continues_its_run(
     folder = conf.folder / "seed_1"
     files = sorted(folder.glob("trackers/wandb/wandb/offline-run-*/run-*.wandb"))
     assert [path.name for path in files] == [f"run-{read_run(folder)['id']}.wandb"] * 2
-    rows = [values for path in files for values in history(path)]
-    assert [values["_step"] for values in rows] == list(range(len(rows)))
+    found = [values for path in files for values in history(path)]
+    assert [values["_step"] for values in found] == list(range(len(found)))
     expected = [row["step"] for row in read_rows(folder / "metrics.jsonl")]
-    assert [values["step"] for values in rows] == expected
+    assert [values["step"] for values in found] == expected
     said = read_cursor(folder / "trackers/wandb.json")
     assert said is not None
     assert (said.settings["project"], said.settings["group"]) == (conf.project, conf.group)
