@@ -17,31 +17,14 @@ from typing import TYPE_CHECKING, Any
 from paceline.errors import CheckpointError, MetricError
 from paceline.log.csv_table import CsvTable, lines
 from paceline.log.files import replacing
-from paceline.log.row_file import RowFile, last_row, latest_values, plain, read_rows
+from paceline.log.row_file import RowFile, plain, read_rows
+from paceline.log.row_file import last_row as last_row
+from paceline.log.row_file import latest_values as latest_values
 from paceline.registry import lookup, register_named
 
 if TYPE_CHECKING:
     from paceline.log.media import Media
     from paceline.log.media_file import MediaFile
-
-__all__ = [
-    "CSV_FILE",
-    "MEDIA_FILE",
-    "METRICS_FILE",
-    "TIMING_FILE",
-    "JsonlSink",
-    "RowFile",
-    "RowsInMemory",
-    "RunInfo",
-    "Sink",
-    "last_row",
-    "latest_values",
-    "made",
-    "read_rows",
-    "rows_of",
-    "with_local_rows",
-    "write_csv",
-]
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
