@@ -79,12 +79,18 @@ class At(Callback):
     def on_step_end(self, trainer: Any, metrics: Any) -> None:
         if trainer.global_step != self.step:
             return
-        files = list((trainer.run_dir / "trackers").glob("*.json"))
+        files = cursors_of(trainer.run_dir)
         wait_for_rows(files, self.rows)
         if self.kills_trainer:
             os.kill(os.getpid(), signal.SIGKILL)
         for cursor in filter(None, map(read_cursor, files)):
             os.kill(cursor.pid, signal.SIGKILL)
+
+
+def cursors_of(run_dir: Path) -> list[Path]:
+    """Where each tracker's cursor is, or will be."""
+    folders = (path for path in (run_dir / "trackers").iterdir() if path.is_dir())
+    return [path.with_suffix(".json") for path in folders]
 
 
 def wait_for_rows(files: list[Path], rows: int, seconds: float = 60.0) -> None:

@@ -50,6 +50,11 @@ class MediaFile:
     def add(self, step: int, name: str, value: Media) -> None:
         """Writes one value; while the disk fails it is kept in memory, as rows are.
 
+        Args:
+            step: optimizer steps done.
+            name: as it was logged.
+            value: what was logged.
+
         Raises:
             MetricError: it is a histogram of what are no numbers.
         """

@@ -17,30 +17,14 @@ from typing import TYPE_CHECKING, Any
 from paceline.errors import CheckpointError, MetricError
 from paceline.log.csv_table import CsvTable, lines
 from paceline.log.files import replacing
-from paceline.log.row_file import RowFile, last_row, latest_values, plain, read_rows
-from paceline.registry import register_named
+from paceline.log.row_file import RowFile, plain, read_rows
+from paceline.log.row_file import last_row as last_row
+from paceline.log.row_file import latest_values as latest_values
+from paceline.registry import lookup, register_named
 
 if TYPE_CHECKING:
     from paceline.log.media import Media
     from paceline.log.media_file import MediaFile
-
-__all__ = [
-    "CSV_FILE",
-    "MEDIA_FILE",
-    "METRICS_FILE",
-    "TIMING_FILE",
-    "JsonlSink",
-    "RowFile",
-    "RowsInMemory",
-    "RunInfo",
-    "Sink",
-    "last_row",
-    "latest_values",
-    "read_rows",
-    "rows_of",
-    "with_local_rows",
-    "write_csv",
-]
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -304,6 +288,22 @@ def rows_of(sinks: Sequence[Sink], run_dir: Path | None) -> Callable[[], Iterabl
         if isinstance(sink, JsonlSink) and run_dir is not None:
             return partial(read_rows, run_dir / METRICS_FILE)
     return tuple
+
+
+def made(loggers: Sequence[Any] | str | None) -> Any:
+    """The sinks that a user gave, with one made of each registered name.
+
+    Args:
+        loggers: sinks and names.
+
+    Raises:
+        ConfigError: there is no logger of a name.
+    """
+    if isinstance(loggers, str):
+        loggers = [loggers]
+    if not isinstance(loggers, list | tuple) or not any(isinstance(s, str) for s in loggers):
+        return loggers
+    return [lookup("logger", sink)() if isinstance(sink, str) else sink for sink in loggers]
 
 
 def with_local_rows(loggers: Sequence[Sink] | None, run_dir: Path | None) -> list[Sink]:

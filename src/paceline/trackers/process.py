@@ -86,6 +86,11 @@ class Following:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether its process has ended before everything was sent."""
+        return self._process is None or self._process.poll() not in (None, 0)
+
     def wait(self, deadline: float) -> bool:
         """Waits until it has ended.
 
@@ -99,7 +104,7 @@ class Following:
             return False
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(max(0.0, deadline - time.monotonic())) == 0
-        # It goes on by itself, as a process of no one's.
+        # It continues by itself, and no one waits for it.
         self._process.returncode = 0
         return False
 

@@ -112,7 +112,8 @@ class Tracker(Sink):
             cursor = following.cursor
             problem = cursor.problem if cursor is not None else None
             self._following = following
-            self._warn(problem or f"it has not taken all rows within {WAIT:g} s")
+            late = f"it has not taken all rows within {WAIT:g} s"
+            self._warn(problem or ("its process has failed" if following.has_failed else late))
             self._following = None
 
     def _warn(self, why: str) -> None:
