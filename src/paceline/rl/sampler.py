@@ -110,7 +110,7 @@ class Sampler:
         """
         self.version, self._stopping = version, stopping
         if isinstance(self.system, System):
-            self.system.check_stop = self.check_stop
+            self.system.check_stop, self.system.version = self.check_stop, version
 
     def end(self) -> None:
         """The experience is over, or given up: nothing is asked of its run any more."""

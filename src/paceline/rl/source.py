@@ -147,7 +147,7 @@ class RolloutSource:
         self._collector, self._algorithm = rollouts.collector, rollouts.algorithm
         self._seed, self._world = seed, world
         self._alike = max(1, world.size // world.dp_size)  # ranks that collect the same
-        self._epoch, self._window, self._batches = 0, 0, 0
+        self._epoch, self._window = 0, 0
         self._empty = 0  # experiences in a row without a window
         self._part: Any = None  # of this rank, till the ranks have exchanged theirs
         self._steps: Any = None  # of the experience at hand, on all ranks
@@ -172,7 +172,7 @@ class RolloutSource:
 
     def start_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
-            self._epoch, self._window, self._batches = epoch, 0, 0
+            self._epoch, self._window = epoch, 0
             self._steps = self._packed = self._count = self._order = None
             self._asked, self._ended = 0, False
 
@@ -190,7 +190,6 @@ class RolloutSource:
         share = self._share()
         pieces = [p for p in share.tensor_split(self._accumulation) if len(p)]
         self._window += 1
-        self._batches += len(pieces)
         steps, collate = self._steps, self._algorithm.collate_fn
 
         def batch(j: int) -> Any:
@@ -250,7 +249,19 @@ class RolloutSource:
         return self._ended or self._window >= whole
 
     def batches_done(self) -> int:
-        return self._batches
+        """This rank's: it has none of a minibatch with fewer steps than ranks before it."""
+        if not self._count:
+            return 0
+        size = self._algorithm.minibatch or self._count
+        passes, place = divmod(self._window, -(-self._count // size))
+        full, rest = divmod(self._count, size)
+        of_pass = full * self._pieces(size) + self._pieces(rest)
+        return passes * of_pass + place * self._pieces(size)
+
+    def _pieces(self, steps: int) -> int:
+        """Micro-batches that this rank has of a minibatch of so many steps."""
+        own = len(range(self._world.dp_rank, steps, self._world.dp_size))
+        return min(own, self._accumulation)
 
     def state_dict(self) -> dict[str, Any]:
         done = self._count is None or self.at_end(keep=True)
@@ -259,7 +270,6 @@ class RolloutSource:
         return {
             "epoch": self._epoch,
             "window": self._window,
-            "batches": self._batches,
             "empty": self._empty,
             "asked": [self._asked, self._ended],
             "count": self._count,
@@ -269,7 +279,7 @@ class RolloutSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch, self._window = state["epoch"], state["window"]
-        self._batches, self._empty = state["batches"], state["empty"]
+        self._empty = state["empty"]
         self._count, self._order, self._part = state["count"], None, None
         self._asked, self._ended = state["asked"]
         held = state["steps"]

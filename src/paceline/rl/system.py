@@ -29,10 +29,12 @@ class System:
     Attributes:
         make_engine: makes what completes prompts, from `model` and `tokenizer`; None for a
             `LocalEngine`.
+        version: optimizer steps that the policy has taken; set by who samples.
         check_stop: raises `StopCollecting` if the run stops; set by who samples.
     """
 
     name: ClassVar[str]
+    version: int = 0
     check_stop: Callable[[], None] = staticmethod(lambda: None)
     make_engine: Callable[..., Engine] | None = None
 
@@ -80,7 +82,7 @@ class System:
         """
         make = LocalEngine if self.make_engine is None else self.make_engine
         engine = make(model=model, tokenizer=tokenizer)
-        engine.check_stop = self.check_stop
+        engine.check_stop, engine.version = self.check_stop, self.version
         return engine
 
     def keep_baseline(self) -> None:

@@ -186,7 +186,7 @@ class ASTSampler(Sampler):
             turn.probe.context_ids,
             turn.probe.ids,
             turn.probe.logprobs,
-            self.version,
+            self.version if turn.probe.version is None else turn.probe.version,
             verdict.parts,
         )
 

@@ -298,6 +298,7 @@ class HFASTSystem(ASTSystem):
                 ids,
                 np.asarray(one.ids, np.int32),
                 np.asarray(one.logprobs, np.float32),
+                one.version,
             )
             for ids, one in zip(cut, made, strict=True)
         ]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from paceline.errors import ConfigError, DataError, in_a_line
+from paceline.rl.timed import within
 
 
 class Watch:
@@ -75,25 +73,13 @@ class Watch:
     ) -> tuple[list[float | None], str]:
         """What one call gave for each state, and what was wrong with it."""
         nothing: list[float | None] = [None] * len(states)
-        box: list[Any] = []
-
-        def work() -> None:
-            try:
-                with torch.no_grad():  # which each thread has of its own
-                    box.append((score(states), None))
-            except Exception as error:  # noqa: BLE001 - whatever a user's scorer raises
-                box.append((None, error))
-
-        # A daemon: one that hangs does not keep the process from ending.
-        thread = threading.Thread(target=work, daemon=True, name="scorer")
-        thread.start()
-        thread.join(self.timeout)
-        if not box:
-            return nothing, f"it took longer than {self.timeout:g} s"
-        given, error = box[0]
-        if isinstance(error, ConfigError):
-            raise error
-        if error is not None:
+        try:
+            given = within(self.timeout, lambda: score(states), "scorer")
+        except ConfigError:
+            raise
+        except TimeoutError as error:
+            return nothing, str(error)
+        except Exception as error:  # noqa: BLE001 - whatever a user's scorer raises
             return nothing, in_a_line(error)
         try:
             values = given.tolist() if hasattr(given, "tolist") else list(given)

@@ -32,12 +32,14 @@ class Said:
         context_ids: the token ids that the model saw, [length] int32; None where there are none.
         ids: the token ids that it sampled, the end token among them, [length] int32.
         logprobs: their log-probabilities as they were sampled, [length] float32.
+        version: optimizer steps that the model had taken; None where no engine says so.
     """
 
     text: Any
     context_ids: np.ndarray | None = None
     ids: np.ndarray | None = None
     logprobs: np.ndarray | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True)

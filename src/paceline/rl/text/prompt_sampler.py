@@ -22,6 +22,7 @@ from paceline.rl.graph import Graph, Node
 from paceline.rl.prompts import beside_recipe, eval_seed
 from paceline.rl.sampler import Sampler
 from paceline.rl.text.generate import context_length
+from paceline.rl.timed import within
 from paceline.world.seeding import stream
 
 _PROMPTS = ("prompt", "messages", "text")
@@ -53,6 +54,7 @@ class PromptSampler(Sampler):
         max_new_tokens: of a completion, the end token among them.
         top_k, top_p, stop: how tokens are chosen, see `Sampling`.
         max_failures: completions in an experience for which a reward may fail.
+        reward_timeout: seconds that a call of a reward may take; one that takes longer has failed.
 
     Raises:
         ConfigError: a setting is out of its range, or a reward is none.
@@ -73,6 +75,7 @@ class PromptSampler(Sampler):
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         max_failures: int = 0,
+        reward_timeout: float = 60.0,
     ) -> None:
         super().__init__(system, episodes=episodes)
         for setting, value, least in (
@@ -82,7 +85,10 @@ class PromptSampler(Sampler):
         ):
             if value < least:
                 raise ConfigError(f"sampler.{setting}={value}: expected at least {least}.")
+        if not reward_timeout > 0:
+            raise ConfigError(f"sampler.reward_timeout={reward_timeout}: expected above 0.")
         self.group_size, self.max_failures = group_size, max_failures
+        self.reward_timeout = reward_timeout
         self.max_new_tokens, self.top_k, self.top_p = max_new_tokens, top_k, top_p
         self.stop = tuple(stop)
         self.rewards = rewards_from(rewards)
@@ -189,7 +195,6 @@ class PromptSampler(Sampler):
             graphs.append(graph)
             prompts.append(ids)
         engine = self.system.engine_of(model, tokenizer)
-        engine.version = self.version
         made = iter(engine.generate(requests))
         for graph, row, ids in zip(graphs, rows, prompts, strict=True):
             self.check_stop()
@@ -217,7 +222,10 @@ class PromptSampler(Sampler):
             "completion_ids": [one.ids.tolist() for one in made],
             **{name: [value] * count for name, value in row.items() if name != "prompt"},
         }
-        scores = {name: _scores(name, f, given, count) for name, (_, f) in self.rewards.items()}
+        scores = {
+            name: _scores(name, f, given, count, self.reward_timeout)
+            for name, (_, f) in self.rewards.items()
+        }
         for i, one in enumerate(made):
             values = {name: found[i] for name, found in scores.items()}
             failed = [value for value in values.values() if isinstance(value, str)]
@@ -230,7 +238,7 @@ class PromptSampler(Sampler):
             graph.children.append(
                 Node(
                     graph.context, texts[i], "", total, [], ids, one.ids, one.logprobs,
-                    self.version, parts,
+                    one.version, parts,
                 )
             )  # fmt: skip
 
@@ -286,14 +294,16 @@ def _own(where: str, name: Any) -> Callable[..., Any]:
 
 
 def _scores(
-    name: str, function: Callable[..., Any], given: Mapping[str, Any], count: int
+    name: str, function: Callable[..., Any], given: Mapping[str, Any], count: int, timeout: float
 ) -> list[Any]:
     """What a reward says of each completion: a number, None, or in words why there is none."""
     try:
-        values = function(**given)
+        values = within(timeout, lambda: function(**given), "reward")
         values = values.tolist() if hasattr(values, "tolist") else list(values)
     except ConfigError:
         raise
+    except TimeoutError as error:
+        return [f"{_FAILED}{name}: {error}"] * count
     except Exception as error:  # noqa: BLE001 - whatever a user's function raises
         return [f"{_FAILED}{name} raised {in_a_line(error)}"] * count
     if len(values) != count:
