@@ -176,16 +176,20 @@ def main() -> None:
                 if i > 0:
                     taken = (LENGTHS[1] - LENGTHS[0]) * ENVS * STEPS
                     rates[name].append(taken / (long - short))
-    ratios = {n: [o / p for o, p in zip(rates[OURS], rates[n], strict=True)] for n in names}
+
+    def ratio(one: str, other: str) -> str:
+        pairs = zip(rates[one], rates[other], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):.2f}"
+
     rows = [
-        [name, common.spread(rates[name]), f"{statistics.median(ratios[name]):.2f}"]
-        for name in names
+        [name, common.spread(rates[name]), ratio(OURS, name), ratio(FUSED, name)] for name in names
     ]
     text = "## PPO among environments\n\n"
     text += f"CartPole, {ENVS} environments of {STEPS} steps, minibatches of {BATCH}, "
-    text += f"{PASSES} passes; environment steps a second of CPU time, training included. The "
-    text += "contestants draw other random numbers, so their weights are not compared.\n\n"
-    text += common.table(["", "steps a CPU second", "Paceline is so many times as fast"], rows)
+    text += f"{PASSES} passes; environment steps a second of CPU time, training included; "
+    text += f"ratios are medians over {options.rounds} interleaved rounds. The contestants "
+    text += " draw other random numbers, so their weights are not compared.\n\n"
+    text += common.table(["", "steps a CPU second", f"{OURS} / this", f"{FUSED} / this"], rows)
     common.save("rl", text, {"steps a CPU second": rates}, at)
 
 

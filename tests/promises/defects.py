@@ -24,6 +24,8 @@ from paceline.lm.data.sample import IGNORED, Sample
 from paceline.parallel.ddp import Replica
 from paceline.recipe.components import Checker
 from paceline.recipe.mistakes import Mistake, Mistakes
+from paceline.rl.control.environment import Episodes
+from paceline.rl.text import generate
 from paceline.trackers.cursor import new_rows
 from paceline.trainer import inference
 from paceline.trainer.nonfinite import NonFiniteGuard
@@ -356,3 +358,68 @@ def without_the_last_row(path: Any, place: Any) -> Any:
     """What a tracker is to be sent, but for a row."""
     rows, after = new_rows(path, place)
     return rows[:-1], after
+
+
+def unclipped(shifts: Any, advantages: Any, *_: Any) -> Any:
+    """The loss of a ratio that nothing clips."""
+    return -shifts.exp() * advantages
+
+
+_left_padded = generate._left_padded
+_noise = generate._noise
+_step_of_episodes = Episodes.step
+_seed_of_episode = Episodes._seed_of
+
+
+def right_padded(texts: Any, pad_id: int) -> Any:
+    ids, mask = (part.flip(1) for part in _left_padded(texts, pad_id))
+    for i, text in enumerate(texts):
+        ids[i, : len(text)] = torch.tensor(text)
+    return ids, mask
+
+
+def masked_by_pad_id(texts: Any, pad_id: int) -> Any:
+    ids, _ = _left_padded(texts, pad_id)
+    return ids, (ids != pad_id).long()
+
+
+def with_bos(texts: Any, pad_id: int) -> Any:
+    return _left_padded([(1, *text) for text in texts], pad_id)
+
+
+def one_noise(requests: Any, sampling: Any) -> Any:
+    """The first completion's random numbers for all."""
+    drawn = _noise(requests, sampling)
+    return drawn[:1].expand_as(drawn).contiguous()
+
+
+def tokenised_again(system: Any, turn: Any) -> Any:
+    """Token ids of the texts, whatever was sampled."""
+    context = system.tokenizer(turn.context)["input_ids"]
+    probe = system.tokenizer(str(turn.probe).replace("#", ""), add_special_tokens=False)
+    return np.asarray(context), np.asarray(probe["input_ids"])
+
+
+def resets_are_steps(episodes: Any, actions: Any) -> Any:
+    outcome = _step_of_episodes(episodes, actions)
+    return outcome._replace(valid=np.ones_like(outcome.valid))
+
+
+def cut_off_is_over(episodes: Any, actions: Any) -> Any:
+    """A time limit taken for an end of the episode's own."""
+    outcome = _step_of_episodes(episodes, actions)
+    return outcome._replace(terminated=outcome.terminated | outcome.truncated)
+
+
+def same_on_each_rank(episodes: Any, i: int) -> Any:
+    """The seed of an episode from the environment's number on its rank."""
+    first, episodes.first = episodes.first, 0
+    try:
+        return _seed_of_episode(episodes, i)
+    finally:
+        episodes.first = first
+
+
+def own_prompts(sampler: Any, prompts: Any, attempts: Any = None) -> Any:
+    """An evaluation on the prompts of the training."""
+    return sampler.rollouts(range(len(prompts)))

@@ -28,12 +28,17 @@ from paceline.lm import LMTrainer, attention
 from paceline.lm.data import PackedDataset, chat, factory
 from paceline.log import run_record, secrets
 from paceline.log.sinks import RowFile
+from paceline.losses import policy
 from paceline.parallel import ddp
 from paceline.parallel.ddp import Replica
 from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
 from paceline.rl.algorithms.grpo import GRPO
+from paceline.rl.control.environment import Episodes
+from paceline.rl.text import generate
+from paceline.rl.text.policy_system import PolicySystem
+from paceline.rl.text.prompt_sampler import PromptSampler
 from paceline.trackers import follower
 from paceline.trainer import (
     events,
@@ -703,5 +708,76 @@ MUTANTS = [
         ((follower, "new_rows"),),
         defects.without_the_last_row,
         f"{TRACKERS}:test_rows_written_again_are_not_sent_again",
+    ),
+    Mutant(
+        "a probability's ratio is never clipped",
+        ((policy, "_clipped"),),
+        defects.unclipped,
+        "test_loss_values:test_the_losses_of_grpo_and_their_gradients",
+        {
+            "settings": {"aggregation": "grpo"},
+            "beta": 0.0,
+            "value": 0.10520106445821198,
+            "norm": 0.42082414281315944,
+        },
+    ),
+    Mutant(
+        "prompts are padded at the right",
+        ((generate, "_left_padded"),),
+        defects.right_padded,
+        "test_generate:test_a_batch_is_as_transformers_generates_and_as_each_alone",
+        {"family": "Llama"},
+    ),
+    Mutant(
+        "a token that is the pad token is taken for padding",
+        ((generate, "_left_padded"),),
+        defects.masked_by_pad_id,
+        "test_generate:test_a_batch_is_as_transformers_generates_and_as_each_alone",
+        {"family": "Llama"},
+    ),
+    Mutant(
+        "a text begins twice",
+        ((generate, "_left_padded"),),
+        defects.with_bos,
+        "test_generate:test_a_batch_is_as_transformers_generates_and_as_each_alone",
+        {"family": "Llama"},
+    ),
+    Mutant(
+        "the same numbers choose the tokens of every completion",
+        ((generate, "_noise"),),
+        defects.one_noise,
+        "test_generate:test_a_batch_is_as_transformers_generates_and_as_each_alone",
+        {"family": "Llama"},
+    ),
+    Mutant(
+        "what was sampled is tokenised again",
+        ((PolicySystem, "_ids"),),
+        defects.tokenised_again,
+        "test_text_runs:test_the_ratio_leaves_one_on_the_second_pass",
+    ),
+    Mutant(
+        "a step that only resets is a sample",
+        ((Episodes, "step"),),
+        defects.resets_are_steps,
+        "test_environments:test_a_step_that_only_resets_is_no_sample",
+    ),
+    Mutant(
+        "an episode that was cut off is worth nothing afterwards",
+        ((Episodes, "step"),),
+        defects.cut_off_is_over,
+        "test_environments:test_advantages_bootstrap_what_was_cut_off_and_not_what_ended",
+        {"mode": "SAME_STEP"},
+    ),
+    Mutant(
+        "every rank lives the same episodes",
+        ((Episodes, "_seed_of"),),
+        defects.same_on_each_rank,
+        "test_environments:test_each_environment_of_each_seed_begins_elsewhere",
+    ),
+    Mutant(
+        "an evaluation plays the prompts of the training",
+        ((PromptSampler, "eval_rollouts"),),
+        defects.own_prompts,
+        "test_prompts:test_an_evaluation_plays_the_prompts_that_it_is_given",
     ),
 ]

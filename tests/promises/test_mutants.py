@@ -16,7 +16,18 @@ from language_models import bpe_tokenizer
 from paceline.testing import Ranks, Started
 
 TESTS = Path(__file__).parents[1]
-ROOMS = ("callbacks", "checkpoint", "data", "lm", "log", "rl", "trackers", "trainer", "world")
+ROOMS = (
+    "callbacks",
+    "checkpoint",
+    "data",
+    "lm",
+    "log",
+    "losses",
+    "rl",
+    "trackers",
+    "trainer",
+    "world",
+)
 LIMIT = 8.0  # seconds for ranks that hang; a healthy run of these tests takes one or two
 
 
@@ -50,6 +61,7 @@ def test_it_is_caught(
         "folder": lambda: tmp_path,
         "monkeypatch": lambda: monkeypatch,
         "tokenizer": bpe_tokenizer,
+        "experience": lambda: importlib.import_module("test_environments").Experiences(),
     }
     wanted = {k: make() for k, make in fixtures.items() if k in inspect.signature(test).parameters}
     inspect.signature(test).bind(**wanted, **mutant.arguments)  # or nothing would be tested

@@ -43,20 +43,25 @@ def collector(
     return made
 
 
-@pytest.fixture
-def experience() -> Iterator[Callable[..., Any]]:
-    """Collects experiences; returns the columns and the row of the last, and the collector."""
-    opened: list[ControlCollector] = []
+class Experiences:
+    """Collects experiences; gives the columns and the row of the last, and the collector."""
 
-    def collected(environment: Environment, policy: Any, count: int = 1) -> Any:
+    def __init__(self) -> None:
+        self.opened: list[ControlCollector] = []
+
+    def __call__(self, environment: Environment, policy: Any, count: int = 1) -> Any:
         made = collector(environment, policy)
-        opened.append(made)
+        self.opened.append(made)
         for number in range(count):
             columns, row = made.together([made.collect(number)])
         return columns, row, made
 
-    yield collected
-    for one in opened:
+
+@pytest.fixture
+def experience() -> Iterator[Callable[..., Any]]:
+    made = Experiences()
+    yield made
+    for one in made.opened:
         one.close()
 
 

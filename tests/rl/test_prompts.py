@@ -69,6 +69,13 @@ def test_a_run_goes_through_all_prompts_before_any_comes_again(system: PolicySys
     assert seen[:6] != seen[6:], "in another order each time"
 
 
+def test_an_evaluation_plays_the_prompts_that_it_is_given() -> None:
+    sampler = sampler_of(PolicySystem(model_of("Llama").eval(), Letters()))
+    held_out = ["never seen", "nor this"]
+    assert not set(held_out) & set(PROMPTS)
+    assert [graph.context for graph in sampler.eval_rollouts(held_out)] == held_out
+
+
 def test_dialogues_go_through_the_chat_template(tmp_path: Path) -> None:
     write_tiny(tmp_path, bpe_tokenizer())
     seen: list[Any] = []

@@ -173,7 +173,7 @@ class _Categoricals:
         return (chosen[0] if len(chosen) == 1 else torch.cat(chosen, -1).sum(-1, True)).squeeze(-1)
 
     @staticmethod
-    def _joined(chosen: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _joined(chosen: list[torch.Tensor]) -> torch.Tensor:
         return chosen[0] if len(chosen) == 1 else torch.stack(chosen, -1)
 
     def to_environment(self, action: torch.Tensor) -> Any:
