@@ -188,7 +188,7 @@ def main() -> None:
     text += f"CartPole, {ENVS} environments of {STEPS} steps, minibatches of {BATCH}, "
     text += f"{PASSES} passes; environment steps a second of CPU time, training included; "
     text += f"ratios are medians over {options.rounds} interleaved rounds. The contestants "
-    text += " draw other random numbers, so their weights are not compared.\n\n"
+    text += "draw other random numbers, so their weights are not compared.\n\n"
     text += common.table(["", "steps a CPU second", f"{OURS} / this", f"{FUSED} / this"], rows)
     common.save("rl", text, {"steps a CPU second": rates}, at)
 
