@@ -75,7 +75,7 @@ def read_cursor(path: Path) -> Cursor | None:
         found = json.loads(read_file(path, 1 << 20, links=False))
         if found.pop("format") != _FORMAT:
             return None
-        places = {name: Place(**found.pop(name)) for name in ("rows", "media")}
+        places: dict[str, Any] = {name: Place(**found.pop(name)) for name in ("rows", "media")}
         return Cursor(**found, **places)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

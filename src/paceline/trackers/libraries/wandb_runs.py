@@ -22,7 +22,7 @@ class WandbRun(Adapter):
     def open(self) -> None:
         """See `Adapter.open`. An offline run of the same id continues in a folder of its own."""
         given = self.settings
-        mode = given.get("mode") or os.environ.get("WANDB_MODE") or None
+        mode: Any = given.get("mode") or os.environ.get("WANDB_MODE") or None
         self._home = Path(os.environ.get("WANDB_DIR") or self.run.home)
         self._held = _rows_in(self._home, self.run.id)
         scans = {
