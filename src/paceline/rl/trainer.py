@@ -451,14 +451,15 @@ class RLTrainer(FactoryTrainer):
         if beside is None or beside.policy != "random":
             yield
             return
-        if not isinstance(system, System) or getattr(system, "auditor", None) is None:
+        auditor = getattr(system, "auditor", None)
+        if not isinstance(system, System) or auditor is None:
             beside.left_out = "only a system with an `auditor`, which an engine completes, has one"
             yield
             return
         make, drawn = system.make_engine, []
 
         def engine(model: Any, tokenizer: Any) -> Engine:
-            if model is not system.auditor:
+            if model is not auditor:
                 return (LocalEngine if make is None else make)(model=model, tokenizer=tokenizer)
             drawn.append(RandomTokens(model, tokenizer))
             return drawn[-1]
