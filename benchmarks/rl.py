@@ -24,6 +24,7 @@ ENVS, STEPS, BATCH, PASSES = 8, 32, 256, 20
 GAMMA, LAM, CLIP, RATE, NORM = 0.98, 0.8, 0.2, 1e-3, 0.5
 LENGTHS = 4, 24  # experiences
 BY_HAND, PEER, OURS = "hand-written script", "Stable-Baselines3", "Paceline"
+FUSED = "Paceline, Adam(fused=True)"  # as recipes/cartpole.yaml has it
 
 
 def by_hand(experiences: int, _: Path) -> None:
@@ -114,7 +115,12 @@ def ours(experiences: int, folder: Path) -> None:
     trainer(experiences, folder).train(seed=0)
 
 
-def trainer(experiences: int, folder: Path, **changes: Any) -> Any:
+def ours_fused(experiences: int, folder: Path) -> None:
+    """The same with the fused kernel of Adam, which the others do not ask for either."""
+    trainer(experiences, folder, fused=True).train(seed=0)
+
+
+def trainer(experiences: int, folder: Path, *, fused: bool | None = None, **changes: Any) -> Any:
     """PPO on CartPole with the settings above."""
     import torch
 
@@ -128,19 +134,20 @@ def trainer(experiences: int, folder: Path, **changes: Any) -> Any:
         "algorithm": PPO(None, gamma=GAMMA, lam=LAM, passes=PASSES, minibatch=BATCH),
         "checkpoint": None,
         "max_grad_norm": NORM,
+        "log_every": PASSES * ENVS * STEPS // BATCH,  # a row an experience, as the peer has it
         "run_dir": folder / "run",
     }
     return RLTrainer(
         environment=environment,
         model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=RATE, eps=1e-5),
+        optimizer=torch.optim.Adam(model.parameters(), lr=RATE, eps=1e-5, fused=fused),
         epochs=experiences,
         progress=False,
         **{**settings, **changes},
     )
 
 
-CONTESTANTS = {BY_HAND: by_hand, PEER: peer, OURS: ours}
+CONTESTANTS = {BY_HAND: by_hand, PEER: peer, OURS: ours, FUSED: ours_fused}
 
 
 def answer(contestant: str, experiences: int) -> Any:

@@ -15,7 +15,8 @@ from paceline.cli.app import app
 from paceline.recipe import load_recipe
 
 for _module in pkgutil.walk_packages(paceline.__path__, "paceline."):
-    if _module.name != "paceline.__main__":
+    # Trackers' libraries are imported in processes of their own.
+    if _module.name != "paceline.__main__" and ".trackers.libraries." not in _module.name:
         importlib.import_module(_module.name)
 # Of the recipes on digits, of whoever compiles, and of language models.
 for _name in (

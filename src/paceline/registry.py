@@ -160,7 +160,11 @@ _SHIPPED: dict[str, dict[str, str]] = {
     },
     "logger": {
         "jsonl": "paceline.log.sinks:JsonlSink",
+        "mlflow": "paceline.trackers.tracker:MLflow",
+        "swanlab": "paceline.trackers.tracker:SwanLab",
         "tensorboard": "paceline.log.tensorboard:TensorBoard",
+        "trackio": "paceline.trackers.tracker:Trackio",
+        "wandb": "paceline.trackers.tracker:Wandb",
     },
 }
 # What users of other systems ask for by name, and what it is.

@@ -328,3 +328,11 @@ def test_a_class_without_what_its_kind_must_do_is_refused_as_it_is_defined(
     with pytest.raises(ConfigError, match=re.escape(said)):
         type("Lacking", (base,), {"name": "lacking"})
     type("Abstract", (base,), {})  # without a name it may leave that to others
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_recipe_may_ask_for_the_fused_kernel_of_adamw(fused: bool | None) -> None:
+    kind: Any = AdamWFactory.config_type
+    trainer: Any = None
+    made = AdamWFactory(trainer).create_optimizer(torch.nn.Linear(2, 1), kind(fused=fused))
+    assert [group["fused"] for group in made.param_groups] == [fused, fused]

@@ -228,7 +228,7 @@ def test_a_half_row_that_cannot_be_removed_is_overwritten(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch, full_disk(4):
-        patch.setattr("paceline.log.sinks.os.ftruncate", refuse)
+        patch.setattr("paceline.log.row_file.os.ftruncate", refuse)
         file.append({"step": 1})
     file.append({"step": 2})
     file.close()

@@ -74,6 +74,8 @@ def weights(**changes: Any) -> Callable[[], Any]:
         (lambda: grpo_items(X, "tokens"), "There are grpo, bnpo, dr_grpo, dapo"),
         (lambda: ppo_policy_loss(X, X, ROWS, X), r"advantages has shape \[2\]"),
         (lambda: ppo_policy_loss(X, X, X, X, clip_high=-1), "clip_high at least 0"),
+        (lambda: ppo_policy_loss(X, X, X, X, stats=["kl"]), "no stats='kl'"),
+        (lambda: ppo_value_loss(X, X, X, X, stats=["clip"]), r"no stats='clip'.*clipped"),
         (lambda: ppo_value_loss(X, X, WIDE, X), "returns has shape"),
         (lambda: ppo_value_loss(X, X, X, X, clip=0), "clip=0; it is above 0, or None"),
         (lambda: reinforce_loss(X, ROWS, X), r"advantages has shape \[2\]"),

@@ -319,3 +319,19 @@ def test_no_mask_is_a_mask_of_everything() -> None:
         torch.testing.assert_close(others, stats)
         first, second = (torch.autograd.grad(each, new)[0] for each in (one, other))
         torch.testing.assert_close(second, first)
+
+
+def test_statistics_that_are_asked_for_are_the_same_as_among_all() -> None:
+    given = tensors(3, 5, 0)
+    logps, old, advantages, mask = (
+        given[name] for name in ("logps", "old_logps", "advantages", "mask")
+    )
+    for loss, wanted in (
+        (ppo_policy_loss, ("approx_kl", "clip_low")),
+        (ppo_value_loss, ("value",)),
+    ):
+        whole, among = loss(logps, old, advantages, mask)
+        found, some = loss(logps, old, advantages, mask, stats=wanted)
+        assert torch.equal(found, whole)
+        assert some == {name: among[name] for name in wanted}
+        assert loss(logps, old, advantages, mask, stats=())[1] == {}

@@ -34,6 +34,7 @@ from paceline.parallel.placement import Placement
 from paceline.recipe import components, compose, recipe
 from paceline.recipe.mistakes import Mistakes
 from paceline.rl.algorithms.grpo import GRPO
+from paceline.trackers import follower
 from paceline.trainer import (
     events,
     identity,
@@ -98,6 +99,7 @@ ALONE, RECORD = "test_p01_exact_resume", "test_run_record"
 AGREE = "test_ranks_agree"
 WORDS, CHAT = "test_p03_language_models", "test_chat"
 IDENTITY, INFERENCE, MEETING = "test_identity", "test_inference", "test_meeting"
+TRACKERS = "test_trackers"
 UNUSED = "test_what_no_loss_reaches_at_last_keeps_no_gradient_and_all_else_is_exchanged"
 LONG = {"n": 7, "batch": 3, "ranks": 2, "accumulation": 2, "length": 3, "shuffle": True}
 SHORT = {"n": 11, "batch": 2, "ranks": 3, "accumulation": 2, "length": None, "shuffle": True}
@@ -688,5 +690,18 @@ MUTANTS = [
         ((GRPO, "_loss"),),
         defects.on_policy(GRPO),
         "test_text_runs:test_the_ratio_leaves_one_on_the_second_pass",
+    ),
+    # What a tracker has got.
+    Mutant(
+        "a tracker's cursor is reset at a resume",
+        ((follower, "read_cursor"),),
+        lambda path: None,
+        f"{TRACKERS}:test_rows_written_again_are_not_sent_again",
+    ),
+    Mutant(
+        "a tracker skips rows",
+        ((follower, "new_rows"),),
+        defects.without_the_last_row,
+        f"{TRACKERS}:test_rows_written_again_are_not_sent_again",
     ),
 ]

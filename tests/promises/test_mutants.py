@@ -16,7 +16,7 @@ from language_models import bpe_tokenizer
 from paceline.testing import Ranks, Started
 
 TESTS = Path(__file__).parents[1]
-ROOMS = ("callbacks", "checkpoint", "data", "lm", "log", "rl", "trainer", "world")
+ROOMS = ("callbacks", "checkpoint", "data", "lm", "log", "rl", "trackers", "trainer", "world")
 LIMIT = 8.0  # seconds for ranks that hang; a healthy run of these tests takes one or two
 
 

@@ -24,7 +24,7 @@ from paceline import Callback, CheckpointPolicy, MetricMonitor, reading
 from paceline.callbacks import AveragedWeights
 from paceline.checkpoint import native_engine
 from paceline.errors import CheckpointError, PacelineError
-from paceline.log import sinks
+from paceline.log import row_file
 from paceline.testing import Ranks, Trace
 
 STEPS = 12
@@ -251,7 +251,7 @@ def test_rows_that_the_disk_refuses_hold_back_the_checkpoint_that_counts_on_them
             full = name == call and max(watching.saved, default=0) in (5, 6)
             return refuse if full else getattr(os, name)
 
-    monkeypatch.setattr(sinks, "os", FullForRows())
+    monkeypatch.setattr(row_file, "os", FullForRows())
     watching = Watching()
     trainer = build(tmp_path / "run", watching, asynchronous=asynchronous)
     trainer.train(seed=11)

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Independent, Normal
 
 from paceline.errors import ConfigError
 from paceline.rl import ActorCritic
-from paceline.rl.control.collector import tensors
+from paceline.rl.control.collector import evaluated, evaluates_later, tensors
 
 SEEN = Box(-1, 1, (3,), np.float32)
 OBS = torch.tensor([[0.1, -0.4, 0.9], [0.3, 0.2, -0.7], [0.0, 0.5, 0.6], [1.0, -1.0, 0.2]])
@@ -124,3 +124,30 @@ def test_other_spaces_are_refused_with_what_to_do() -> None:
     for spaces in ((Text(3), Discrete(2)), (SEEN, Text(3))):
         with pytest.raises(ConfigError, match=r"not Text: .*paceline\.rl\.Policy"):
             ActorCritic(*spaces)
+
+
+@pytest.mark.parametrize(("space", "sizes"), CASES, ids=lambda one: str(one)[:20])
+def test_an_action_may_be_decided_on_alone(space: Space[Any], sizes: list[int] | None) -> None:
+    """And what it is worth computed later, of all steps of an experience, some at a time."""
+    made = policy(space)
+    noise = made.noise(torch.Generator().manual_seed(3), 300, 4)
+    with torch.no_grad():
+        acted = [made.act(OBS + 0.001 * t, noise=noise[t]) for t in range(300)]
+        action, logp, value = (torch.stack(part) for part in zip(*acted, strict=True))
+        assert torch.equal(made.decide(OBS, noise[0]), action[0])
+        seen = torch.stack([OBS + 0.001 * t for t in range(300)])
+        found = evaluated(made, {"obs": seen, "action": action}, torch.device("cpu"))
+    torch.testing.assert_close(found, {"logp": logp, "value": value})
+
+
+def test_what_a_subclass_does_in_acting_is_heeded() -> None:
+    class Bold(ActorCritic):
+        def act(self, obs: Any, deterministic: bool = False, noise: Any = None) -> Any:
+            return super().act(obs, True)
+
+    class Named(ActorCritic):
+        pass
+
+    spaces = SEEN, Discrete(3)
+    assert evaluates_later(Named(*spaces))
+    assert not evaluates_later(Bold(*spaces))

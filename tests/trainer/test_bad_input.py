@@ -196,7 +196,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parallel": 2}, "parallel=2: expected a Parallel(...)"),
     ({"callbacks": [Callback]}, "the class Callback is no Callback; make one of it: Callback(...)"),
     ({"callbacks": 3}, "callbacks: 3 is no Callback"),
-    ({"loggers": ["wandb"]}, "loggers: 'wandb' is no Sink"),
+    ({"loggers": ["wandbb"]}, "'wandbb'; did you mean 'wandb'?"),
+    ({"loggers": [3]}, "loggers: 3 is no Sink"),
     (
         {"model": nn.Linear, "optimizer": torch.optim.SGD(line().parameters())},
         "the class Linear is not a torch.nn.Module; make one of it",

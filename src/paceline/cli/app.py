@@ -22,7 +22,9 @@ from paceline.cli.ranks import announce_failure
 from paceline.cli.rollouts import rollouts
 from paceline.cli.runs import runs
 from paceline.cli.streams import make_lasting
+from paceline.cli.sync import sync
 from paceline.cli.train import train
+from paceline.cli.tune import tune
 from paceline.errors import CheckpointError, ConfigError, PacelineError
 from paceline.exit_codes import FAILED, USAGE
 
@@ -32,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.command()(tune)
 app.command()(runs)
 app.command()(preflight)
 app.command()(evaluate)
@@ -39,6 +42,7 @@ app.command()(predict)
 app.command()(export)
 app.command()(data)
 app.command()(rollouts)
+app.command()(sync)
 app.command()(preview)
 app.command("list")(list_names)
 app.command()(new)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from paceline.world.signals import is_train, leave_at_once_on_signals
+from paceline.world.signals import leave_at_once_on_signals, trains
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    if is_train():
+    if trains():
         leave_at_once_on_signals()
     from paceline.cli.app import run
 

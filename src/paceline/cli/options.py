@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from paceline.recipe.recipe import Recipe
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
@@ -20,6 +23,21 @@ Checkpoint = Annotated[
     str, typer.Option(metavar="latest|best|step_00000120", help="The run's checkpoint.")
 ]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Processes to start on this machine.")]
+
+
+def check_tune(recipe: Recipe) -> None:
+    """Checks the section `tune:`, which a command that trains the recipe alone leaves out.
+
+    Args:
+        recipe: as loaded.
+
+    Raises:
+        RecipeError: the section has mistakes.
+    """
+    if recipe.composed.config.get("tune") is not None:
+        from paceline.tune.checks import check_section
+
+        check_section(recipe)
 
 
 class Weights(StrEnum):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import Overrides, RecipeFile, Trust
+from paceline.cli.options import Overrides, RecipeFile, Trust, check_tune
 from paceline.cli.reports import own_output_apart, show_report
 from paceline.errors import ConfigError, Preempted
 from paceline.exit_codes import FAILED
@@ -45,6 +45,7 @@ def preflight(
     try:
         with own_output_apart():
             checked = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+            check_tune(checked)
             report = preflight(checked) if on is None else _on_paper(checked, on)
     except ConfigError as error:
         if json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline.cli.options import Overrides, RecipeFile, Trust
+from paceline.cli.options import Overrides, RecipeFile, Trust, check_tune
 from paceline.cli.reports import own_output_apart
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def preview(
     from paceline.recipe.recipe import load_recipe
 
     with own_output_apart():
-        shown = preview(load_recipe(recipe, overrides or (), trust=tuple(trust or ())))
+        checked = load_recipe(recipe, overrides or (), trust=tuple(trust or ()))
+        check_tune(checked)
+        shown = preview(checked)
     _heading("Recipe")
     _table((setting.key, setting.value, setting.place) for setting in shown.settings)
     _model(shown, depth)

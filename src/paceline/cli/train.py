@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import Nproc, Overrides, RecipeFile, Trust
+from paceline.cli.options import Nproc, Overrides, RecipeFile, Trust, check_tune
 from paceline.cli.ranks import awaits, check_launcher, launch_again
 from paceline.errors import ConfigError
 from paceline.exit_codes import FAILED
@@ -95,6 +95,8 @@ def train(
         flat = is_run_config(recipe)
         allowed = tuple(trust or ())
         loaded = None if flat else load_recipe(recipe, overrides or (), trust=allowed)
+        if loaded is not None:
+            check_tune(loaded)
     here = started_by_us or "WORLD_SIZE" in os.environ
     alone = here or (nproc or 1, machines, max_restarts) == (1, ONE_MACHINE, 0)
     how = Resume("fresh" if fresh else resume, accept=tuple(accept or ()), init_from=init_from)

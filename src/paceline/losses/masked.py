@@ -101,7 +101,7 @@ def mean_where(values: Tensor, counts: Tensor | None) -> Tensor:
         counts: of the same shape, bool; None if all count.
     """
     if counts is None:
-        return values.sum() / max(values.numel(), 1)
+        return values.mean() if values.numel() else values.sum()
     return values.sum() / counts.sum().clamp(min=1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from paceline.losses.ratios import LEVELS, kl
 RATIOS = ("clip", "cispo")
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")
 _BY_SEQUENCE = ("grpo", "dr_grpo")
+_OF_RATIOS = ("ratio", "approx_kl", "clip_low", "clip_high")
+_OF_VALUES = ("value", "return", "clipped")
 
 
 def grpo_items(mask: Tensor, aggregation: str = "grpo") -> Tensor:
@@ -149,6 +153,7 @@ def ppo_policy_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    stats: Collection[str] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss, the mean over the mask's elements, and its statistics.
 
@@ -161,17 +166,20 @@ def ppo_policy_loss(
         advantages: of the same shape, without a gradient.
         mask: of the same shape; true, or not 0, where an element counts. None if all do.
         clip_low, clip_high: the ratio is clipped to 1 - clip_low and 1 + clip_high.
+        stats: names of the statistics to compute; None for all. Of small batches they cost as much
+            as the loss.
     """
     check_shapes(
         "ppo_policy_loss", logps=logps, old_logps=old_logps, advantages=advantages, mask=mask
     )
     _check_clips("ppo_policy_loss", clip_low, clip_high)
+    _check_stats("ppo_policy_loss", stats, _OF_RATIOS)
     counts = None if mask is None else mask.bool()
     shifts = only(exact(logps) - exact(old_logps.detach()), counts)
     advantages = only(exact(advantages.detach()), counts)
     losses = _clipped(shifts, advantages, clip_low, clip_high, None)
-    stats = _statistics(shifts, advantages, counts, clip_low, clip_high)
-    return mean_where(losses, counts), stats
+    found = _statistics(shifts, advantages, counts, clip_low, clip_high, stats)
+    return mean_where(losses, counts), found
 
 
 def ppo_value_loss(
@@ -181,6 +189,7 @@ def ppo_value_loss(
     mask: Tensor | None,
     *,
     clip: float | None = None,
+    stats: Collection[str] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error of the values, the mean over the mask's elements, and statistics.
 
@@ -196,21 +205,29 @@ def ppo_value_loss(
         returns: what they are to become, of the same shape, without a gradient.
         mask: of the same shape; true, or not 0, where an element counts. None if all do.
         clip: the largest change, in the unit of the rewards; None for any.
+        stats: as for `ppo_policy_loss`.
     """
     check_shapes("ppo_value_loss", values=values, old_values=old_values, returns=returns, mask=mask)
     if clip is not None and not clip > 0:
         raise ConfigError(f"ppo_value_loss: clip={clip}; it is above 0, or None for no clipping.")
+    _check_stats("ppo_value_loss", stats, _OF_VALUES)
     counts = None if mask is None else mask.bool()
     values, returns = only(exact(values), counts), only(exact(returns.detach()), counts)
     errors = (values - returns).square()
-    clipped = torch.zeros_like(values, dtype=torch.bool)
+    clipped: Tensor | None = None
     if clip is not None:
         old = only(exact(old_values.detach()), counts)
         held = (old + (values - old).clamp(-clip, clip) - returns).square()
         clipped = held.detach() > errors.detach()
         errors = torch.maximum(errors, held)
-    each = {"value": values.detach(), "return": returns, "clipped": clipped.to(values.dtype)}
-    return mean_where(errors, counts) / 2, {k: mean_where(v, counts) for k, v in each.items()}
+    each: dict[str, Callable[[], Tensor]] = {
+        "value": values.detach,
+        "return": lambda: returns,
+        "clipped": lambda: (
+            torch.zeros_like(values) if clipped is None else clipped.to(values.dtype)
+        ),
+    }
+    return mean_where(errors, counts) / 2, _means(each, counts, stats)
 
 
 def _check_clips(call: str, clip_low: float, clip_high: float) -> None:
@@ -238,17 +255,31 @@ def _statistics(
     counts: Tensor | None,
     clip_low: float,
     clip_high: float,
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """What is said of the ratios: means over the mask's elements."""
     shifts = shifts.detach()
     ratios = shifts.exp()
-    each = {
-        "ratio": ratios,
-        "approx_kl": torch.expm1(shifts) - shifts,
-        "clip_low": (ratios < 1 - clip_low) & (advantages < 0),
-        "clip_high": (ratios > 1 + clip_high) & (advantages > 0),
+    each: dict[str, Callable[[], Tensor]] = {
+        "ratio": lambda: ratios,
+        "approx_kl": lambda: torch.expm1(shifts) - shifts,
+        "clip_low": lambda: (ratios < 1 - clip_low) & (advantages < 0),
+        "clip_high": lambda: (ratios > 1 + clip_high) & (advantages > 0),
     }
-    return {k: mean_where(only(v.to(shifts.dtype), counts), counts) for k, v in each.items()}
+    of = {k: lambda v=v: only(v().to(shifts.dtype), counts) for k, v in each.items()}
+    return _means(of, counts, wanted)
+
+
+def _means(
+    each: Mapping[str, Callable[[], Tensor]], counts: Tensor | None, wanted: Collection[str] | None
+) -> dict[str, Tensor]:
+    """The means of those that are wanted; all for None."""
+    return {k: mean_where(v(), counts) for k, v in each.items() if wanted is None or k in wanted}
+
+
+def _check_stats(call: str, stats: Collection[str] | None, known: Collection[str]) -> None:
+    for name in stats or ():
+        check_choice(call, "stats", name, known)
 
 
 def _aggregated(losses: Tensor, counts: Tensor, aggregation: str, max_length: int | None) -> Tensor:

@@ -106,7 +106,7 @@ class Composed:
         with open_dict(config):
             config.pop(without, None)
         for name, value in changes.items():
-            OmegaConf.update(config, name, value, force_add=True)
+            OmegaConf.update(config, name, value, merge=False, force_add=True)
         return replace(self, config=config)
 
     def filled(self, value: str) -> Composed:

@@ -259,6 +259,8 @@ def _check_list(slot: str, node: Any, kind: Kind, checker: Checker) -> list[Comp
     else:
         checker.mistakes.add((slot,), f"expected a list or a mapping of names, got {node!r}")
         return None
+    if slot == "loggers":
+        items = [(n, {"type": item} if isinstance(item, str) else item) for n, item in items]
     found = [checker.component(item, kind, (slot, name)) for name, item in items]
     return [component for component in found if component is not None]
 

@@ -189,17 +189,20 @@ def is_run_config(path: Path | str) -> bool:
     return {"net", "net_config"} <= set(re.findall(r"^(\w+):", text, re.MULTILINE))
 
 
-def check(composed: Composed, trust: Collection[str] = ()) -> Recipe:
+def check(
+    composed: Composed, trust: Collection[str] = (), mistakes: Mistakes | None = None
+) -> Recipe:
     """Checks a recipe that was composed; see `load_recipe`.
 
     Args:
         composed: the composed recipe.
         trust: further packages whose classes and functions the recipe may name.
+        mistakes: collects the mistakes, for a caller that looks at each.
 
     Raises:
         RecipeError: the recipe has mistakes.
     """
-    mistakes = composed.mistakes()
+    mistakes = composed.mistakes() if mistakes is None else mistakes
     values = _values(composed, mistakes)
     remember_credentials(values)
     schema = parse(values, mistakes)

@@ -100,6 +100,7 @@ class Schema(_Section):
     trainer: dict[str, Any] = {}
     parallel: dict[str, Any] = {}
     checkpoint: Any = {}
+    tune: dict[str, Any] | None = None  # checked and used by `paceline.tune`
 
 
 def parse(values: Mapping[str, Any], mistakes: Mistakes) -> Schema:

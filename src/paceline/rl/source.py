@@ -151,6 +151,7 @@ class RolloutSource:
         self._empty = 0  # experiences in a row without a window
         self._part: Any = None  # of this rank, till the ranks have exchanged theirs
         self._steps: Any = None  # of the experience at hand, on all ranks
+        self._packed: Any = None  # the same for a checkpoint, once it was asked for
         self._count: int | None = None  # of them; None before they are collected
         self._order: torch.Tensor | None = None  # of the pass at hand
         self._asked, self._ended = 0, False  # the window at which the algorithm was asked to go on
@@ -172,7 +173,7 @@ class RolloutSource:
     def start_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
             self._epoch, self._window = epoch, 0
-            self._steps = self._count = self._order = None
+            self._steps = self._packed = self._count = self._order = None
             self._asked, self._ended = 0, False
 
     def collect(self) -> None:
@@ -203,7 +204,7 @@ class RolloutSource:
         parts = self._world.all_gather_object(self._part)[:: self._alike]
         self._part = None
         steps, row = self._collector.together(parts)
-        self._steps = self._algorithm.prepare(steps)
+        self._steps, self._packed = self._algorithm.prepare(steps), None
         self._count = number_of(self._steps)
         row = {**row, "rollout/steps": self._count}
         self._empty = 0 if self._count else self._empty + 1
@@ -264,13 +265,15 @@ class RolloutSource:
 
     def state_dict(self) -> dict[str, Any]:
         done = self._count is None or self.at_end(keep=True)
+        if not done and self._packed is None:  # each draw asks for it, and nothing changes it
+            self._packed = packed(self._steps, type(self._algorithm))
         return {
             "epoch": self._epoch,
             "window": self._window,
             "empty": self._empty,
             "asked": [self._asked, self._ended],
             "count": self._count,
-            "steps": None if done else packed(self._steps, type(self._algorithm)),
+            "steps": None if done else self._packed,
             "collector": self._collector.state_dict(),
         }
 
@@ -280,6 +283,7 @@ class RolloutSource:
         self._count, self._order, self._part = state["count"], None, None
         self._asked, self._ended = state["asked"]
         held = state["steps"]
+        self._packed = None
         self._steps = None if held is None else unpacked(held, type(self._algorithm))
         self._collector.load_state_dict(state["collector"])
 

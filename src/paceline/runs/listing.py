@@ -29,7 +29,9 @@ from paceline.reading import is_answer, read_file
 
 Value = str | bool | int | float | None
 
-_OWN_FOLDERS = frozenset({"checkpoints", "exports", "pretrained", "code", "earlier"})
+_OWN_FOLDERS = frozenset(
+    {"checkpoints", "exports", "pretrained", "code", "earlier", "media", "trackers"}
+)
 _COUNTERS = ("step", "epoch", "samples", "items")
 _MAX_RECIPE = 1 << 20
 _MAX_VALUES = 10_000

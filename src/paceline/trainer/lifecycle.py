@@ -464,10 +464,8 @@ def _extend(trainer: TrainerBase, run: Run) -> None:
         reached = "epochs"
     elif trainer.max_steps is not None and progress.global_step >= trainer.max_steps:
         reached = None if progress.pending else "max_steps"  # the boundary's to say
-    if (
-        progress.ended_by in (None, "epochs", "max_steps")
-        or decisions.out_of_patience(trainer) is None
-    ):
+    lasts = progress.ended_by not in (None, "epochs", "max_steps")  # `early_stop`, or a callback
+    if not lasts or decisions.out_of_patience(trainer) is None:
         progress.ended_by = reached
     if progress.ended_by == PRUNED:
         run.lacks_end = run.world.broadcast_object(not run.record.was_complete)

@@ -17,7 +17,8 @@ class Result:
     """The outcome of `Trainer.train`.
 
     Attributes:
-        stopped_by: "epochs", "max_steps", "early stop", "pruned", "signal SIGTERM", "time limit", ...
+        stopped_by: "epochs", "max_steps", "early stop", "pruned", "signal SIGTERM", "time limit" or
+            another reason.
         complete: whether training is over; if not, the same call resumes from `checkpoint`.
         final_val_loss: "val/loss" of the last validation, None if there is none.
         metrics: all metrics of the last validation.

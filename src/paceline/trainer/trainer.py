@@ -16,6 +16,7 @@ from paceline.checkpoint.export import Weights
 from paceline.data.batches import inputs_and_targets, inputs_of
 from paceline.data.source import Draw, Source, SourceFactory, StopCollecting
 from paceline.errors import ConfigError
+from paceline.log.sinks import made
 from paceline.trainer import as_dataclass, decisions, lifecycle, saving
 from paceline.trainer.base import TrainerBase, ending_its_run
 from paceline.trainer.callback import Callback
@@ -76,7 +77,8 @@ class Trainer(TrainerBase):
         checkpoint: when to save and what to keep; None for no checkpoints.
         parallel: the layout over processes.
         callbacks: behaviour to plug in.
-        loggers: sinks for rows beside metrics.jsonl and timing.jsonl; only [] turns all rows off.
+        loggers: sinks for rows beside metrics.jsonl and timing.jsonl, or their registered names,
+            such as "wandb"; only [] turns all rows off.
             Without a run_dir rows are kept in memory, for `Result.history`.
         progress: print the plan and show progress.
         log_every: optimizer steps between two rows; None for some ten rows an epoch, at least one
@@ -150,7 +152,7 @@ class Trainer(TrainerBase):
         self.on_nonfinite = on_nonfinite
         self.checkpoint_policy = checkpoint
         self.callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
-        self.loggers = loggers
+        self.loggers = made(loggers)
         self.show_progress = progress
         self.log_every = log_every
         self.run_dir = None if run_dir is None else Path(run_dir)

@@ -95,7 +95,7 @@ class RunConfig:
         data: a function without arguments that returns a training and a validation set of pairs.
         checkpoint_config: when to save and what to keep.
         monitor: the metric that early stopping watches.
-        wandb: has to be false: there is no such tracker yet.
+        wandb: whether the runs are tracked by Weights & Biases too (extra `wandb`).
         trust: packages that may be named besides torch, Paceline and the modules beside `source`.
         source: the YAML file this was read from, or None.
 
@@ -378,15 +378,9 @@ def _dotted_path(value: str) -> None:
         raise ValueError(f"expected a dotted path such as 'model.MLP', got {value!r}")
 
 
-def _no_tracker(value: bool) -> None:
-    if value:
-        raise ValueError("there is no wandb tracker yet; write `wandb: false`.")
-
-
 _MORE: dict[str, Callable[[Any], Any]] = {
     "project": folder_name,
     "seeds": different_seeds,
-    "wandb": _no_tracker,
     **dict.fromkeys((*_PARTS, "data"), _dotted_path),
 }
 

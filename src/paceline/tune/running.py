@@ -12,6 +12,7 @@ from paceline.callbacks import EarlyStopping
 from paceline.checkpoint import CheckpointPolicy
 from paceline.errors import ConfigError, Preempted
 from paceline.recipe.seeds import SEEDS_FILE, each_seed
+from paceline.registry import lookup
 from paceline.trainer.callback import Callback
 from paceline.trainer.monitor import MetricMonitor
 from paceline.trainer.optimization import takes_metric
@@ -117,6 +118,8 @@ def _trainer_of(
             save_best=saving.save_best,
         )
         monitor = MetricMonitor(_metric(saving.monitor), saving.mode)
+    if config.wandb:
+        settings["loggers"] = [*(settings.get("loggers") or ()), _tracker(config, seed)]
     own = {
         "lr_scheduler_interval": "metric" if takes_metric(scheduler) else "epoch",
         "metric_monitor": monitor,
@@ -134,6 +137,13 @@ def _trainer_of(
         run_dir=config.folder / f"seed_{seed}",
         **{**own, **settings},
     )
+
+
+def _tracker(config: RunConfig, seed: int) -> Any:
+    """The runs of one configuration are a group in the project."""
+    tags = [part.rpartition(".")[2] for part in (config.net, config.optimizer, config.scheduler)]
+    named = {"project": config.project, "group": config.group, "run_name": f"seed_{seed}"}
+    return lookup("logger", "wandb")(**named, tags=tags)
 
 
 class _RowAnEpoch(Callback):

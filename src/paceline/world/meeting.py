@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import socket
 import time
 import uuid
 from datetime import timedelta
@@ -56,7 +57,12 @@ def join(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     """
     global _held, _has_met, _announced
     store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timeout))
-    word = _await_all(store, rank, size, timeout)
+    try:
+        word = _await_all(store, rank, size, timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise PeerError(
+            "rank 0, whose store it was, left before the ranks had met; see its own output."
+        ) from error
     if word != _MET:
         _held, _announced = _held + 1, True
         store.set(f"left/{rank}", "")
@@ -88,6 +94,8 @@ def announce_exit(code: int, why: str | BaseException) -> bool:
         return True
     _announced = True
     seconds = _IN_PASSING if code == STOPPED else _LINGER  # at a signal it is soon killed
+    if rank != 0 and not _is_open(seconds):
+        return True
     try:
         store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timedelta(seconds=seconds)))
         said = json.dumps([rank, code, why if isinstance(why, str) else in_a_line(why)])
@@ -156,6 +164,23 @@ def agreed_text(name: str, text: str) -> str:
             others = [f"{key}/{other}" for other in range(1, size)]
             atexit.register(_await, store, others, _LINGER)
     return agreed
+
+
+def _is_open(seconds: float) -> bool:
+    """Whether rank 0 opens its store within a time.
+
+    torch's own attempt to connect would do, but for its failure: composing the trace takes as long
+    again as a rank has that is signalled.
+    """
+    deadline = time.monotonic() + seconds
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection(where, timeout=left).close()
+            return True
+        except OSError:
+            time.sleep(_POLL)
+    return False
 
 
 def _has_agent() -> bool:

@@ -161,11 +161,11 @@ def _forget() -> None:
         signal.set_wakeup_fd(-1)
 
 
-def is_train(words: list[str] | None = None) -> bool:
-    """Whether this process is the command `paceline train`.
+def trains(words: list[str] | None = None) -> bool:
+    """Whether this process is a command that trains: `paceline train` or `paceline tune`.
 
     Args:
         words: the command's arguments, by default this process's.
     """
     words = sys.argv[1:] if words is None else words
-    return next((word for word in words if not word.startswith("-")), None) == "train"
+    return next((word for word in words if not word.startswith("-")), None) in ("train", "tune")

@@ -6,9 +6,9 @@ from parity_rows import Later, unanswered
 
 FP8 = "test_the_layers_whose_sizes_allow_it_multiply_in_float8"
 TOLERANCE = "test_a_group_that_is_killed_comes_back"
-WANDB = Later("no wandb tracker yet; a Sink of one's own keeps its run's id over a resume")
+WANDB = "test_35_wandb_true_tracks_each_seed_and_continues_its_run"
 GRAPH = Later("no such tool; TORCH_LOGS=graph_breaks is torch's own and needs no trainer")
-MEDIA = Later("no media logging; a callback writes pictures to its own tracker")
+MEDIA = "test_each_kind_is_on_disk"
 
 ACCEPTANCE: dict[str, str | Later] = {
     "A1": "test_import_brings_nothing_heavy",

@@ -6,6 +6,7 @@ Where Paceline differs on purpose the test says what it does instead; `docs/migr
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -24,14 +25,16 @@ from paceline.checkpoint import load_tree
 from paceline.errors import (
     ConfigError,
     MetricError,
+    MissingExtraError,
     NonFiniteError,
     Preempted,
     RecipeError,
     ResumeError,
 )
 from paceline.log.run_record import read_run
-from paceline.log.sinks import RunInfo, Sink
+from paceline.log.sinks import RunInfo, Sink, read_rows
 from paceline.testing import StopAt, rows
+from paceline.trackers.cursor import read_cursor
 from paceline.tune import RunConfig, run
 
 Change = dict[str, Any]
@@ -331,8 +334,7 @@ def test_PT_11_more_epochs_go_on_where_the_run_stood() -> None:
     with pytest.raises(ConfigError, match="epochs: 5 then, 4 now"):
         trained(fewer)
     assert conf.with_overrides(device="cuda").folder == conf.folder
-    with pytest.raises(RecipeError, match="wandb: there is no wandb tracker yet"):
-        conf.with_overrides(wandb=True)
+    assert conf.with_overrides(wandb=True).folder == conf.folder
     other = conf.with_overrides(optimizer="torch.optim.Adagrad", batch_size=4)
     assert other.folder != conf.folder
     model = other.create_model()
@@ -564,3 +566,36 @@ def test_a_schedule_of_the_metric_follows_the_loss() -> None:
     plateau = "torch.optim.lr_scheduler.ReduceLROnPlateau"
     conf = config(seeds=[1], scheduler=plateau, scheduler_config={"patience": 0})
     assert trained(conf) > 0
+
+
+def test_35_wandb_true_tracks_each_seed_and_continues_its_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The real library, offline: trained for 2 epochs, then asked for 3, each seed is one run with
+    each row once."""
+    from paceline.trackers.libraries.wandb_runs import history
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    conf = config(seeds=[1], epochs=2, wandb=True)
+    trained(conf)
+    trained(conf.with_overrides(epochs=3))
+    folder = conf.folder / "seed_1"
+    files = sorted(folder.glob("trackers/wandb/wandb/offline-run-*/run-*.wandb"))
+    assert [path.name for path in files] == [f"run-{read_run(folder)['id']}.wandb"] * 2
+    found = [values for path in files for values in history(path)]
+    assert [values["_step"] for values in found] == list(range(len(found)))
+    expected = [row["step"] for row in read_rows(folder / "metrics.jsonl")]
+    assert [values["step"] for values in found] == expected
+    said = read_cursor(folder / "trackers/wandb.json")
+    assert said is not None
+    assert (said.settings["project"], said.settings["group"]) == (conf.project, conf.group)
+    assert said.settings["tags"]
+
+
+def test_29_without_the_extra_wandb_true_names_its_install_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "wandb" else found(n))
+    with pytest.raises(MissingExtraError, match=r'pip install "paceline\[wandb\]"'):
+        trained(config(seeds=[1], wandb=True))

@@ -45,7 +45,7 @@ DEFECTS: dict[str, str | Later] = {
     "32": SEARCH,
     "33": "test_PT_29_without_wandb_everything_else_works",
     "34": "test_PT_30_analyze_does_not_exist_yet_but_the_last_validation_is_kept",
-    "35": Later("there is no wandb tracker yet; sinks keep their state over a resume"),
+    "35": "test_35_wandb_true_tracks_each_seed_and_continues_its_run",
     "36": "test_ranks_equal_one_with_as_many_times_the_batch",
 }
 
@@ -72,7 +72,7 @@ FEATURES: dict[str, str | Later] = {
     "20 update-skills": Later("tools for other programs are no part of a trainer"),
     "21 run layout": "test_PT_01_a_template_configuration_trains",
     "22 group name": "test_PT_13_what_cannot_change_a_result_shares_the_run",
-    "23 tags": Later("there is no wandb tracker yet"),
+    "23 tags": "test_35_wandb_true_tracks_each_seed_and_continues_its_run",
     "24 several seeds": "test_PT_12_only_new_seeds_are_trained_and_only_those_asked_for_count",
     "25 SeedManifest": "test_PT_12_only_new_seeds_are_trained_and_only_those_asked_for_count",
     "26 loop": "test_the_golden_trace_of_two_epochs",
@@ -80,7 +80,7 @@ FEATURES: dict[str, str | Later] = {
     "28 built-in callbacks": "test_none_is_left_out",
     "29 TUI line": "test_off_a_terminal_each_row_and_each_validation_is_one_line",
     "30 metrics.csv": "test_PT_09_no_epoch_is_lost_or_doubled_at_a_resume",
-    "31 wandb": Later("there is no wandb tracker yet"),
+    "31 wandb": "test_35_wandb_true_tracks_each_seed_and_continues_its_run",
     "32 loss prediction": SEARCH,
     "33 early stopping": "test_33_early_stopping_is_relative_and_ends_a_seed_as_complete",
     "34 NaN": "test_14_a_seed_that_diverged_is_not_complete",

@@ -171,9 +171,10 @@ class PPO(PolicyGradient):
         policy, of_policy = ppo_policy_loss(
             logp, old, batch["advantages"], mask,
             clip_low=min(self.clip_range, 1.0), clip_high=self.clip_range,
+            stats=("approx_kl", "clip_low", "clip_high"),
         )  # fmt: skip
         value_loss, _ = ppo_value_loss(
-            value, old_value, batch["returns"], mask, clip=self.clip_range_value
+            value, old_value, batch["returns"], mask, clip=self.clip_range_value, stats=()
         )
         loss = policy + self.vf_loss_coef * value_loss
         stats = {
@@ -183,8 +184,9 @@ class PPO(PolicyGradient):
             "train/clip_fraction": of_policy["clip_low"] + of_policy["clip_high"],
         }
         if entropy is not None:
-            mean = masked_mean(entropy, mask)
-            loss = loss - self.entropy_coef * mean
+            mean = masked_mean(entropy if self.entropy_coef else entropy.detach(), mask)
+            if self.entropy_coef:  # else its backward pass would only add zeros
+                loss = loss - self.entropy_coef * mean
             stats["train/entropy"] = mean
         elif self.entropy_coef:
             raise ConfigError(

@@ -107,10 +107,18 @@ class ActorCritic(Policy):
         action = self.actions.choose(outputs, self.log_std, None if deterministic else noise)
         return action, self.actions.log_prob(outputs, self.log_std, action), value
 
+    def decide(self, obs: Any, noise: torch.Tensor) -> torch.Tensor:
+        """The action of `act` alone; what it is worth may be computed later, of many steps at once.
+
+        Args:
+            obs: observations.
+            noise: from `noise`, of [envs, ...].
+        """
+        return self.actions.choose(self.policy_net(self.encoder(obs)), self.log_std, noise)
+
     def evaluate_actions(self, obs: Any, action: Any) -> tuple[Any, Any, Any]:
         outputs, value = self._both(obs)
-        logp = self.actions.log_prob(outputs, self.log_std, action)
-        return logp, self.actions.entropy(outputs, self.log_std), value
+        return *self.actions.log_prob_and_entropy(outputs, self.log_std, action), value
 
     def value(self, obs: Any) -> torch.Tensor:
         return self.value_net(self.encoder(obs)).squeeze(-1)
@@ -144,18 +152,29 @@ class _Categoricals:
             total = part.double().softmax(-1).cumsum(-1)
             at = torch.searchsorted(total, (noise[:, i : i + 1].double() * total[:, -1:]))
             chosen.append(at.squeeze(-1).clamp(max=part.shape[-1] - 1))
-        return torch.stack(chosen, -1).reshape(-1, *self.shape)
+        return self._joined(chosen).reshape(-1, *self.shape)
 
     def log_prob(self, outputs: torch.Tensor, _: Any, action: torch.Tensor) -> torch.Tensor:
-        flat = action.reshape(len(outputs), -1)
+        return self._chosen([part.log_softmax(-1) for part in self._parts(outputs)], action)
+
+    def log_prob_and_entropy(
+        self, outputs: torch.Tensor, _: Any, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logs = [part.log_softmax(-1) for part in self._parts(outputs)]
+        each = [(log.exp() * log).sum(-1) for log in logs]
+        entropy = -each[0] if len(each) == 1 else -torch.stack(each).sum(0)
+        return self._chosen(logs, action), entropy
+
+    @staticmethod
+    def _chosen(logs: Sequence[torch.Tensor], action: torch.Tensor) -> torch.Tensor:
+        """The log-probabilities of what was chosen."""
+        flat = action.reshape(len(action), -1)
         chosen = [log.gather(-1, flat[:, i : i + 1]) for i, log in enumerate(logs)]
         return (chosen[0] if len(chosen) == 1 else torch.cat(chosen, -1).sum(-1, True)).squeeze(-1)
 
-    def entropy(self, outputs: torch.Tensor, _: Any) -> torch.Tensor:
-        logs = [part.log_softmax(-1) for part in self._parts(outputs)]
-        each = [(log.exp() * log).sum(-1) for log in logs]
-        return -each[0] if len(each) == 1 else -torch.stack(each).sum(0)
+    @staticmethod
+    def _joined(chosen: Sequence[torch.Tensor]) -> torch.Tensor:
+        return chosen[0] if len(chosen) == 1 else torch.stack(chosen, -1)
 
     def to_environment(self, action: torch.Tensor) -> Any:
         return (action.cpu().numpy() + self.start).astype(self.dtype)
@@ -187,9 +206,11 @@ class _Normal:
         z = (action.reshape(len(outputs), -1) - outputs) / log_std.exp()
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def entropy(self, outputs: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    def log_prob_and_entropy(
+        self, outputs: torch.Tensor, log_std: torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         one = (log_std + 0.5 + 0.5 * math.log(2 * math.pi)).sum()
-        return one.expand(len(outputs))
+        return self.log_prob(outputs, log_std, action), one.expand(len(outputs))
 
     def to_environment(self, action: torch.Tensor) -> Any:
         return action.cpu().numpy().astype(self.dtype).clip(self.low, self.high)
@@ -219,8 +240,8 @@ class _Vector(nn.Module):
         self.width = width
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        scale = 255 if obs.dtype == torch.uint8 else 1
-        return obs.float().flatten(1) / scale
+        flat = obs.float().flatten(1)
+        return flat / 255 if obs.dtype == torch.uint8 else flat
 
 
 class _OneHot(nn.Module):

@@ -12,16 +12,18 @@ import torch
 from paceline.data.source import StopCollecting
 from paceline.errors import ConfigError, MismatchError
 from paceline.losses import gae
-from paceline.rl.control.actor_critic import Policy
+from paceline.rl.control.actor_critic import ActorCritic, Policy
 from paceline.rl.control.environment import (
     Environment,
     Episodes,
     check_finite,
     packed_observation,
 )
-from paceline.rl.control.system import columns_of
+from paceline.rl.control.system import columns_of, observation_of
 from paceline.world.seeding import seed_everything, stream
 from paceline.world.world import World
+
+_ROWS = 1024  # transitions that are evaluated at a time, as images take much memory
 
 
 class ControlCollector:
@@ -114,6 +116,7 @@ class ControlCollector:
         environment, policy, device = self.environment, self._policy(), self._device()
         self._entered = False  # until all ranks have what is collected here
         steps, own = environment.steps, self._own
+        later = evaluates_later(policy)
         key = stream(self._seed, "env", 0, experience, 1)
         noise = self._noise(policy, key, steps)
         watch = Seen(environment, self._state, own, self._first, self._gamma)
@@ -125,14 +128,20 @@ class ControlCollector:
             if self._stopping():
                 raise StopCollecting
             obs = scaled(policy, episodes.observations, device)
+            of_action: dict[str, torch.Tensor] = {}
             if noise is None:
                 seed_everything(stream(self._seed, "env", self._first, experience, 2 + t))
-                action, logp, value = policy.act(obs)
+                action, of_action["logp"], of_action["value"] = policy.act(obs)
+            elif later:
+                action = policy.decide(obs, noise[t].to(device))  # pyright: ignore[reportCallIssue]
             else:
-                action, logp, value = policy.act(obs, noise=noise[t].to(device))  # pyright: ignore[reportCallIssue]
+                action, of_action["logp"], of_action["value"] = policy.act(
+                    obs,
+                    noise=noise[t].to(device),  # pyright: ignore[reportCallIssue]
+                )
             outcome = episodes.step(to_environment(policy, action))
             check_finite(outcome, self._first, f"step {t} of experience {experience}")
-            row = {**columns_of(obs), "action": action, "logp": logp, "value": value}
+            row = {**columns_of(obs), "action": action, **of_action}
             seen.append({name: part.cpu() for name, part in row.items()})
             watch.add(outcome)
             rewards[t] = watch.rewards(outcome.rewards)
@@ -142,9 +151,12 @@ class ControlCollector:
             if cut.any():
                 final = scaled(policy, outcome.final, device)
                 after_end[t][cut] = policy.value(final).cpu().numpy()[cut]
-            finished += watch.finished(t, ended[t], outcome.valid)
+            if ended[t].any():
+                finished += watch.finished(t, ended[t], outcome.valid)
         last = scaled(policy, episodes.observations, device)
         columns = {name: torch.stack([row[name] for row in seen]) for name in seen[0]}
+        if "value" not in columns:
+            columns |= evaluated(policy, columns, device)
         values = columns["value"].numpy()
         following = np.concatenate([values[1:], policy.value(last).cpu().numpy()[None]])
         following = np.where(ended > 0, after_end, following)
@@ -328,6 +340,40 @@ def scaled(policy: Any, observations: Any, device: torch.device) -> Any:
     found = tensors(observations, device)
     scaling = getattr(policy, "observation_scaling", None)
     return found if scaling is None else scaling(found)
+
+
+def evaluates_later(policy: Any) -> bool:
+    """Whether a policy acts as `ActorCritic` does, which need not say at once what acting is worth.
+
+    Args:
+        policy: of any class; what a subclass has made of `act` is heeded.
+    """
+    methods = ("act", "decide", "noise", "evaluate_actions")
+    return all(getattr(type(policy), n, None) is getattr(ActorCritic, n) for n in methods)
+
+
+def evaluated(
+    policy: Policy, columns: Mapping[str, torch.Tensor], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Log-probabilities and values of transitions, of [steps, envs], some steps at a time.
+
+    Args:
+        policy: acted in them.
+        columns: their observations and actions, of [steps, envs, ...].
+        device: where the policy is.
+    """
+    steps, envs = columns["action"].shape[:2]
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for some in torch.arange(steps).split(max(1, _ROWS // envs)):
+        rows = {
+            name: column[some[0] : some[-1] + 1].flatten(0, 1).to(device)
+            for name, column in columns.items()
+        }
+        logp, _, value = policy.evaluate_actions(observation_of(rows), rows["action"])
+        parts.append((logp.cpu(), value.cpu()))
+    names = "logp", "value"
+    found = (torch.cat(part).unflatten(0, (steps, envs)) for part in zip(*parts, strict=True))
+    return dict(zip(names, found, strict=True))
 
 
 def tensors(values: Any, device: torch.device) -> Any:
