@@ -15,9 +15,12 @@ from text_runs import Letters, sampler_of, train, trainer_of, weights_after
 from endings import ending, saved_steps
 from language_models import model_of
 from paceline.errors import ConfigError, ResumeError
+from paceline.recipe.components import signature_of
+from paceline.rl import DPO, IPO, PPO, REINFORCE, RLOO
 from paceline.rl.algorithms.grpo import GRPO
 from paceline.rl.text.policy_system import PolicySystem
 from paceline.testing import Ranks, rows
+from paceline.trainer.arguments import arguments_of
 
 
 def test_a_run_killed_between_minibatches_of_an_experience_goes_on_bitwise(
@@ -136,3 +139,21 @@ def test_what_cannot_be_trained_on_is_refused_before_training() -> None:
         trainer_of(sampler=partial(sampler_of, group_size=1)).train(seed=7)
     with pytest.raises(ConfigError, match=r"minibatch=13: an experience has 12"):
         trainer_of(algorithm=partial(GRPO, minibatch=13)).train(seed=7)
+
+
+@pytest.mark.parametrize("algorithm", [DPO, IPO, PPO, REINFORCE, RLOO, GRPO])
+def test_shared_settings_are_those_of_every_algorithm(algorithm: Any) -> None:
+    """In one place each: recipes know them by name, and a run's identity holds them."""
+    own = {"minibatch", "reference"} | ({"passes"} if algorithm is not REINFORCE else set())
+    assert own <= {*signature_of(algorithm).named}
+    with pytest.raises(ConfigError, match="LoRA"):
+        algorithm(None, reference="lora base")
+    with pytest.raises(ConfigError, match="there is 'baseline' only"):
+        algorithm(None, reference="basline")
+    held = arguments_of("algorithm", algorithm(None, minibatch=7))
+    assert (held["algorithm.minibatch"], held["algorithm.reference"]) == (7, "baseline")
+    assert held.get("algorithm.passes", 1) == (10 if algorithm is PPO else 1)
+    for name in {"passes"} - own | ({"label_smoothing"} if algorithm is IPO else set()):
+        assert name not in signature_of(algorithm).named
+        with pytest.raises(TypeError, match=name):
+            algorithm(None, **{name: 0.1})

@@ -467,6 +467,7 @@ def signature_of(target: Callable[..., Any]) -> Signature:
         except (TypeError, ValueError):  # written in C, without a signature
             return Signature(name, (), (), (), {}, {}, is_function, True, True)
         found = found if is_function else found[1:]
+        on = passed[1] - {p.name for p in found}  # what it hands on to its own base, unseen
         found = [p for i, p in enumerate(found) if i >= passed[0] and p.name not in passed[1]]
         own_hints = _hints(owner)
         for p in found:
@@ -477,7 +478,8 @@ def signature_of(target: Callable[..., Any]) -> Signature:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
         if not takes_any:
             break
-        passed = _passed_on(owner)
+        by_place, by_name = _passed_on(owner)
+        passed = by_place, by_name | on
     by_position = [
         n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]

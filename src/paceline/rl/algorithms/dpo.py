@@ -12,10 +12,10 @@ import torch
 from paceline.errors import ConfigError
 from paceline.losses import dpo_loss, sequence_logps
 from paceline.losses.masked import check_choice
-from paceline.rl.algorithm import Algorithm, Turn
+from paceline.rl.algorithm import Turn
+from paceline.rl.algorithms.compared import Compared
 from paceline.rl.algorithms.policy_gradient import (
     check_groups,
-    check_reference,
     count,
     plain,
     usable,
@@ -67,7 +67,7 @@ class DPOBatch:
         ]
 
 
-class DPO(Algorithm):
+class DPO(Compared):
     """Direct preference optimization on the best and the worst of each set of siblings.
 
     A set of one turn gives no pair, and is counted in the rollout's row; what follows it does. The
@@ -77,9 +77,8 @@ class DPO(Algorithm):
         system: whose policy is trained.
         beta: how much the policy is held to the reference, above 0.
         label_smoothing: the share of pairs whose labels are taken to be swapped, below 0.5.
-        reference: "baseline": the system's.
-        passes: over each experience.
-        minibatch: pairs of all ranks in an optimizer step; None for the whole experience.
+        **settings: `reference`, as of `Compared`; `passes` and `minibatch` (of pairs), as of
+            `Algorithm`.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -95,13 +94,10 @@ class DPO(Algorithm):
         beta: float = 0.1,
         *,
         label_smoothing: float = 0.0,
-        reference: str = "baseline",
-        passes: int = 1,
-        minibatch: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(system, passes=passes, minibatch=minibatch)
-        check_reference(reference)
-        self.beta, self.label_smoothing, self.reference = beta, label_smoothing, reference
+        super().__init__(system, **settings)
+        self.beta, self.label_smoothing = beta, label_smoothing
         nothing = torch.zeros(1)
         self._loss(nothing, nothing, nothing, nothing, (nothing, nothing))
 
@@ -219,9 +215,7 @@ class IPO(DPO):
         system: whose policy is trained.
         beta: how much the policy is held to the reference, above 0; called tau in the paper.
         level: "token" compares log-probabilities per token, "sequence" sums over tokens.
-        reference: "baseline": the system's.
-        passes: over each experience.
-        minibatch: pairs of all ranks in an optimizer step; None for the whole experience.
+        **settings: `reference`, `passes` and `minibatch`, as of `DPO`.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -236,13 +230,11 @@ class IPO(DPO):
         beta: float = 0.1,
         *,
         level: str = "token",
-        reference: str = "baseline",
-        passes: int = 1,
-        minibatch: int | None = None,
+        **settings: Any,
     ) -> None:
         check_choice("algorithm", "level", level, ("token", "sequence"))
         self.level = level
-        super().__init__(system, beta, reference=reference, passes=passes, minibatch=minibatch)
+        super().__init__(system, beta, label_smoothing=0.0, **settings)
 
     def _loss(
         self,

@@ -46,8 +46,8 @@ class GRPO(PolicyGradient):
             trainer does, as {"kind": "truncate", "cap": 2.0, "level": "token"}: weights above `cap`
             are cut by "truncate" and 0 by "mask"; `level` is "token" or "sequence". None for no
             correction.
-        **settings: `beta` (of k3, in the loss), `reference`, `passes` and `minibatch`, as of
-            `PolicyGradient`.
+        **settings: `beta` (of k3, in the loss) as of `PolicyGradient`; `reference`, as of
+            `Compared`; `passes` and `minibatch` (of samples), as of `Algorithm`.
 
     Raises:
         ConfigError: a setting is out of its range.

@@ -14,6 +14,7 @@ import torch
 from paceline.errors import ConfigError
 from paceline.losses import kl
 from paceline.rl.algorithm import Algorithm, Turn, turn_of
+from paceline.rl.algorithms.compared import Compared
 from paceline.rl.text.logprobs import mismatch
 
 
@@ -44,7 +45,7 @@ class Sample:
     returns: np.ndarray | None = None
 
 
-class PolicyGradient(Algorithm):
+class PolicyGradient(Compared):
     """An algorithm that makes each turn of a rollout one sample.
 
     The system says how likely the policy and the baseline, which is the reference, find what was
@@ -54,9 +55,8 @@ class PolicyGradient(Algorithm):
     Args:
         system: whose policy is trained.
         beta: how much the policy is held to the reference; 0 needs none.
-        reference: "baseline": the system's, a frozen copy of the policy or another model.
-        passes: over each experience.
-        minibatch: samples of all ranks in an optimizer step; None for the whole experience.
+        **settings: `reference`, as of `Compared`; `passes` and `minibatch` (of samples), as of
+            `Algorithm`.
 
     Raises:
         ConfigError: a setting is out of its range, or the reference does not exist.
@@ -64,20 +64,11 @@ class PolicyGradient(Algorithm):
 
     grouped = False  # whether a sample is compared with its siblings
 
-    def __init__(
-        self,
-        system: Any,
-        *,
-        beta: float = 0.0,
-        reference: str = "baseline",
-        passes: int = 1,
-        minibatch: int | None = None,
-    ) -> None:
-        super().__init__(system, passes=passes, minibatch=minibatch)
-        check_reference(reference)
+    def __init__(self, system: Any, *, beta: float = 0.0, **settings: Any) -> None:
+        super().__init__(system, **settings)
         if not beta >= 0:
             raise ConfigError(f"algorithm.beta={beta}: expected at least 0.")
-        self.beta, self.reference = beta, reference
+        self.beta = beta
         self.compares = beta > 0
 
     def check(self, sampler: Any) -> None:
@@ -225,24 +216,6 @@ def same_tokens(scored: Any, mask: torch.Tensor) -> Any:
             f"turns that had {list(mask.shape)} before: it has to read the same tokens each time."
         )
     return scored
-
-
-def check_reference(reference: str) -> None:
-    """Refuses references that there are not.
-
-    Args:
-        reference: the setting.
-
-    Raises:
-        ConfigError: it is not "baseline".
-    """
-    if reference == "lora base":
-        raise ConfigError(
-            "algorithm.reference='lora base': a reference without its adapter needs training with "
-            "adapters (LoRA), which does not exist yet; take 'baseline'."
-        )
-    if reference != "baseline":
-        raise ConfigError(f"algorithm.reference={reference!r}: there is 'baseline' only.")
 
 
 def check_groups(algorithm: Algorithm, sampler: Any) -> None:

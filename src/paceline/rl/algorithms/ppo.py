@@ -38,7 +38,7 @@ class PPO(PolicyGradient):
         beta: how much the policy is held to the reference, of text; 0 needs none.
         passes: over each experience.
         minibatch: transitions, or turns, of all ranks in an optimizer step.
-        **settings: `reference`, as of `PolicyGradient`.
+        **settings: `reference`, as of `Compared`.
 
     Raises:
         ConfigError: a setting is out of its range.

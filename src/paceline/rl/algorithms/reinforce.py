@@ -28,8 +28,7 @@ class REINFORCE(PolicyGradient):
         system: whose policy is trained.
         baseline: what rewards are compared with: the "mean" over the experience, or "none".
         beta: of the divergence (k1) from the reference, which is taken from rewards; 0 needs none.
-        reference: "baseline": the system's.
-        minibatch: samples of all ranks in an optimizer step; None for the whole experience.
+        **settings: `reference`, as of `Compared`; `minibatch` (of samples), as of `Algorithm`.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -43,10 +42,9 @@ class REINFORCE(PolicyGradient):
         *,
         baseline: str = "mean",
         beta: float = 0.0,
-        reference: str = "baseline",
-        minibatch: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(system, beta=beta, reference=reference, minibatch=minibatch)
+        super().__init__(system, beta=beta, passes=1, **settings)
         check_choice("algorithm", "baseline", baseline, ("mean", "none"))
         self.baseline = baseline
 
@@ -77,9 +75,8 @@ class RLOO(PolicyGradient):
         system: whose policy is trained.
         clip_low, clip_high: how far a sequence's ratio to its old one may go below and above 1.
         beta: of the divergence (k1) from the reference, which is taken from rewards; 0 needs none.
-        reference: "baseline": the system's.
-        passes: over each experience.
-        minibatch: samples of all ranks in an optimizer step; None for the whole experience.
+        **settings: `reference`, as of `Compared`; `passes` and `minibatch` (of samples), as of
+            `Algorithm`.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -95,11 +92,9 @@ class RLOO(PolicyGradient):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         beta: float = 0.05,
-        reference: str = "baseline",
-        passes: int = 1,
-        minibatch: int | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(system, beta=beta, reference=reference, passes=passes, minibatch=minibatch)
+        super().__init__(system, beta=beta, **settings)
         if not (0 <= clip_low <= 1 and clip_high >= 0):
             raise ConfigError(
                 f"algorithm.clip_low={clip_low}, clip_high={clip_high}: clip_low is from 0 to 1, "
