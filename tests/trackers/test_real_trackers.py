@@ -23,7 +23,7 @@ def test_each_row_is_there_once_after_kills_of_the_trainer_and_of_the_followers(
     for key, value in offline(tmp_path).items():
         monkeypatch.setenv(key, value)
     run_dir = tmp_path / "run"
-    [done] = ranks.outcomes(run, 1, run_dir, ALL, At(25, 15, trainer=True))
+    [done] = ranks.outcomes(run, 1, run_dir, ALL, At(25, 15, trainer=True), limit=180)
     assert done.code == -signal.SIGKILL
     wait_until_gone(run_dir)
     for name in ALL:  # the kill has lost no row
