@@ -149,7 +149,7 @@ def ours(function: Callable[[Any], Any], folder: Path, storage: str | None) -> T
         nonlocal done
         done += count
         settings = {"storage": storage} if storage else {}
-        Study(function, folder, settings=settings).optimize(trials=done, say=lambda line: None)
+        Study(function, folder, settings=settings).optimize(trials=done)
 
     return Timed(run)
 
@@ -210,7 +210,7 @@ def training(folder: Path, rounds: int, trials: int) -> dict[str, Any]:
     def by_study(count: int) -> None:
         nonlocal done
         done += count
-        Study(folder / "recipe.yaml", folder / "study").optimize(done, say=lambda line: None)
+        Study(folder / "recipe.yaml", folder / "study").optimize(done)
 
     sides = {"by hand": Timed(by_hand), "Paceline": Timed(by_study)}
     return in_turns(sides, rounds, trials)
@@ -224,7 +224,7 @@ def workers(folder: Path, trials: int) -> dict[str, Any]:
     for count in (1, 4):
         start = time.perf_counter()
         study = Study(sleeps, folder / str(count))
-        study.optimize(trials=trials, workers=count, say=lambda line: None)
+        study.optimize(trials=trials, workers=count)
         found[str(count)] = time.perf_counter() - start
         assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * trials
     return {**found, "speed-up": found["1"] / found["4"]}

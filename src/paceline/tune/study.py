@@ -36,7 +36,7 @@ from paceline.tune.pruners import pruner_for
 from paceline.tune.revival import check_revivals, is_revived, revive
 from paceline.tune.samplers import is_exhausted, sampler_for
 from paceline.tune.settings import SECTION, TuneSettings, read_settings
-from paceline.tune.space import Space, read_space
+from paceline.tune.space import Space
 from paceline.tune.storages import open_storage
 from paceline.tune.trial import Outcome, train_trial
 from paceline.world.world import World
@@ -96,6 +96,8 @@ class Study:
         folder: of the study; by default the recipe's run folder. A function needs one.
         overrides: `key=value` changes to the recipe, in Hydra's grammar.
         settings: of a function's study: the keys of `tune:`.
+        space: what a function suggests, if it is known before: the sampler "grid" needs it.
+        seed: of the sampler of a function's study; a recipe has its own.
         trust: further packages whose classes and functions the recipe may name.
         fresh: move an earlier study aside and begin anew.
         accept: continue although what is searched, or how trials are judged, has changed.
@@ -113,6 +115,8 @@ class Study:
         *,
         overrides: Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
+        space: Space | None = None,
+        seed: int = 0,
         trust: Collection[str] = (),
         fresh: bool = False,
         accept: bool = False,
@@ -124,10 +128,10 @@ class Study:
             if folder is None:
                 raise ConfigError("Study(function, folder): a function's study needs a folder.")
             self.function = objective
-            self.settings, self.space = _of_function(settings or {})
+            self.settings, self.space = _of_function(settings or {}, space)
             path = Path(folder)
         else:
-            if settings is not None:
+            if settings is not None or space is not None or seed:
                 raise ConfigError(
                     "Study(recipe, settings=...): a recipe has them in its section `tune:`; change "
                     "them with overrides=['tune.trials=50']."
@@ -136,7 +140,7 @@ class Study:
             self.settings, self.space = self.checked.settings, self.checked.space
             path = self.checked.recipe.run_dir
         self.folder = StudyFolder(path)
-        self._fresh, self._accept = fresh, accept
+        self._fresh, self._accept, self._seed = fresh, accept, seed
         self._session = secrets.token_hex(4)
         self._shared = False  # whether other processes run trials beside this one
         self._study: optuna.Study | None = None
@@ -348,7 +352,7 @@ class Study:
                 directions=[_OPTUNA[direction] for direction in self.settings.directions],
                 load_if_exists=True,
             )
-            space = None if self.checked is None else self.space.distributions
+            space = self.space.distributions if self.space.parameters else None
             chosen = dict(self.settings.sampler)
             if self._shared and chosen["type"] == "tpe":  # it knows of trials under way
                 chosen.setdefault("constant_liar", True)
@@ -380,7 +384,7 @@ class Study:
         now = self._lasting()
         known = self.folder.read()
         if not known:
-            seed = 0 if self.checked is None else self.checked.recipe.seed
+            seed = self._seed if self.checked is None else self.checked.recipe.seed
             name = _name(self.folder.path, self.settings.storage)
             known = {HOME: secrets.token_hex(8), "name": name, "seed": seed, "added": 0, **now}
             self.folder.write({**known, "ended_at": -1})
@@ -709,7 +713,7 @@ def _line(number: int, outcome: Outcome, settings: TuneSettings, best: FrozenTri
     return f"trial {number}: {told}"
 
 
-def _of_function(settings: Mapping[str, Any]) -> tuple[TuneSettings, Space]:
+def _of_function(settings: Mapping[str, Any], given: Space | None) -> tuple[TuneSettings, Space]:
     """The settings of a function's study, which suggests its parameters itself.
 
     Raises:
@@ -717,14 +721,13 @@ def _of_function(settings: Mapping[str, Any]) -> tuple[TuneSettings, Space]:
     """
     mistakes = Mistakes(lambda _: "settings")
     read = read_settings({"metric": "value", **settings}, mistakes, at="")
-    space = read_space({}, ("space",), mistakes)
     for name in ("space", "seeds", "audit"):
         if settings.get(name):
             mistakes.add((name,), "it is for recipes: a function suggests and trains by itself.")
     if not mistakes.found:
-        check_settings_alone(read, None, mistakes)
+        check_settings_alone(read, given, mistakes)
     mistakes.raise_any("Study(settings=...)")
-    return read, space
+    return read, given or Space(())
 
 
 def _composed(objective: Any, folder: Path | str | None, overrides: Sequence[str]) -> Composed:
