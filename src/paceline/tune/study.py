@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import secrets
 import sys
 import time
@@ -615,16 +617,17 @@ class Study:
     def _check_failures(self, trials: list[FrozenTrial], known: Mapping[str, Any]) -> None:
         from optuna.trial import TrialState
 
-        ended = [t for t in trials if t.state.is_finished() and t.number > known["ended_at"]]
-        last = ended[-self.settings.max_failures :]
+        ended = (t for t in reversed(trials) if t.state.is_finished())
+        newest = itertools.islice(ended, self.settings.max_failures)
+        last = [trial for trial in newest if trial.number > known["ended_at"]]
         if len(last) < self.settings.max_failures or any(t.state != TrialState.FAIL for t in last):
             return
         # The next start, which may have mended the cause, counts anew.
         self.folder.change(ended_at=max(trial.number for trial in trials))
-        cause = last[-1].user_attrs.get(CAUSE, "unknown")
+        cause = last[0].user_attrs.get(CAUSE, "unknown")
         raise TrialsFailed(
             f"{len(last)} trials in a row have failed (tune.max_failures). The last of them, trial "
-            f"{last[-1].number}:\n{cause}"
+            f"{last[0].number}:\n{cause}"
         )
 
     def _run(
@@ -646,8 +649,6 @@ class Study:
             return Outcome("FAIL", cause=cause, of_peer=isinstance(error, PeerError))
 
     def _call(self, function: Function, trial: optuna.Trial) -> Outcome:
-        import math
-
         import optuna
 
         try:
@@ -725,16 +726,22 @@ def best_of(trials: Sequence[FrozenTrial], settings: TuneSettings) -> FrozenTria
     """The best complete trial, the first of equal ones; None if there is none.
 
     Args:
-        trials: of the study.
+        trials: of the study, in order.
         settings: of the study; with several metrics there is no best trial.
     """
     from optuna.trial import TrialState
 
-    ended = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    if not ended or len(settings.metrics) > 1:
+    if len(settings.metrics) > 1:
         return None
+    best, least = None, math.inf
     sign = 1 if settings.directions[0] == "min" else -1
-    return min(ended, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    complete = TrialState.COMPLETE
+    for trial in trials:
+        if trial.state is complete and trial.values is not None:
+            value = sign * trial.values[0]
+            if best is None or value < least:
+                best, least = trial, value
+    return best
 
 
 def _of_all(outcomes: list[Outcome]) -> Outcome:
