@@ -94,10 +94,12 @@ def announce_exit(code: int, why: str | BaseException) -> bool:
         return True
     _announced = True
     seconds = _IN_PASSING if code == STOPPED else _LINGER  # at a signal it is soon killed
+    deadline = time.monotonic() + seconds
     if rank != 0 and not _is_open(seconds):
         return True
+    left = timedelta(seconds=max(deadline - time.monotonic(), _POLL))
     try:
-        store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, timedelta(seconds=seconds)))
+        store = PrefixStore(f"paceline/{_held + 1}", _store(rank, size, left))
         said = json.dumps([rank, code, why if isinstance(why, str) else in_a_line(why)])
         if store.compare_set(_WORD, "", said).decode() == _MET:
             return False
