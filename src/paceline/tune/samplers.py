@@ -171,9 +171,27 @@ def _maker(kind: str, arguments: dict[str, Any]) -> Callable[[int], BaseSampler]
             return make(seed=seed, **fixed, **arguments)
 
     try:
-        made(0)
+        first = made(0)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"tune.sampler: {error}") from error
+    if kind == "tpe" and not arguments.get("group"):
+        return _seeded_again(first)
+    return made
+
+
+def _seeded_again(sampler: Any) -> Callable[[int], BaseSampler]:
+    """One TPE sampler, as if it were made anew each time.
+
+    To make two random states takes longer than all else that a trial costs beside its storage.
+    """
+    from optuna.search_space import IntersectionSearchSpace
+
+    def made(seed: int) -> BaseSampler:
+        sampler._rng.rng.seed(seed)
+        sampler._random_sampler._rng.rng.seed(seed)
+        sampler._search_space = IntersectionSearchSpace(include_pruned=True)
+        return sampler
+
     return made
 
 

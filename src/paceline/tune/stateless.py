@@ -21,6 +21,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler
+from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
 GRID_LIMIT = 100_000  # points
@@ -53,7 +54,10 @@ class Stateless(BaseSampler):
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make = make
         self._seed = seed
+        # Told when trials begin and end, for which Optuna's samplers draw nothing.
+        self._told = make(derived_seed(seed))
         self._asked: tuple[int, BaseSampler] | None = None
+        self._common: tuple[Any, dict[str, IntersectionSearchSpace]] = None, {}
 
     def _of(self, trial: FrozenTrial, *name: str) -> BaseSampler:
         return self._make(derived_seed(self._seed, trial.number, *name))
@@ -61,11 +65,25 @@ class Stateless(BaseSampler):
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Space:
         """The parameters that are suggested together."""
         sampler = self._of(trial)
-        self._asked = (
-            trial.number,
-            sampler,
-        )  # some remember what `sample_relative` needs
+        self._share_search_space(study, sampler)
+        self._asked = trial.number, sampler  # some remember what `sample_relative` needs
         return sampler.infer_relative_search_space(study, trial)
+
+    def _share_search_space(self, study: optuna.Study, sampler: BaseSampler) -> None:
+        """Hands on what all trials have in common, found so far.
+
+        It follows from the stored trials, but to look at all of them anew for each trial would have
+        the cost of a trial grow with their number.
+        """
+        if type(study) is not optuna.Study:  # a pruner has filtered its trials
+            return
+        of = study._storage, study._study_id
+        if self._common[0] != of:
+            self._common = of, {}
+        for name in ("_search_space", "_intersection_search_space"):
+            own = getattr(sampler, name, None)
+            if isinstance(own, IntersectionSearchSpace):
+                setattr(sampler, name, self._common[1].setdefault(name, own))
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: Space
@@ -90,7 +108,7 @@ class Stateless(BaseSampler):
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Called by `ask`."""
-        self._of(trial).before_trial(study, trial)
+        self._told.before_trial(study, trial)
 
     def after_trial(
         self,
@@ -100,9 +118,8 @@ class Stateless(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """Called by `tell`."""
-        sampler = self._of(trial)
-        if not isinstance(sampler, BruteForceSampler):  # which would stop Optuna's own loop
-            sampler.after_trial(study, trial, state, values)
+        if not isinstance(self._told, BruteForceSampler):  # which would stop Optuna's own loop
+            self._told.after_trial(study, trial, state, values)
 
     def is_exhausted(self, study: optuna.Study) -> bool:
         """Whether every point is done or being tried. Only brute force ends.
@@ -110,14 +127,13 @@ class Stateless(BaseSampler):
         Args:
             study: of Optuna.
         """
-        sampler = self._make(0)
-        if not isinstance(sampler, BruteForceSampler):
+        if not isinstance(self._told, BruteForceSampler):
             return False
         done = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished() and t.params]
         if not done:
             return False
         asked: Any = _Stoppable(study)
-        sampler.after_trial(asked, done[-1], done[-1].state, done[-1].values)
+        self._told.after_trial(asked, done[-1], done[-1].state, done[-1].values)
         return asked.stopped
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import secrets
 import sys
 import time
@@ -185,11 +187,12 @@ class Study:
                 self._revive(study, revived)
             limit = self.settings.timeout
             end = None if limit is None else time.monotonic() + limit
+            ended: tuple[Claimed, Outcome] | None = None
             while True:
                 claimed, failed = None, None
                 if study is not None:
                     try:
-                        claimed = self._next(study, trials, end)
+                        claimed = self._next(study, ended, trials, end)
                     except Exception as error:  # the other ranks wait for the next trial
                         if world.size == 1:
                             raise
@@ -209,18 +212,38 @@ class Study:
                     trial = None if claimed is None else claimed.trial
                     outcome = self._run(asked, trial, world.broadcast_object)
                     outcome = _of_all(world.all_gather_object(outcome))
-                    if study is not None and claimed is not None:
-                        self._tell(study, claimed, outcome)
-                finally:
+                except BaseException:
                     if claimed is not None:
                         claimed.lock.release()
+                    raise
+                ended = None if claimed is None else (claimed, outcome)
         finally:
             world.close()
 
-    def _next(self, study: optuna.Study, trials: int | None, end: float | None) -> Claimed | None:
-        with self.folder.locked():
-            goal = (trials or self.settings.trials) + int(self.folder.read()["added"])
-            return self._claim(study, goal, end)
+    def _next(
+        self,
+        study: optuna.Study,
+        ended: tuple[Claimed, Outcome] | None,
+        goal: int | None,
+        end: float | None,
+    ) -> Claimed | None:
+        """Records how a trial has ended and claims the next one, under one lock.
+
+        Nothing changes between the two, so that one look at the storage serves both.
+        """
+        said = None
+        try:
+            with self.folder.locked():
+                if ended is None:
+                    trials = study.get_trials(deepcopy=False)
+                else:
+                    trials, said = self._tell(study, *ended)
+                return self._claim(study, trials, goal or self.settings.trials, end)
+        finally:
+            if ended is not None:
+                ended[0].lock.release()
+            if said is not None:
+                _say(said)
 
     def _with_workers(
         self, trials: int | None, count: int, add: int, revived: Collection[int]
@@ -348,7 +371,7 @@ class Study:
             known = self.folder.read()
             study = optuna.create_study(
                 study_name=known["name"],
-                storage=open_storage(self.settings.storage, self.folder.path),
+                storage=self._storage(),
                 directions=[_OPTUNA[direction] for direction in self.settings.directions],
                 load_if_exists=True,
             )
@@ -370,6 +393,12 @@ class Study:
             self._write_best(trials)
         self._study = study
         return study
+
+    def _storage(self) -> optuna.storages.BaseStorage:
+        """The storage that this process has open, or opens."""
+        if self._study is not None:
+            return self._study._storage
+        return open_storage(self.settings.storage, self.folder.path)
 
     def _prepare(self, add: int) -> None:
         """Begins the study, or makes sure that it is this one."""
@@ -478,11 +507,13 @@ class Study:
 
     # Trials
 
-    def _claim(self, study: optuna.Study, goal: int, end: float | None) -> Claimed | None:
+    def _claim(
+        self, study: optuna.Study, trials: list[FrozenTrial], goal: int, end: float | None
+    ) -> Claimed | None:
         """The next trial, which is this process's from then on; None if there is none left.
 
-        To be called under the study's lock. A trial whose process has died comes first, under its
-        own number.
+        To be called under the study's lock, with the trials as they are. A trial whose process has
+        died comes first, under its own number.
 
         Raises:
             TrialsFailed: too many have failed.
@@ -490,7 +521,6 @@ class Study:
         import optuna
         from optuna.trial import TrialState, create_trial
 
-        trials = study.get_trials(deepcopy=False)
         known = self.folder.read()
         self._check_failures(trials, known)
         home = known[HOME]
@@ -501,18 +531,18 @@ class Study:
             starts = self.folder.starts(trial.number, self._session)
             # Beyond them, the process that has started this one will have it fail.
             if not self._shared or len(starts) <= self.settings.max_restarts:
-                claimed = self._take(study, optuna.Trial(study, trial._trial_id))
+                claimed = self._take(study, optuna.Trial(study, trial._trial_id), trials)
                 if claimed is not None:
                     return claimed
         counted = sum(REVIVES not in trial.user_attrs for trial in trials)
         if end is not None and time.monotonic() >= end:
             return None
-        if counted >= goal or is_exhausted(study):
+        if counted >= goal + int(known["added"]) or is_exhausted(study):
             return self._claim_audit(study, known["seed"])
         # In one step: from its first moment on, a trial is this study's.
         template = create_trial(state=TrialState.RUNNING, user_attrs={HOME: home})
         number = study._storage.create_new_trial(study._study_id, template_trial=template)
-        return self._take(study, optuna.Trial(study, number))
+        return self._take(study, optuna.Trial(study, number), trials)
 
     def _claim_audit(self, study: optuna.Study, seed: int) -> Claimed | None:
         """A pruned trial that the audit trains to its end, once all others were begun."""
@@ -521,8 +551,8 @@ class Study:
         for number in audit_due(study.get_trials(deepcopy=False), seed, self.settings.audit):
             if self.folder.trial(number).is_dir():  # else it was trained on another machine
                 added = revive(study, self.folder, number)
-                trial = study.get_trials(deepcopy=False)[added]
-                return self._take(study, optuna.Trial(study, trial._trial_id))
+                trials = study.get_trials(deepcopy=False)
+                return self._take(study, optuna.Trial(study, trials[added]._trial_id), trials)
         return None
 
     def _revive(self, study: optuna.Study, numbers: Collection[int]) -> None:
@@ -551,26 +581,33 @@ class Study:
             self.folder.change(audit=cost.as_json())
         _say(cost.text())
 
-    def _take(self, study: optuna.Study, trial: optuna.Trial) -> Claimed | None:
+    def _take(
+        self, study: optuna.Study, trial: optuna.Trial, trials: list[FrozenTrial]
+    ) -> Claimed | None:
         lock = self.folder.take(trial.number, self._session)
         if lock is None:
             return None
+        new = not trials or trials[-1].number < trial.number  # they are in order
+        frozen = trial._cached_frozen_trial
+        # What a sampler would read from the storage once a trial.
+        study._thread_local.cached_all_trials = [*trials, frozen] if new else trials
         try:
-            self._fix_first(study, trial)
+            self._fix_first(trial, trials)
             stored = dict(trial.params)
             if self.checked is not None and REVIVES not in trial.user_attrs:
                 stored = self.space.suggest(trial)
-            if self.folder.lines().get(trial.number) is None:
-                frozen = study._storage.get_trial(trial._trial_id)
+            if new or self.folder.lines().get(trial.number) is None:
                 self.folder.append(line_of(frozen, self.folder))
         except BaseException:
             lock.release()
             raise
         return Claimed(trial, stored, lock)
 
-    def _fix_first(self, study: optuna.Study, trial: optuna.Trial) -> None:
+    def _fix_first(self, trial: optuna.Trial, trials: list[FrozenTrial]) -> None:
         """Has one of the first trials take the values that are to be tried first."""
-        others = study.get_trials(deepcopy=False)[: trial.number]
+        if not self.settings.first:
+            return
+        others = trials[: trial.number]
         place = sum(REVIVES not in other.user_attrs for other in others)
         if place < len(self.settings.first):
             given = self.settings.first[place]
@@ -580,16 +617,17 @@ class Study:
     def _check_failures(self, trials: list[FrozenTrial], known: Mapping[str, Any]) -> None:
         from optuna.trial import TrialState
 
-        ended = [t for t in trials if t.state.is_finished() and t.number > known["ended_at"]]
-        last = ended[-self.settings.max_failures :]
+        ended = (t for t in reversed(trials) if t.state.is_finished())
+        newest = itertools.islice(ended, self.settings.max_failures)
+        last = [trial for trial in newest if trial.number > known["ended_at"]]
         if len(last) < self.settings.max_failures or any(t.state != TrialState.FAIL for t in last):
             return
         # The next start, which may have mended the cause, counts anew.
         self.folder.change(ended_at=max(trial.number for trial in trials))
-        cause = last[-1].user_attrs.get(CAUSE, "unknown")
+        cause = last[0].user_attrs.get(CAUSE, "unknown")
         raise TrialsFailed(
             f"{len(last)} trials in a row have failed (tune.max_failures). The last of them, trial "
-            f"{last[-1].number}:\n{cause}"
+            f"{last[0].number}:\n{cause}"
         )
 
     def _run(
@@ -611,8 +649,6 @@ class Study:
             return Outcome("FAIL", cause=cause, of_peer=isinstance(error, PeerError))
 
     def _call(self, function: Function, trial: optuna.Trial) -> Outcome:
-        import math
-
         import optuna
 
         try:
@@ -631,21 +667,31 @@ class Study:
             return Outcome("FAIL", cause=f"it returned {given!r:.80}.")
         return Outcome("COMPLETE", values)
 
-    def _tell(self, study: optuna.Study, claimed: Claimed, outcome: Outcome) -> None:
-        """Records how a trial has ended: in the storage, in trials.jsonl, in best.yaml."""
+    def _tell(
+        self, study: optuna.Study, claimed: Claimed, outcome: Outcome
+    ) -> tuple[list[FrozenTrial], str]:
+        """Records how a trial has ended: in the storage, in trials.jsonl, in best.yaml.
+
+        To be called under the study's lock.
+
+        Returns:
+            The study's trials, and what is to be said of this one.
+        """
+        from optuna.study._tell import _tell_with_warning
         from optuna.trial import TrialState
 
         trial = claimed.trial
-        with self.folder.locked():
-            if outcome.seeds is not None:
-                trial.set_user_attr(SEEDS, outcome.seeds)
-            if outcome.cause is not None:
-                trial.set_user_attr(CAUSE, outcome.cause)
-            study.tell(trial, outcome.values, state=TrialState[outcome.state])
-            self.folder.append(line_of(study._storage.get_trial(trial._trial_id), self.folder))
-            trials = study.get_trials(deepcopy=False)
-            best = self._write_best(trials)
-        _say(_line(trial.number, outcome, self.settings, best))
+        if outcome.seeds is not None:
+            trial.set_user_attr(SEEDS, outcome.seeds)
+        if outcome.cause is not None:
+            trial.set_user_attr(CAUSE, outcome.cause)
+        # `study.tell` without the copy that it reads from the storage once more.
+        _tell_with_warning(study, trial, outcome.values, TrialState[outcome.state])
+        trials = study.get_trials(deepcopy=False)
+        frozen = next(one for one in reversed(trials) if one.number == trial.number)
+        self.folder.append(line_of(frozen, self.folder))
+        best = self._write_best(trials)
+        return trials, _line(trial.number, outcome, self.settings, best)
 
     def _write_best(self, trials: list[FrozenTrial]) -> FrozenTrial | None:
         """Writes the best trial's recipe, which trains in a folder of its own."""
@@ -680,16 +726,22 @@ def best_of(trials: Sequence[FrozenTrial], settings: TuneSettings) -> FrozenTria
     """The best complete trial, the first of equal ones; None if there is none.
 
     Args:
-        trials: of the study.
+        trials: of the study, in order.
         settings: of the study; with several metrics there is no best trial.
     """
     from optuna.trial import TrialState
 
-    ended = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    if not ended or len(settings.metrics) > 1:
+    if len(settings.metrics) > 1:
         return None
+    best, least = None, math.inf
     sign = 1 if settings.directions[0] == "min" else -1
-    return min(ended, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+    complete = TrialState.COMPLETE
+    for trial in trials:
+        if trial.state is complete and trial.values is not None:
+            value = sign * trial.values[0]
+            if best is None or value < least:
+                best, least = trial, value
+    return best
 
 
 def _of_all(outcomes: list[Outcome]) -> Outcome:
