@@ -17,12 +17,13 @@ from endings import ending
 from paceline.testing import Ranks
 
 sys.path.append(str(Path(__file__).parent.parent / "tune"))
-from tuned_recipes import CODE, write
+from tuned_recipes import CODE, RECIPE, write
 
-# Kills its process at the n-th call of a function, before or after the call.
+# Kills its process at the n-th call of a function, before or after the call; of several ranks,
+# those that are named.
 KILLING = """
 import importlib, os, signal
-if "KILL" in os.environ:
+if "KILL" in os.environ and os.environ.get("RANK", "0") in os.environ.get("KILLED", "0"):
     place, count, when = os.environ.pop("KILL").split(" ")
     module, _, name = place.partition(":")
     owner = importlib.import_module(module)
@@ -154,18 +155,31 @@ def test_sigterm_stops_all_workers_at_a_boundary_and_they_go_on(
     assert sorted(left(study)) == list(range(6))
 
 
-def test_the_same_trials_are_pruned_at_the_same_places_on_two_ranks(
-    tmp_path: Path, ranks: Ranks
-) -> None:
-    write(tmp_path, TUNE.replace("    train_dataloader.batch_size: [10, 20]\n", ""))
-    runner, study = Paceline(tmp_path, ranks), tmp_path / "runs/p/s"
-    one = ("tune", "toy.yaml", "tune.sampler=random", "run.name=one")
-    assert runner(*one)[0] == 0
-    two = (*one[:3], "train_dataloader.batch_size=10", "--nproc", "2")  # on each rank
-    code, _, err = runner(*two)
+ON_TWO = ("tune", "toy.yaml", "tune.sampler=random", "--nproc", "2")
+FOR_TWO = TUNE.replace("    train_dataloader.batch_size: [10, 20]\n", "")
+
+
+def write_for_two(folder: Path, tune: str = FOR_TWO, code: str = CODE + KILLING) -> None:
+    write(folder, tune, RECIPE.replace("batch_size: 20", "batch_size: 10"), code=code)  # on each
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> Path:
+    """A study on two ranks that nobody has disturbed."""
+    folder = tmp_path_factory.mktemp("on_two")
+    write_for_two(folder)
+    code, _, err = Paceline(folder, ranks)(*ON_TWO)
     assert code == 0, err
+    return folder / "runs/p/s"
+
+
+def test_the_same_trials_are_pruned_at_the_same_places_on_two_ranks(
+    on_two: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    write(tmp_path, FOR_TWO)
+    assert Paceline(tmp_path, ranks)("tune", "toy.yaml", "tune.sampler=random")[0] == 0
     expected, found = (
-        [state for state, _ in left(folder).values()] for folder in (study.with_name("one"), study)
+        [state for state, _ in left(folder).values()] for folder in (tmp_path / "runs/p/s", on_two)
     )
     assert [line["state"] for line in found] == [line["state"] for line in expected]
     assert "PRUNED" in {line["state"] for line in found}
@@ -174,3 +188,55 @@ def test_the_same_trials_are_pruned_at_the_same_places_on_two_ranks(
         steps = [[step for step, _ in line["reports"]] for line in (mine, wanted)]
         assert steps[0] == steps[1]
         assert mine["values"] == pytest.approx(wanted["values"], rel=1e-5)
+
+
+def test_a_study_on_two_ranks_goes_on_bitwise_when_one_or_both_were_killed(
+    on_two: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    write_for_two(tmp_path)
+    runner, study = Paceline(tmp_path, ranks), tmp_path / "runs/p/s"
+    for killed, step in (("1", 15), ("0", 9), ("0 1", 5)):
+        under_way = runner.start(*ON_TWO, KILL=f"torch.optim:SGD.step {step} after", KILLED=killed)
+        codes = [code for code, _, _ in under_way.each()]
+        assert [code == -signal.SIGKILL for code in codes] == [n in killed for n in "01"], codes
+        assert 0 not in codes
+    code, _, err = runner(*ON_TWO)
+    assert code == 0, err
+    expected, found = left(on_two), left(study)
+    assert sorted(found) == list(range(6))
+    for number in range(6):
+        assert found[number] == expected[number]
+    plans = [json.loads(path.read_text())["plan"] for path in study.glob("trials/*/run.json")]
+    assert any("resumes from" in str(plan) for plan in plans)  # none begins again
+
+
+FAILING = """
+import os
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        if self.param_groups[0]["lr"] == (0.2, 0.25)[int(os.environ["RANK"])]:
+            raise ValueError("on purpose")
+        return super().step(closure)
+"""
+
+
+def test_a_trial_that_fails_on_one_of_two_ranks_has_failed_and_the_study_goes_on(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    tune = """\
+tune:
+  trials: 3
+  sampler: random
+  first: [{optimizer.lr: 0.2}, {optimizer.lr: 0.25}]
+  space: {optimizer: {_target_: [toy.Failing], lr: {float: [0.1, 0.3]}}}
+"""
+    write_for_two(tmp_path, tune, CODE + FAILING)
+    code, out, err = Paceline(tmp_path, ranks)(*ON_TWO)
+    assert code == 0, err
+    assert "1 complete, 2 failed" in out
+    text = (tmp_path / "runs/p/s/trials.jsonl").read_text()
+    newest = {line["number"]: line for line in map(json.loads, text.splitlines())}
+    assert [newest[n]["state"] for n in range(3)] == ["FAIL", "FAIL", "COMPLETE"]
+    for n in range(2):  # the cause is the error itself, and not what the other rank has seen of it
+        assert "ValueError: on purpose" in newest[n]["cause"]
+        assert f"trial {n} failed: ValueError: on purpose" in err

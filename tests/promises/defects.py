@@ -30,9 +30,11 @@ from paceline.trackers.cursor import new_rows
 from paceline.trainer import inference
 from paceline.trainer.nonfinite import NonFiniteGuard
 from paceline.trainer.optimization import Optimization
+from paceline.trainer.settings import Resume
 from paceline.trainer.source_code import OwnCode
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.window import Window, gradients_aside
+from paceline.tune.reporting import TrialReports
 from paceline.world import meeting
 from paceline.world.seeding import seed_everything
 from paceline.world.world import World
@@ -423,3 +425,17 @@ def same_on_each_rank(episodes: Any, i: int) -> Any:
 def own_prompts(sampler: Any, prompts: Any, attempts: Any = None) -> Any:
     """An evaluation on the prompts of the training."""
     return sampler.rollouts(range(len(prompts)))
+
+
+def begun_again(mode: str) -> Any:
+    """A trial that goes on moves its run aside."""
+    return Resume("fresh")
+
+
+_on_metrics_of_reports = TrialReports.on_metrics
+
+
+def heard_by_rank_0_alone(reports: Any, trainer: Any, metrics: Any) -> None:
+    """The pruner's verdict stays on the rank that asked."""
+    _on_metrics_of_reports(reports, trainer, metrics)
+    reports._verdict = reports._verdict and trainer.world.is_main

@@ -59,6 +59,8 @@ from paceline.trainer.recorder import Recorder
 from paceline.trainer.stop import StopAgreement
 from paceline.trainer.trainer import Trainer
 from paceline.trainer.window import Window
+from paceline.tune import trial
+from paceline.tune.reporting import TrialReports
 from paceline.world import meeting
 from paceline.world.signals import LeaveAtOnce
 from paceline.world.world import World
@@ -104,7 +106,7 @@ ALONE, RECORD = "test_p01_exact_resume", "test_run_record"
 AGREE = "test_ranks_agree"
 WORDS, CHAT = "test_p03_language_models", "test_chat"
 IDENTITY, INFERENCE, MEETING = "test_identity", "test_inference", "test_meeting"
-TRACKERS = "test_trackers"
+STUDIES, TRACKERS = "test_study_rules", "test_trackers"
 UNUSED = "test_what_no_loss_reaches_at_last_keeps_no_gradient_and_all_else_is_exchanged"
 LONG = {"n": 7, "batch": 3, "ranks": 2, "accumulation": 2, "length": 3, "shuffle": True}
 SHORT = {"n": 11, "batch": 2, "ranks": 3, "accumulation": 2, "length": None, "shuffle": True}
@@ -708,6 +710,19 @@ MUTANTS = [
         ((follower, "new_rows"),),
         defects.without_the_last_row,
         f"{TRACKERS}:test_rows_written_again_are_not_sent_again",
+    ),
+    # What a study may rely on.
+    Mutant(
+        "a killed trial is begun again",
+        ((trial, "Resume"),),
+        defects.begun_again,
+        f"{STUDIES}:test_a_killed_trial_goes_on_from_its_checkpoint_under_its_own_number",
+    ),
+    Mutant(
+        "rank 0 alone hears the verdict",
+        ((TrialReports, "on_metrics"),),
+        defects.heard_by_rank_0_alone,
+        f"{STUDIES}:test_every_rank_hears_the_verdict_and_keeps_it",
     ),
     Mutant(
         "a probability's ratio is never clipped",

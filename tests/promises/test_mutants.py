@@ -26,6 +26,7 @@ ROOMS = (
     "rl",
     "trackers",
     "trainer",
+    "tune",
     "world",
 )
 LIMIT = 8.0  # seconds for ranks that hang; a healthy run of these tests takes one or two

@@ -72,12 +72,22 @@ def test_an_event_that_nobody_hears_calls_nothing() -> None:
 
 
 def test_import_brings_nothing_heavy() -> None:
-    """`import paceline` leaves even torch alone; the Trainer brings torch and no more."""
+    """`import paceline` leaves even torch alone; the Trainer and studies bring no more."""
     heavy = ["hydra", "omegaconf", "pydantic", "typer", "rich", "transformers", "optuna"]
-    heavy += ["torch.distributed.checkpoint", "torch._dynamo", "torch._inductor", "sympy"]
+    heavy += [
+        "wandb",
+        "mlflow",
+        "swanlab",
+        "trackio",
+        "torch.distributed.checkpoint",
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+    ]
     code = (
         "import sys, paceline; assert 'torch' not in sys.modules;"
         "import torch; before = set(sys.modules); from paceline import Trainer;"
+        "import paceline.tune, paceline.trackers;"
         f"print([m for m in {heavy!r} if m in sys.modules and m not in before])"
     )
     out = subprocess.run(

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tracked import ALL, At, offline, read_back, rows_of, run, wait_until_gone
+from tracked import ALL, At, offline, read_back, rows_of, run, run_offline, wait_until_gone
 
 from paceline.log.sinks import read_rows
 from paceline.testing import Ranks
@@ -23,7 +23,8 @@ def test_each_row_is_there_once_after_kills_of_the_trainer_and_of_the_followers(
     for key, value in offline(tmp_path).items():
         monkeypatch.setenv(key, value)
     run_dir = tmp_path / "run"
-    [done] = ranks.outcomes(run, 1, run_dir, ALL, At(25, 15, trainer=True))
+    kill = At(25, 15, trainer=True)
+    [done] = ranks.outcomes(run_offline, 1, tmp_path, run_dir, ALL, kill, limit=180)
     assert done.code == -signal.SIGKILL
     wait_until_gone(run_dir)
     for name in ALL:  # the kill has lost no row

@@ -68,6 +68,13 @@ def run(run_dir: Path, names: tuple[str, ...], *callbacks: Callback, **settings:
     return trainer.train(seed=5)
 
 
+def run_offline(folder: Path, *args: Any) -> Any:
+    """As `run`, in a process of its own: the helper that it is forked from may have been started
+    before this test's environment was set."""
+    os.environ.update(offline(folder))
+    return run(*args)
+
+
 class At(Callback):
     """Kills at a step, once the trackers have taken some rows: the trainer or the followers."""
 

@@ -67,6 +67,23 @@ tune:
         assert line in told, told
 
 
+def test_choices_that_optuna_takes_for_one_are_refused(tmp_path: Path) -> None:
+    told = mistakes(
+        tmp_path,
+        """\
+tune:
+  space:
+    model.bias: [1, true]
+    optimizer.nesterov: [false, true, 0]
+    optimizer.momentum: [0.0, 0]
+""",
+    )
+    assert "3 mistakes" in told
+    assert "toy.yaml:18: tune.space.model.bias: duplicate choice: True equals 1 before it" in told
+    assert "toy.yaml:19: tune.space.optimizer.nesterov: duplicate choice: 0 equals False" in told
+    assert "toy.yaml:20: tune.space.optimizer.momentum: duplicate choice: 0 equals 0.0" in told
+
+
 def test_the_recipe_is_checked_with_each_value(tmp_path: Path) -> None:
     told = mistakes(
         tmp_path,

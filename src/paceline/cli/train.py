@@ -210,7 +210,7 @@ def _train_config(
     import yaml
 
     from paceline.tune import RunConfig
-    from paceline.tune.running import failed, run
+    from paceline.tune.running import failed, train_config
     from paceline.world.world import World
 
     config = RunConfig.from_yaml(path, overrides, trust=trust)
@@ -221,7 +221,7 @@ def _train_config(
             for warning in config.validate_semantics():
                 print(f"paceline: warning: {warning}", file=sys.stderr, flush=True)
         return
-    mean = run(config, resume=resume)
+    mean = train_config(config, resume=resume)
     if World().is_main:
         print(f"mean val/loss: {mean:.6g}", flush=True)
     if failed(config):

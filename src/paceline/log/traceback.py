@@ -11,6 +11,7 @@ from pathlib import Path
 from paceline.errors import PeerError
 
 SWITCH = "PACELINE_TRACEBACK"
+_LEFT_OUT = f"frames of installed packages left out: {SWITCH}=full shows them)"
 FIRST = "_paceline_first"  # an attribute of an error: the `PeerFailure` that came before it
 _OURS = str(Path(__file__).resolve().parents[1])
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
@@ -32,9 +33,18 @@ def told_in_full(error: BaseException) -> str:
     ):
         hidden = sum(map(_hide, _chain(told)))
         if hidden:
-            left_out = f"({hidden} frames of installed packages left out: {SWITCH}=full shows them)"
-            return f"{_text(told)}\n{left_out}"
+            return f"{_text(told)}\n({hidden} {_LEFT_OUT}"
     return _text(told)
+
+
+def last_line(told: str) -> str:
+    """The line that names the error, of what `told_in_full` has told.
+
+    Args:
+        told: the whole text; "unknown" stands for an empty one.
+    """
+    lines = [line for line in told.strip().splitlines() if not line.endswith(_LEFT_OUT)]
+    return lines[-1] if lines else "unknown"
 
 
 def behind_another(error: BaseException) -> tuple[int, str, bool] | None:

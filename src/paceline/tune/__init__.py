@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING
 from paceline.lazy import lazily
 
 if TYPE_CHECKING:
+    from paceline.tune.optimize_config import (
+        OptimizeConfig,
+        load_best_model,
+        load_model,
+        load_study,
+        run,
+    )
     from paceline.tune.predicted_final import PredictedFinal
     from paceline.tune.run_config import CheckpointConfig, EarlyStoppingConfig, RunConfig
-    from paceline.tune.running import run
     from paceline.tune.settings import TuneSettings
     from paceline.tune.study import Study, TrialsFailed
 else:
@@ -18,22 +24,30 @@ else:
         {
             "CheckpointConfig": "paceline.tune.run_config",
             "EarlyStoppingConfig": "paceline.tune.run_config",
+            "OptimizeConfig": "paceline.tune.optimize_config",
             "PredictedFinal": "paceline.tune.predicted_final",
             "RunConfig": "paceline.tune.run_config",
             "Study": "paceline.tune.study",
             "TrialsFailed": "paceline.tune.study",
             "TuneSettings": "paceline.tune.settings",
-            "run": "paceline.tune.running",
+            "load_best_model": "paceline.tune.optimize_config",
+            "load_model": "paceline.tune.optimize_config",
+            "load_study": "paceline.tune.optimize_config",
+            "run": "paceline.tune.optimize_config",
         },
     )
 
 __all__ = [
     "CheckpointConfig",
     "EarlyStoppingConfig",
+    "OptimizeConfig",
     "PredictedFinal",
     "RunConfig",
     "Study",
     "TrialsFailed",
     "TuneSettings",
+    "load_best_model",
+    "load_model",
+    "load_study",
     "run",
 ]

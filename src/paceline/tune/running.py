@@ -1,4 +1,4 @@
-"""`run`: trains a RunConfig, one run per seed."""
+"""Trains a RunConfig, one run per seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from paceline.world.world import World
 CONFIG_FILE = "config.yaml"
 
 
-def run(
+def train_config(
     config: RunConfig,
     dl_train: Any = None,
     dl_val: Any = None,
@@ -108,7 +108,7 @@ def _trainer_of(
     stopping, saving = config.early_stopping_config, config.checkpoint_config
     callbacks = list(settings.pop("callbacks", ()))
     if stopping.enabled:
-        watched = _metric(config.monitor), stopping.mode, stopping.patience, stopping.min_delta
+        watched = metric_name(config.monitor), stopping.mode, stopping.patience, stopping.min_delta
         callbacks.append(EarlyStopping(*watched, relative=True))
     policy, monitor = CheckpointPolicy(save_best=False), None
     if saving.enabled:
@@ -117,7 +117,7 @@ def _trainer_of(
             keep_last=saving.keep_last_k,
             save_best=saving.save_best,
         )
-        monitor = MetricMonitor(_metric(saving.monitor), saving.mode)
+        monitor = MetricMonitor(metric_name(saving.monitor), saving.mode)
     if config.wandb:
         settings["loggers"] = [*(settings.get("loggers") or ()), _tracker(config, seed)]
     own = {
@@ -153,5 +153,10 @@ class _RowAnEpoch(Callback):
         trainer.log_every = trainer.source.windows_per_epoch
 
 
-def _metric(name: str) -> str:
+def metric_name(name: str) -> str:
+    """Paceline's name of a metric: `val_loss` is "val/loss".
+
+    Args:
+        name: as a configuration has it.
+    """
     return "val/loss" if name == "val_loss" else name

@@ -297,8 +297,12 @@ class _Reader:
             return None
         names = choice_names(values)
         for i, value in enumerate(values):
-            if any(other == value for other in values[:i]):  # as Optuna compares them
-                self.mistakes.add(path, f"duplicate choice: {names[i]!r} is there twice.")
+            twin = next((j for j in range(i) if values[j] == value), i)  # as Optuna compares
+            if twin < i:
+                told = f"{names[i]!r} is there twice."
+                if type(values[twin]) is not type(value):  # 1, 1.0 and true are one
+                    told = f"{names[i]!r} equals {names[twin]!r} before it."
+                self.mistakes.add(path, f"duplicate choice: {told}")
         return Parameter(key, "choices", choices=tuple(zip(names, values, strict=True)), when=when)
 
     def _numbers(

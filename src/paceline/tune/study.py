@@ -18,7 +18,7 @@ from paceline.log.files import replacing, shown
 from paceline.log.kept_code import CODE_FOLDER, RECIPE_FILE, keep
 from paceline.log.lock import FolderLock
 from paceline.log.secrets import mask_credentials
-from paceline.log.traceback import told_in_full
+from paceline.log.traceback import last_line, told_in_full
 from paceline.recipe.code import files_of
 from paceline.recipe.compose import Composed, compose
 from paceline.recipe.mistakes import Mistakes
@@ -753,8 +753,7 @@ def _of_all(outcomes: list[Outcome]) -> Outcome:
 def _line(number: int, outcome: Outcome, settings: TuneSettings, best: FrozenTrial | None) -> str:
     """What is printed of a trial that has ended."""
     if outcome.state == "FAIL":
-        said = (outcome.cause or "").strip().splitlines()[-1:] or ["unknown"]
-        return f"trial {number} failed: {said[0]}"
+        return f"trial {number} failed: {last_line(outcome.cause or '')}"
     if outcome.state == "PRUNED":
         told = "pruned"
     else:

@@ -94,7 +94,7 @@ def refusal(**sections: Any) -> str:
 
 
 TRAINER = """\
-from helper import scaled
+from arctic_helper import scaled
 from paceline.factories import FactoryTrainer
 
 class Mine(FactoryTrainer):
@@ -108,7 +108,7 @@ class Mine(FactoryTrainer):
 def test_AT_02_a_trainer_beside_the_recipe_needs_no_decorator(tmp_path: Path) -> None:
     """`code:` is written out; nothing is executed because it happens to be called train.py."""
     (tmp_path / "train.py").write_text(TRAINER)
-    (tmp_path / "helper.py").write_text("def scaled(loss):\n    return 3 * loss\n")
+    (tmp_path / "arctic_helper.py").write_text("def scaled(loss):\n    return 3 * loss\n")
     tree = {
         "code": "train.py",
         "trainer": {"type": "my", "max_steps": 2, "progress": False},
@@ -118,9 +118,10 @@ def test_AT_02_a_trainer_beside_the_recipe_needs_no_decorator(tmp_path: Path) ->
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
-    trainer = build_trainer(load_recipe(path))
-    assert type(trainer) is sys.modules["train"].Mine
-    assert trainer.train().global_step == 2
+    with code_forgotten():
+        trainer = build_trainer(load_recipe(path))
+        assert type(trainer) is sys.modules["train"].Mine
+        assert trainer.train().global_step == 2
     path.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k != "code"}))
     with registry.restored(), pytest.raises(RecipeError, match="no trainer is registered as 'm2'"):
         load_recipe(path, ["trainer.type=m2"])
