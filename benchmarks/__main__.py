@@ -18,6 +18,7 @@ NAMES = (
     "checkpoints",
     "scaling",
     "lm",
+    "study",
 )
 
 if __name__ == "__main__":

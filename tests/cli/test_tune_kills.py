@@ -66,8 +66,8 @@ INSTANTS = [
     (f"{STORAGE}.set_trial_intermediate_value", 4, "after"),  # reported, and not saved
     ("os:replace", 12, "before"),  # in a save
     ("os:rename", 6, "after"),
-    ("optuna.study:Study.tell", 1, "before"),  # trained, and not told
-    ("optuna.study:Study.tell", 1, "after"),  # told, and without a line
+    ("optuna.study._tell:_tell_with_warning", 1, "before"),  # trained, and not told
+    ("optuna.study._tell:_tell_with_warning", 1, "after"),  # told, and without a line
     ("paceline.tune.study:best_of", 1, "before"),
 ]
 
