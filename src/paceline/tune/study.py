@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import secrets
@@ -171,7 +172,7 @@ class Study:
             TrialsFailed: `max_failures` trials in a row have failed.
             SystemExit: with code 75, a signal has stopped the study; the same call continues it.
         """
-        with _quiet():
+        with _quiet(), _thawed():
             if workers > 1:
                 self._with_workers(trials, workers, add, revived)
             else:
@@ -800,6 +801,17 @@ def _need_optuna() -> None:
         import optuna  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("a study needs Optuna: pip install 'paceline[tune]'") from error
+
+
+@contextlib.contextmanager
+def _thawed() -> Iterator[None]:
+    """Afterwards, what trials have kept from garbage collection is collected as before."""
+    before = gc.get_freeze_count()
+    try:
+        yield
+    finally:
+        if not before:  # else somebody else's would be thawed too
+            gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -142,6 +142,7 @@ def _train(recipe: Recipe, reports: TrialReports) -> Result:
         return train_recipe(recipe, Resume("auto"), build)
     finally:
         gc.collect()  # frees the run's tensors before the next run
+        gc.freeze()  # what is left lives on: the next collection need not look through it
 
 
 def _values(checked: Checked, result: Result, reports: TrialReports) -> list[float]:
