@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from paceline.errors import MissingExtraError
+from paceline.log.flat import flat
 from paceline.log.media import Histogram, Image, Media, Text
 from paceline.log.sinks import RunInfo, Sink
 
@@ -60,7 +61,7 @@ class TensorBoard(Sink):
     def open(self, run: RunInfo) -> None:
         """See `Sink.open`."""
         self._folder = None if run.folder is None else run.folder / FOLDER
-        self._settings = _flat(run.identity if run.recipe is None else run.recipe)
+        self._settings = flat(run.identity if run.recipe is None else run.recipe)
         self._file, self._step, self._resumed_at, self._warned = None, -1, None, False
         if self._folder is None:
             return
@@ -157,19 +158,6 @@ class TensorBoard(Sink):
                 if before == 0:
                     self._file = None
                 raise
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted keys; what is no number, text or truth value is left out."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, bool | int | float | str):
-            flat[f"{prefix}{key}"] = value
-        elif value is not None:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def _hyperparameters(settings: Mapping[str, Any]) -> bytes:

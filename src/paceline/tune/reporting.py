@@ -21,8 +21,8 @@ class TrialReports(Callback):
     """Reports a metric at equal shares of the run's steps, and asks the pruner after each.
 
     Report i of n is the last validation at or before the share i / n of the horizon, so that trials
-    are compared at equal shares, whatever their batch size. The verdict is stored with the
-    checkpoint: a run that goes on follows what was decided.
+    are compared at equal shares, whatever their batch size. The verdict is stored in the
+    checkpoint, so a resumed run follows it.
 
     Args:
         metrics: what the study optimises; the first of them is reported.

@@ -13,7 +13,8 @@ from mlflow.entities import (  # pyright: ignore[reportMissingImports] - an extr
 )
 from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
-from paceline.trackers.adapter import Adapter, flat, numbers
+from paceline.log.flat import flat
+from paceline.trackers.adapter import Adapter, numbers
 
 _TAG = "paceline.run"
 _MOST = 900  # metrics of one call; MLflow takes 1000
