@@ -122,6 +122,9 @@ def test_while_the_library_raises_one_warning_is_all_and_sync_sends_the_rows(
     down.unlink()
     assert sync(run_dir, "writing") == 20
     assert sync(run_dir, "writing") == 20
+    with pytest.raises(ConfigError, match="project='other': send them there beside as --to wr"):
+        sync(run_dir, "writing", {"project": "other"})
+    assert sync(run_dir, "writing_2", {"project": "other"}) == 20
     assert [each for each in sent(run_dir) if isinstance(each, list)] == [
         [number, number + 1] for number in range(20)
     ]

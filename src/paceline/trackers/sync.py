@@ -34,14 +34,23 @@ def sync(folder: Path, to: str, settings: Mapping[str, Any] | None = None) -> in
         Rows that the tracker has now.
 
     Raises:
-        ConfigError: there is no such run or tracker, the run is still training, or a setting is
-            wrong.
+        ConfigError: there is no such run or tracker, the run is still training, a setting is wrong,
+            or differs from that with which rows were sent before.
         PacelineError: the tracker did not take the rows.
     """
     record = _record(folder)
     following = Following(folder, to)
     cursor = following.cursor
     before = None if cursor is None or cursor.run != record["id"] else cursor
+    changed: dict[str, Any] = {}
+    if before is not None and before.rows.rows:
+        changed = _changed(before.settings, settings or {})
+    if changed:
+        told = ", ".join(f"{key}={value!r}" for key, value in changed.items())
+        raise ConfigError(
+            f"{to} has rows of this run already, with other settings than {told}: send them there "
+            f"beside as --to {to}_2, or leave these out."
+        )
     given = {**({} if before is None else before.settings), **(settings or {})}
     tracker = _tracker(to, given)
     recipe, recipe_file = None, folder / "recipe.yaml"
@@ -58,6 +67,11 @@ def sync(folder: Path, to: str, settings: Mapping[str, Any] | None = None) -> in
         why = None if cursor is None else cursor.problem
         raise PacelineError(f"{to}: {why or 'its process failed'}; see {following.log}.")
     return cursor.rows.rows
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that would send the rest of the rows elsewhere than those before."""
+    return {key: value for key, value in now.items() if before.get(key) != value}
 
 
 def _record(folder: Path) -> dict[str, Any]:
